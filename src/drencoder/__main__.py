@@ -1,0 +1,5 @@
+"""`python -m drencoder`."""
+
+from drencoder.cli import main
+
+main()

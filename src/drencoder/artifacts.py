@@ -1,0 +1,164 @@
+"""The run folder: what lies where, and how it is written so that a kill leaves nothing half-done.
+
+::
+
+    recipe.resolved.toml   the whole recipe, defaults filled in
+    ledger.jsonl           every charge, on disk before its release (privacy.ledger)
+    metrics.jsonl          one line per evaluation and round
+    checkpoints/           state.safetensors + state.json of the last finished round
+    adapter/               a PEFT adapter folder
+    certificate.json       what was promised, to whom, and what was spent
+    report.html            one page for people
+
+No torch here: the report and the plan read run folders without it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drencoder.errors import ArtifactError
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names and safe writing of everything in a run folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.resolved.toml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def certificate(self) -> Path:
+        return self.path / "certificate.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raises ArtifactError if there is something at `path` already."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ArtifactError(f"{path} is already there: continue it with --resume {path}, or give another --out.")
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """Makes a new, empty run folder.
+
+        Raises:
+          ArtifactError: the folder exists and is not empty, or cannot be made.
+        """
+        try:
+            cls.check_free(path)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "checkpoints").mkdir()
+        except OSError as error:
+            raise ArtifactError(
+                f"the run folder {path} cannot be made ({error.strerror}): give another --out."
+            ) from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Opens the folder of an earlier run.
+
+        Raises:
+          ArtifactError: it is not there or has no recipe.
+        """
+        folder = cls(path)
+        if not folder.recipe.is_file():
+            raise ArtifactError(
+                f"{path} is not a run folder (no {folder.recipe.name}): give the folder of a started run."
+            )
+        return folder
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        with storing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete rows; a row torn by a kill is dropped."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text("utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Rewrites the metrics: a resumed run drops the rows of rounds that it runs again."""
+        self.write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def write(self, path: Path, data: bytes, *, mode: int = 0o644) -> None:
+        """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+
+    def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
+        self.write(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    @contextlib.contextmanager
+    def replacing(self, folder: Path) -> Iterator[Path]:
+        """Yields a temporary folder that takes `folder`'s place when the block ends without an error."""
+        with storing(folder):
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written ({error.strerror or error}): make room or permission, then use --resume."
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

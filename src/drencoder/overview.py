@@ -1,0 +1,130 @@
+"""The whole plan of a run before anything is spent: privacy, code size, bytes. No torch.
+
+Legend: D adapter values, K code values.
+"""
+
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from drencoder.config import Recipe
+from drencoder.encoders.sizes import BYTES_PER_VALUE, adapted_matrices, code_size, message_bytes
+from drencoder.errors import ModelError
+from drencoder.privacy.plan import PrivacyPlan, make_plan
+
+__all__ = ["Overview", "privacy_plan", "survey"]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a run will cost, in privacy and in bytes. Public.
+
+    `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
+    Bytes are totals of all expected uploads; plain LoRA sends the whole adapter in the same wire type.
+    """
+
+    privacy: PrivacyPlan
+    adapter_size: int | None
+    code_size: int | None
+    message_bytes: int | None
+    stage1_bytes: int | None
+    total_bytes: int | None
+    plain_lora_bytes: int | None
+
+    @property
+    def k_star(self) -> float:
+        """Coordinates that a round can learn, with half of the clip's energy shared by all clients."""
+        return self.privacy.k_star()
+
+    def warnings(self) -> list[str]:
+        """What a person should know before starting, one sentence each."""
+        said = []
+        if self.privacy.non_private:
+            said.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
+        if self.privacy.noise == "replay":
+            said.append(
+                "privacy.noise = 'replay': the noise can be computed again, so nothing is private. For tests only."
+            )
+        if self.k_star < 1:
+            said.append(
+                f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
+                "learn. More clients a round, fewer rounds, a larger epsilon or central trust would help."
+            )
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        observers = {name: guarantee.to_dict() for name, guarantee in self.privacy.epsilons().items()}
+        k_star = None if self.privacy.non_private else self.k_star
+        return {**asdict(self), "privacy": self.privacy.to_dict(), "k_star": k_star, "observers": observers}
+
+
+def privacy_plan(recipe: Recipe) -> PrivacyPlan:
+    """The recipe's privacy plan: sampler, noise and events from one place.
+
+    Raises:
+      PrivacyError: the recipe's numbers cannot be planned for.
+    """
+    privacy, federation = recipe.privacy, recipe.federation
+    private = privacy.trust != "non-private"
+    return make_plan(
+        trust="local" if privacy.trust == "local" else "central",
+        epsilon=None if privacy.noise_multiplier or not private else privacy.epsilon,
+        noise_multiplier=privacy.noise_multiplier if private and privacy.noise_multiplier else None,
+        delta=privacy.delta,
+        population=federation.population,
+        sampling_rate=federation.sampling_rate,
+        rounds=federation.rounds,
+        stage1_rate=recipe.stage1_rate,
+        stage1_noise_ratio=recipe.prior.noise_ratio,
+        participation_cap=privacy.participation_cap,
+        relation=privacy.relation,  # type: ignore[arg-type]  # checked by the recipe
+        noise=privacy.noise,  # type: ignore[arg-type]
+        non_private=() if private else ("stage1", "round"),
+        # The public's epsilon rests on seeing nothing but a sum of noised codes. A decoder that takes each code by
+        # itself, and rounding each to float16, put something else in its place.
+        decodes_each=recipe.encoder.name == "autoencoder" or recipe.encoder.wire_dtype == "float16",
+    )
+
+
+def survey(recipe: Recipe) -> Overview:
+    """Plans a recipe.
+
+    Raises:
+      PrivacyError: the privacy numbers are impossible together.
+      ModelError: the local model folder is unreadable or has no target module.
+    """
+    plan = privacy_plan(recipe)
+    matrices = _adapted(recipe)
+    if matrices is None:
+        return Overview(plan, None, None, None, None, None, None)
+    size = recipe.adapter.rank * sum(sum(shape) for shape in matrices)
+    code = code_size(recipe.encoder.name, size, recipe.encoder.ratio)
+    message = message_bytes(code, recipe.encoder.wire_dtype)
+    uploads = plan.expected_cohort * recipe.federation.rounds
+    # Stage 1: two statistics for A and two for B of every module, in float32.
+    stage1 = round(plan.stage1_cohort * message_bytes(4 * len(matrices), "float32")) if recipe.stage1_rate else 0
+    return Overview(
+        privacy=plan,
+        adapter_size=size,
+        code_size=code,
+        message_bytes=message,
+        stage1_bytes=stage1,
+        total_bytes=round(uploads * message) + stage1,
+        plain_lora_bytes=round(uploads * size * BYTES_PER_VALUE[recipe.encoder.wire_dtype]),
+    )
+
+
+def _adapted(recipe: Recipe) -> list[list[int]] | None:
+    """Shapes of the adapted matrices; None for a model that is not a local folder."""
+    if recipe.model.source == "embedded":
+        folder = Path(str(resources.files("drencoder") / "embedded"))
+    else:
+        folder = Path(recipe.model.source)
+        if not folder.exists() and not recipe.model.source.startswith(("/", ".")):
+            return None  # a hub id
+    if not folder.is_dir():
+        raise ModelError(
+            f"model.source = {recipe.model.source!r} is not a folder: give 'embedded', a folder or a hub id."
+        )
+    return adapted_matrices(folder, recipe.adapter.targets, recipe.adapter.layers)

@@ -1,0 +1,1 @@
+"""What a run may claim: sampling <- accounting <- plan <- ledger <- mechanism (imports go left only)."""

@@ -1,0 +1,378 @@
+"""The ledger: one line per release, on disk before the release leaves.
+
+`ledger.jsonl` starts with a header (format version, run id, plan) and goes on with one JSON line per event,
+each with the SHA-256 of the line before it. Lines are flushed and fsynced before `charge` returns
+the `Permit` without which `privacy.mechanism` releases nothing. So a crash can waste budget and never hide it.
+
+Resuming after a crash, for a slot that is charged but whose result was lost:
+
+- central: charge it again. The new attempt draws a fresh cohort and fresh noise and composes with the first;
+  when the budget has no room for it, the run ends that much earlier.
+- local: it must be skipped (`resume_rule` says "skip", `charge` refuses). Its clients may have released once
+  already; a second release with fresh noise would be one more than the participation cap allows them.
+  A lost stage 1 can therefore not be repeated. Local releases are safe to store as soon as they exist, so
+  store them at once and little is ever lost.
+- replayable noise (tests): redo it. The same cohort and the same noise give the identical release, which
+  tells nothing new; the ledger writes a line of kind "repeat" that costs nothing.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from drencoder.errors import ArtifactError, BudgetError, PrivacyError
+from drencoder.privacy.accounting import (
+    REPORT_INTERVAL,
+    Event,
+    NonPrivateEvent,
+    Relation,
+    epsilon_pld,
+    event_to_dict,
+)
+from drencoder.privacy.plan import Noise, ObserverGuarantee, PrivacyPlan, Stage, Trust
+from drencoder.privacy.sampling import KEY_BYTES, Sampler
+
+__all__ = ["Ledger", "Permit"]
+
+_FORMAT = 1
+_GENESIS = "0" * 64
+_ROUNDING = 1e-6  # a charge may pass the budget by no more than this
+_TOKEN = object()
+
+
+@dataclass
+class Permit:
+    """Leave to release one slot once, made by `Ledger.charge` only (anything else gets a TypeError).
+
+    Central: one sum. Local: one code of each client of `cohort`; a client that is not in it, or that comes
+    a second time, is refused.
+    """
+
+    trust: Trust
+    stage: Stage
+    slot: int
+    attempt: int
+    event: Event
+    relation: Relation
+    noise: Noise
+    cohort: frozenset[int] | None = field(repr=False)
+    token: InitVar[object] = None
+    _spent: set[int] = field(default_factory=set, init=False, repr=False)
+
+    def __post_init__(self, token: object) -> None:
+        if token is not _TOKEN:
+            raise TypeError("a Permit comes from Ledger.charge, which writes it down first")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Noise std / clip that the charge paid for; 0 only for an event of kind `non_private`."""
+        return 0.0 if isinstance(self.event, NonPrivateEvent) else self.event.noise_multiplier
+
+    def spend_sum(self) -> None:
+        """Uses the permit up. Raises PrivacyError the second time and under local trust."""
+        if self.trust != "central":
+            raise PrivacyError("Under local trust there is no sum to release: each client releases its own code.")
+        if self._spent:
+            raise PrivacyError(f"Slot {self.slot} was charged for one release; charge again for another.")
+        self._spent.add(-1)
+
+    def spend_clients(self, client_ids: list[int]) -> None:
+        """Uses the permit up for these clients. Raises PrivacyError, then none of them is used up."""
+        if self.cohort is None:
+            raise PrivacyError("Under central trust clients release nothing: the server releases the sum.")
+        if strangers := set(client_ids) - self.cohort:
+            raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {self.slot}.")
+        twice = self._spent & set(client_ids)
+        if twice or len(set(client_ids)) < len(client_ids):
+            who = min(twice) if twice else next(c for c in client_ids if client_ids.count(c) > 1)
+            raise PrivacyError(f"Client {who} would release a second time in slot {self.slot}; one was charged.")
+        self._spent |= set(client_ids)
+
+
+class Ledger:
+    """An open ledger. One process writes it at a time (file lock); make it with `create` or `open`."""
+
+    def __init__(self, path: Path, descriptor: int, lines: list[bytes], writable: bool) -> None:
+        self.path = path
+        self._descriptor: int | None = descriptor
+        self._writable = writable
+        self._records = list(_verified(path, lines))
+        self._head = hashlib.sha256(lines[-1]).hexdigest()
+        header = self._records[0]
+        self.plan = PrivacyPlan.from_dict(header["plan"])
+        self.run_id: str = header["run_id"]
+        key = header["sampler_key"]
+        # A secret cohort's key lives in memory only: each start of the run draws its own.
+        self._sampler = self.plan.sampler(bytes.fromhex(key) if key else secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def create(cls, path: str | Path, plan: PrivacyPlan, *, run_id: str = "", key: bytes | None = None) -> "Ledger":
+        """Starts a ledger at `path`, which must not exist.
+
+        `key` seeds the cohorts. Central trust with secure noise takes none (it is secret, fresh in
+        each process and never written). Local trust draws one if none is given; it is kept in the
+        header, since the cap must survive a resume. Replayed runs must give one.
+        Raises ArtifactError when the file exists or cannot be written.
+        """
+        path = Path(path)
+        secret = plan.trust == "central" and plan.noise == "secure"
+        if secret and key is not None:
+            raise PrivacyError("A sampling key was given, but secret cohorts draw their own: leave it out.")
+        if plan.noise == "replay" and key is None:
+            raise PrivacyError("Replayable runs need a sampling key of 32 bytes derived from the seed; give one.")
+        if not secret:
+            key = key or secrets.token_bytes(KEY_BYTES)
+            plan.sampler(key)  # a bad key fails before a file exists
+        header = {
+            "seq": 0, "kind": "header", "format": _FORMAT, "run_id": run_id, "plan": plan.to_dict(),
+            "delta": plan.delta, "prev": _GENESIS, "sampler_key": key.hex() if key else None,
+        }  # fmt: skip
+        line = _encode(header)
+        descriptor = None
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            _lock(path, descriptor)
+            _write_all(descriptor, line + b"\n")
+            os.fsync(descriptor)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # else the name itself could be lost
+            finally:
+                os.close(folder)
+        except FileExistsError:
+            raise ArtifactError(f"{path} exists: resume that run, or name another run folder.") from None
+        except OSError as error:
+            if descriptor is not None:
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+            raise ArtifactError(f"Cannot start the ledger {path}: {error}. Nothing was released.") from None
+        return cls(path, descriptor, [line], writable=True)
+
+    @classmethod
+    def open(cls, path: str | Path, *, read_only: bool = False) -> "Ledger":
+        """Opens and verifies a ledger.
+
+        A last line without its end is a crash in mid-write: its charge had not returned, so nothing had
+        left; it is cut off, with a note. Any other damage raises ArtifactError naming the line.
+        """
+        path = Path(path)
+        try:
+            descriptor = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_APPEND) | os.O_CLOEXEC)
+            if not read_only:
+                _lock(path, descriptor)
+            data = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"Cannot open the ledger {path}: {error.strerror}.") from None
+        whole, _, torn = data.rpartition(b"\n")
+        if not whole:
+            os.close(descriptor)
+            raise ArtifactError(f"{path} has no complete first line: nothing was charged. Delete it and start anew.")
+        try:
+            ledger = cls(path, descriptor, whole.split(b"\n"), writable=not read_only)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if torn and not read_only:
+            os.ftruncate(descriptor, len(whole) + 1)
+            ledger._append({"kind": "note", "text": f"cut off {len(torn)} bytes of a line that was never finished"})
+        return ledger
+
+    def close(self) -> None:
+        """Gives the lock back. Closing twice is fine."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Reading
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """(number of the last line, its SHA-256); `contains` recognises it later."""
+        return len(self._records) - 1, self._head
+
+    def contains(self, head: tuple[int, str]) -> bool:
+        """Whether this ledger is the one that had `head` once, or a continuation of it.
+
+        A chain cannot show that its own end is missing: keep the head in each checkpoint and check it.
+        """
+        seq, digest = head
+        return digest == (self._records[seq + 1]["prev"] if seq + 1 < len(self._records) else self._head)
+
+    def charges(self) -> dict[int, int]:
+        """How often each slot was charged."""
+        counts: dict[int, int] = {}
+        for record in self._records:
+            if record["kind"] == "charge":
+                counts[record["slot"]] = counts.get(record["slot"], 0) + 1
+        return counts
+
+    def cohort(self, slot: int) -> list[int]:
+        """The clients of the next attempt at `slot`."""
+        return self._sampler.cohort(slot, self.charges().get(slot, 0))
+
+    def sampler(self) -> Sampler:
+        return self._sampler
+
+    def resume_rule(self, slot: int) -> Literal["run", "skip", "redo"]:
+        """What to do about `slot` when its result is not there: see the module's docstring."""
+        if slot not in self.charges():
+            return "run"
+        return "skip" if self.plan.trust == "local" and self.plan.noise == "secure" else "redo"
+
+    def guarantees(self, interval: float = REPORT_INTERVAL) -> dict[str, ObserverGuarantee]:
+        """What was spent so far for "server", "clients" and "public", for the certificate."""
+        charged = self._charged()
+        views = {name: self.plan.composition(name, charged) for name in ("server", "clients", "public")}
+        return {name: self.plan.guarantee(name, events, interval) for name, events in views.items()}
+
+    def spent(self) -> dict[str, float]:
+        """PLD epsilon so far per observer, for progress lines (a quicker grid; cached)."""
+        charged, plan, spent = self._charged(), self.plan, {}
+        for name in ("server", "clients", "public"):
+            events = plan.composition(name, charged)
+            events = (NonPrivateEvent(),) if events is None else events
+            spent[name] = epsilon_pld(events, plan.delta, plan.relation)
+        return spent
+
+    def certificate(self) -> dict[str, Any]:
+        """JSON-ready: the plan, what was spent, per observer, and the ledger's last hash."""
+        seq, digest = self.head
+        return {
+            "unit": "client", "run_id": self.run_id,
+            "private": self.plan.noise == "secure" and not self.plan.non_private,
+            "delta": self.plan.delta, "relation": self.plan.relation, "plan": self.plan.to_dict(),
+            "charges": sum(self.charges().values()), "ledger_head": {"seq": seq, "sha256": digest},
+            "observers": {name: g.to_dict() for name, g in self.guarantees().items()},
+        }  # fmt: skip
+
+    # Writing
+
+    def charge(self, slot: int) -> Permit:
+        """Charges one release of `slot`: checks the budget, writes and fsyncs, then permits.
+
+        Raises BudgetError when the composition would pass the budget (nothing is written),
+        PrivacyError for a slot outside the plan or one that must be skipped, ArtifactError when the line
+        cannot be made durable (nothing may be released).
+        """
+        plan, event = self.plan, self.plan.event(slot)
+        rule, attempt = self.resume_rule(slot), self.charges().get(slot, 0)
+        if rule == "skip":
+            raise PrivacyError(
+                f"Slot {slot} is charged already, and its clients may have released in it: a second time would "
+                f"pass their participation cap of {plan.participation_cap}. Skip it"
+                + ("; a lost stage 1 needs a new run." if slot == 0 else ".")
+            )
+        cohort = frozenset(self._sampler.cohort(slot, attempt)) if plan.trust == "local" else None
+        record = {"stage": plan.stage(slot), "slot": slot, "trust": plan.trust}
+        if rule == "redo" and plan.noise == "replay":
+            self._append({"kind": "repeat", **record})
+        else:
+            self._check_budget(slot)
+            self._append({"kind": "charge", **record, "attempt": attempt, "event": event_to_dict(event)})
+        return Permit(
+            trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=event,
+            relation=plan.relation, noise=plan.noise, cohort=cohort, token=_TOKEN,
+        )  # fmt: skip
+
+    def record_contributors(self, slot: int, contributors: int) -> None:
+        """Local trust: how many clients' releases the sum of `slot` holds, once it is known.
+
+        It makes the epsilon of the public and of other clients smaller; without it one is assumed.
+        Refused under central trust, where the realised size of a cohort is secret.
+        """
+        if self.plan.trust != "local":
+            raise PrivacyError("The size of a secret cohort is never written: drop this call under central trust.")
+        if slot not in self.charges() or not 0 <= contributors <= len(self._sampler.cohort(slot)):
+            raise PrivacyError(f"Slot {slot} has no charge, or fewer than {contributors} clients in its cohort.")
+        self._append({"kind": "contributors", "slot": slot, "contributors": contributors})
+
+    def _charged(self) -> dict[int, tuple[int, int]]:
+        contributors: dict[int, int] = {}
+        for record in self._records:
+            if record["kind"] == "contributors":  # of a slot's records the smallest counts
+                slot = record["slot"]
+                contributors[slot] = min(record["contributors"], contributors.get(slot, record["contributors"]))
+        return {slot: (count, contributors.get(slot, 1)) for slot, count in self.charges().items()}
+
+    def _check_budget(self, slot: int) -> None:
+        plan, charges = self.plan, self.charges()
+        after = {**charges, slot: charges.get(slot, 0) + 1}
+        # Within the schedule only its total matters, computed once; past it, every charge anew.
+        planned = all(count == 1 for count in after.values())
+        counted = dict.fromkeys(plan.slots, 1) if planned else after
+        interval = None if planned else REPORT_INTERVAL
+        cost = epsilon_pld(plan.budget_events(counted), plan.delta, plan.relation, interval)
+        if cost > plan.budget + _ROUNDING:
+            now = epsilon_pld(plan.budget_events(charges), plan.delta, plan.relation)
+            raise BudgetError(
+                f"Slot {slot} would bring epsilon from {now:.4f} to {cost:.4f}, past the budget of {plan.budget:.4f} "
+                f"at delta {plan.delta:g}: stop here, or plan a run with more noise or fewer rounds."
+            )
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._descriptor is None or not self._writable:
+            raise ArtifactError(f"The ledger {self.path} is closed, read-only, or failed before: open it again.")
+        record = {"seq": len(self._records), **record, "prev": self._head}
+        line = _encode(record)
+        try:
+            _write_all(self._descriptor, line + b"\n")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self.close()  # what is on disk is unknown now; `open` finds out
+            raise ArtifactError(
+                f"Cannot write the ledger {self.path}: {error.strerror}. Nothing was released; "
+                "free the disk and resume."
+            ) from None
+        self._records.append(record)
+        self._head = hashlib.sha256(line).hexdigest()
+
+
+def _verified(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    previous = _GENESIS
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            sound = record["prev"] == previous and record["seq"] == number
+            sound = sound and (record["kind"] == "header") == (number == 0)
+            if record["kind"] not in ("header", "charge", "repeat", "contributors", "note"):
+                sound = False
+        except (ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise ArtifactError(
+                f"{path}, line {number + 1}, was changed or damaged (its chain of hashes is broken): restore the file "
+                "from a copy. A run without its whole ledger has no guarantee."
+            )
+        if number == 0 and record["format"] != _FORMAT:
+            raise ArtifactError(f"{path} has format {record['format']}; this version reads {_FORMAT}.")
+        yield record
+        previous = hashlib.sha256(line).hexdigest()
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, allow_nan=False).encode()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ArtifactError(f"{path} is in use by another process: wait for it, or stop it.") from None

@@ -1,0 +1,416 @@
+"""The privacy plan: sampler, noise and events of a run, born together from one set of public facts.
+
+The unit is a client. Two trust models:
+
+- `central`: the server is trusted. Cohorts are Poisson and secret; the server adds N(0, sigma^2 C^2) to
+  the sum of the clipped codes and divides by the fixed expected size q * N.
+- `local`: the server is not trusted. Each client adds N(0, sigma^2 C^2) to its own clipped code, and nobody
+  takes part more often than `participation_cap` times; nothing is amplified. A client that takes part in
+  one slot only pays for one release: different clients' releases compose in parallel.
+
+Slot 0 is stage 1 (the prior's query), slots 1..T are the rounds. `docs/guarantee.md` has the theorem.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, NoReturn, get_args
+
+from drencoder.errors import PrivacyError
+from drencoder.privacy.accounting import (
+    RELATIONS,
+    Event,
+    GaussianEvent,
+    NonPrivateEvent,
+    PoissonGaussianEvent,
+    Relation,
+    clt_mu,
+    epsilon_gaussian,
+    epsilon_pld,
+    epsilon_rdp,
+    gdp_mu,
+    merge,
+    sigma_for,
+    sigma_gaussian,
+)
+from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
+
+__all__ = ["EpsilonReport", "ObserverGuarantee", "PrivacyPlan", "make_plan"]
+
+Trust = Literal["local", "central"]
+Noise = Literal["secure", "replay"]
+Stage = Literal["stage1", "round"]
+
+_COHORT_RISK = 1e-6  # chance that one round's cohort is smaller than the plan says
+_ASSUMPTIONS = {
+    ("central", "server"): "No guarantee: the server is trusted, it sees the un-noised sum of a round.",
+    ("central", "clients"): "The server adds the noise, keeps cohorts and sums secret, and does not collude.",
+    ("central", "public"): "The server adds the noise, keeps cohorts and sums secret, and does not collude.",
+    ("local", "server"): "No assumption about others: each client adds its full noise itself and keeps to the cap.",
+    ("local", "clients"): "All other contributors of a round add their noise honestly; the observer is one "
+    "client, knows its own noise, and colludes neither with the server nor with another client.",
+    ("local", "public"): "All other contributors of a round add their noise honestly; the observer sees only sums "
+    "and the model, and colludes neither with the server nor with a client.",
+}
+
+
+@dataclass(frozen=True)
+class EpsilonReport:
+    """The cost of one composition under one adjacency.
+
+    `epsilon_pld` is the reported number (exact where nothing is sub-sampled). `epsilon_rdp` is a looser bound,
+    None where none is known. `mu` is exact Gaussian DP, None under sub-sampling. `epsilon_clt_approx`
+    is NOT a guarantee: the central limit's approximation, given for comparison with the literature.
+    """
+
+    epsilon_pld: float
+    epsilon_rdp: float | None
+    mu: float | None
+    epsilon_clt_approx: float | None
+
+
+@dataclass(frozen=True)
+class ObserverGuarantee:
+    """What one observer learns at most, under the plan's adjacency; `by_relation` has both."""
+
+    observer: str
+    delta: float
+    relation: Relation
+    epsilon_pld: float
+    epsilon_rdp: float | None
+    mu: float | None
+    epsilon_clt_approx: float | None
+    by_relation: Mapping[Relation, EpsilonReport]
+    events: tuple[Event, ...]
+    assumption: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; an infinite epsilon is the string "inf", which JSON numbers cannot say."""
+        data = {k: v for k, v in asdict(self).items() if k != "events"}
+        data["by_relation"] = {relation: _json_floats(asdict(r)) for relation, r in self.by_relation.items()}
+        return _json_floats(data)
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Public facts of a run, all checked. Make one with `make_plan`; `from_dict` reads one back.
+
+    `noise_multiplier` is noise std / clip, of the sum (central) or of each client's code (local).
+    `noise` = "replay" marks a run whose noise can be computed again: for tests, without any guarantee.
+    `non_private` names the stages that are released without noise, of "stage1" and "round".
+    `decodes_each`: the rounds' codes pass a non-linear map one by one before they are summed. Such a sum is
+    no function of the sum of the codes, so under local trust clients do not hide behind each other's noise.
+    """
+
+    trust: Trust
+    population: int
+    sampling_rate: float
+    rounds: int
+    stage1_rate: float
+    noise_multiplier: float
+    stage1_noise_multiplier: float
+    delta: float
+    relation: Relation
+    participation_cap: int
+    target_epsilon: float | None
+    noise: Noise = "secure"
+    non_private: tuple[Stage, ...] = ()
+    decodes_each: bool = False
+
+    def __post_init__(self) -> None:
+        _check_facts(self)
+        for stage, used in (("round", True), ("stage1", self.stage1_rate > 0)):
+            sigma = self.noise_multiplier if stage == "round" else self.stage1_noise_multiplier
+            if (used and (sigma == 0) != (stage in self.non_private)) or not 0 <= sigma < math.inf:
+                _refuse(
+                    f"The noise multiplier of {stage} is {sigma}",
+                    "it must be positive and finite",
+                    f"name '{stage}' in non_private for a run without noise and without a guarantee there",
+                )
+        if self.trust == "local":
+            self.sampler(bytes(32))  # checks that each block's rates fit into one
+
+    # The schedule and its sampler
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """0 for stage 1 where there is one, then 1..rounds."""
+        return tuple(range(0 if self.stage1_rate > 0 else 1, self.rounds + 1))
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Local trust: runs of slots, in each of which a client takes part at most once."""
+        return split_blocks(self.slots, self.participation_cap)
+
+    @property
+    def expected_cohort(self) -> float:
+        """q * N, the fixed denominator of every round's mean. Never the realised size."""
+        return self.sampling_rate * self.population
+
+    @property
+    def stage1_cohort(self) -> float:
+        """The fixed denominator of stage 1; 0 without one."""
+        return self.stage1_rate * self.population
+
+    def denominator(self, slot: int) -> float:
+        """What the released sum of `slot` is divided by: fixed before the run, never the realised size."""
+        return self.rate(slot) * self.population
+
+    def rate(self, slot: int) -> float:
+        """The chance of each client to take part in `slot`."""
+        return self.stage1_rate if slot == 0 else self.sampling_rate
+
+    def sampler(self, key: bytes) -> Sampler:
+        """The sampler whose law the events state. `key`: 32 bytes, secret under central trust."""
+        rates = {slot: self.rate(slot) for slot in self.slots}
+        if self.trust == "local":
+            return CappedSampler(key, self.population, rates, self.blocks)
+        return PoissonSampler(key, self.population, rates, fresh_attempts=self.noise == "secure")
+
+    # Events and what they cost
+
+    def stage(self, slot: int) -> Stage:
+        return "stage1" if slot == 0 else "round"
+
+    def event(self, slot: int) -> Event:
+        """What one release of `slot` is charged as (local: for each client of its cohort)."""
+        if slot not in self.slots:
+            raise PrivacyError(f"Slot {slot} is not in the plan, which has slots {self.slots[0]} to {self.rounds}.")
+        if self.stage(slot) in self.non_private:
+            return NonPrivateEvent()
+        sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
+        return GaussianEvent(sigma) if self.trust == "local" else PoissonGaussianEvent(self.rate(slot), sigma)
+
+    def round_event(self) -> Event:
+        return self.event(1)
+
+    def stage1_event(self) -> Event | None:
+        return self.event(0) if self.stage1_rate > 0 else None
+
+    def cohort_bound(self, slot: int) -> int:
+        """How many contributors `slot` has at least, save with chance 1e-6; never below 1."""
+        from scipy.stats import binom
+
+        return max(1, int(binom.ppf(_COHORT_RISK, self.population, self.rate(slot))))
+
+    def composition(self, observer: str, charged: Mapping[int, tuple[int, int]]) -> tuple[Event, ...] | None:
+        """The worst client's events in the view of `observer`; None where there is no guarantee.
+
+        `charged` maps a slot to (number of charges, number of contributors known at least).
+
+        Central: every charge composes. Local: a client takes part once in a block at most, so each block
+        costs its dearest slot. The server sees a client's release with noise sigma; the public sees it
+        inside a sum of m independent noises, sigma * sqrt(m); a fellow contributor can take its own noise
+        off, sigma * sqrt(m - 1). Nothing is claimed for not knowing the cohort.
+        """
+        if self.trust == "central":
+            if observer == "server":
+                return None
+            return merge(self.event(slot) for slot, (count, _) in charged.items() for _ in range(count))
+        events = []
+        for block in self.blocks:
+            seen = [self._seen(s, observer, charged[s][1]) for s in block if charged.get(s, (0, 0))[0]]
+            if seen:
+                events.append(min(seen, key=lambda e: 0.0 if isinstance(e, NonPrivateEvent) else e.noise_multiplier))
+        return merge(events)
+
+    def _seen(self, slot: int, observer: str, contributors: int) -> Event:
+        event = self.event(slot)
+        if isinstance(event, NonPrivateEvent) or observer == "server" or (self.decodes_each and slot > 0):
+            return event
+        others = contributors - 1 if observer == "clients" else contributors
+        return GaussianEvent(event.noise_multiplier * math.sqrt(max(1, others)))
+
+    def guarantee(
+        self, observer: str, events: tuple[Event, ...] | None, interval: float | None = None
+    ) -> ObserverGuarantee:
+        """All epsilons of a composition for one observer; `events` None means no guarantee."""
+        events = (NonPrivateEvent(),) if events is None else events
+        reports = {relation: _report(events, self.delta, relation, interval) for relation in RELATIONS}
+        assumption = _ASSUMPTIONS[self.trust, observer]
+        if self.noise == "replay":
+            assumption = "NOT PRIVATE, replayable noise: these numbers hold for secure noise only. " + assumption
+        if self.non_private:
+            assumption = f"NON-PRIVATE, no noise in {' and '.join(self.non_private)}. " + assumption
+        return ObserverGuarantee(
+            observer=observer, delta=self.delta, relation=self.relation, by_relation=reports, events=events,
+            assumption=assumption, **asdict(reports[self.relation]),
+        )  # fmt: skip
+
+    def schedule(self) -> dict[int, tuple[int, int]]:
+        """Every slot once, with the cohort's lower bound: what `composition` takes for the whole plan."""
+        bounds = {stage: self.cohort_bound(slot) for stage, slot in {self.stage(s): s for s in self.slots}.items()}
+        return {slot: (1, bounds[self.stage(slot)]) for slot in self.slots}
+
+    def epsilons(self, interval: float | None = None) -> dict[str, ObserverGuarantee]:
+        """The whole plan's guarantee for "server", "clients" and "public".
+
+        Under local trust the last two rest on each cohort being no smaller than `cohort_bound`;
+        the certificate counts the realised contributors instead.
+        """
+        schedule = self.schedule()
+        observers = ("server", "clients", "public")
+        return {name: self.guarantee(name, self.composition(name, schedule), interval) for name in observers}
+
+    @property
+    def budget_observer(self) -> str:
+        """Whose epsilon the target bounds: the server's under local trust, the public's under central."""
+        return "server" if self.trust == "local" else "public"
+
+    def budget_events(self, charges: Mapping[int, int]) -> tuple[Event, ...]:
+        """The charges (slot -> count) that count against the budget: all but the ones named non-private."""
+        events = self.composition(self.budget_observer, {slot: (count, 1) for slot, count in charges.items()})
+        return tuple(event for event in events or () if not isinstance(event, NonPrivateEvent))
+
+    @cached_property
+    def budget(self) -> float:
+        """The epsilon no charge may pass: the target, or without one what the schedule costs."""
+        if self.target_epsilon is not None:
+            return self.target_epsilon
+        return epsilon_pld(self.budget_events(dict.fromkeys(self.slots, 1)), self.delta, self.relation)
+
+    def k_star(self, alignment: float = 0.5) -> float:
+        """Coordinates that one round can learn, n^2 |g|^2 / (noise variance of the sum) (METHOD 2.5).
+
+        `alignment` is the assumed |mean clipped update|^2 / C^2. The variance is sigma^2 C^2 under central
+        trust, n sigma^2 C^2 under local trust.
+        """
+        if self.noise_multiplier == 0:
+            return math.inf
+        n = self.expected_cohort
+        return alignment * (n * n if self.trust == "central" else n) / self.noise_multiplier**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` gives an equal plan back."""
+        return {**asdict(self), "non_private": list(self.non_private)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "PrivacyPlan":
+        """Inverse of `to_dict`. Raises PrivacyError on missing or unknown fields and on impossible values."""
+        names = {field.name for field in fields(cls)}
+        if set(data) != names:
+            raise PrivacyError(f"A privacy plan's fields do not match: {sorted(names ^ set(data))}.")
+        return cls(**{**data, "non_private": tuple(data["non_private"])})
+
+
+def make_plan(
+    *,
+    trust: Trust,
+    population: int,
+    sampling_rate: float,
+    rounds: int,
+    delta: float,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    stage1_rate: float = 0.0,
+    stage1_noise_ratio: float = 1.0,
+    participation_cap: int = 1,
+    relation: Relation = "add_remove",
+    noise: Noise = "secure",
+    non_private: Iterable[Stage] = (),
+    decodes_each: bool = False,
+) -> PrivacyPlan:
+    """The one place where sampler, noise and events of a run are decided.
+
+    Give `epsilon` (then the smallest sigma with PLD epsilon <= `epsilon` is found, over stage 1 and all
+    rounds; local trust: against the server, over the `participation_cap` releases of one client), or
+    `noise_multiplier`, or both (then it is checked), or neither if every stage is in `non_private`.
+    Stage 1 has `stage1_noise_ratio` times the noise multiplier of the rounds. `decodes_each` must be set when the
+    encoder's decoder is not linear (see `PrivacyPlan`).
+    Raises PrivacyError with the value, the bound and the cure.
+    """
+    silent = tuple(stage for stage in get_args(Stage) if stage in set(non_private))
+    if unknown := sorted(set(non_private) - set(silent)):
+        _refuse(f"non_private names {unknown}", "stages are stage1 and round", "name one of these")
+    if not 0 < stage1_noise_ratio < math.inf:
+        _refuse(f"stage1_noise_ratio is {stage1_noise_ratio}", "it must be positive and finite", "1 is usual")
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        _refuse(f"epsilon is {epsilon}", "it must be positive and finite", "1 to 8 is usual")
+    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
+        _refuse(
+            f"noise_multiplier is {noise_multiplier}",
+            "it must be positive and finite",
+            "leave it out to have it found from epsilon, or name the stage in non_private",
+        )
+
+    def plan(sigma: float) -> PrivacyPlan:
+        return PrivacyPlan(
+            trust=trust, population=population, sampling_rate=sampling_rate, rounds=rounds,
+            stage1_rate=stage1_rate, delta=delta, relation=relation, participation_cap=participation_cap,
+            noise_multiplier=0.0 if "round" in silent else sigma,
+            stage1_noise_multiplier=0.0 if "stage1" in silent or stage1_rate == 0 else sigma * stage1_noise_ratio,
+            target_epsilon=epsilon, noise=noise, non_private=silent, decodes_each=decodes_each,
+        )  # fmt: skip
+
+    draft = plan(1.0)  # checks everything else before any search
+    everything = dict.fromkeys(draft.slots, 1)
+    if not draft.budget_events(everything):  # nothing private is left to calibrate
+        if epsilon is not None or noise_multiplier is not None:
+            _refuse("A noise level is given though no stage has noise", "a run without noise has none", "drop it")
+        return draft
+    if noise_multiplier is not None:
+        made = plan(noise_multiplier)
+        cost = epsilon_pld(made.budget_events(everything), delta, relation)
+        if epsilon is not None and cost > epsilon:
+            _refuse(
+                f"noise_multiplier {noise_multiplier} costs epsilon {cost:.4f}",
+                f"the budget is {epsilon}",
+                "leave noise_multiplier out to have it found",
+            )
+        return made
+    if epsilon is None:
+        _refuse("Neither epsilon nor noise_multiplier is given", "one of them is needed", "set epsilon, e.g. 8")
+    mu = gdp_mu(draft.budget_events(everything), relation)
+    if mu is not None:  # mu scales with 1/sigma: no search
+        return plan(mu * sigma_gaussian(epsilon, delta))
+    return plan(sigma_for(lambda sigma: plan(sigma).budget_events(everything), epsilon, delta, relation))
+
+
+def _report(events: tuple[Event, ...], delta: float, relation: Relation, interval: float | None) -> EpsilonReport:
+    mu = gdp_mu(events, relation)
+    limit = clt_mu(events) if mu is None and relation == "add_remove" else None
+    return EpsilonReport(
+        epsilon_pld=epsilon_pld(events, delta, relation, interval),
+        epsilon_rdp=epsilon_rdp(events, delta, relation),
+        mu=mu,
+        epsilon_clt_approx=None if limit is None else epsilon_gaussian(limit, delta),
+    )
+
+
+def _json_floats(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: "inf" if isinstance(v, float) and math.isinf(v) else v for k, v in data.items()}
+
+
+def _refuse(value: str, bound: str, cure: str) -> NoReturn:
+    raise PrivacyError(f"{value}; {bound}: {cure}.")
+
+
+def _check_facts(plan: PrivacyPlan) -> None:
+    """Bounds of the single fields; each refusal says the value, the bound and the cure."""
+    for name, value, allowed in (
+        ("trust", plan.trust, get_args(Trust)),
+        ("relation", plan.relation, RELATIONS),
+        ("noise", plan.noise, get_args(Noise)),
+    ):
+        if value not in allowed:
+            _refuse(f"{name} is {value!r}", f"it is one of {', '.join(allowed)}", "choose one of these")
+    for name, number in (
+        ("population", plan.population),
+        ("rounds", plan.rounds),
+        ("participation_cap", plan.participation_cap),
+    ):
+        if not isinstance(number, int) or number < 1:
+            _refuse(f"{name} is {number}", "it must be a whole number of at least 1", "raise it")
+    if not 0 < plan.sampling_rate <= 1:
+        _refuse(f"sampling_rate is {plan.sampling_rate}", "it must lie in (0, 1]", "use cohort / population")
+    if not 0 <= plan.stage1_rate <= 1:
+        _refuse(f"stage1_rate is {plan.stage1_rate}", "it must lie in [0, 1]", "0 means no stage 1")
+    if not 0 < plan.delta < 1:
+        _refuse(f"delta is {plan.delta}", "it must lie strictly between 0 and 1", "use 1e-5 or less")
+    if plan.delta * plan.population >= 1:
+        _refuse(
+            f"delta is {plan.delta} with {plan.population} clients",
+            "delta must be below 1 / population, else publishing one client's data whole would pass",
+            f"use {0.1 / plan.population:.0e} or less",
+        )

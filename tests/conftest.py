@@ -1,0 +1,102 @@
+"""Small real models and data for all tests: random weights, made here, no downloads."""
+
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drencoder.examples import Example
+from drencoder.model import BaseModel
+
+torch.set_num_threads(1)
+pytest.register_assert_rewrite("encoder_contract")
+
+
+def tiny_base(seed: int = 0, vocab: int = 97, layers: int = 2) -> BaseModel:
+    """A random Llama of a few thousand parameters; its tokenizer maps a text to its code points."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab,
+                hidden_size=24,
+                intermediate_size=48,
+                num_hidden_layers=layers,
+                num_attention_heads=3,
+                num_key_value_heads=3,
+                max_position_embeddings=128,
+            )
+        )
+    model.requires_grad_(False)
+
+    class LetterTokenizer(SimpleNamespace):
+        eos_token_id = 1
+        pad_token_id = 0
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [2 + ord(letter) % (vocab - 2) for letter in text]}
+
+    return BaseModel(model.eval(), LetterTokenizer(), "tiny")
+
+
+def random_examples(count: int, seed: int, vocab: int = 97, longest: int = 14) -> list[Example]:
+    chance = random.Random(seed)
+    examples = []
+    for _ in range(count):
+        prompt, response = chance.randint(1, longest), chance.randint(1, 4)
+        tokens = tuple(chance.randrange(2, vocab) for _ in range(prompt + response))
+        examples.append(Example(tokens, prompt))
+    return examples
+
+
+@pytest.fixture
+def base() -> BaseModel:
+    return tiny_base()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a random one-layer Llama and a byte-level tokenizer: loads like any model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = Tokenizer(models.BPE(vocab={}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<pad>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" A B C D Answer:"] * 3, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    wrapped.save_pretrained(folder)
+    tiny_base(vocab=len(wrapped), layers=1).model.save_pretrained(folder)
+    return folder
+
+
+def tiny_overrides(folder: Path) -> list[str]:
+    """Overrides that make the quickstart a matter of seconds."""
+    return [
+        f"model.source={folder}",
+        "adapter.rank=2",
+        "data.examples_per_client=2",
+        "data.max_tokens=24",
+        "federation.population=60",
+        "federation.sampling_rate=0.1",
+        "federation.rounds=4",
+        "encoder.ratio=4",
+        "prior.synthetic=32",
+        "evaluation.examples=8",
+        "evaluation.questions=8",
+        "evaluation.progress_examples=4",
+        "privacy.delta=1e-3",
+        "speed.parallel_clients=4",
+        "speed.threads=1",
+    ]

@@ -1,0 +1,127 @@
+"""The table of DESIGN as a test: a module imports only from lower levels, and each library has one door."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "drencoder"
+
+# Modules of one level are strangers, except that inside a row an entry may import entries left of it.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "rng"),
+    ("config", "artifacts", "layout", "examples", "encoders.sizes"),
+    ("privacy.sampling", "privacy.accounting", "privacy.plan", "privacy.ledger", "privacy.mechanism"),
+    (
+        "overview",
+        "data.template",
+        "data.world_facts",
+        "data.subjects",
+        "data.world",
+        "data.source",
+        "model",
+        "training",
+    ),
+    ("prior", "encoders.contract", "encoders.wire", "encoders.gate", "encoders.identity", "encoders.sketch"),
+    ("encoders.autoencoder", "encoders.registry"),
+    ("steps",),
+    ("engines.local", "evaluation"),
+    ("build", "report", "verify"),
+    ("experiment", "console"),
+    ("cli",),
+)
+ORDERED = {2, 3, 4, 5}  # rows in which "left of it" is allowed
+EVERYWHERE = {"drencoder"}  # only for __version__
+
+DOORS = {
+    "transformers": {"model"},
+    "peft": {"model"},
+    "datasets": {"data.source"},
+    "dp_accounting": {"privacy.accounting"},
+    "matplotlib": {"report"},
+    "typer": {"cli"},
+    "rich": {"cli", "console"},
+    "tomli_w": {"config"},
+}
+TORCH_FREE = {
+    "errors", "rng", "config", "artifacts", "encoders.sizes", "overview", "report", "console", "cli", "verify",
+    "privacy.sampling", "privacy.accounting", "privacy.plan", "privacy.ledger",
+    "data.template", "data.world_facts", "data.subjects", "data.world", "data.source",
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__") and name != "__main__":
+            found[name] = path
+    return found
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path, known: dict[str, Path]) -> set[str]:
+    names = {name.removeprefix("drencoder.") for name in imports(path) if name.startswith("drencoder")}
+    return {name for name in names if name in known}
+
+
+def place(name: str) -> tuple[int, int]:
+    for level, row in enumerate(LEVELS):
+        if name in row:
+            return level, row.index(name)
+    raise AssertionError(f"{name} has no place in the table: add it to LEVELS and to DESIGN's table")
+
+
+def test_every_module_has_a_place_and_every_place_a_module() -> None:
+    known = set(modules())
+    assert known == {name for row in LEVELS for name in row}
+
+
+def test_imports_point_down() -> None:
+    known = modules()
+    for name, path in known.items():
+        level, position = place(name)
+        for other in ours(path, known):
+            other_level, other_position = place(other)
+            allowed = other_level < level or (other_level == level and level in ORDERED and other_position < position)
+            assert allowed, f"{name} imports {other}, which is not below it"
+
+
+def test_each_library_has_one_door() -> None:
+    for name, path in modules().items():
+        for library, doors in DOORS.items():
+            used = any(found == library or found.startswith(f"{library}.") for found in imports(path))
+            assert not used or name in doors, f"{name} imports {library}; its door is {', '.join(sorted(doors))}"
+
+
+def test_no_torch_where_a_plan_must_answer_in_a_second() -> None:
+    known = modules()
+
+    def loads_torch(name: str, seen: set[str]) -> bool:
+        direct = imports(known[name], top_level_only=True)
+        if any(found == "torch" or found.startswith("torch.") for found in direct):
+            return True
+        mine = {found.removeprefix("drencoder.") for found in direct if found.startswith("drencoder")} & set(known)
+        return any(loads_torch(other, seen | {name}) for other in mine - seen)
+
+    for name in TORCH_FREE:
+        assert not loads_torch(name, set()), f"{name} loads torch at import"
+
+
+def test_readme_map_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    listed = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)?)`", readme))
+    missing = {name for name in modules() if name not in listed}
+    assert not missing, f"the README's map of the code lacks {sorted(missing)}"

@@ -1,0 +1,114 @@
+"""The command line as a user meets it: real processes, exit codes, one sentence and no traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_overrides
+
+
+def drencoder(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "drencoder", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
+
+
+def sets(folder: Path, *more: str) -> list[str]:
+    return [f"--set={text}" for text in [*tiny_overrides(folder), *more]]
+
+
+def test_plan_needs_no_torch_and_prints_every_observer() -> None:
+    code = (
+        "import sys; sys.argv = ['drencoder', 'plan']\n"
+        "from drencoder.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("server", "clients", "public", "noise multiplier", "bytes a message"):
+        assert word in done.stdout
+
+
+def test_plan_json_is_the_plan() -> None:
+    done = drencoder("plan", "--json", "--set", "privacy.epsilon=2", "--set", "privacy.trust=central")
+    overview = json.loads(done.stdout)
+    assert overview["privacy"]["target_epsilon"] == 2.0
+    assert 1.99 < overview["observers"]["public"]["epsilon_pld"] <= 2.0
+    assert overview["observers"]["server"]["epsilon_pld"] == "inf"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "nowhere.toml"], "does not exist"),
+        (["plan", "--set", "privacy.epsilo=2"], "did you mean 'epsilon'"),
+        (["plan", "--set", "privacy.epsilon=0"], "must be above 0"),
+        (["plan", "--set", "privacy.delta=0.01"], "below 1 / population"),
+        (["plan", "--set", "federation.rounds=200"], "raise the participation cap"),
+        (["run", "--set", "model.device=cuda"], "sees no GPU"),
+        (["run", "--set", "model.source=./nowhere"], "is not a folder"),
+        (["run", "--set", "data.source=nowhere.jsonl"], "does not exist"),
+        (["run", "--set", "adapter.targets=['nothing']"], "names no matrix"),
+        (["run", "--resume", "nowhere"], "not a run folder"),
+        (["run", "--resume", "x", "--set", "seed=1"], "with its own recipe"),
+        (["verify", "nowhere"], "not a run folder"),
+        (["report", "nowhere"], "not a run folder"),
+    ],
+)
+def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = drencoder(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_run_verify_report(tiny_folder: Path, tmp_path: Path) -> None:
+    done = drencoder("run", *sets(tiny_folder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("Plan of", "stage 1", "gate", "round 4", "base model", "zero update", "this run", "Uploads"):
+        assert words in done.stdout
+    run = tmp_path / "runs" / "quickstart"
+    assert drencoder("verify", str(run)).returncode == 0
+    (run / "report.html").unlink()
+    assert drencoder("report", str(run)).returncode == 0
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    for outside in ("<script", "src=", "url(http", "<link", "@import"):
+        assert outside not in page  # nothing is fetched when the page is opened
+
+    again = drencoder("run", *sets(tiny_folder), cwd=tmp_path)
+    assert again.returncode == 0
+    assert (tmp_path / "runs" / "quickstart-2").is_dir()
+
+    certificate = json.loads((run / "certificate.json").read_text())
+    certificate["observers"]["server"]["by_relation"]["add_remove"]["epsilon_pld"] = 1.0
+    (run / "certificate.json").write_text(json.dumps(certificate))
+    caught = drencoder("verify", str(run))
+    assert caught.returncode == 1
+    assert "Does not hold" in caught.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder, "federation.rounds=9"), "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and (not (run / "ledger.jsonl").exists()):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in out
+    assert "Traceback" not in err
+    done = drencoder("run", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert (run / "certificate.json").exists()

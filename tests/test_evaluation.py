@@ -1,0 +1,94 @@
+"""Scores against a direct computation, and intervals against their definition."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from conftest import random_examples, tiny_base
+from drencoder import config
+from drencoder.data.template import LETTER_CONTINUATIONS
+from drencoder.data.world import World, prompt_of
+from drencoder.errors import DataError
+from drencoder.evaluation import choice_scores, held_out_loss, multiple_choice, question_examples
+from drencoder.examples import Example
+from drencoder.model import LoraModel, load_base
+
+
+def tiny_lora() -> LoraModel:
+    return LoraModel(tiny_base(), config.Adapter(rank=2), seed=0)
+
+
+def test_held_out_loss_is_the_mean_over_response_tokens() -> None:
+    lora, examples = tiny_lora(), random_examples(30, 1)
+    estimate = held_out_loss(lora, lora.initial_D, examples)
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.tokens])
+        with torch.no_grad():
+            logits = lora.base.model(input_ids=ids).logits[0]
+        start = example.prompt_length
+        loss = functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
+        total, count = total + loss.item(), count + example.targets
+    assert estimate.value == pytest.approx(total / count, rel=1e-5)
+    assert estimate.low < estimate.value < estimate.high
+    assert estimate.count == 30
+
+
+def test_one_pass_over_the_prompt_scores_like_four_whole_texts() -> None:
+    lora = tiny_lora()
+    prompts = random_examples(12, 2)
+    single = [
+        [Example((*p.tokens[: p.prompt_length], letter), p.prompt_length) for letter in (5, 6, 7, 8)] for p in prompts
+    ]
+    quick = choice_scores(lora, lora.initial_D, single)
+    for row, options in zip(quick, single, strict=True):
+        for score, option in zip(row, options, strict=True):
+            ids = torch.tensor([option.tokens])
+            with torch.no_grad():
+                log_p = lora.base.model(input_ids=ids).logits[0, -2].log_softmax(-1)
+            assert score.item() == pytest.approx(log_p[option.tokens[-1]].item(), abs=1e-4)
+
+
+def test_options_of_several_tokens_are_scored_as_texts() -> None:
+    lora = tiny_lora()
+    options = [[Example((3, 4, 5, 6 + i, 9), 3) for i in range(4)]]
+    scores = choice_scores(lora, lora.initial_D, options)[0]
+    for score, option in zip(scores, options[0], strict=True):
+        ids = torch.tensor([option.tokens])
+        with torch.no_grad():
+            log_p = lora.base.model(input_ids=ids).logits[0].log_softmax(-1)
+        expected = log_p[2, option.tokens[3]] + log_p[3, option.tokens[4]]
+        assert score.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_accuracy_and_wilson_interval() -> None:
+    lora = tiny_lora()
+    options = [[Example((2 + i, 3, 10 + j), 2) for j in range(4)] for i in range(40)]
+    picks = choice_scores(lora, lora.initial_D, options).argmax(1).tolist()
+    answers = [pick if i < 30 else (pick + 1) % 4 for i, pick in enumerate(picks)]
+    estimate = multiple_choice(lora, lora.initial_D, options, answers)
+    assert estimate.value == 0.75
+    z = 1.959963984540054
+    for bound in (estimate.low, estimate.high):  # Wilson's bounds solve |p_hat - p| = z sqrt(p (1 - p) / n)
+        assert abs(0.75 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 40), rel=1e-6)
+
+
+def test_nothing_to_evaluate_is_one_sentence() -> None:
+    lora = tiny_lora()
+    with pytest.raises(DataError, match="no held-out example"):
+        held_out_loss(lora, lora.initial_D, [])
+    with pytest.raises(DataError, match="no multiple-choice question"):
+        multiple_choice(lora, lora.initial_D, [], [])
+
+
+def test_questions_are_asked_as_clients_records_are(tiny_folder: Path) -> None:
+    base = load_base(config.Model(source=str(tiny_folder)))
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    question = World().benchmark("mmlu", count=1, seed=0)[0]
+    (options,) = question_examples(lora, [question], 512)
+    prompt = prompt_of(question, "plain")
+    for option, letter in zip(options, LETTER_CONTINUATIONS, strict=True):
+        assert base.tokenizer.decode(option.tokens) == prompt + letter
