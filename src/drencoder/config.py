@@ -1,23 +1,23 @@
 """The recipe: every knob of a run as frozen dataclasses, read from TOML, checked at birth.
 
-No torch, no data, no work at import. A knob is declared once, with its bounds and its help; reading,
+No torch, no data, no work at import. A knob is declared once, with its bounds and its help (`knobs`); reading,
 overriding (`--set section.key=value`), checking, documenting and writing back all use that declaration.
 Knobs under `[speed]` change how fast a run is and never what it computes (up to float rounding).
 """
 
 import dataclasses
 import difflib
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import tomli_w
 
 from drencoder.errors import RecipeError
+from drencoder.knobs import Checked, coerce, knob
 
 __all__ = [
     "Adapter",
@@ -38,194 +38,157 @@ __all__ = [
 ]
 
 
-def _knob(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    choices: Sequence[str] = (),
-) -> Any:
-    """Declares a knob: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones."""
-    bounds = {"low": low, "above": above, "high": high, "below": below, "choices": tuple(choices)}
-    return field(default=default, metadata={"help": help, **bounds})
-
-
-class _Checked:
-    """Checks every knob of a section against its declaration when the section is made."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for knob in dataclasses.fields(self):  # type: ignore[arg-type]
-            where = f"{type(self).__name__.lower()}.{knob.name}"
-            value = _coerce(where, getattr(self, knob.name), hints[knob.name])
-            object.__setattr__(self, knob.name, value)
-            _check_bounds(where, value, knob.metadata)
-
-
-def _coerce(where: str, value: Any, kind: Any) -> Any:
-    """Brings a TOML value to the declared type, or says what was expected."""
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind in (bool, str) and isinstance(value, kind):
-        return value
-    if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, list | tuple):
-        item_kind = kind.__args__[0]
-        return tuple(_coerce(f"{where}[{i}]", item, item_kind) for i, item in enumerate(value))
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text in quotes"}
-    expected = names.get(kind, "a list of texts" if kind == tuple[str, ...] else "a list of whole numbers")
-    raise RecipeError(f"{where} = {value!r} is not {expected}: write {expected}.")
-
-
-def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    if bounds["choices"]:
-        for item in value if isinstance(value, tuple) else (value,):
-            if item not in bounds["choices"]:
-                raise RecipeError(f"{where} = {item!r} is not known: choose one of {', '.join(bounds['choices'])}.")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if not math.isfinite(value):
-        raise RecipeError(f"{where} = {value} is not finite: give a finite number.")
-    for name, broken, words in (
-        ("low", lambda bound: value < bound, "at least"),
-        ("above", lambda bound: value <= bound, "above"),
-        ("high", lambda bound: value > bound, "at most"),
-        ("below", lambda bound: value >= bound, "below"),
-    ):
-        if bounds[name] is not None and broken(bounds[name]):
-            raise RecipeError(f"{where} = {value} is out of range: it must be {words} {bounds[name]:g}.")
-
-
 @dataclass(frozen=True)
-class Model(_Checked):
+class Model(Checked):
     """The frozen base model."""
 
-    source: str = _knob("embedded", "`embedded`, a local Hugging Face folder, or a hub id")
-    dtype: str = _knob("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
-    device: str = _knob("auto", "`auto` takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
+    source: str = knob("embedded", "`embedded`, a local Hugging Face folder, or a hub id")
+    dtype: str = knob("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    device: str = knob("auto", "`auto` takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
-class Adapter(_Checked):
+class Adapter(Checked):
     """The LoRA adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
-    rank: int = _knob(8, "rank r of every LoRA pair", low=1)
-    alpha: float = _knob(16.0, "LoRA alpha: the product B A is scaled by alpha / rank", above=0)
-    dropout: float = _knob(0.0, "dropout on the input of A while training", low=0, below=1)
-    targets: tuple[str, ...] = _knob(
+    rank: int = knob(8, "rank r of every LoRA pair", low=1)
+    alpha: float = knob(16.0, "LoRA alpha: the product B A is scaled by alpha / rank", above=0)
+    dropout: float = knob(0.0, "dropout on the input of A while training", low=0, below=1)
+    targets: tuple[str, ...] = knob(
         ("q_proj", "k_proj", "v_proj", "o_proj"), "names of the linear modules that get a LoRA pair"
     )
-    layers: tuple[int, ...] = _knob((), "indices of the layers that get one; empty = all")
+    layers: tuple[int, ...] = knob((), "indices of the layers that get one; empty = all")
 
 
 @dataclass(frozen=True)
-class Data(_Checked):
+class Data(Checked):
     """Where the clients' text comes from, and how it is spread over them."""
 
-    source: str = _knob("embedded", "`embedded`, a .jsonl/.json file in Dolly's schema, or `hub:ORG/NAME`")
-    alpha: float = _knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
-    examples_per_client: int = _knob(8, "records a client holds (embedded) or uses at most", low=1)
-    client_field: str = _knob("", "field that names a record's owner; empty = Dirichlet split")
-    max_tokens: int = _knob(512, "tokens of an example; a longer prompt loses its beginning", low=8)
-    held_out_share: float = _knob(0.05, "share of a file kept by the server for evaluation", above=0, below=1)
+    source: str = knob(
+        "embedded",
+        "`embedded`, a .jsonl/.json file in Dolly's schema, `hub:ORG/NAME`, `mmlu:FOLDER` or `ceval:FOLDER` "
+        "(FOLDER may be hub:ORG/NAME)",
+    )
+    alpha: float = knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
+    examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
+    split: str = knob("train", "which part of a hub data set or of a benchmark the clients own")
+    client_field: str = knob("", "field that names a record's owner; empty = Dirichlet split")
+    max_tokens: int = knob(512, "tokens of an example; a longer prompt loses its beginning", low=8)
+    held_out_share: float = knob(0.05, "share of a file kept by the server for evaluation", above=0, below=1)
 
 
 @dataclass(frozen=True)
-class Federation(_Checked):
+class Federation(Checked):
     """Who takes part, and how often."""
 
-    population: int = _knob(10_000, "registered clients N", low=1)
-    sampling_rate: float = _knob(0.02, "chance q of a client to be in a round", above=0, high=1)
-    rounds: int = _knob(20, "rounds T of stage 2", low=1)
+    population: int = knob(10_000, "registered clients N", low=1)
+    sampling_rate: float = knob(0.02, "chance q of a client to be in a round", above=0, high=1)
+    rounds: int = knob(20, "rounds T of stage 2", low=1)
 
 
 @dataclass(frozen=True)
-class Local(_Checked):
+class Local(Checked):
     """What a client computes."""
 
-    upload: str = _knob(
+    upload: str = knob(
         "gradient",
         "gradient: mean gradient; pseudo-gradient: SGD path / (lr * steps); increment: AdamW increment; "
         "state: the trained adapter itself (as a comparator only: almost all of it is shared start)",
         choices=("gradient", "pseudo-gradient", "increment", "state"),
     )
-    epochs: int = _knob(1, "local epochs (not for `gradient`)", low=1)
-    batch_size: int = _knob(8, "examples of a local step", low=1)
-    learning_rate: float = _knob(0.01, "local learning rate (not for `gradient`)", above=0)
+    epochs: int = knob(1, "local epochs (not for `gradient`)", low=1)
+    batch_size: int = knob(8, "examples of a local step", low=1)
+    learning_rate: float = knob(0.01, "local learning rate (not for `gradient`)", above=0)
 
 
 @dataclass(frozen=True)
-class Server(_Checked):
+class Server(Checked):
     """The server's optimiser (FedOpt, Reddi et al. 2021, https://arxiv.org/abs/2003.00295)."""
 
-    optimizer: str = _knob("fedadam", "the server's step", choices=("fedavg", "fedavgm", "fedadam"))
-    learning_rate: float = _knob(0.02, "server learning rate", above=0)
-    final_share: float = _knob(1.0, "the last round's share of the learning rate; falls linearly to it", low=0, high=1)
-    momentum: float = _knob(0.9, "momentum, or beta1 of fedadam", low=0, below=1)
-    beta2: float = _knob(0.99, "beta2 of fedadam", low=0, below=1)
-    tau: float = _knob(1e-8, "adaptivity floor of fedadam", above=0)
+    optimizer: str = knob("fedadam", "the server's step", choices=("fedavg", "fedavgm", "fedadam"))
+    learning_rate: float = knob(0.02, "server learning rate", above=0)
+    final_share: float = knob(1.0, "the last round's share of the learning rate; falls linearly to it", low=0, high=1)
+    momentum: float = knob(0.9, "momentum, or beta1 of fedadam", low=0, below=1)
+    beta2: float = knob(0.99, "beta2 of fedadam", low=0, below=1)
+    tau: float = knob(1e-8, "adaptivity floor of fedadam", above=0)
 
 
 @dataclass(frozen=True)
-class Encoder(_Checked):
+class Encoder(Checked):
     """How an update becomes a code."""
 
-    name: str = _knob("random", "the encoder", choices=("identity", "random", "autoencoder"))
-    ratio: float = _knob(64.0, "adapter values per code value (not for `identity`)", low=1)
-    floor: float = _knob(0.6, "share of the code spread evenly whatever the prior says", low=0, high=1)
-    wire_dtype: str = _knob(
+    name: str = knob("random", "the encoder", choices=("identity", "random", "autoencoder"))
+    ratio: float = knob(64.0, "adapter values per code value (not for `identity`)", low=1)
+    floor: float = knob(0.6, "share of the code spread evenly whatever the prior says", low=0, high=1)
+    wire_dtype: str = knob(
         "float32",
         "type of a code on the wire; under local trust float16 leaves the public no better epsilon than the server",
         choices=("float16", "float32"),
     )
-    gate: str = _knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))
-    train_steps: int = _knob(400, "training steps of the auto-encoder at most", low=1)
-    normalise: str = _knob("rms", "input scale of the auto-encoder", choices=("none", "rms"))
+    gate: str = knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))
+    train_steps: int = knob(400, "training steps of the auto-encoder at most", low=1)
+    architecture: str = knob(
+        "resnet",
+        "of the auto-encoder: the published ResNet (1/64), a 1-D CNN (1/32) or a U-shaped network (1/64)",
+        choices=("resnet", "cnn1d", "unet"),
+    )
+    normalise: str = knob(
+        "rms",
+        "input scale of the auto-encoder: none (as published), one root mean square, or one per LoRA tensor",
+        choices=("none", "rms", "module"),
+    )
 
 
 @dataclass(frozen=True)
-class Prior(_Checked):
+class Prior(Checked):
     """Stage 1: the random prior that the encoder is made from."""
 
-    source: str = _knob(
-        "moments", "`moments`: a charged, noised query; `none`: no stage 1", choices=("moments", "none")
+    source: str = knob(
+        "moments",
+        "moments: a charged, noised query; gradients: real gradients, un-noised (FedCG, NOT private); none: no stage 1",
+        choices=("moments", "gradients", "none"),
     )
-    sampling_rate: float = _knob(0.0, "chance of a client to be in stage 1; 0 = as in a round", low=0, high=1)
-    noise_ratio: float = _knob(1.0, "stage 1's noise multiplier over a round's", above=0)
-    clip_l2: float = _knob(1.0, "L2 bound of a client's statistics vector", above=0)
-    synthetic: int = _knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
+    epochs: int = knob(1, "local epochs of stage 1; each gives statistics (or gradients) of its own", low=1)
+    collection: str = knob(
+        "local",
+        "source = gradients: clients train by themselves, or in `epochs` federated averaging rounds",
+        choices=("local", "federated"),
+    )
+    d1_share: float = knob(
+        0.3, "source = gradients: share of each client's records that only stage 1 uses (D1)", above=0, below=1
+    )
+    sampling_rate: float = knob(0.0, "chance of a client to be in stage 1; 0 = as in a round", low=0, high=1)
+    noise_ratio: float = knob(1.0, "stage 1's noise multiplier over a round's", above=0)
+    clip_l2: float = knob(1.0, "L2 bound of a client's statistics vector", above=0)
+    synthetic: int = knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
 
 
 @dataclass(frozen=True)
-class Privacy(_Checked):
+class Privacy(Checked):
     """The promise. See docs/guarantee.md."""
 
-    epsilon: float = _knob(8.0, "target epsilon against the strongest untrusted observer", above=0)
-    delta: float = _knob(1e-5, "delta", above=0, below=1)
-    noise_multiplier: float = _knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon", low=0)
-    trust: str = _knob(
+    epsilon: float = knob(8.0, "target epsilon against the strongest untrusted observer", above=0)
+    delta: float = knob(1e-5, "delta", above=0, below=1)
+    noise_multiplier: float = knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon", low=0)
+    trust: str = knob(
         "local",
         "local: the server is not trusted, each client adds full noise; central: the server adds it; "
         "non-private: no noise and no guarantee, for baselines only",
         choices=("local", "central", "non-private"),
     )
-    noise_in: str = _knob(
+    noise_in: str = knob(
         "code",
         "code: encode, clip, noise; update: clip, noise, encode (as published)",
         choices=("code", "update"),
     )
-    relation: str = _knob(
+    relation: str = knob(
         "add_remove",
         "adjacency that epsilon is calibrated for; both are reported",
         choices=("add_remove", "replace_one"),
     )
-    clip_l2: float = _knob(1.0, "L2 bound of a client's contribution, where the noise is added", above=0)
-    participation_cap: int = _knob(1, "releases of one client at most, stage 1 included (local trust)", low=1)
-    noise: str = _knob(
+    clip_l2: float = knob(1.0, "L2 bound of a client's contribution, where the noise is added", above=0)
+    participation_cap: int = knob(1, "releases of one client at most, stage 1 included (local trust)", low=1)
+    noise: str = knob(
         "secure",
         "secure: from the operating system; replay: from the seed, for tests only, NOT private",
         choices=("secure", "replay"),
@@ -233,22 +196,30 @@ class Privacy(_Checked):
 
 
 @dataclass(frozen=True)
-class Evaluation(_Checked):
+class Evaluation(Checked):
     """What is measured, on data that the server holds."""
 
-    every: int = _knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
-    progress_examples: int = _knob(128, "examples and questions of an evaluation between rounds", low=1)
-    examples: int = _knob(1024, "held-out examples of the final table", low=1)
-    questions: int = _knob(1024, "multiple-choice questions of the final table, per benchmark", low=1)
-    benchmarks: tuple[str, ...] = _knob(("mmlu", "ceval"), "multiple-choice benchmarks", choices=("mmlu", "ceval"))
+    every: int = knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
+    progress_examples: int = knob(128, "examples and questions of an evaluation between rounds", low=1)
+    examples: int = knob(1024, "held-out examples of the final table", low=1)
+    questions: int = knob(1024, "multiple-choice questions of the final table, per benchmark", low=1)
+    benchmarks: tuple[str, ...] = knob(("mmlu", "ceval"), "multiple-choice benchmarks", choices=("mmlu", "ceval"))
+    mmlu: str = knob("embedded", "where mmlu comes from: `embedded`, a folder, or `hub:ORG/NAME`")
+    ceval: str = knob("embedded", "where ceval comes from: `embedded`, a folder, or `hub:ORG/NAME`")
+    split: str = knob("", "part of a folder or hub benchmark; empty = mmlu test, ceval val (its test has no answers)")
+    subjects: tuple[str, ...] = knob((), "subjects of a folder or hub benchmark; empty = all")
+    shots: int = knob(0, "worked examples before each question", low=0, high=5)
+    template: str = knob(
+        "plain", "plain: as clients' records are; standard: the benchmark's own prompt", choices=("plain", "standard")
+    )
 
 
 @dataclass(frozen=True)
-class Speed(_Checked):
+class Speed(Checked):
     """How fast, never what."""
 
-    parallel_clients: int = _knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
-    threads: int = _knob(0, "CPU threads of torch; 0 = all cores", low=0)
+    parallel_clients: int = knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
+    threads: int = knob(0, "CPU threads of torch; 0 = all cores", low=0)
 
 
 _SECTIONS: dict[str, type] = {
@@ -285,8 +256,8 @@ class Recipe:
     speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", _coerce("name", self.name, str))
-        object.__setattr__(self, "seed", _coerce("seed", self.seed, int))
+        object.__setattr__(self, "name", coerce("name", self.name, str))
+        object.__setattr__(self, "seed", coerce("seed", self.seed, int))
         if not self.name or any(letter in self.name for letter in '/\\:*?"<>|\0') or self.name in (".", ".."):
             raise RecipeError(f"name = {self.name!r} cannot name a folder: use letters, digits, - and _.")
         _check_together(self)
@@ -323,7 +294,7 @@ class Recipe:
             if not isinstance(value, Mapping):
                 raise RecipeError(f"{origin}: {key} = {value!r} is not a section: write [{key}] and keys below.")
             section = _SECTIONS[key]
-            keys = {knob.name for knob in dataclasses.fields(section)}
+            keys = {declared.name for declared in dataclasses.fields(section)}
             for inner in value:
                 if inner not in keys:
                     raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, keys))
@@ -426,8 +397,8 @@ def describe_knobs() -> list[tuple[str, str, str]]:
     """(section.key, default, help with bounds) of every knob, in order."""
     rows = [("name", "'run'", "names the run folder"), ("seed", "0", "of everything that may be replayed")]
     for name, section in _SECTIONS.items():
-        for knob in dataclasses.fields(section):
-            choices = knob.metadata["choices"]
+        for declared in dataclasses.fields(section):
+            choices = declared.metadata["choices"]
             words = f" ({', '.join(choices)})" if choices else ""
-            rows.append((f"{name}.{knob.name}", repr(knob.default), knob.metadata["help"] + words))
+            rows.append((f"{name}.{declared.name}", repr(declared.default), declared.metadata["help"] + words))
     return rows
