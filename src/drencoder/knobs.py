@@ -1,0 +1,77 @@
+"""How a knob of a recipe is declared, and how its value is checked. No torch, no TOML.
+
+A section of a recipe is a frozen dataclass that derives from `Checked`; each of its fields is a `knob` with a default, a
+help text and bounds, declared once and used for reading, checking and documenting alike.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any, get_type_hints
+
+from drencoder.errors import RecipeError
+
+__all__ = ["Checked", "coerce", "knob"]
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """Declares a knob: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones."""
+    bounds = {"low": low, "above": above, "high": high, "below": below, "choices": tuple(choices)}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+class Checked:
+    """Checks every knob of a section against its declaration when the section is made."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for declared in dataclasses.fields(self):  # type: ignore[arg-type]
+            where = f"{type(self).__name__.lower()}.{declared.name}"
+            value = coerce(where, getattr(self, declared.name), hints[declared.name])
+            object.__setattr__(self, declared.name, value)
+            _check_bounds(where, value, declared.metadata)
+
+
+def coerce(where: str, value: Any, kind: Any) -> Any:
+    """Brings a TOML value to the declared type, or says what was expected."""
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, list | tuple):
+        item_kind = kind.__args__[0]
+        return tuple(coerce(f"{where}[{i}]", item, item_kind) for i, item in enumerate(value))
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text in quotes"}
+    expected = names.get(kind, "a list of texts" if kind == tuple[str, ...] else "a list of whole numbers")
+    raise RecipeError(f"{where} = {value!r} is not {expected}: write {expected}.")
+
+
+def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if bounds["choices"]:
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in bounds["choices"]:
+                raise RecipeError(f"{where} = {item!r} is not known: choose one of {', '.join(bounds['choices'])}.")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if not math.isfinite(value):
+        raise RecipeError(f"{where} = {value} is not finite: give a finite number.")
+    for name, broken, words in (
+        ("low", lambda bound: value < bound, "at least"),
+        ("above", lambda bound: value <= bound, "above"),
+        ("high", lambda bound: value > bound, "at most"),
+        ("below", lambda bound: value >= bound, "below"),
+    ):
+        if bounds[name] is not None and broken(bounds[name]):
+            raise RecipeError(f"{where} = {value} is out of range: it must be {words} {bounds[name]:g}.")
