@@ -90,8 +90,9 @@ def check_rows_do_not_mix(encoder: Encoder) -> None:
     code_NK[1] *= 100.0
     for row in range(5):
         alone = slice(row, row + 1)
-        assert close(encoder.encode(update_ND[alone], 5), encoder.encode(update_ND, 5)[alone])
-        assert close(encoder.decode(code_NK[alone], 5), encoder.decode(code_NK, 5)[alone])
+        # Other batch sizes sum in another order: 2e-5 through the 30 convolutions of a U-shaped network.
+        assert close(encoder.encode(update_ND[alone], 5), encoder.encode(update_ND, 5)[alone], 1e-4)
+        assert close(encoder.decode(code_NK[alone], 5), encoder.decode(code_NK, 5)[alone], 1e-4)
 
 
 def check_non_finite_row_stays_alone(encoder: Encoder) -> None:
@@ -100,7 +101,7 @@ def check_non_finite_row_stays_alone(encoder: Encoder) -> None:
     for bad in (torch.nan, torch.inf):
         update_ND[1, encoder.update_size // 2] = bad
         code_NK = encoder.encode(update_ND, 5)
-        assert close(code_NK[[0, 2]], clean_NK[[0, 2]])
+        assert close(code_NK[[0, 2]], clean_NK[[0, 2]], 1e-4)
         assert not code_NK[1].isfinite().all(), "a broken client must be noticed"
 
 
@@ -128,7 +129,8 @@ def check_describe(encoder: Encoder) -> None:
     assert facts["linear"] == encoder.linear
     assert facts["code_size"] == encoder.code_size
     assert facts["ratio"] == encoder.code_size / encoder.update_size
-    assert facts["public"] is True
+    # Only training on clients' own gradients makes an encoder anything but public.
+    assert facts["public"] is (facts.get("trained_on") != "real")
     assert isinstance(facts["memory_bytes"], int)
     assert facts["memory_bytes"] >= 4 * encoder.code_size
     assert all(isinstance(fact, str | int | float | bool) for fact in facts.values())

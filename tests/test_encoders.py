@@ -4,7 +4,9 @@ Legend: N clients, D adapter values, K code values, S segments.
 """
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,38 +14,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drencoder import prior as prior_module
+from drencoder.encoders.architectures import ARCHITECTURES
 from drencoder.encoders.autoencoder import Autoencoder, AutoencoderOptions
 from drencoder.encoders.contract import Encoder
+from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.gate import GateResult, measure_viability, require_viable
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.registry import ENCODERS, EncoderRequest, build_encoder
-from drencoder.encoders.sizes import image_shape
 from drencoder.encoders.sketch import RandomSketch, allocate_code
 from drencoder.errors import EncoderError, ViabilityError
 from drencoder.layout import Segment
-from drencoder.prior import GaussianPrior, SyntheticGradients
+from drencoder.prior import GaussianPrior
 from encoder_contract import CONTRACT, Check, check_orthogonal_projection, some_updates
-
-
-def tile(*shapes: tuple[int, ...]) -> tuple[Segment, ...]:
-    segments: list[Segment] = []
-    for number, shape in enumerate(shapes):
-        segments.append(Segment(f"tensor{number}", segments[-1].stop if segments else 0, shape))
-    return tuple(segments)
-
-
-# 12 x 100 and 37 x 3 are no powers of two; 1 x 1 cannot be mixed at all.
-SEGMENTS = tile((8, 640), (12, 100), (37, 3), (1, 1), (64, 8))
-SIZE = SEGMENTS[-1].stop
-FLAT = tile((64, 64))
+from encoder_toys import FLAT, SEGMENTS, SIZE, levels, permit_of, tile
 
 
 @cache
-def trained(segments: tuple[Segment, ...] = SEGMENTS) -> Autoencoder:
-    drawn = GaussianPrior.isotropic(segments)
-    options = AutoencoderOptions(steps=12, batch=4, check_every=4)
-    return Autoencoder.fit(segments, drawn.sample(8, 1), drawn.sample(4, 2), seed=0, options=options)
+def trained(architecture: str = "resnet", normalise: str = "rms") -> Autoencoder:
+    drawn = GaussianPrior.isotropic(SEGMENTS)
+    options = AutoencoderOptions(steps=4, batch=4, check_every=2, architecture=architecture, normalise=normalise)  # type: ignore[arg-type]
+    return Autoencoder.fit(SEGMENTS, drawn.sample(8, 1), drawn.sample(4, 2), seed=0, options=options)
+
+
+@cache
+def trained_on_real() -> Autoencoder:
+    blank = trained("cnn1d")
+    return Autoencoder(SEGMENTS, blank.network, blank.scale_S, "cnn1d", "real")
 
 
 ALL: dict[str, Encoder] = {
@@ -55,14 +51,21 @@ ALL: dict[str, Encoder] = {
 }
 
 
+TRAINED: dict[str, Callable[[], Autoencoder]] = {
+    f"autoencoder {architecture} {normalise}": partial(trained, architecture, normalise)
+    for architecture in ARCHITECTURES
+    for normalise in ("none", "rms", "module")
+} | {"autoencoder of FedCG": trained_on_real}
+
+
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", [*ALL, "autoencoder"])
+@pytest.mark.parametrize("name", [*ALL, *TRAINED])
 def test_contract(name: str, check: Check) -> None:
-    check(trained() if name == "autoencoder" else ALL[name])
+    check(ALL[name] if name in ALL else TRAINED[name]())
 
 
 def test_every_registered_encoder_is_in_the_contract_test() -> None:
-    assert {encoder.name for encoder in ALL.values()} | {"autoencoder"} == set(ENCODERS)
+    assert {encoder.name for encoder in ALL.values()} | {trained().name} == set(ENCODERS)
 
 
 # --- random -----------------------------------------------------------------------------------------------
@@ -241,96 +244,6 @@ def test_sketch_scales_to_a_large_adapter_without_a_basis() -> None:
     check_orthogonal_projection(sketch, 8.0)
 
 
-# --- autoencoder ------------------------------------------------------------------------------------------
-
-
-def test_published_geometry_and_size() -> None:
-    assert image_shape(8_388_608) == (4096, 2048)
-    assert image_shape(32_768) == (256, 128)
-    assert image_shape(1) == (64, 64)
-    network = trained().network
-    # CG-FedLLM, Table 3: 0.94 MB for each half.
-    for half in (network.encoder, network.decoder):
-        assert sum(p.numel() for p in half.parameters()) * 4 / 2**20 == pytest.approx(0.94, abs=0.005)
-    assert trained().grid == (64, 2, 1)
-
-
-@given(size=st.integers(1, 10**8))
-def test_image_holds_the_update_with_little_padding(size: int) -> None:
-    height, width = image_shape(size)
-    assert height % 64 == width % 64 == 0
-    assert size <= height * width < size + 4096 + 64 * max(height, width)
-    assert width <= height <= 4 * width + 64
-
-
-def test_training_is_deterministic_and_leaves_the_global_generator_alone() -> None:
-    before = torch.random.get_rng_state()
-    trained.cache_clear()
-    first = trained(FLAT).state()
-    trained.cache_clear()
-    second = trained(FLAT).state()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_state_round_trip() -> None:
-    encoder = trained()
-    again = Autoencoder.from_state(SEGMENTS, encoder.state())
-    update_ND = some_updates(encoder, 3)
-    assert torch.equal(encoder.encode(update_ND, 0), again.encode(update_ND, 0))
-    assert again.scale == encoder.scale
-    broken = {key: value for key, value in encoder.state().items() if "0.weight" not in key}
-    with pytest.raises(EncoderError, match="train it again"):
-        Autoencoder.from_state(SEGMENTS, broken)
-
-
-def test_fit_takes_synthetic_gradients_only() -> None:
-    drawn = GaussianPrior.isotropic(FLAT).sample(4, 0)
-    for arguments in ((drawn.values_ND, drawn), (drawn, drawn.values_ND)):
-        with pytest.raises(TypeError, match="SyntheticGradients only"):
-            Autoencoder.fit(FLAT, *arguments, seed=0)  # type: ignore[arg-type]
-    with pytest.raises(EncoderError, match="do not fit"):
-        Autoencoder.fit(SEGMENTS, drawn, drawn, seed=0)
-
-
-def test_early_stopping_keeps_the_best_weights() -> None:
-    drawn = GaussianPrior.isotropic(FLAT)
-    looks: list[float] = []
-    options = AutoencoderOptions(steps=60, batch=4, check_every=2, patience=2, learning_rate=0.05)
-    encoder = Autoencoder.fit(
-        FLAT,
-        drawn.sample(8, 1),
-        drawn.sample(4, 2),
-        seed=0,
-        options=options,
-        on_step=lambda step, loss, checked: looks.append(checked) if checked is not None else None,
-    )
-    assert len(looks) < 30, "the learning rate is absurd; it should have stopped early"
-    validation_ND = drawn.sample(4, 2).values_ND
-    error_ND = encoder.decode(encoder.encode(validation_ND, 0), 0) - validation_ND
-    assert float(error_ND.square().mean()) / encoder.scale**2 == pytest.approx(min(looks), rel=1e-3)
-
-
-def levels(count: int, seed: int) -> Tensor:
-    """One random level per update: the easiest correlated distribution there is."""
-    generator = torch.Generator().manual_seed(seed)
-    level_N1 = 2.0 * torch.rand(count, 1, generator=generator) - 1.0
-    return level_N1.expand(count, FLAT[-1].stop).contiguous()
-
-
-def test_autoencoder_learns_levels_and_nothing_about_noise() -> None:
-    token = prior_module._ONLY_PRIORS
-    training = SyntheticGradients(levels(128, 1), token=token), SyntheticGradients(levels(32, 2), token=token)
-    options = AutoencoderOptions(steps=150, learning_rate=2e-3, patience=100)
-    # The published network squeezes everything through one ReLU channel; about half the seeds never get going.
-    fits = (Autoencoder.fit(FLAT, *training, seed=seed, options=options) for seed in range(4))
-    assert any(measure_viability(learned, levels(32, 3), 0).viable for learned in fits)
-
-    result = measure_viability(trained(FLAT), GaussianPrior.isotropic(FLAT).sample(32, 4).values_ND, 0)
-    assert not result.viable
-    assert result.captured_energy < 1 / 64  # METHOD 2.1: never beyond K / D
-
-
 # --- gate -------------------------------------------------------------------------------------------------
 
 
@@ -411,7 +324,7 @@ def test_gate_needs_updates_that_say_something() -> None:
 
 def test_registry_builds_and_restores() -> None:
     prior = GaussianPrior.isotropic(FLAT)
-    options = AutoencoderOptions(steps=4, samples=8, validation=4)
+    options = AutoencoderOptions(steps=1, samples=8, validation=4)
     request = EncoderRequest(FLAT, 64, prior, seed=1, autoencoder=options)
     update_ND = some_updates(IdentityEncoder(FLAT), 2)
     for name in ("random", "autoencoder"):
@@ -437,3 +350,39 @@ def test_registry_refuses(name: str, code_size: int | None, message: str) -> Non
         build_encoder(name, EncoderRequest(FLAT, code_size))
     with pytest.raises(EncoderError, match="keeps no tensors"):
         build_encoder("identity", EncoderRequest(FLAT), {"weight": torch.zeros(1)})
+
+
+def test_registry_builds_every_architecture_and_restores_no_other() -> None:
+    prior = GaussianPrior.isotropic(FLAT)
+    requests = {
+        name: EncoderRequest(
+            FLAT,
+            prior=prior,
+            autoencoder=AutoencoderOptions(steps=1, batch=2, samples=2, validation=1, architecture=name),  # type: ignore[arg-type]
+        )
+        for name in ARCHITECTURES
+    }
+    built = {name: build_encoder("autoencoder", request) for name, request in requests.items()}
+    assert {name: encoder.code_size for name, encoder in built.items()} == {"resnet": 64, "cnn1d": 128, "unet": 64}
+    assert all(encoder.describe()["architecture"] == name for name, encoder in built.items())
+    with pytest.raises(EncoderError, match="saved autoencoder is a unet, the recipe wants a resnet"):
+        build_encoder("autoencoder", requests["resnet"], built["unet"].state())
+    with pytest.raises(EncoderError, match="no auto-encoder architecture 'os'; choose one of resnet, cnn1d, unet"):
+        AutoencoderOptions(architecture="os")  # type: ignore[arg-type]
+
+
+def test_registry_trains_fedcgs_encoder_on_real_gradients_only_if_it_can_be_trained(tmp_path: Path) -> None:
+    real = RealGradients.collected(levels(20, 1), permit_of(tmp_path))
+    options = AutoencoderOptions(steps=2, batch=4, architecture="cnn1d")
+    # A prior that is there as well is not used.
+    request = EncoderRequest(FLAT, prior=GaussianPrior.isotropic(FLAT), autoencoder=options, real=real)
+    encoder = build_encoder("autoencoder", request)
+    assert encoder.describe()["trained_on"] == "real"
+    assert encoder.describe()["public"] is False
+    scale = 4.0 * float(real.split(0.2, 0)[0].values_ND.square().mean().sqrt())
+    assert encoder.describe()["scale_max"] == pytest.approx(scale, rel=1e-6)
+    again = build_encoder("autoencoder", EncoderRequest(FLAT, autoencoder=options), encoder.state())
+    assert again.describe() == encoder.describe()
+    for name in ("identity", "random"):
+        with pytest.raises(EncoderError, match=f"autoencoder only, not '{name}'"):
+            build_encoder(name, EncoderRequest(FLAT, 64, real=real))

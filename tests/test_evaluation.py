@@ -1,5 +1,6 @@
 """Scores against a direct computation, and intervals against their definition."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,11 +10,19 @@ from torch.nn import functional
 
 from conftest import random_examples, tiny_base
 from drencoder import config
-from drencoder.data.template import LETTER_CONTINUATIONS
-from drencoder.data.world import World, prompt_of
+from drencoder.data.prompts import prompt_with_examples
+from drencoder.data.template import LETTER_CONTINUATIONS, render
+from drencoder.data.world import World, prompt_of, record_of
 from drencoder.errors import DataError
-from drencoder.evaluation import choice_scores, held_out_loss, multiple_choice, question_examples
-from drencoder.examples import Example
+from drencoder.evaluation import (
+    ask_questions,
+    choice_scores,
+    held_out_loss,
+    held_out_outcomes,
+    multiple_choice,
+    question_examples,
+)
+from drencoder.examples import Example, make_example
 from drencoder.model import LoraModel, load_base
 
 
@@ -92,3 +101,68 @@ def test_questions_are_asked_as_clients_records_are(tiny_folder: Path) -> None:
     prompt = prompt_of(question, "plain")
     for option, letter in zip(options, LETTER_CONTINUATIONS, strict=True):
         assert base.tokenizer.decode(option.tokens) == prompt + letter
+
+
+def test_outcomes_are_the_losses_of_single_texts() -> None:
+    lora, examples = tiny_lora(), random_examples(20, 7)
+    losses, targets = held_out_outcomes(lora, lora.initial_D, examples)
+    assert targets == [example.targets for example in examples]
+    for loss, example in zip(losses, examples, strict=True):
+        alone = held_out_loss(lora, lora.initial_D, [example])
+        assert alone.value * example.targets == pytest.approx(loss, rel=1e-4)
+    assert held_out_loss(lora, lora.initial_D, examples).value == pytest.approx(sum(losses) / sum(targets))
+
+
+def test_too_long_prompts_lose_whole_worked_examples_from_the_front(tiny_folder: Path) -> None:
+    base = load_base(config.Model(source=str(tiny_folder)))
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    question, *shots = World().benchmark("mmlu", count=6, seed=0)
+    examples = {question.subject: shots}
+
+    def length(kept: int, template: str) -> int:
+        prompt = prompt_with_examples(question, shots[5 - kept :], template)
+        return max(len(base.tokenize(prompt + letter)) for letter in LETTER_CONTINUATIONS)
+
+    for template, reserved in (("plain", 1), ("standard", 0)):
+        for kept in range(6):
+            exact = length(kept, template) + reserved
+            for limit, expected in ((exact, kept), (exact - 1, kept - 1)):
+                if expected < 0:
+                    continue
+                asked = ask_questions(lora, [question], limit, examples=examples, template=template)
+                assert asked.shots == [expected]
+                prompt = prompt_with_examples(question, shots[5 - expected :], template)
+                for option, letter in zip(asked.options[0], LETTER_CONTINUATIONS, strict=True):
+                    assert base.tokenizer.decode(option.tokens) == prompt + letter
+        (options,) = ask_questions(lora, [question], 20, examples=examples, template=template).options
+        for option, letter in zip(options, LETTER_CONTINUATIONS, strict=True):
+            assert len(option.tokens) == 20 - reserved
+            text = prompt_with_examples(question, (), template) + letter
+            assert text.endswith(base.tokenizer.decode(option.tokens))
+
+
+def test_a_plain_question_is_cut_as_a_clients_record_is(tiny_folder: Path) -> None:
+    base = load_base(config.Model(source=str(tiny_folder)))
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    for question in World().benchmark("ceval", count=8, seed=1):
+        for limit in (12, 40, 400):
+            record = make_example(*render(record_of(question)), base.tokenize, base.end_id, limit)
+            option = question_examples(lora, [question], limit)[0][question.answer]
+            assert record is not None
+            assert option.tokens == record.tokens[:-1]
+            assert option.prompt_length == record.prompt_length
+
+
+def test_letters_that_melt_into_the_prompt_are_scored_all_the_same() -> None:
+    class Melting:
+        eos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [2 + ord(letter) % 90 for letter in text.replace(": ", ";")]}
+
+    base = dataclasses.replace(tiny_base(), tokenizer=Melting())
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    question = World().benchmark("mmlu", count=1, seed=0)[0]
+    (options,) = question_examples(lora, [question], 512, template="standard")
+    assert all(option.targets >= 1 for option in options)
+    assert len({option.tokens for option in options}) == 4

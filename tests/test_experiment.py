@@ -44,7 +44,7 @@ def test_run_folder_is_complete(finished: experiment.RunResult) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {
         "recipe.resolved.toml", "ledger.jsonl", "metrics.jsonl", "checkpoints", "adapter", "certificate.json",
-        "report.html",
+        "outcomes.json", "report.html",
     }  # fmt: skip
     assert charged(finished.folder) == [("charge", slot) for slot in range(5)]
     assert [row["round"] for row in finished.metrics] == [0, 1, 2, 3, 4]
@@ -133,7 +133,7 @@ def test_replayed_run_killed_anywhere_ends_with_the_very_same_adapter(
         "gather": "update_query",
         "row": "_evaluate_round",
         "step": "server_step",
-        "checkpoint": "_save_checkpoint",
+        "checkpoint": "save_checkpoint",
         "finish": "_certificate",
     }[moment]
     original, calls = getattr(experiment, name), 0

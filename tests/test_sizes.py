@@ -3,18 +3,28 @@
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from conftest import tiny_overrides
 from drencoder import config
 from drencoder.config import load_recipe
+from drencoder.encoders.architectures import ARCHITECTURES
 from drencoder.encoders.autoencoder import AutoencoderOptions
 from drencoder.encoders.registry import EncoderRequest, build_encoder
-from drencoder.encoders.sizes import adapted_matrices, code_size, message_bytes
+from drencoder.encoders.sizes import (
+    adapted_matrices,
+    code_size,
+    input_shape,
+    known_matrices,
+    message_bytes,
+    stage1_values,
+)
 from drencoder.encoders.wire import WireFormat
-from drencoder.errors import ModelError
+from drencoder.errors import EncoderError, ModelError
 from drencoder.model import LoraModel, load_base
 from drencoder.overview import survey
-from drencoder.prior import GaussianPrior
+from drencoder.prior import GaussianPrior, MomentQuery
 from drencoder.steps import moment_query
 
 
@@ -26,19 +36,22 @@ def test_adapter_size_from_the_file_is_the_layouts(tiny_folder: Path, targets: t
     assert 2 * len(matrices) == len(lora.layout.segments)
 
 
-@pytest.mark.parametrize("name", ["identity", "random", "autoencoder"])
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("identity", "resnet"), ("random", "resnet"), *(("autoencoder", name) for name in ARCHITECTURES)],
+)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_code_and_message_size(tiny_folder: Path, name: str, dtype: str) -> None:
+def test_code_and_message_size(tiny_folder: Path, name: str, architecture: str, dtype: str) -> None:
     lora = LoraModel(load_base(config.Model(source=str(tiny_folder))), config.Adapter(rank=2), seed=0)
     segments, size = lora.layout.segments, lora.layout.size
     request = EncoderRequest(
         segments,
-        code_size(name, size, 4.0),
+        code_size(name, size, 4.0, architecture),
         GaussianPrior.isotropic(segments),
-        autoencoder=AutoencoderOptions(steps=1, samples=4, validation=4),
+        autoencoder=AutoencoderOptions(steps=1, samples=4, validation=4, architecture=architecture),  # type: ignore[arg-type]
     )
     encoder = build_encoder(name, request)
-    assert encoder.code_size == code_size(name, size, 4.0)
+    assert encoder.code_size == code_size(name, size, 4.0, architecture)
     assert message_bytes(encoder.code_size, dtype) == WireFormat.of(encoder, dtype).message_size  # type: ignore[arg-type]
 
 
@@ -71,3 +84,60 @@ def test_what_is_no_model_folder_is_one_sentence(tmp_path: Path) -> None:
 def test_targets_that_name_nothing_are_one_sentence(tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match="names no matrix"):
         survey(load_recipe(None, [f"model.source={tiny_folder}", "adapter.targets=['qproj']"]))
+
+
+def test_the_published_sizes() -> None:
+    """CG-FedLLM (arXiv 2405.13746): 8,388,608 values for LLaMA-7B, r = 8 on q, k, v, o, and 131,072 code values."""
+    matrices = known_matrices("huggyllama/llama-7b", ("q_proj", "k_proj", "v_proj", "o_proj"), ())
+    assert matrices is not None
+    size = 8 * sum(map(sum, matrices))
+    assert (len(matrices), size) == (128, 8_388_608)
+    assert known_matrices("Qwen/Qwen1.5-7B", ("q_proj", "k_proj", "v_proj", "o_proj"), ()) == matrices
+    assert code_size("autoencoder", size, 1.0) == code_size("autoencoder", size, 1.0, "unet") == 131_072
+    assert code_size("autoencoder", size, 1.0, "cnn1d") == 262_144
+    for call in (input_shape, lambda name, size: code_size("autoencoder", size, 1.0, name)):
+        with pytest.raises(EncoderError, match="no auto-encoder architecture 'vgg'; choose resnet, cnn1d or unet"):
+            call("vgg", size)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "shapes"),
+    [
+        (("c_attn",), (), [[12288, 4096]] * 32),
+        (("c_proj",), (3,), [[4096, 4096], [4096, 11008]]),
+        (("attn.c_proj",), (3, 31, 32), [[4096, 4096]] * 2),
+        (("mlp.c_proj", "w1"), (0,), [[11008, 4096], [4096, 11008]]),
+        (("proj", "transformer.h.5.mlp.w2"), (), [[11008, 4096]]),
+    ],
+)
+def test_targets_of_qwen_7b(targets: tuple[str, ...], layers: tuple[int, ...], shapes: list[list[int]]) -> None:
+    assert known_matrices("Qwen/Qwen-7B", targets, layers) == shapes
+    # PEFT's own rule, on the names of one layer, finds as many.
+    rule = LoraConfig(target_modules=list(targets), layers_to_transform=list(layers) or None)
+    inner = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+    names = [f"transformer.h.{layer}.{name}" for layer in range(32) for name in inner]
+    assert sum(bool(check_target_module_exists(rule, name)) for name in names) == len(shapes)
+
+
+def test_unknown_models_and_targets() -> None:
+    assert known_matrices("org/model-7b", ("q_proj",), ()) is None
+    with pytest.raises(
+        ModelError, match=r"adapter.targets = \['q_proj'\] \(layers all\) names no matrix of Qwen/Qwen-7B"
+    ):
+        known_matrices("Qwen/Qwen-7B", ("q_proj",), ())
+
+
+def test_stage_1_values_are_what_its_query_asks(tiny_folder: Path) -> None:
+    recipe = load_recipe(None, tiny_overrides(tiny_folder))
+    segments = LoraModel(load_base(recipe.model), recipe.adapter, seed=0).layout.segments
+    for epochs in (1, 3):
+        assert (
+            stage1_values("moments", segments[-1].stop, len(segments) // 2, epochs)
+            == MomentQuery(segments, epochs).size
+        )
+    # FedCG's stage 1 against the statistics', LLaMA-7B, r = 8 on q, k, v, o, three epochs.
+    assert stage1_values("gradients", 8_388_608, 128, 3) == 25_165_824
+    assert stage1_values("moments", 8_388_608, 128, 3) == 1_536
+    assert stage1_values("none", 8_388_608, 128, 3) == 0
+    with pytest.raises(EncoderError, match="no stage 1 of source 'secret'"):
+        stage1_values("secret", 1, 1, 1)

@@ -80,3 +80,40 @@ def test_hub_sources_go_through_the_datasets_library(tmp_path: Path, monkeypatch
     assert source.provenance == f"hub:{folder}"
     with pytest.raises(DataError, match="cannot be loaded"):
         open_source(config.Data(source=f"hub:{tmp_path / 'nothing'}"), population=3, seed=0)
+
+
+def test_another_split_of_a_hub_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "dolly"
+    folder.mkdir()
+    write(folder, RECORDS)
+    write(folder, [{**record, "instruction": "other"} for record in RECORDS[:40]], "test.jsonl")
+    source = open_source(config.Data(source=f"hub:{folder}", split="test", alpha=10.0), population=2, seed=0)
+    texts = [record["instruction"] for record in [*source.client(0), *source.client(1), *source.held_out(99)]]
+    assert set(texts) == {"other"}
+
+
+def test_clients_can_own_a_benchmarks_split(tmp_path: Path) -> None:
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+        for subject in ("anatomy", "virology"):
+            rows = "".join(f'"{split} {i},\n{subject}?",a{i},b,c,d,{"ABCD"[i % 4]}\n' for i in range(20))
+            (tmp_path / split / f"{subject}_{split}.csv").write_text(rows, encoding="utf-8")
+    wanted = config.Data(source=f"mmlu:{tmp_path}", split="dev", alpha=20.0, examples_per_client=100)
+    source = open_source(wanted, population=3, seed=0)
+    records = [record for client in range(3) for record in source.client(client)] + list(source.held_out(99))
+    assert len(records) == 40
+    assert {record["category"] for record in records} == {"anatomy", "virology"}
+    assert {
+        "instruction": "dev 2,\nanatomy? A. a2 B. b C. c D. d",
+        "context": "",
+        "response": "C",
+        "category": "anatomy",
+    } in records
+    assert source.provenance == f"mmlu:{tmp_path}, split dev"
+    with pytest.raises(DataError, match="has no split 'train': choose one of dev, test"):
+        open_source(config.Data(source=f"mmlu:{tmp_path}"), population=3, seed=0)
+    for where in ("", "embedded"):
+        with pytest.raises(DataError, match=r"names no folder: write ceval:FOLDER or ceval:hub:ORG/NAME"):
+            open_source(config.Data(source=f"ceval:{where}"), population=3, seed=0)

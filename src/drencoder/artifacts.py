@@ -8,6 +8,7 @@
     checkpoints/           state.safetensors + state.json of the last finished round
     adapter/               a PEFT adapter folder
     certificate.json       what was promised, to whom, and what was spent
+    outcomes.json          every held-out text's loss and every question's outcome, for paired comparisons
     report.html            one page for people
 
 No torch here: the report and the plan read run folders without it.
@@ -56,6 +57,10 @@ class RunFolder:
     @property
     def certificate(self) -> Path:
         return self.path / "certificate.json"
+
+    @property
+    def outcomes(self) -> Path:
+        return self.path / "outcomes.json"
 
     @property
     def report(self) -> Path:

@@ -8,10 +8,12 @@ import torch
 
 from drencoder import config
 from drencoder.config import Recipe
-from drencoder.data.source import Record, Source, benchmark, open_source
+from drencoder.data.benchmarks import load_benchmarks
+from drencoder.data.source import Record, Source, open_source
 from drencoder.data.template import render
-from drencoder.encoders.autoencoder import AutoencoderOptions
+from drencoder.encoders.autoencoder import AutoencoderOptions, StepCallback
 from drencoder.encoders.contract import Encoder
+from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.registry import EncoderRequest, build_encoder
 from drencoder.encoders.sizes import code_size
 from drencoder.engines.local import LocalEngine
@@ -33,9 +35,15 @@ class Texts:
     source: Source
     base: BaseModel
     max_tokens: int
+    d1_share: float  # of a client's records, used by slot 0 and by nothing else; 0 = all slots use all
 
-    def client(self, client: int) -> list[Example]:
-        return self._examples(self.source.client(client), f"client {client}")
+    def client(self, client: int, slot: int) -> list[Example]:
+        """What a client uses in a slot. FedCG's D1 (stage 1) and D2 (the rounds) share no record if it has two."""
+        records = self.source.client(client)
+        if self.d1_share and len(records) > 1:
+            first = min(len(records) - 1, max(1, round(self.d1_share * len(records))))
+            records = records[:first] if slot == 0 else records[first:]
+        return self._examples(records, f"client {client}")
 
     def held_out(self, count: int) -> list[Example]:
         return self._examples(self.source.held_out(count), "the server's held-out set")
@@ -64,13 +72,13 @@ class Live:
     def questions(self) -> dict[str, tuple[list[list[Example]], list[int]]]:
         """Benchmark -> (four options per question, answers)."""
         wanted = self.recipe.evaluation
-        drawn = {name: benchmark(name, count=wanted.questions, seed=self.recipe.seed) for name in wanted.benchmarks}
+        limit, template = wanted.max_tokens or self.recipe.data.max_tokens, wanted.template
         return {
             name: (
-                question_examples(self.lora, questions, self.recipe.data.max_tokens),
-                [question.answer for question in questions],
+                question_examples(self.lora, drawn.questions, limit, examples=drawn.examples, template=template),
+                drawn.answers,
             )
-            for name, questions in drawn.items()
+            for name, drawn in load_benchmarks(wanted, self.recipe.data, seed=self.recipe.seed).items()
         }
 
     def noise(self) -> NoiseSource:
@@ -79,20 +87,30 @@ class Live:
             return ReplayNoise(derive_seed(self.recipe.seed, "noise"))
         return SecureNoise()
 
-    def encoder(self, prior: GaussianPrior | None, state: dict[str, torch.Tensor] | None = None) -> Encoder:
-        """The recipe's encoder, made from the prior, or restored from its saved tensors."""
+    def encoder(
+        self,
+        prior: GaussianPrior | None,
+        state: dict[str, torch.Tensor] | None = None,
+        *,
+        real: RealGradients | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Encoder:
+        """The recipe's encoder, made from the prior (FedCG: from real gradients), or restored from saved tensors."""
         wanted, segments = self.recipe.encoder, self.lora.layout.segments
         request = EncoderRequest(
             segments,
-            code_size(wanted.name, self.lora.layout.size, wanted.ratio),
+            code_size(wanted.name, self.lora.layout.size, wanted.ratio, wanted.architecture),
             prior,
             derive_seed(self.recipe.seed, "encoder"),
             wanted.floor,
             AutoencoderOptions(
                 steps=wanted.train_steps,
                 samples=self.recipe.prior.synthetic,
-                normalise=wanted.normalise,  # type: ignore[arg-type]  # checked by the recipe
+                architecture=wanted.architecture,  # type: ignore[arg-type]  # checked by the recipe
+                normalise=wanted.normalise,  # type: ignore[arg-type]
             ),
+            on_step=on_step,
+            real=real,
         )
         return build_encoder(wanted.name, request, state)
 
@@ -108,7 +126,8 @@ def build(recipe: Recipe) -> Live:
     set_threads(recipe.speed)
     source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
     base = load_base(recipe.model)
-    texts = Texts(source, base, recipe.data.max_tokens)
+    d1_share = recipe.prior.d1_share if recipe.prior.source == "gradients" else 0.0
+    texts = Texts(source, base, recipe.data.max_tokens, d1_share)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     engine = LocalEngine(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)
     live = Live(recipe, overview, texts, lora, engine)

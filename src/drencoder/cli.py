@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a check failed, 2 the user can mend it (one sentence says how), 130 interrupted.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -105,15 +106,29 @@ def plan(
     recipe: RecipeArgument = None,
     set_: SetOption = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="the accumulated budget per round under PLD, RDP, GDP and its CLT")
+    ] = False,
+    sigmas: Annotated[
+        str, typer.Option("--sigmas", metavar="LIST", help="with --curve: noise multipliers, e.g. 0.8,1,1.5")
+    ] = "",
+    observer: Annotated[str | None, typer.Option("--observer", help="with --curve: server, clients or public")] = None,
+    relation: Annotated[str | None, typer.Option("--relation", help="with --curve: add_remove or replace_one")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="with --curve: draw it, and FILE-tradeoff beside it")
+    ] = None,
 ) -> None:
     """Epsilon per observer, noise, code size and bytes, before anything is spent."""
     from drencoder.overview import survey
 
     wanted = load_recipe(recipe, set_ or ())
+    if curve:
+        _plan_curve(wanted, _numbers(sigmas), observer, relation, plot, json_)
+        return
+    if sigmas or observer or relation or plot:
+        raise RecipeError("--sigmas, --observer, --relation and --plot belong to --curve: give it too.")
     overview = survey(wanted)
     if json_:
-        import json
-
         print(json.dumps(overview.to_dict(), indent=2))
         return
     from drencoder.console import plan_tables
@@ -123,6 +138,115 @@ def plan(
         console.print(table)
     for warning in overview.warnings():
         console.print(f"[yellow]Note:[/yellow] {escape(warning)}")
+
+
+def _numbers(text: str) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise RecipeError(f"--sigmas {text!r} is not a list of numbers: write, say, 0.8,1,1.5.") from None
+
+
+def _plan_curve(
+    recipe: Recipe,
+    sigmas: list[float] | None,
+    observer: str | None,
+    relation: str | None,
+    plot: Path | None,
+    json_: bool,
+) -> None:
+    from drencoder.curves_view import curve_tables
+    from drencoder.overview import privacy_plan
+    from drencoder.plots import plot_curves, plot_tradeoff, save_figure
+    from drencoder.privacy.curves import budget_curves
+    from drencoder.privacy.tradeoff import tradeoffs
+
+    planned = privacy_plan(recipe)
+    curves = budget_curves(planned, sigmas, observer=observer, relation=relation)  # type: ignore[arg-type]
+    if json_:
+        print(json.dumps(curves.to_dict(), indent=2))
+    else:
+        for table in curve_tables(curves):
+            Console().print(table)
+    if plot is not None:
+        written = [save_figure(plot_curves(curves), plot)]
+        made = tradeoffs(planned, observer=observer, relation=relation)  # type: ignore[arg-type]
+        written.append(save_figure(plot_tradeoff(made), plot.with_stem(f"{plot.stem}-tradeoff")))
+        print(*(f"Plot: {path}" for path in written), sep="\n", file=sys.stderr)
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument = None,
+    set_: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the comparison, made or continued; default comparisons/NAME")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", min=0, help="cells at a time; 0 = one per core")] = 0,
+) -> None:
+    """Methods x budgets x seeds under one accountant, tuned alike: a table, two plots, paired tests.
+
+    The recipe's [compare] section says what is run. A comparison that was stopped goes on when started again.
+    """
+    from drencoder.compare import compare as run_comparison
+    from drencoder.compare_table import rows_of, write_comparison
+    from drencoder.compare_view import CompareDisplay, comparison_table
+
+    console = Console()
+    wanted = load_recipe(recipe, set_ or ())
+    folder = out or Path("comparisons") / wanted.name
+    display = CompareDisplay(console, tuning_seed=wanted.compare.tuning_seed)
+    try:
+        results, tracks = run_comparison(wanted, folder, display, processes=processes)
+    except KeyboardInterrupt:
+        display.close()
+        console.print("\nInterrupted. Finished cells are kept: start the same command again to go on.")
+        raise SystemExit(130) from None
+    finally:
+        display.close()
+    rows = rows_of(wanted, tracks, results, folder)
+    console.print(comparison_table(rows))
+    for path in write_comparison(wanted, rows, folder):
+        console.print(f"Written: {escape(str(path))}")
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="a run folder, or a model: embedded, folder, hub id")
+    ],
+    benchmark: Annotated[list[str] | None, typer.Option("--benchmark", help="mmlu or ceval; may be repeated")] = None,
+    from_: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="NAME=WHERE", help="e.g. mmlu=FOLDER, ceval=hub:ceval/ceval-exam"),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="part of the benchmark")] = None,
+    subject: Annotated[list[str] | None, typer.Option("--subject", help="only this subject; may be repeated")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", help="worked examples, 0 to 5")] = None,
+    template: Annotated[str | None, typer.Option("--template", help="plain or standard")] = None,
+    count: Annotated[int | None, typer.Option("--count", help="questions per benchmark; 0 = all")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Log-likelihood multiple choice per subject and category, and held-out loss, against the base model."""
+    from drencoder.assess import assess
+    from drencoder.assess_view import assessment_tables
+
+    where = {}
+    for entry in from_ or ():
+        name, equals, place = entry.partition("=")
+        if not equals or not place:
+            raise RecipeError(f"--from {entry!r} is not NAME=WHERE: write, say, mmlu=data/mmlu.")
+        where[name] = place
+    found = assess(
+        target, benchmarks=benchmark, where=where, split=split, subjects=subject, shots=shots, template=template,
+        count=count, device=device,
+    )  # fmt: skip
+    if json_:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        return
+    for table in assessment_tables(found):
+        Console().print(table)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from drencoder.knobs import Checked, coerce, knob
 
 __all__ = [
     "Adapter",
+    "Compare",
     "Data",
     "Encoder",
     "Evaluation",
@@ -209,6 +210,7 @@ class Evaluation(Checked):
     split: str = knob("", "part of a folder or hub benchmark; empty = mmlu test, ceval val (its test has no answers)")
     subjects: tuple[str, ...] = knob((), "subjects of a folder or hub benchmark; empty = all")
     shots: int = knob(0, "worked examples before each question", low=0, high=5)
+    max_tokens: int = knob(0, "tokens of a question with its worked examples; 0 = data.max_tokens", low=0)
     template: str = knob(
         "plain", "plain: as clients' records are; standard: the benchmark's own prompt", choices=("plain", "standard")
     )
@@ -220,6 +222,23 @@ class Speed(Checked):
 
     parallel_clients: int = knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
     threads: int = knob(0, "CPU threads of torch; 0 = all cores", low=0)
+
+
+@dataclass(frozen=True)
+class Compare(Checked):
+    """What `drencoder compare` runs: methods x epsilons x seeds. A plain run ignores it."""
+
+    methods: tuple[str, ...] = knob(
+        ("lora", "dp-lora", "dr-encoder", "fedcg", "random"), "see drencoder compare --help"
+    )
+    epsilons: tuple[float, ...] = knob((0.25, 2.0, 8.0), "budgets of the private methods", above=0)
+    seeds: tuple[int, ...] = knob((0, 1, 2), "paired: the same clients, start and held-out data for every method")
+    tuning_seed: int = knob(100, "the seed on which learning rates are chosen, by held-out loss")
+    tuning_runs: int = knob(
+        4, "learning rates that each method may try per epsilon; 1 = its first guess", low=1, high=12
+    )
+    rates: tuple[str, ...] = knob((), "`method=rate`: where a method's tuning starts, if not at the recipe's rate")
+    tuning_factor: float = knob(3.0, "ratio between neighbouring learning rates", above=1)
 
 
 _SECTIONS: dict[str, type] = {
@@ -234,6 +253,7 @@ _SECTIONS: dict[str, type] = {
     "privacy": Privacy,
     "evaluation": Evaluation,
     "speed": Speed,
+    "compare": Compare,
 }
 
 
@@ -254,6 +274,7 @@ class Recipe:
     privacy: Privacy = field(default_factory=Privacy)
     evaluation: Evaluation = field(default_factory=Evaluation)
     speed: Speed = field(default_factory=Speed)
+    compare: Compare = field(default_factory=Compare)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", coerce("name", self.name, str))
@@ -276,6 +297,14 @@ class Recipe:
             for key, value in tables[section].items():
                 tables[section][key] = list(value) if isinstance(value, tuple) else value
         return tables
+
+    def changed(self, values: Mapping[str, Any]) -> "Recipe":
+        """This recipe with some knobs set, each named `section.key` (or `name`, `seed`); checked like a new one."""
+        tables = self.to_dict()
+        for key, value in values.items():
+            section, dot, last = key.partition(".")
+            (tables.setdefault(section, {}) if dot else tables)[last or section] = value
+        return Recipe.from_dict(tables, origin=self.name)
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.to_dict())
@@ -311,6 +340,11 @@ def _unknown(what: str, word: str, known: set[str]) -> str:
 def _check_together(recipe: Recipe) -> None:
     """Bounds that hold between knobs."""
     privacy, encoder = recipe.privacy, recipe.encoder
+    if recipe.prior.source == "gradients" and encoder.name != "autoencoder":
+        raise RecipeError(
+            f"prior.source = 'gradients' trains FedCG's auto-encoder and encoder.name = {encoder.name!r} is not trained: "
+            "set encoder.name = 'autoencoder', or prior.source = 'moments'."
+        )
     if encoder.name == "autoencoder" and recipe.prior.source == "none":
         raise RecipeError(
             "encoder.name = 'autoencoder' is trained on synthetic gradients and prior.source = 'none' gives none: "
@@ -325,11 +359,13 @@ def _check_together(recipe: Recipe) -> None:
 
 def shipped_recipes() -> dict[str, str]:
     """The recipes inside the package: name -> TOML text."""
-    folder = resources.files("drencoder") / "recipes"
+    top = resources.files("drencoder") / "recipes"
+    found = {entry.name: entry for entry in top.iterdir()}
+    found |= {f"paper/{entry.name}": entry for entry in (top / "paper").iterdir()}
     return {
-        entry.name.removesuffix(".toml"): entry.read_text("utf-8")
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".toml")
+        name.removesuffix(".toml"): entry.read_text("utf-8")
+        for name, entry in sorted(found.items())
+        if name.endswith(".toml")
     }
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from drencoder.overview import Overview
+from drencoder.privacy.plan import PrivacyPlan
 
 __all__ = ["RunDisplay", "bytes_text", "epsilon_text", "observers_table", "plan_tables", "summary_table"]
 
@@ -37,7 +38,7 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
     """The plan as two tables: the run, and epsilon per observer."""
     plan = overview.privacy
     run = Table(title=f"Plan of {name!r}", show_header=False, title_justify="left")
-    run.add_row("trust", "non-private" if plan.non_private else plan.trust)
+    run.add_row("trust", _trust_words(plan))
     run.add_row(
         "clients", f"{plan.population:,}, about {plan.expected_cohort:,.0f} a round (q = {plan.sampling_rate:g})"
     )
@@ -45,9 +46,9 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
     run.add_row("schedule", f"{stage1}{plan.rounds} rounds")
     if plan.trust == "local":
         run.add_row("participation cap", f"{plan.participation_cap} release(s) of one client in the whole run")
-    if not plan.non_private:
+    if plan.noise_multiplier:
         run.add_row("noise multiplier", f"{plan.noise_multiplier:.4f} (noise std / clip_l2), delta = {plan.delta:g}")
-        run.add_row("k*", f"{overview.k_star:,.1f} coordinates that the noise lets a round learn")
+        run.add_row("k*", f"{_few_digits(overview.k_star)} coordinates that the noise lets a round learn")
     if overview.adapter_size is None or overview.code_size is None:
         run.add_row("adapter", "size known once the model is on this machine")
     else:
@@ -59,9 +60,20 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
         )
         run.add_row(
             "uploads",
-            f"{bytes_text(overview.total_bytes or 0)} in all, plain LoRA {bytes_text(overview.plain_lora_bytes or 0)}",
+            f"stage 1 {bytes_text(overview.stage1_bytes or 0)}, stage 2 {bytes_text(overview.stage2_bytes or 0)}; "
+            f"plain LoRA {bytes_text(overview.plain_lora_bytes or 0)}",
         )
     return [run, observers_table({key: value.to_dict() for key, value in plan.epsilons().items()}, plan.delta)]
+
+
+def _few_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _trust_words(plan: PrivacyPlan) -> str:
+    if "round" in plan.non_private:
+        return "non-private"
+    return f"{plan.trust}, [red]but stage 1 sends real gradients un-noised[/red]" if plan.non_private else plan.trust
 
 
 def observers_table(observers: Mapping[str, Mapping[str, Any]], delta: float) -> Table:

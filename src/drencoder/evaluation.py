@@ -1,52 +1,42 @@
-"""Held-out loss and multiple choice by log-likelihood, each with a confidence interval.
+"""Held-out loss and multiple choice by log-likelihood: outcomes per item, and estimates built on them.
 
-Everything here runs on data that the server holds; no client's text is touched.
+Everything here runs on data that the server holds; no client's text is touched. Legend: N texts, Q questions.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
+from drencoder.data.prompts import prompt_with_examples
 from drencoder.data.template import LETTER_CONTINUATIONS
-from drencoder.data.world import Question, prompt_of
+from drencoder.data.world import Question
 from drencoder.errors import DataError
-from drencoder.examples import Example, collate, make_example
-from drencoder.model import LoraModel
+from drencoder.examples import Example, collate
+from drencoder.model import BaseModel, LoraModel
+from drencoder.scores import Estimate, ratio_of_sums, wilson
 
-__all__ = ["Estimate", "choice_scores", "held_out_loss", "multiple_choice", "question_examples"]
+__all__ = [
+    "AskedQuestions",
+    "Estimate",
+    "ask_questions",
+    "choice_picks",
+    "choice_scores",
+    "held_out_loss",
+    "held_out_outcomes",
+    "multiple_choice",
+    "question_examples",
+]
 
-_Z95 = float(ndtri(0.975))
 # Tokens of one evaluation batch, padding included: keeps memory flat whatever the number of examples.
 _BATCH_TOKENS = 8192
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A measured value with its 95 % confidence interval over `count` examples or questions."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
 @torch.no_grad()
-def held_out_loss(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> Estimate:
-    """Mean cross-entropy (nats per response token), with the interval of a ratio of sums over examples.
-
-    Raises:
-      DataError: there is no example.
-    """
-    if not examples:
-        raise DataError("there is no held-out example: raise evaluation.examples or give the server some data.")
-    losses, targets = [0.0] * len(examples), [example.targets for example in examples]
+def held_out_outcomes(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
+    """Each example's cross-entropy, summed over its response tokens (nats), and how many those are; both (N,)."""
+    losses = [0.0] * len(examples)
     for indices in _batches(examples):
         batch = collate([[examples[index] for index in indices]], lora.base.pad_id).to(lora.device)
         with lora.stacked(_single(lora, adapter_D)):
@@ -55,23 +45,87 @@ def held_out_loss(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example
         sums = torch.zeros(len(indices), device=losses_M.device).index_add(0, row_M, losses_M)
         for index, total in zip(indices, sums.tolist(), strict=True):
             losses[index] = total
-    mean = sum(losses) / sum(targets)
-    residuals = sum((loss - mean * count) ** 2 for loss, count in zip(losses, targets, strict=True))
-    error = _Z95 * math.sqrt(residuals) / sum(targets)
-    return Estimate(mean, mean - error, mean + error, len(examples))
+    return losses, [example.targets for example in examples]
 
 
-def question_examples(lora: LoraModel, questions: Sequence[Question], max_tokens: int) -> list[list[Example]]:
-    """For each question the four examples (prompt, letter), without an end token."""
-    base = lora.base
-    made = []
+def held_out_loss(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> Estimate:
+    """Mean cross-entropy (nats per response token), with the interval of a ratio of sums over examples.
+
+    Raises:
+      DataError: there is no example.
+    """
+    if not examples:
+        raise DataError("there is no held-out example: raise evaluation.examples or give the server some data.")
+    return ratio_of_sums(*held_out_outcomes(lora, adapter_D, examples))
+
+
+@dataclass(frozen=True)
+class AskedQuestions:
+    """`options` (Q, 4) examples of prompt and letter, without an end token; `shots` (Q,) worked examples that fitted."""
+
+    options: list[list[Example]]
+    shots: list[int]
+
+
+def ask_questions(
+    lora: LoraModel,
+    questions: Sequence[Question],
+    max_tokens: int,
+    *,
+    examples: Mapping[str, Sequence[Question]] | None = None,
+    template: str = "plain",
+) -> AskedQuestions:
+    """Tokenises every question with each of its four letters.
+
+    Args:
+      max_tokens: of prompt and letter (and, for "plain", the end that a client's record would have). A prompt that is
+        too long loses worked examples, the first ones first and whole; with none left, it loses its beginning.
+      examples: subject -> worked examples; none = zero-shot.
+      template: "plain" is tokenised as clients' records are, prompt and letter apart and without special tokens;
+        "standard" as lm-evaluation-harness does, both as one text with the tokenizer's own special tokens.
+    """
+    encode, limit = (_apart, max_tokens - 1) if template == "plain" else (_together, max_tokens)
+    options, kept = [], []
     for question in questions:
-        prompt = prompt_of(question, "plain")
-        options = [
-            make_example(prompt, letter, base.tokenize, base.end_id, max_tokens) for letter in LETTER_CONTINUATIONS
-        ]
-        made.append([Example(option.tokens[:-1], option.prompt_length) for option in options if option is not None])
-    return made
+        shots = list((examples or {}).get(question.subject, ()))
+        while True:
+            prompt = prompt_with_examples(question, shots, template)
+            four = [encode(lora.base, prompt, letter) for letter in LETTER_CONTINUATIONS]
+            if not shots or max(len(option.tokens) for option in four) <= limit:
+                break
+            del shots[0]
+        options.append([_cut(option, limit) for option in four])
+        kept.append(len(shots))
+    return AskedQuestions(options, kept)
+
+
+def question_examples(
+    lora: LoraModel,
+    questions: Sequence[Question],
+    max_tokens: int,
+    *,
+    examples: Mapping[str, Sequence[Question]] | None = None,
+    template: str = "plain",
+) -> list[list[Example]]:
+    """The options of `ask_questions`, (Q, 4)."""
+    return ask_questions(lora, questions, max_tokens, examples=examples, template=template).options
+
+
+def _apart(base: BaseModel, prompt: str, letter: str) -> Example:
+    prompt_ids, letter_ids = base.tokenize(prompt), base.tokenize(letter)
+    return Example((*prompt_ids, *letter_ids), len(prompt_ids))
+
+
+def _together(base: BaseModel, prompt: str, letter: str) -> Example:
+    prompt_ids, whole_ids = (base.tokenizer(text)["input_ids"] for text in (prompt, prompt + letter))
+    # A tokenizer that melts the letter into the prompt's last token leaves nothing of it to score.
+    letter_ids = whole_ids[len(prompt_ids) :] or base.tokenize(letter)
+    return Example((*prompt_ids, *letter_ids), len(prompt_ids))
+
+
+def _cut(option: Example, limit: int) -> Example:
+    surplus = max(0, min(len(option.tokens) - limit, option.prompt_length - 1))
+    return Example(option.tokens[surplus:], option.prompt_length - surplus)
 
 
 @torch.no_grad()
@@ -99,22 +153,24 @@ def choice_scores(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence
     return scores
 
 
+def choice_picks(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[Example]]) -> list[int]:
+    """The most likely option of each question, (Q,) indices 0 to 3; the first of equals."""
+    return choice_scores(lora, adapter_D, options).argmax(dim=1).tolist()
+
+
 def multiple_choice(
     lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[Example]], answers: Sequence[int]
 ) -> Estimate:
-    """Accuracy of the most likely option, with Wilson's interval (Wilson 1927).
+    """Accuracy of the most likely option over all questions, with Wilson's interval.
 
     Raises:
       DataError: there is no question.
     """
     if not options:
         raise DataError("there is no multiple-choice question: raise evaluation.questions or name a benchmark.")
-    picked = choice_scores(lora, adapter_D, options).argmax(dim=1).tolist()
-    right = sum(pick == answer for pick, answer in zip(picked, answers, strict=True))
-    n, share, z2 = len(options), right / len(options), _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Estimate(share, centre - half, centre + half, n)
+    picked = choice_picks(lora, adapter_D, options)
+    share = sum(pick == answer for pick, answer in zip(picked, answers, strict=True)) / len(options)
+    return Estimate(share, *wilson(share, len(options)), len(options))
 
 
 def _single(lora: LoraModel, adapter_D: Tensor) -> dict[str, Tensor]:

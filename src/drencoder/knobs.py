@@ -42,6 +42,10 @@ class Checked:
             _check_bounds(where, value, declared.metadata)
 
 
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text in quotes"}
+_LISTS = {tuple[str, ...]: "texts", tuple[int, ...]: "whole numbers", tuple[float, ...]: "numbers"}
+
+
 def coerce(where: str, value: Any, kind: Any) -> Any:
     """Brings a TOML value to the declared type, or says what was expected."""
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -50,21 +54,23 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
         return value
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    if kind in (tuple[str, ...], tuple[int, ...]) and isinstance(value, list | tuple):
+    if kind in _LISTS and isinstance(value, list | tuple):
         item_kind = kind.__args__[0]
         return tuple(coerce(f"{where}[{i}]", item, item_kind) for i, item in enumerate(value))
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text in quotes"}
-    expected = names.get(kind, "a list of texts" if kind == tuple[str, ...] else "a list of whole numbers")
+    expected = _WORDS.get(kind) or f"a list of {_LISTS[kind]}"
     raise RecipeError(f"{where} = {value!r} is not {expected}: write {expected}.")
 
 
 def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    if bounds["choices"]:
-        for item in value if isinstance(value, tuple) else (value,):
-            if item not in bounds["choices"]:
-                raise RecipeError(f"{where} = {item!r} is not known: choose one of {', '.join(bounds['choices'])}.")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
+    """Checks a value, or every item of a list, against its declared bounds."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if bounds["choices"] and item not in bounds["choices"]:
+            raise RecipeError(f"{where} = {item!r} is not known: choose one of {', '.join(bounds['choices'])}.")
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            _check_number(where, item, bounds)
+
+
+def _check_number(where: str, value: float, bounds: Mapping[str, Any]) -> None:
     if not math.isfinite(value):
         raise RecipeError(f"{where} = {value} is not finite: give a finite number.")
     for name, broken, words in (

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.config import Recipe
-from drencoder.encoders.sizes import BYTES_PER_VALUE, adapted_matrices, code_size, message_bytes
+from drencoder.encoders.sizes import (
+    BYTES_PER_VALUE,
+    adapted_matrices,
+    code_size,
+    known_matrices,
+    message_bytes,
+    stage1_values,
+)
 from drencoder.errors import ModelError
-from drencoder.privacy.plan import PrivacyPlan, make_plan
+from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 
 __all__ = ["Overview", "privacy_plan", "survey"]
 
@@ -33,6 +40,11 @@ class Overview:
     plain_lora_bytes: int | None
 
     @property
+    def stage2_bytes(self) -> int | None:
+        """Bytes of all expected uploads of the rounds."""
+        return None if self.total_bytes is None or self.stage1_bytes is None else self.total_bytes - self.stage1_bytes
+
+    @property
     def k_star(self) -> float:
         """Coordinates that a round can learn, with half of the clip's energy shared by all clients."""
         return self.privacy.k_star()
@@ -40,8 +52,12 @@ class Overview:
     def warnings(self) -> list[str]:
         """What a person should know before starting, one sentence each."""
         said = []
-        if self.privacy.non_private:
+        if "round" in self.privacy.non_private:
             said.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
+        elif self.privacy.non_private:
+            said.append(
+                "prior.source = 'gradients': stage 1 takes real gradients without noise, so no guarantee holds."
+            )
         if self.privacy.noise == "replay":
             said.append(
                 "privacy.noise = 'replay': the noise can be computed again, so nothing is private. For tests only."
@@ -80,11 +96,18 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         participation_cap=privacy.participation_cap,
         relation=privacy.relation,  # type: ignore[arg-type]  # checked by the recipe
         noise=privacy.noise,  # type: ignore[arg-type]
-        non_private=() if private else ("stage1", "round"),
+        non_private=_non_private(recipe),
         # The public's epsilon rests on seeing nothing but a sum of noised codes. A decoder that takes each code by
         # itself, and rounding each to float16, put something else in its place.
         decodes_each=recipe.encoder.name == "autoencoder" or recipe.encoder.wire_dtype == "float16",
     )
+
+
+def _non_private(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages without noise. FedCG's first one always is: its gradients go up as they are."""
+    if recipe.privacy.trust == "non-private":
+        return ("stage1", "round")
+    return ("stage1",) if recipe.prior.source == "gradients" else ()
 
 
 def survey(recipe: Recipe) -> Overview:
@@ -99,11 +122,13 @@ def survey(recipe: Recipe) -> Overview:
     if matrices is None:
         return Overview(plan, None, None, None, None, None, None)
     size = recipe.adapter.rank * sum(sum(shape) for shape in matrices)
-    code = code_size(recipe.encoder.name, size, recipe.encoder.ratio)
-    message = message_bytes(code, recipe.encoder.wire_dtype)
+    encoder, prior = recipe.encoder, recipe.prior
+    code = code_size(encoder.name, size, encoder.ratio, encoder.architecture)
+    message = message_bytes(code, encoder.wire_dtype)
     uploads = plan.expected_cohort * recipe.federation.rounds
-    # Stage 1: two statistics for A and two for B of every module, in float32.
-    stage1 = round(plan.stage1_cohort * message_bytes(4 * len(matrices), "float32")) if recipe.stage1_rate else 0
+    epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
+    asked = stage1_values(prior.source, size, len(matrices), epochs)
+    stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
     return Overview(
         privacy=plan,
         adapter_size=size,
@@ -116,13 +141,13 @@ def survey(recipe: Recipe) -> Overview:
 
 
 def _adapted(recipe: Recipe) -> list[list[int]] | None:
-    """Shapes of the adapted matrices; None for a model that is not a local folder."""
+    """Shapes of the adapted matrices; None for a hub model whose shapes this package does not know."""
     if recipe.model.source == "embedded":
         folder = Path(str(resources.files("drencoder") / "embedded"))
     else:
         folder = Path(recipe.model.source)
         if not folder.exists() and not recipe.model.source.startswith(("/", ".")):
-            return None  # a hub id
+            return known_matrices(recipe.model.source, recipe.adapter.targets, recipe.adapter.layers)  # a hub id
     if not folder.is_dir():
         raise ModelError(
             f"model.source = {recipe.model.source!r} is not a folder: give 'embedded', a folder or a hub id."

@@ -1,7 +1,6 @@
 """One self-contained HTML page from a run folder. Reads nothing else, needs no torch."""
 
 import html
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from drencoder.artifacts import RunFolder
 from drencoder.errors import ArtifactError
+from drencoder.plots import plot_rounds, svg_text
 
 __all__ = ["write_report"]
 
@@ -119,18 +119,4 @@ def _plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Held-out loss and accuracy per round, as inline SVG."""
     if not rows:
         return "<p>No evaluation between rounds was asked for.</p>"
-    from matplotlib.figure import Figure  # half a second to import, only needed here
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    rounds = [row["round"] for row in rows]
-    for axis, key, label in ((left, "loss", "held-out loss (nats per token)"), (right, "accuracy", "accuracy")):
-        axis.plot(rounds, [row[key] for row in rows], marker="o", markersize=3, color="#0b5cad")
-        axis.set_xlabel("round")
-        axis.set_title(label, fontsize=10)
-        axis.grid(alpha=0.3)
-    right.axhline(0.25, linestyle=":", color="#57606a", label="chance")
-    right.legend(fontsize=8)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return svg_text(plot_rounds(rows))

@@ -28,8 +28,10 @@ from torch import Tensor
 from drencoder import config
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
+from drencoder.errors import PrivacyError
 from drencoder.layout import Segment
 from drencoder.prior import MomentQuery
+from drencoder.privacy.accounting import NonPrivateEvent
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import (
     BoundedSum,
@@ -48,11 +50,14 @@ __all__ = [
     "Outcome",
     "ServerState",
     "Upload",
+    "gradient_query",
     "learning_rate",
     "moment_query",
     "server_step",
     "update_query",
 ]
+
+_NOT_CLIPPED = 1e20  # the mechanism's largest bound
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,12 @@ class CohortQuery:
       slot: 0 for stage 1, the round's number for stage 2.
       noise_in: `code`, or `update` (clip before `encode`, as published).
       clip_l2: L2 bound of a client's contribution, in the space where it is noised.
-      encode: updates (N, D) -> messages (N, K).
+      encode: what clients computed (N, epochs * D) -> messages (N, K).
       decode: messages (N, K) -> updates (N, D).
       linear: whether the decoding of a sum is the sum of the decodings, so that the server may add up messages.
       update_size: D.
       wire: how a message travels.
+      epochs: how many updates, one after the other, a client computes for its message; only stage 1 asks for several.
     """
 
     slot: int
@@ -101,6 +107,7 @@ class CohortQuery:
     linear: bool
     update_size: int
     wire: WireFormat
+    epochs: int = 1
 
     # --- the client's side --------------------------------------------------------------------
 
@@ -144,6 +151,18 @@ class CohortQuery:
             released = release_sum(total, permit, noise)
         return Outcome(released, tally.bytes_up, tally.rejected, tally.nonfinite)
 
+    def rows(self, uploads: Iterable[Upload], permit: Permit) -> tuple[Tensor, int]:
+        """Every message by itself (N, K), and the bytes they took: for a stage that was charged as non-private.
+
+        Raises:
+          PrivacyError: the permit paid for noise, so messages may be noised or summed and nothing else.
+        """
+        if not isinstance(permit.event, NonPrivateEvent):
+            raise PrivacyError(f"Slot {permit.slot} is private: its messages cannot be looked at one by one.")
+        tally = _Tally()
+        batches = [values for values, _ in self._received(uploads, permit, tally)]
+        return torch.cat(batches), tally.bytes_up
+
     def direction(self, released: Release, permit: Permit, expected_cohort: float) -> Tensor:
         """The released mean as an update (D,): post-processing. The denominator is fixed, q N."""
         mean = released.value / expected_cohort
@@ -181,9 +200,8 @@ class _Tally:
 
 
 def moment_query(segments: tuple[Segment, ...], prior: config.Prior) -> CohortQuery:
-    """Stage 1: two moments of the update per LoRA tensor, clipped as one vector."""
-    moments = MomentQuery(segments)
-    wire = WireFormat(moments.size, derive_seed("moments", "wire", moments.size) % 2**32, "float32")
+    """Stage 1: two moments per LoRA tensor of each epoch's update, all clipped as one vector."""
+    moments = MomentQuery(segments, prior.epochs)
     return CohortQuery(
         slot=0,
         noise_in="code",
@@ -192,8 +210,33 @@ def moment_query(segments: tuple[Segment, ...], prior: config.Prior) -> CohortQu
         decode=lambda statistics: statistics,
         linear=True,
         update_size=moments.size,
-        wire=wire,
+        wire=_plain_wire("moments", moments.size),
+        epochs=prior.epochs,
     )
+
+
+def gradient_query(update_size: int, prior: config.Prior) -> CohortQuery:
+    """FedCG's stage 1 (arXiv 2405.13746): the updates of all epochs as they are, neither clipped nor noised.
+
+    Only a permit for a non-private slot 0 answers it; see `CohortQuery.rows`. Federated collection asks each client
+    for one update, since its epochs are rounds of the server's.
+    """
+    epochs = prior.epochs if prior.collection == "local" else 1
+    return CohortQuery(
+        slot=0,
+        noise_in="code",
+        clip_l2=_NOT_CLIPPED,
+        encode=lambda update: update,
+        decode=lambda update: update,
+        linear=True,
+        update_size=epochs * update_size,
+        wire=_plain_wire("gradients", epochs * update_size),
+        epochs=epochs,
+    )
+
+
+def _plain_wire(purpose: str, size: int) -> WireFormat:
+    return WireFormat(size, derive_seed(purpose, "wire", size) % 2**32, "float32")
 
 
 def update_query(encoder: Encoder, recipe: config.Recipe, slot: int) -> CohortQuery:

@@ -19,7 +19,7 @@ from drencoder import config
 from drencoder.examples import Example, collate
 from drencoder.model import LoraModel
 
-__all__ = ["client_update", "cohort_updates"]
+__all__ = ["advanced", "client_update", "cohort_updates", "num_steps"]
 
 Steps = list[list[Example]]
 
@@ -42,33 +42,54 @@ def _optimizer(local: config.Local, tensors: list[Tensor]) -> torch.optim.Optimi
     return torch.optim.AdamW(tensors, lr=local.learning_rate, weight_decay=0.0)
 
 
-def _as_update(local: config.Local, start_D: Tensor, end: Tensor, num_steps: Tensor) -> Tensor:
-    """Turns the trained adapter (..., D) into what is uploaded; `num_steps` is (..., 1)."""
+def num_steps(examples: Sequence[Example], local: config.Local) -> int:
+    """Optimiser steps of one call of `client_update` (the batches of one gradient)."""
+    batches = -(-len(examples) // local.batch_size)
+    return batches if local.upload == "gradient" else batches * local.epochs
+
+
+def advanced(local: config.Local, start: Tensor, update_KD: Tensor, steps_K1: Tensor) -> Tensor:
+    """Where clients stand (K, D) after the training that gave `update_KD`, from a shared (D,) or an own (K, D) start.
+
+    The inverse of what an update is: stage 1 goes on from here when it takes several epochs. A gradient has no
+    path of its own, so it is followed for one step of `local.learning_rate`.
+    """
+    match local.upload:
+        case "state":
+            return update_KD
+        case "increment":
+            return start + update_KD
+        case "pseudo-gradient":
+            return start + local.learning_rate * steps_K1 * update_KD
+        case _:
+            return start + local.learning_rate * update_KD
+
+
+def _as_update(local: config.Local, start: Tensor, end: Tensor, steps: Tensor) -> Tensor:
+    """Turns the trained adapter (..., D) into what is uploaded; `steps` is (..., 1)."""
     if local.upload == "state":
         return end
     if local.upload == "increment":
-        return end - start_D
-    return (end - start_D) / (local.learning_rate * num_steps)
+        return end - start
+    return (end - start) / (local.learning_rate * steps)
 
 
 def cohort_updates(
     lora: LoraModel,
-    adapter_D: Tensor,
+    adapter: Tensor,
     clients: Sequence[Sequence[Example]],
     local: config.Local,
     seeds: Sequence[int],
 ) -> Tensor:
-    """Updates (K, D), float32, of K clients that train at the same time.
+    """Updates (K, D), float32, of K clients that train at the same time, from a shared (D,) or an own (K, D) adapter.
 
     Clients may differ in their number of examples; one that has finished stands still while the others
     go on. `seeds` shuffles each client's examples.
     """
     schedules = [_schedule(examples, local, seed) for examples, seed in zip(clients, seeds, strict=True)]
-    num_steps = torch.tensor([[len(steps)] for steps in schedules], device=lora.device)
-    stack = {
-        name: tensor.expand(len(clients), *tensor.shape).clone().requires_grad_()
-        for name, tensor in lora.layout.unflatten(adapter_D.to(lora.device)).items()
-    }
+    steps_K1 = torch.tensor([[len(steps)] for steps in schedules], device=lora.device)
+    start_KD = adapter.to(lora.device).expand(len(clients), lora.layout.size)
+    stack = {name: tensor.clone().requires_grad_() for name, tensor in lora.layout.unflatten(start_KD).items()}
     generator = torch.Generator(lora.device).manual_seed(seeds[0]) if lora.dropout and seeds else None
     if local.upload == "gradient":
         totals = torch.tensor([sum(example.targets for example in row) for row in clients], device=lora.device)
@@ -83,14 +104,14 @@ def cohort_updates(
         optimizer.zero_grad()
         with lora.stacked(stack, generator):
             (_client_losses(lora, rows) / counts).sum().backward()
-        active = index < num_steps[:, 0]
+        active = index < steps_K1[:, 0]
         before = [tensor.detach().clone() for tensor in stack.values()]
         optimizer.step()
         with torch.no_grad():  # AdamW's momentum would still move a client that has finished
             for tensor, old in zip(stack.values(), before, strict=True):
                 tensor[~active] = old[~active]
     end_KD = lora.layout.flatten({name: tensor.detach() for name, tensor in stack.items()})
-    return _as_update(local, adapter_D.to(lora.device), end_KD, num_steps)
+    return _as_update(local, start_KD, end_KD, steps_K1)
 
 
 def _by_step(schedules: Sequence[Steps]) -> list[list[list[Example]]]:

@@ -9,13 +9,16 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, final
 
 from drencoder import config
-from drencoder.data.world import Question, World
+from drencoder.data.benchmark_files import read_questions
+from drencoder.data.hub import load_rows
+from drencoder.data.taxonomy import TAXONOMIES
+from drencoder.data.world import World, record_of
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
@@ -49,13 +52,13 @@ def open_source(wanted: config.Data, *, population: int, seed: int) -> Source:
     """
     if wanted.source == "embedded":
         return EmbeddedSource(wanted, seed)
-    records = _read_hub(wanted.source) if wanted.source.startswith("hub:") else _read_file(Path(wanted.source))
+    kind, _, where = wanted.source.partition(":")
+    if kind in TAXONOMIES:
+        records = _read_benchmark(kind, where, wanted.split)
+        source = FileSource.split(records, wanted, population=population, seed=seed)
+        return replace(source, provenance=f"{wanted.source}, split {wanted.split}")
+    records = _read_hub(where, wanted.split) if kind == "hub" else _read_file(Path(wanted.source))
     return FileSource.split(records, wanted, population=population, seed=seed)
-
-
-def benchmark(name: str, *, count: int, seed: int) -> list[Question]:
-    """Questions of an embedded benchmark (`mmlu` English, `ceval` Chinese); no client owns any of them."""
-    return World().benchmark(name, count=count, seed=derive_seed(seed, "benchmark"))
 
 
 @final
@@ -210,20 +213,18 @@ def _record(item: Any, where: str) -> Record:
     return {"context": "", "category": "none", **record}
 
 
-def _read_hub(source: str) -> list[Record]:
-    """Loads the train split of a hub data set, or of a local folder that the datasets library can read."""
-    try:
-        import datasets
-    except ImportError:
+def _read_hub(name: str, split: str) -> list[Record]:
+    """One split of a hub data set, or of a local folder that the datasets library can read."""
+    rows = load_rows(name, split, knob="data.source")
+    return [_record(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _read_benchmark(name: str, where: str, split: str) -> list[Record]:
+    """The questions of one split of MMLU or C-Eval as records; the category is the subject."""
+    if where in ("", "embedded"):
         raise DataError(
-            f"data.source = {source!r} needs the datasets library: pip install 'drencoder[data]'."
-        ) from None
-    name = source.removeprefix("hub:")
-    try:
-        table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the library raises its own, the hub's and the network's errors
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"data.source = {source!r} cannot be loaded ({first_line}): check the name and the network, or give a local file."
-        ) from None
-    return [_record(dict(row), f"{name}, row {number}") for number, row in enumerate(table, start=1)]
+            f"data.source = '{name}:{where}' names no folder: write {name}:FOLDER or {name}:hub:ORG/NAME; the embedded "
+            "world has clients of its own, data.source = 'embedded'."
+        )
+    found = read_questions(TAXONOMIES[name], where, split, ())
+    return [record_of(question) for questions in found.values() for question in questions]

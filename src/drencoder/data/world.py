@@ -178,13 +178,20 @@ class World:
         rng = random.Random(f"held-out/{self.seed}/{seed}")
         return [record_of(question) for question in self._many(self._kept, count, rng, _HELD_OUT)]
 
-    def benchmark(self, name: str, *, count: int, seed: int, kept: bool = True) -> list[Question]:
-        """``count`` questions of "mmlu" (English) or "ceval" (Chinese), of the kept or of the general subjects."""
+    def benchmark(
+        self, name: str, *, count: int, seed: int, kept: bool = True, subjects: Sequence[str] = ()
+    ) -> list[Question]:
+        """``count`` questions of "mmlu" (English) or "ceval" (Chinese), of the kept or of the general subjects.
+
+        ``subjects`` takes some of these only; empty = all.
+        """
         if name not in BENCHMARKS:
             raise ValueError(f"benchmark {name!r} is not embedded; choose one of {', '.join(BENCHMARKS)}")
-        subjects = [s for s in SUBJECTS if s.language == BENCHMARKS[name] and s.kept == kept]
+        asked = [s for s in SUBJECTS if s.language == BENCHMARKS[name] and s.kept == kept]
+        if subjects:
+            asked = [s for s in asked if s.name in subjects]
         rng = random.Random(f"benchmark/{self.seed}/{seed}/{name}/{kept}")
-        return self._many(subjects, count, rng, _BENCHMARK)
+        return self._many(asked, count, rng, _BENCHMARK)
 
     def documents(self, seed: int) -> Iterator[tuple[str, str]]:
         """Endless ``(prompt, response)`` pairs of the general part."""

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from drencoder.encoders.autoencoder import Autoencoder, AutoencoderOptions, StepCallback
 from drencoder.encoders.contract import Encoder, check_segments
+from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.identity import IdentityEncoder
-from drencoder.encoders.sizes import image_shape
+from drencoder.encoders.sizes import code_size
 from drencoder.encoders.sketch import RandomSketch
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
@@ -21,7 +22,7 @@ __all__ = ["ENCODERS", "EncoderRequest", "build_encoder"]
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """Everything that an encoder may be made from; all of it public."""
+    """Everything that an encoder may be made from; all of it public, except `real`."""
 
     segments: tuple[Segment, ...]
     code_size: int | None = None  # required by "random", fixed by the others
@@ -30,9 +31,11 @@ class EncoderRequest:
     floor: float = 0.1  # "random": share of the code that is spread uniformly
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
     on_step: StepCallback | None = None
+    real: RealGradients | None = None  # FedCG: train the auto-encoder on these and not on the prior's; NOT private
 
 
 State = Mapping[str, Tensor] | None
+_VALIDATION_SHARE = 0.2  # of the real gradients
 
 
 def _check_size(request: EncoderRequest, name: str, code_size: int) -> None:
@@ -57,13 +60,24 @@ def _random(request: EncoderRequest, state: State) -> Encoder:
 
 
 def _autoencoder(request: EncoderRequest, state: State) -> Encoder:
-    height, width = image_shape(check_segments(request.segments))
-    _check_size(request, "autoencoder", height * width // 64)
+    options = request.autoencoder
+    size = check_segments(request.segments)
+    _check_size(request, "autoencoder", code_size("autoencoder", size, 0.0, options.architecture))
     if state:
-        return Autoencoder.from_state(request.segments, state)
+        restored = Autoencoder.from_state(request.segments, state)
+        if restored.architecture != options.architecture:
+            raise EncoderError(
+                f"the saved autoencoder is a {restored.architecture}, the recipe wants a {options.architecture}; "
+                "resume with the recipe of that run"
+            )
+        return restored
+    if request.real is not None:
+        real, validation = request.real.split(_VALIDATION_SHARE, request.seed)
+        return Autoencoder.fit_non_private(
+            request.segments, real, validation, seed=request.seed, options=options, on_step=request.on_step
+        )
     if request.prior is None:
         raise EncoderError("the autoencoder is trained on synthetic gradients and needs a prior; run stage 1")
-    options = request.autoencoder
     return Autoencoder.fit(
         request.segments,
         request.prior.sample(options.samples, derive_seed(request.seed, "autoencoder-train")),
@@ -82,9 +96,11 @@ ENCODERS: Mapping[str, Callable[[EncoderRequest, State], Encoder]] = MappingProx
 def build_encoder(name: str, request: EncoderRequest, state: State = None) -> Encoder:
     """The encoder of this name, or the saved one if `state` holds its tensors.
 
-    Deterministic in its arguments. EncoderError for an unknown name and for a `code_size` that the
-    encoder cannot have.
+    Deterministic in its arguments. EncoderError for an unknown name, for a `code_size` that the encoder cannot
+    have, and for real gradients given to anything but the auto-encoder.
     """
     if name not in ENCODERS:
         raise EncoderError(f"there is no encoder {name!r}; choose one of {', '.join(ENCODERS)}")
+    if request.real is not None and name != "autoencoder":
+        raise EncoderError(f"real gradients train the autoencoder only, not {name!r}; set encoder.name = 'autoencoder'")
     return ENCODERS[name](request, state)

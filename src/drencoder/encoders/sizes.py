@@ -7,17 +7,54 @@ import json
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-from drencoder.errors import ModelError
+from drencoder.errors import EncoderError, ModelError
 
-__all__ = ["BYTES_PER_VALUE", "CELL", "HEADER_BYTES", "adapted_matrices", "code_size", "image_shape", "message_bytes"]
+__all__ = [
+    "BYTES_PER_VALUE",
+    "CELL",
+    "HEADER_BYTES",
+    "adapted_matrices",
+    "code_shape",
+    "code_size",
+    "image_shape",
+    "input_shape",
+    "known_matrices",
+    "message_bytes",
+    "stage1_values",
+]
 
 BYTES_PER_VALUE = {"float16": 2, "float32": 4}
 HEADER_BYTES = 20  # of every message, see encoders.wire
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
+_IMAGE_CODE = {"resnet": 64, "unet": 64}  # channels of a code cell
+_SIGNAL_CELL, _SIGNAL_CHANNELS = 256, 8  # cnn1d: signal values behind one cell of the code, and its channels
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
+
+_LLAMA_7B = {
+    **{f"self_attn.{side}_proj": (4096, 4096) for side in "qkvo"},
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
+_QWEN_7B = {
+    "attn.c_attn": (12288, 4096),  # q, k and v in one
+    "attn.c_proj": (4096, 4096),
+    "mlp.w1": (11008, 4096),
+    "mlp.w2": (11008, 4096),
+    "mlp.c_proj": (4096, 11008),
+}
+# Model id -> where its layers are, how many, and each layer's matrices as (out, in).
+_PUBLIC: Mapping[str, tuple[str, int, Mapping[str, tuple[int, int]]]] = MappingProxyType(
+    {
+        "huggyllama/llama-7b": ("model.layers", 32, _LLAMA_7B),
+        "Qwen/Qwen-7B": ("transformer.h", 32, _QWEN_7B),
+        "Qwen/Qwen1.5-7B": ("model.layers", 32, _LLAMA_7B),
+    }
+)
 
 
 def image_shape(update_size: int) -> tuple[int, int]:
@@ -31,14 +68,45 @@ def image_shape(update_size: int) -> tuple[int, int]:
     return -(-cells // width) * CELL, width * CELL
 
 
-def code_size(encoder: str, update_size: int, ratio: float) -> int:
-    """K of an encoder by name; `ratio` is D / K where the encoder lets one choose."""
+def input_shape(architecture: str, update_size: int) -> tuple[int, ...]:
+    """What an auto-encoder's network reads for one update: (1, H, W), or (1, L) with L a multiple of 256 for "cnn1d".
+
+    EncoderError for an unknown architecture.
+    """
+    if architecture in _IMAGE_CODE:
+        return 1, *image_shape(update_size)
+    if architecture == "cnn1d":
+        return 1, -(-update_size // _SIGNAL_CELL) * _SIGNAL_CELL
+    raise EncoderError(f"there is no auto-encoder architecture {architecture!r}; choose resnet, cnn1d or unet")
+
+
+def code_shape(architecture: str, update_size: int) -> tuple[int, ...]:
+    """An auto-encoder's code: (64, H/64, W/64), 1/64 of the padded values, or (8, L/256), 1/32, for "cnn1d"."""
+    _, *sides = input_shape(architecture, update_size)
+    if architecture in _IMAGE_CODE:
+        return _IMAGE_CODE[architecture], *(side // CELL for side in sides)
+    return _SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL
+
+
+def code_size(encoder: str, update_size: int, ratio: float, architecture: str = "resnet") -> int:
+    """K of an encoder by name; `ratio` is D / K where the encoder lets one choose, `architecture` the auto-encoder's."""
     if encoder == "identity":
         return update_size
     if encoder == "autoencoder":
-        height, width = image_shape(update_size)
-        return height * width // CELL
+        return math.prod(code_shape(architecture, update_size))
     return max(1, round(update_size / ratio))
+
+
+def stage1_values(source: str, update_size: int, num_matrices: int, epochs: int) -> int:
+    """Values that one client uploads in stage 1, headers apart.
+
+    "moments": two statistics for each of A and B, per adapted matrix and epoch. "gradients" (FedCG): the whole
+    gradient, per epoch. "none": nothing. EncoderError for another source.
+    """
+    values = {"moments": 4 * num_matrices, "gradients": update_size, "none": 0}
+    if source not in values:
+        raise EncoderError(f"there is no stage 1 of source {source!r}; choose one of {', '.join(values)}")
+    return epochs * values[source]
 
 
 def message_bytes(size: int, wire_dtype: str) -> int:
@@ -57,18 +125,39 @@ def adapted_matrices(folder: Path, targets: Sequence[str], layers: Sequence[int]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} has no .safetensors file: give a local Hugging Face folder or 'embedded'.")
+    entries = ((name, shape) for file in files for name, shape in _header(file).items() if len(shape) == 2)
+    return _adapted(entries, targets, layers, str(folder))
+
+
+def known_matrices(model_id: str, targets: Sequence[str], layers: Sequence[int]) -> list[list[int]] | None:
+    """`adapted_matrices` of a public model that recipes name, without its files; None for any other model.
+
+    The shapes are those of the models' published config.json. Only attention and MLP matrices are known.
+    ModelError if `targets` names none of them.
+    """
+    if model_id not in _PUBLIC:
+        return None
+    prefix, num_layers, shapes = _PUBLIC[model_id]
+    entries = ((f"{prefix}.{layer}.{name}", shape) for layer in range(num_layers) for name, shape in shapes.items())
+    return _adapted(entries, targets, layers, model_id)
+
+
+def _adapted(
+    entries: Iterable[tuple[str, Sequence[int]]], targets: Sequence[str], layers: Sequence[int], model: str
+) -> list[list[int]]:
+    """The shapes that PEFT would pair: a target is a whole name or its last parts, so "c_proj" names attn.c_proj and
+    mlp.c_proj alike, and "mlp.c_proj" only the latter."""
     found = []
-    for file in files:
-        for name, shape in _header(file).items():
-            module = name.removesuffix(".weight")
-            layer = _LAYER.search(name)
-            if layers and (layer is None or int(layer[1]) not in layers):
-                continue
-            if len(shape) == 2 and any(module == target or module.endswith(f".{target}") for target in targets):
-                found.append(shape)
+    for name, shape in entries:
+        module = name.removesuffix(".weight")
+        layer = _LAYER.search(f"{module}.")
+        if layers and (layer is None or int(layer[1]) not in layers):
+            continue
+        if any(module == target or module.endswith(f".{target}") for target in targets):
+            found.append(list(shape))
     if not found:
         raise ModelError(
-            f"adapter.targets = {list(targets)} (layers {list(layers) or 'all'}) names no matrix of {folder}: "
+            f"adapter.targets = {list(targets)} (layers {list(layers) or 'all'}) names no matrix of {model}: "
             "name linear modules of this model."
         )
     return found

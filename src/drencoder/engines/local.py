@@ -18,7 +18,7 @@ from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.rng import derive_seed
 from drencoder.steps import CohortQuery, Upload
-from drencoder.training import client_update, cohort_updates
+from drencoder.training import advanced, client_update, cohort_updates, num_steps
 
 __all__ = ["LocalEngine"]
 
@@ -28,11 +28,12 @@ __all__ = ["LocalEngine"]
 class LocalEngine:
     """Trains `parallel` clients as one batch; 1 = one by one through PEFT's own forward.
 
-    `examples_of(client)` gives one client's tokenised examples; they live for one batch of clients.
+    `examples_of(client, slot)` gives the tokenised examples that one client uses in a slot; they live for one batch of
+    clients.
     """
 
     lora: LoraModel
-    examples_of: Callable[[int], list[Example]]
+    examples_of: Callable[[int, int], list[Example]]
     local: config.Local
     seed: int
     parallel: int
@@ -43,12 +44,22 @@ class LocalEngine:
         """Asks every client of the cohort; yields what they send, some clients at a time."""
         for start in range(0, len(cohort), self.parallel):
             clients = cohort[start : start + self.parallel]
-            yield query.upload(self._updates(adapter_D, clients, query.slot), clients, permit, noise)
+            yield query.upload(self._updates(query, adapter_D, clients), clients, permit, noise)
 
-    def _updates(self, adapter_D: Tensor, clients: Sequence[int], slot: int) -> Tensor:
-        owned = [self.examples_of(client) for client in clients]
-        seeds = [derive_seed(self.seed, "local-order", slot, client) for client in clients]
+    def _updates(self, query: CohortQuery, adapter_D: Tensor, clients: Sequence[int]) -> Tensor:
+        """What the clients compute, (K, epochs * D): the updates of as many epochs as the query asks for, in a row."""
+        owned = [self.examples_of(client, query.slot) for client in clients]
+        steps_K1 = torch.tensor([[num_steps(mine, self.local)] for mine in owned], device=self.lora.device)
+        adapter, path = adapter_D.to(self.lora.device), []
+        for epoch in range(query.epochs):
+            seeds = [derive_seed(self.seed, "local-order", query.slot, client, epoch) for client in clients]
+            path.append(self._train(adapter, owned, seeds))
+            adapter = advanced(self.local, adapter, path[-1], steps_K1)
+        return torch.cat(path, dim=1)
+
+    def _train(self, adapter: Tensor, owned: Sequence[list[Example]], seeds: Sequence[int]) -> Tensor:
         if self.parallel > 1:
-            return cohort_updates(self.lora, adapter_D, owned, self.local, seeds)
-        one_by_one = zip(owned, seeds, strict=True)
-        return torch.stack([client_update(self.lora, adapter_D, mine, self.local, seed) for mine, seed in one_by_one])
+            return cohort_updates(self.lora, adapter, owned, self.local, seeds)
+        starts = adapter.expand(len(owned), -1)
+        one_by_one = zip(starts, owned, seeds, strict=True)
+        return torch.stack([client_update(self.lora, own, mine, self.local, seed) for own, mine, seed in one_by_one])

@@ -1,0 +1,117 @@
+"""The methods that `drencoder compare` knows: the published ones, the baselines, and this project's own. No torch.
+
+A method is a set of knobs. Everything else, clients, cohorts, rounds, local work, optimiser, clip and accountant, is the
+recipe's and the same for all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from drencoder.config import Recipe
+from drencoder.errors import RecipeError
+
+__all__ = ["CENTRALISED", "METHODS", "Method", "method_named", "start_rates"]
+
+CENTRALISED = "centralised"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One arm of a comparison. `private` methods are run once per epsilon, the others once.
+
+    `rate_knob` is the learning rate that is tuned: the recipe's value, or its own in `compare.rates`, is the first guess.
+    """
+
+    name: str
+    words: str
+    knobs: Mapping[str, Any]
+    private: bool = True
+    rate_knob: str = "server.learning_rate"
+
+    def first_rate(self, base: Recipe) -> float:
+        """The learning rate that tuning starts from.
+
+        Raises:
+          RecipeError: compare.rates is ill-formed.
+        """
+        section, _, key = self.rate_knob.partition(".")
+        own = getattr(getattr(base, section), key)
+        return start_rates(base).get(self.name, own)
+
+    def recipe(self, base: Recipe, *, epsilon: float | None, seed: int, multiplier: float) -> Recipe:
+        """The recipe of one run of this method, at `multiplier` times its first learning rate.
+
+        Raises:
+          RecipeError: the method and the base recipe do not fit together.
+        """
+        changes: dict[str, Any] = {**self.knobs, self.rate_knob: self.first_rate(base) * multiplier, "seed": seed}
+        if self.private and epsilon is not None:
+            changes |= {"privacy.epsilon": epsilon, "privacy.noise_multiplier": 0.0}
+        return base.changed(changes | {"name": self.name, "evaluation.every": 0})
+
+
+def start_rates(base: Recipe) -> dict[str, float]:
+    """`compare.rates` ("method=rate") as numbers.
+
+    Raises:
+      RecipeError: an entry names no method or no positive number.
+    """
+    rates = {}
+    for entry in base.compare.rates:
+        name, _, text = entry.partition("=")
+        try:
+            rates[method_named(name.strip()).name] = float(text)
+        except ValueError:
+            raise RecipeError(f"compare.rates holds {entry!r}: write METHOD=RATE, say dp-lora=0.1.") from None
+    return rates
+
+
+_WHOLE = {"encoder.name": "identity", "prior.source": "none"}
+_SILENT = {"privacy.trust": "non-private"}
+_TRAINED = {"encoder.name": "autoencoder", "encoder.gate": "warn"}  # warn: what it carries is what is to be shown
+_BEFORE, _AFTER = {"privacy.noise_in": "update"}, {"privacy.noise_in": "code"}
+_MOMENTS, _GRADIENTS = {"prior.source": "moments"}, {"prior.source": "gradients"}
+
+_ALL = (
+    Method("lora", "federated LoRA: whole updates, no noise", _WHOLE | _SILENT, private=False),
+    Method(
+        CENTRALISED,
+        "LoRA with AdamW on the clients' text in one place",
+        _WHOLE | _SILENT,
+        private=False,
+        rate_knob="local.learning_rate",
+    ),
+    Method("dp-lora", "DP-LoRA: whole updates, clipped and noised", _WHOLE),
+    Method(
+        "dr-encoder",
+        "DR-Encoder as published: auto-encoder of a random prior, noise before encoding",
+        _TRAINED | _MOMENTS | _BEFORE,
+    ),
+    Method("dr-encoder-code", "the same auto-encoder, noise in the code", _TRAINED | _MOMENTS | _AFTER),
+    Method(
+        "fedcg",
+        "FedCG: auto-encoder of real gradients, no noise",
+        _TRAINED | _GRADIENTS | _SILENT | _BEFORE,
+        private=False,
+    ),
+    Method("fedcg-dp", "FedCG with noise in its rounds; stage 1 stays un-noised", _TRAINED | _GRADIENTS | _BEFORE),
+    Method(
+        "random", "drencoder: sketch allocated by the prior, noise in the code", {"encoder.name": "random"} | _AFTER
+    ),
+    Method("random-silent", "the same sketch, no noise", {"encoder.name": "random"} | _SILENT, private=False),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+
+
+def method_named(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+      RecipeError: there is none.
+    """
+    if name not in METHODS:
+        raise RecipeError(f"compare.methods names {name!r}: choose from {', '.join(METHODS)}.")
+    return METHODS[name]

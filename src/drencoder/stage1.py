@@ -1,0 +1,160 @@
+"""Stage 1: from a charged question to a cohort, over the prior, to a fitted encoder that the gate has seen.
+
+`moments` is DR-Encoder's way: noised statistics, a Gaussian prior, synthetic gradients. `gradients` is FedCG's
+(CG-FedLLM, https://arxiv.org/abs/2405.13746), the baseline: real gradients, which only a slot that the ledger has
+charged as non-private can ask for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drencoder.build import Live
+from drencoder.checkpoint import Progress
+from drencoder.encoders.contract import Encoder
+from drencoder.encoders.fedcg import RealGradients
+from drencoder.encoders.gate import GateResult, measure_viability, require_viable
+from drencoder.errors import ArtifactError
+from drencoder.prior import GaussianPrior
+from drencoder.privacy.ledger import Ledger, Permit
+from drencoder.rng import derive_seed
+from drencoder.steps import CohortQuery, Outcome, ServerState, gradient_query, learning_rate, moment_query, server_step
+from drencoder.training import cohort_updates
+
+__all__ = ["ask", "bytes_up", "fit_encoder", "run_stage1"]
+
+Say = Callable[[str], None]
+
+_GATE_UPDATES = 64  # synthetic ones
+_GATE_CLIENTS = 16  # make-believe ones, of server-held text
+
+
+def ask(live: Live, ledger: Ledger, query: CohortQuery, adapter_D: Tensor, cohort: list[int]) -> tuple[Outcome, Permit]:
+    """Charge, gather, release: the same for both stages, in this order."""
+    permit, noise = ledger.charge(query.slot), live.noise()
+    outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
+    if outcome.release.contributors is not None:
+        # Local trust: how many noised messages hide each other is public, and makes the public's epsilon.
+        ledger.record_contributors(query.slot, outcome.release.contributors)
+    return outcome, permit
+
+
+def bytes_up(outcome: Outcome, expected: float, query: CohortQuery) -> int:
+    """Bytes of a slot's uploads: counted under local trust, expected where the size of a cohort is secret."""
+    if outcome.release.contributors is not None:
+        return outcome.bytes_up
+    return round(expected * query.wire.message_size)
+
+
+def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients | None]:
+    """Asks stage 1's cohort. Moments become a prior; real gradients are handed on and never stored.
+
+    Raises:
+      ArtifactError: FedCG's gradients were charged in a run that was killed before the encoder was made of them.
+    """
+    lost = ledger.resume_rule(0) == "skip"
+    if live.recipe.prior.source == "gradients":
+        if lost:
+            raise ArtifactError("stage 1's real gradients were charged but lost with the killed run: start a new run.")
+        return _real_gradients(live, ledger, now, say)
+    if lost:
+        say("stage 1 was charged but its result was lost: going on with an uninformed prior")
+        prior = GaussianPrior.isotropic(live.lora.layout.segments)
+        return replace(now, slot=0, prior=prior, stage1={"lost": True}), None
+    return _moments(live, ledger, now, say), None
+
+
+def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
+    """The charged, noised moments of one cohort, and the prior that is fitted to them."""
+    recipe, plan, segments = live.recipe, live.overview.privacy, live.lora.layout.segments
+    cohort = ledger.cohort(0)
+    epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
+    say(f"stage 1: asking {_words(live, cohort)} for two moments per tensor{epochs}")
+    query = moment_query(segments, recipe.prior)
+    outcome, _ = ask(live, ledger, query, now.state.adapter_D, cohort)
+    release = outcome.release
+    mean_V = release.value / plan.stage1_cohort
+    prior = GaussianPrior.from_statistics(mean_V, segments, release.noise_std / plan.stage1_cohort)
+    facts = {"statistics": query.wire.code_size, "message_bytes": query.wire.message_size}
+    say(f"stage 1: {facts['statistics']} noised statistics, prior rms {prior.rms:.2e}")
+    sent = bytes_up(outcome, plan.stage1_cohort, query)
+    return replace(now, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=now.bytes_up + sent)
+
+
+def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients]:
+    """FedCG: every client's own gradients, one by one and without noise."""
+    recipe = live.recipe
+    query = gradient_query(live.lora.layout.size, recipe.prior)
+    cohort = ledger.cohort(0)
+    say(f"stage 1: asking {_words(live, cohort)} for their REAL gradients, un-noised (FedCG: not private)")
+    permit = ledger.charge(0)
+    rounds = recipe.prior.epochs if recipe.prior.collection == "federated" else 1
+    state, collected, sent = now.state, [], 0
+    for number in range(1, rounds + 1):
+        # Federated collection: each of its rounds asks a part of the cohort, so that a client uploads once.
+        uploads = live.engine.gather(query, state.adapter_D, cohort[number - 1 :: rounds], permit, live.noise())
+        rows, count = query.rows(uploads, permit)
+        collected.append(rows.reshape(-1, live.lora.layout.size))
+        sent += count
+        state = _averaged(state, collected[-1], live, number)
+    real = RealGradients.collected(torch.cat(collected), permit)
+    facts = {"gradients": len(real), "message_bytes": query.wire.message_size, "bytes": sent}
+    say(f"stage 1: {len(real)} real gradients collected, {sent:,} bytes")
+    return replace(now, slot=0, stage1=facts, bytes_up=now.bytes_up + sent), real
+
+
+def _averaged(state: ServerState, rows_ND: Tensor, live: Live, number: int) -> ServerState:
+    """Federated averaging between the rounds of FedCG's collection; stage 2 starts from the untouched adapter again."""
+    if not len(rows_ND):
+        return state
+    server = live.recipe.server
+    return server_step(state, rows_ND.mean(dim=0), server, learning_rate(server, number, live.recipe.federation.rounds))
+
+
+def _words(live: Live, cohort: list[int]) -> str:
+    plan = live.overview.privacy
+    return f"{len(cohort)} clients" if plan.trust == "local" else f"about {plan.stage1_cohort:.0f} clients"
+
+
+def fit_encoder(live: Live, now: Progress, real: RealGradients | None, say: Say) -> tuple[Progress, Encoder]:
+    """Fits the encoder and asks the gate, before any of stage 2's budget is spent."""
+
+    def trained(step: int, loss: float, checked: float | None) -> None:
+        if checked is not None:
+            say(f"auto-encoder, step {step}: training loss {loss:.4g}, validation loss {checked:.4g}")
+
+    encoder = live.encoder(now.prior, real=real, on_step=trained)
+    seed = derive_seed(live.recipe.seed, "gate")
+    public = measure_viability(encoder, _public_updates(live, now.state.adapter_D), seed)
+    gate = {"public": _facts(public)}
+    verdict = public
+    if real is None:  # else no prior was fitted that could draw any
+        prior = now.prior or GaussianPrior.isotropic(live.lora.layout.segments)
+        samples = prior.sample(min(_GATE_UPDATES, live.recipe.prior.synthetic), seed)
+        verdict = measure_viability(encoder, samples.values_ND, seed)
+        gate["synthetic"] = _facts(verdict)
+        say(f"gate, synthetic gradients: {verdict.sentence}")
+    say(f"gate, server-held text: cosine {public.cosine:.3f}, {public.captured_energy:.2%} of the energy")
+    require_viable(verdict, allow=live.recipe.encoder.gate == "warn")
+    return replace(now, gate=gate, encoder_state=encoder.state()), encoder
+
+
+def _facts(result: GateResult) -> Mapping[str, Any]:
+    return {
+        "cosine": result.cosine,
+        "captured_energy": result.captured_energy,
+        "random_cosine": result.random_cosine,
+        "viable": result.viable,
+    }
+
+
+def _public_updates(live: Live, adapter_D: Tensor) -> Tensor:
+    """Updates (up to 16, D) of make-believe clients that hold the server's own held-out text."""
+    size, held_out = live.recipe.data.examples_per_client, live.held_out
+    groups = [held_out[start : start + size] for start in range(0, min(len(held_out), _GATE_CLIENTS * size), size)]
+    while len(groups) < 2:  # the gate compares at least two
+        groups.append(held_out)
+    return cohort_updates(live.lora, adapter_D, groups, live.recipe.local, [0] * len(groups)).cpu()
