@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_overrides
 from drencoder import experiment
+from drencoder.build import build
 from drencoder.config import Recipe, load_recipe
 from drencoder.engines.local import LocalEngine
 from drencoder.errors import ArtifactError, DataError, ModelError
@@ -315,3 +316,99 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
 def test_ledger_is_one_writers(finished: experiment.RunResult) -> None:
     with Ledger.open(finished.ledger), pytest.raises(ArtifactError, match="in use"):
         experiment.resume(finished.folder)
+
+
+# --- stage 1 as published, and FedCG's ------------------------------------------------------------------------
+
+
+AUTOENCODER = ["encoder.name=autoencoder", "encoder.gate=warn", "encoder.train_steps=3", "prior.synthetic=16"]
+FEDCG = [*AUTOENCODER, "prior.source=gradients", "data.examples_per_client=3", "prior.sampling_rate=0.5"]
+
+
+def test_statistics_of_every_epoch_make_the_prior(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, "prior.epochs=3", "local.upload=pseudo-gradient", "federation.rounds=1")
+    result = experiment.run(recipe, tmp_path / "run")
+    once = experiment.run(recipe.changed({"prior.epochs": 1}), tmp_path / "once")
+    three, one = (run.certificate["stage1"] for run in (result, once))
+    assert three["statistics"] == 3 * one["statistics"]
+    assert charged(result.folder) == [("charge", 0), ("charge", 1)]
+    assert three["message_bytes"] - one["message_bytes"] == 4 * 2 * one["statistics"]
+
+
+@pytest.mark.parametrize("architecture", ["resnet", "cnn1d", "unet"])
+def test_every_architecture_runs_through_both_stages_and_resumes(
+    tiny_folder: Path, tmp_path: Path, architecture: str
+) -> None:
+    overrides = [*AUTOENCODER, f"encoder.architecture={architecture}", "encoder.normalise=module"]
+    recipe = recipe_of(tiny_folder, *overrides, "privacy.noise=replay", "federation.rounds=2")
+    whole = experiment.run(recipe, tmp_path / "whole")
+    assert whole.certificate["encoder"]["architecture"] == architecture
+    assert whole.certificate["encoder"]["trained_on"] == "synthetic"
+    again = experiment.resume(whole.folder)  # everything is there: only the last evaluation is done again
+    assert again.certificate["results"] == whole.certificate["results"]
+
+
+@pytest.mark.parametrize("trust", ["local", "central", "non-private"])
+@pytest.mark.parametrize("collection", ["local", "federated"])
+def test_fedcg_is_marked_non_private_everywhere(tiny_folder: Path, tmp_path: Path, trust: str, collection: str) -> None:
+    overrides = [
+        f"privacy.trust={trust}",
+        f"prior.collection={collection}",
+        "prior.epochs=2",
+        "privacy.noise_in=update",
+    ]
+    result = experiment.run(recipe_of(tiny_folder, *FEDCG, *overrides), tmp_path / "run")
+    certificate = result.certificate
+    assert certificate["private"] is False
+    assert "no privacy guarantee of any kind" in certificate["statement"]
+    assert all(row["epsilon_pld"] == "inf" for row in certificate["observers"].values())
+    assert certificate["encoder"]["trained_on"] == "real"
+    assert certificate["encoder"]["public"] is False
+    first = json.loads((result.folder / "ledger.jsonl").read_text().splitlines()[1])
+    assert first["slot"] == 0
+    assert first["event"]["kind"] == "non_private"
+    # Each message holds whole gradients: both epochs' under local collection, one under federated collection.
+    stage1, size = certificate["stage1"], certificate["encoder"]["update_size"]
+    per_message = 2 if collection == "local" else 1
+    assert stage1["message_bytes"] == 20 + 4 * size * per_message
+    assert stage1["bytes"] == stage1["message_bytes"] * stage1["gradients"] // per_message
+    assert certificate["bytes"]["stage1"] == stage1["bytes"] < certificate["bytes"]["uploaded"]
+    assert not verify_run(result.folder).trouble
+    for path in result.folder.rglob("*.safetensors"):
+        rows = {name: tensor for name, tensor in load_file(path).items() if tensor.shape[-1:] == (size,)}
+        assert all(name.startswith("state.") for name in rows)  # the shared adapter's; no gradient was stored
+
+
+def test_fedcgs_stages_use_different_records(tiny_folder: Path) -> None:
+    live = build(recipe_of(tiny_folder, *FEDCG, "data.examples_per_client=10", "data.max_tokens=400"))
+    for client in range(5):
+        first, rest = live.texts.client(client, 0), live.texts.client(client, 1)
+        assert (len(first), len(rest)) == (3, 7)
+        assert live.texts.client(client, 2) == rest
+        everything = build(recipe_of(tiny_folder, "data.examples_per_client=10", "data.max_tokens=400"))
+        assert everything.texts.client(client, 0) == first + rest
+
+
+def test_real_gradients_lost_with_a_killed_run_are_not_asked_for_again(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    recipe = recipe_of(tiny_folder, *FEDCG)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "fit_encoder", die)
+        with pytest.raises(Killed):
+            experiment.run(recipe, tmp_path / "run")
+    with pytest.raises(ArtifactError, match="real gradients were charged but lost"):
+        experiment.resume(tmp_path / "run")
+
+
+def test_a_diverged_run_is_one_sentence_and_keeps_its_ledger(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_folder, "server.learning_rate=1e38", "server.optimizer=fedavg", "evaluation.every=0")
+    with pytest.raises(ModelError, match=r"diverged: lower server\.learning_rate"):
+        experiment.run(recipe, tmp_path / "run")
+    assert len(charged(tmp_path / "run")) == 5

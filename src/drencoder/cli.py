@@ -250,6 +250,45 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE|RUN]", help="a recipe, or a run folder to take it from")
+    ] = None,
+    set_: SetOption = None,
+    clients: Annotated[int, typer.Option("--clients", min=8, help="clients under attack")] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="of the audit")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="write the findings as JSON")] = None,
+) -> None:
+    """Attacks on the three leakages: a client's text, the encoder's training set, who took part.
+
+    Each attack meets the same updates without protection, under FedCG, DR-Encoder and this project's default. Exit code 1
+    if an attack beats its bound or misses a planted sabotage.
+    """
+    from drencoder.audit_view import audit_tables
+
+    console = Console()
+    is_run = recipe is not None and (Path(recipe) / "recipe.resolved.toml").is_file()
+    wanted = load_recipe(str(Path(recipe or "") / "recipe.resolved.toml") if is_run else recipe, set_ or ())
+    from drencoder.audit.leakages import audit_leakages
+    from drencoder.build import build
+
+    class Lines:
+        def say(self, text: str) -> None:
+            console.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+
+    found = audit_leakages(build(wanted), clients=clients, seed=seed, listener=Lines())
+    for table in audit_tables(found):
+        console.print(table)
+    if out is not None:
+        from drencoder.artifacts import storing
+
+        with storing(out):
+            out.write_text(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if found.broken or found.toothless:
+        raise SystemExit(1)
+
+
+@app.command()
 def verify(folder: RunArgument) -> None:
     """Re-accounts a run's ledger and compares it with its certificate."""
     from drencoder.verify import verify_run

@@ -70,7 +70,7 @@ def tracks_of(wanted: Compare) -> list[Track]:
     """Every method once, or once per epsilon if it is private.
 
     Raises:
-      RecipeError: a method is unknown, or there is nothing to run.
+      RecipeError: a method is unknown or named twice, a seed is judged on that was tuned on, or nothing is left to run.
     """
     tracks = []
     for name in wanted.methods:
@@ -80,6 +80,13 @@ def tracks_of(wanted: Compare) -> list[Track]:
         raise RecipeError(
             "compare.methods, compare.epsilons and compare.seeds leave nothing to run: name at least one."
         )
+    if wanted.tuning_seed in wanted.seeds:
+        raise RecipeError(
+            f"compare.tuning_seed = {wanted.tuning_seed} is one of compare.seeds too: what was tuned on a seed cannot be "
+            "judged on it, so give another."
+        )
+    if repeated := {name for name in wanted.methods if wanted.methods.count(name) > 1}:
+        raise RecipeError(f"compare.methods names {min(repeated)!r} twice: name each method once.")
     return tracks
 
 

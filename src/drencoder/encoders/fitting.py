@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from drencoder.encoders.architectures import AutoencoderNetwork, architecture, fresh_network
+from drencoder.encoders.sizes import code_shape
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
 from drencoder.rng import derive_seed
@@ -128,6 +129,12 @@ def fit_network(
                 f"{len(gradients)} gradients of {gradients.size} values do not fit an adapter of {segments[-1].stop} "
                 "values; have at least one of the same layout"
             )
+    cells = math.prod(code_shape(options.architecture, segments[-1].stop)[1:])
+    if min(options.batch, len(training)) * cells < 2:
+        raise EncoderError(
+            "one gradient of so small an adapter is not enough for BatchNorm to train on; have at least 2 in a batch "
+            "(FedCG: ask more clients, prior.sampling_rate)"
+        )
     scale_S = _scales(segments, training.energy_S(segments), options.normalise)
     frame = Frame(segments, scale_S.tolist(), architecture(options.architecture).input_shape(segments[-1].stop))
     generator = torch.Generator().manual_seed(derive_seed(seed, "autoencoder"))

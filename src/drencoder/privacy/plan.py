@@ -259,9 +259,13 @@ class PrivacyPlan:
         return "server" if self.trust == "local" else "public"
 
     def budget_events(self, charges: Mapping[int, int]) -> tuple[Event, ...]:
-        """The charges (slot -> count) that count against the budget: all but the ones named non-private."""
-        events = self.composition(self.budget_observer, {slot: (count, 1) for slot, count in charges.items()})
-        return tuple(event for event in events or () if not isinstance(event, NonPrivateEvent))
+        """The charges (slot -> count) that count against the budget: all but the ones named non-private.
+
+        Those are left out before the worst client is looked for, else under local trust a client of an un-noised stage
+        would hide what the others pay.
+        """
+        counted = {slot: (count, 1) for slot, count in charges.items() if self.stage(slot) not in self.non_private}
+        return self.composition(self.budget_observer, counted) or ()
 
     @cached_property
     def budget(self) -> float:

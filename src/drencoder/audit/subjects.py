@@ -1,0 +1,121 @@
+"""Whose updates are attacked: disjoint groups of clients, and what the attacker knows of the population.
+
+Legend: N clients of a group, M shadow clients, D adapter values.
+
+Four groups, all drawn from the same population: `targets` are attacked; `collected` took part in stage 1; `reference`
+are known to nobody but a reference model (leakage 2); `shadow` are make-believe clients with the server's own
+held-out text, on which an attacker learns. Every client holds one record, the hardest case: a mean over many
+records hides each of them better, and this is not what is under test.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from drencoder import config
+from drencoder.build import Live
+from drencoder.errors import DataError
+from drencoder.examples import Example
+from drencoder.rng import derive_seed
+from drencoder.steps import ServerState, server_step
+from drencoder.training import cohort_updates
+
+__all__ = ["MIN_CLIENTS", "Subjects", "gather_subjects"]
+
+MIN_CLIENTS = 8
+_WARM_STEPS = 4
+_WARM_EXAMPLES = 32  # of each step
+_SHADOWS = 1024
+_MIN_SHADOWS = 16
+_WARM_SERVER = config.Server(optimizer="fedadam", learning_rate=0.001)
+
+
+@final
+@dataclass(frozen=True)
+class Subjects:
+    """Updates (rows) and texts of the groups, all at the same `adapter_D`."""
+
+    adapter_D: Tensor
+    target_texts: Sequence[Example]
+    target_ND: Tensor
+    collected_ND: Tensor
+    reference_ND: Tensor
+    shadow_texts: Sequence[Example]
+    shadow_MD: Tensor
+
+
+def gather_subjects(live: Live, clients: int, seed: int) -> Subjects:
+    """Trains all groups, `clients` in each but the shadows.
+
+    Raises:
+      DataError: fewer than 8 clients, a population that is too small, or too little held-out text.
+    """
+    population = live.recipe.federation.population
+    if clients < MIN_CLIENTS:
+        raise DataError(f"The audit was asked for {clients} clients; its intervals need at least {MIN_CLIENTS}.")
+    if 3 * clients > population:
+        raise DataError(
+            f"The audit of {clients:,} clients needs three such groups and the population has {population:,}: ask for "
+            f"{population // 3:,} clients at most."
+        )
+    warm, shadow_texts = _server_texts(live)
+    adapter_D = _warmed(live, warm)
+    start = derive_seed(seed, "audit-clients") % (population - 3 * clients + 1)
+    chosen = [live.texts.client(start + client, 1)[0] for client in range(3 * clients)]
+    target_ND, collected_ND, reference_ND = _updates(live, adapter_D, chosen).split(clients)
+    return Subjects(
+        adapter_D=adapter_D,
+        target_texts=chosen[:clients],
+        target_ND=target_ND,
+        collected_ND=collected_ND,
+        reference_ND=reference_ND,
+        shadow_texts=shadow_texts,
+        shadow_MD=_updates(live, adapter_D, shadow_texts),
+    )
+
+
+def _server_texts(live: Live) -> tuple[list[Example], list[Example]]:
+    """The server's own text: what warms the adapter, and what its make-believe clients hold."""
+    wanted = _WARM_STEPS * _WARM_EXAMPLES
+    held_out = live.texts.held_out(wanted + _SHADOWS)
+    warm = min(wanted, len(held_out) // 2)
+    if len(held_out) - warm < _MIN_SHADOWS:
+        raise DataError(
+            f"The server holds {len(held_out)} records out; the attacker learns from at least {2 * _MIN_SHADOWS}: "
+            "raise data.held_out_share."
+        )
+    return held_out[:warm], held_out[warm:]
+
+
+def _warmed(live: Live, texts: Sequence[Example]) -> Tensor:
+    """The adapter (D,) after a few non-private steps on the server's own text, as in a later round.
+
+    LoRA starts with B = 0, where A has no gradient and shows nothing of the input.
+    """
+    state = ServerState.start(live.lora.initial_D)
+    gradient = config.Local(upload="gradient", batch_size=_WARM_EXAMPLES)
+    size = -(-len(texts) // _WARM_STEPS)
+    for begin in range(0, len(texts), size):
+        update_1D = cohort_updates(live.lora, state.adapter_D, [texts[begin : begin + size]], gradient, [0])
+        state = server_step(state, update_1D[0].cpu(), _WARM_SERVER, _WARM_SERVER.learning_rate)
+    return state.adapter_D
+
+
+def _updates(live: Live, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:
+    """One update (len(texts), D) per client of one record, as the recipe's clients compute it.
+
+    A `state` is taken as the increment that the server reads from it.
+    """
+    local, many = live.recipe.local, max(2, live.recipe.speed.parallel_clients)
+    if local.upload == "state":
+        local = replace(local, upload="increment")
+    parts = [
+        cohort_updates(
+            live.lora, adapter_D, [[one] for one in texts[at : at + many]], local, [0] * len(texts[at : at + many])
+        )
+        for at in range(0, len(texts), many)
+    ]
+    return torch.cat(parts).cpu()
