@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path, help="the tables again, for a results page")
     args = parser.parse_args()
     cells = [(seed, args.clients, args.trials, args.train_steps, tuple(args.set)) for seed in args.seeds]
     audits = []
@@ -51,6 +52,8 @@ def main() -> None:
             if args.json:  # after every seed, so that nothing is lost
                 args.json.write_text(json.dumps({"overrides": args.set, "audits": audits}, indent=1) + "\n", "utf-8")
     print_table(audits)
+    if args.markdown:
+        args.markdown.write_text(markdown(audits), "utf-8")
 
 
 def print_table(audits: list[dict[str, Any]]) -> None:
@@ -76,6 +79,22 @@ def print_table(audits: list[dict[str, Any]]) -> None:
         example = audit["example"]
         console.print(f"seed {audit['facts']['seed']}: {audit['seconds']:.0f} s", markup=False)
         console.print(f"  text: {example['text']!r}\n  read: {example['recovered']}", markup=False)
+
+
+def markdown(audits: list[dict[str, Any]]) -> str:
+    """One table per leakage: mean AUC over seeds, then every seed's."""
+    parts = []
+    for leakage in dict.fromkeys(finding["leakage"] for finding in audits[0]["findings"]):
+        parts += ["", f"### {leakage}", "", "| arm | the attacker sees | attack | AUC (seeds) | max AUC | found |"]
+        parts.append("|---|---|---|---|---|---|")
+        for key, rows in rows_by_attack(audits, leakage).items():
+            aucs, found = [row["auc"]["value"] for row in rows], [row["found"] for row in rows]
+            bounds = [row["max_auc"] for row in rows]
+            cells = [*key, f"{sum(aucs) / len(aucs):.2f} ({' '.join(f'{auc:.2f}' for auc in aucs)})"]
+            cells.append("-" if None in bounds else f"{max(bounds):.2f}")
+            cells.append("" if None in found else f"{sum(found) / len(found):.0%}")
+            parts.append("| " + " | ".join(cells) + " |")
+    return "\n".join(parts).lstrip() + "\n"
 
 
 def rows_by_attack(audits: list[dict[str, Any]], leakage: str) -> dict[tuple[str, str, str], list[dict[str, Any]]]:

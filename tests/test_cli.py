@@ -112,3 +112,63 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
     done = drencoder("run", "--resume", str(run))
     assert done.returncode == 0, done.stderr
     assert (run / "certificate.json").exists()
+
+
+# --- plan --curve, compare, evaluate, audit -------------------------------------------------------------------
+
+REFERENCE = [
+    "--set=privacy.trust=central", "--set=federation.population=100", "--set=federation.sampling_rate=0.05",
+    "--set=federation.rounds=20", "--set=prior.source=none",
+]  # fmt: skip
+
+
+def test_curve_says_which_numbers_are_guarantees_and_draws_both_plots(tmp_path: Path) -> None:
+    done = drencoder("plan", "--curve", "--sigmas", "0.997,2", *REFERENCE, "--plot", "budget.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "guarantees: PLD, RDP" in done.stdout
+    assert "an approximation, not a guarantee" in done.stdout
+    for number in ("1.999", "2.498", "1.109"):  # PLD, RDP, CLT of the reference setting after round 20
+        assert number in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"budget.png", "budget-tradeoff.png"}
+    as_json = json.loads(drencoder("plan", "--curve", "--json", "--sigmas", "0.997", *REFERENCE).stdout)
+    assert as_json["is_guarantee"]["epsilon_pld"] is True
+    assert as_json["is_guarantee"]["epsilon_clt"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--curve", "--sigmas", "one"], "not a list of numbers"),
+        (["plan", "--curve", "--sigmas", "-1"], "-1"),
+        (["plan", "--sigmas", "1"], "belong to --curve"),
+        (["plan", "--curve", "--observer", "judge"], "'judge'"),
+        (["plan", "--curve", "--plot", "budget.gif"], "budget.gif"),
+        (["compare", "--set", "compare.methods=['dp-laura']"], "'dp-laura'"),
+        (["compare", "--set", "compare.epsilons=[0]"], "above 0"),
+        (["compare", "--out", "."], "already there"),
+        (["evaluate", "nowhere/at/all"], "nowhere/at/all"),
+        (["evaluate", "embedded", "--from", "mmlu"], "NAME=WHERE"),
+        (["evaluate", "embedded", "--benchmark", "mmlu", "--from", "mmlu=nofolder"], "nofolder"),
+        (["evaluate", "embedded", "--shots", "9"], "at most 5"),
+        (["evaluate", "embedded", "--subject", "astronomie"], "astronomie"),
+        (["audit", "nowhere.toml"], "does not exist"),
+        (["audit", "--set", "federation.population=20", "--set", "privacy.delta=1e-3"], "population"),
+    ],
+)
+def test_wrong_input_of_the_newer_commands_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    done = drencoder(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert words in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_evaluate_prints_base_and_categories_as_json() -> None:
+    done = drencoder("evaluate", "embedded", "--benchmark", "mmlu", "--count", "24", "--shots", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["benchmarks"]["mmlu"]
+    assert found["base"]["overall"]["count"] == 24
+    assert found["shots"] == 1
+    assert found["adapter"] is None
+    assert sum(score["count"] for score in found["base"]["subjects"].values()) == 24

@@ -141,6 +141,13 @@ def test_non_private_and_empty_compositions():
     assert clt_mu([NonPrivateEvent()]) is None
 
 
+def test_one_event_without_noise_is_infinite_whatever_the_order():
+    sampled, silent = PoissonGaussianEvent(0.1, 1.0), NonPrivateEvent()
+    for events in ((sampled, silent), (silent, sampled)):
+        assert gdp_mu(events, "add_remove") == math.inf
+    assert gdp_mu((sampled, GaussianEvent(1.0)), "add_remove") is None
+
+
 def test_merging_changes_nothing():
     single = [PoissonGaussianEvent(0.05, 1.0)] * 4 + [GaussianEvent(3.0)] + [PoissonGaussianEvent(0.05, 1.0)] * 3
     assert merge(single) == (PoissonGaussianEvent(0.05, 1.0, 7), GaussianEvent(3.0))

@@ -144,6 +144,18 @@ def test_samplers_and_denominators_come_from_the_plan():
     assert "NOT PRIVATE" in replayed.epsilons()["public"].assumption
 
 
+@pytest.mark.parametrize("trust", ["local", "central"])
+def test_a_stage_without_noise_leaves_the_others_budget_as_it_is(trust):
+    # FedCG: stage 1 sends real gradients. Its clients are not those of the rounds, and must not hide what these pay.
+    silent = make_plan(**{**CENTRAL, "trust": trust}, non_private=("stage1",))
+    alone = make_plan(**{**CENTRAL, "trust": trust, "stage1_rate": 0.0})
+    assert silent.noise_multiplier == alone.noise_multiplier > 0
+    assert silent.stage1_noise_multiplier == 0
+    assert silent.budget_events(dict.fromkeys(silent.slots, 1)) == alone.budget_events(dict.fromkeys(alone.slots, 1))
+    assert silent.epsilons()["public"].epsilon_pld == math.inf
+    assert silent.epsilons()["server"].epsilon_pld == math.inf
+
+
 def test_non_private_stages_are_named_and_infinite():
     stage1 = make_plan(**CENTRAL, non_private=["stage1"])
     assert stage1.stage1_event() == NonPrivateEvent()

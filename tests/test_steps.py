@@ -19,7 +19,16 @@ from drencoder.overview import privacy_plan
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import ReplayNoise
-from drencoder.steps import CohortQuery, ServerState, Upload, learning_rate, moment_query, server_step, update_query
+from drencoder.steps import (
+    CohortQuery,
+    ServerState,
+    Upload,
+    gradient_query,
+    learning_rate,
+    moment_query,
+    server_step,
+    update_query,
+)
 
 SEGMENTS = (Segment("a", 0, (4, 16)), Segment("b", 64, (16, 4)))
 D = 128
@@ -247,6 +256,39 @@ def test_moments_are_noised_and_bounded_like_any_query(tmp_path: Path, trust: st
     scale = permit.noise_multiplier / (math.sqrt(len(cohort)) if trust == "local" else len(cohort))
     assert 0.4 * scale < error.abs().max() < 5 * scale  # noise is there, and of the right size
     assert outcome.release.noise_std > 0
+
+
+@pytest.mark.parametrize("trust", ["local", "central", "non-private"])
+def test_single_messages_are_shown_to_a_non_private_stage_only(tmp_path: Path, trust: str) -> None:
+    fedcg = {"prior.source": "gradients", "encoder.name": "autoencoder", "privacy.noise_in": "update"}
+    recipe = recipe_of(**{"privacy.trust": trust, **fedcg})
+    with ledger_of(tmp_path, recipe) as ledger:
+        cohort, permit = ledger.cohort(0), ledger.charge(0)
+        query = gradient_query(D, recipe.prior)
+        sent = updates(len(cohort), norm=1e3)
+        rows, count = query.rows(gather(query, sent, cohort, permit), permit)
+        assert torch.equal(rows, sent)  # as they are: neither clipped nor noised
+        assert count == len(cohort) * (20 + 4 * D)
+        if trust == "non-private":
+            return
+        permit = ledger.charge(1)
+        query = update_query(encoder_of("identity"), recipe, 1)
+        with pytest.raises(PrivacyError, match="Slot 1 is private"):
+            query.rows([], permit)
+
+
+def test_statistics_of_several_epochs_are_one_clipped_vector(tmp_path: Path) -> None:
+    recipe = recipe_of(**{"privacy.trust": "non-private", "prior.epochs": 3, "prior.clip_l2": 0.25})
+    query = moment_query(SEGMENTS, recipe.prior)
+    assert (query.epochs, query.wire.code_size) == (3, 3 * 2 * len(SEGMENTS))
+    path = torch.cat([updates(5, seed=seed) for seed in range(3)], dim=1)
+    with ledger_of(tmp_path, recipe) as ledger:
+        permit = ledger.charge(0)
+        outcome = query.release(gather(query, path, list(range(5)), permit), permit, NOISE)
+    assert outcome.release.value.norm() <= 5 * 0.25 * (1 + 1e-6)
+    single = query.encode(path[:1])[0]
+    once = moment_query(SEGMENTS, recipe_of().prior).encode(path[:1, D : 2 * D])[0]
+    assert torch.equal(single.reshape(3, -1)[1], once)
 
 
 def test_sketches_are_fresh_in_every_round_and_the_same_for_client_and_server() -> None:

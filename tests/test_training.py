@@ -11,7 +11,7 @@ from drencoder import config
 from drencoder.errors import ModelError
 from drencoder.examples import collate
 from drencoder.model import LoraModel
-from drencoder.training import client_update, cohort_updates
+from drencoder.training import advanced, client_update, cohort_updates, num_steps
 
 UPLOADS = ("gradient", "pseudo-gradient", "increment", "state")
 
@@ -46,6 +46,29 @@ def test_cohort_equals_one_by_one(upload: str, targets: tuple[str, ...]) -> None
     error = (together - alone).norm(dim=1) / alone.norm(dim=1)
     # AdamW's first steps divide by |gradient|, so values whose gradient is nearly zero amplify rounding.
     assert error.max() < (2e-2 if upload == "increment" else 1e-4)
+
+
+@pytest.mark.parametrize("upload", UPLOADS)
+def test_a_path_goes_on_from_where_each_client_stands(upload: str) -> None:
+    """Two epochs one after the other are two trainings, the second from every client's own end of the first."""
+    lora = make_lora()
+    local = config.Local(upload=upload, batch_size=3, learning_rate=0.01)
+    clients, start_D = [random_examples(count, seed) for seed, count in enumerate((5, 2, 9))], moved(lora)
+    steps_K1 = torch.tensor([[num_steps(one, local)] for one in clients])
+    first = cohort_updates(lora, start_D, clients, local, [1, 2, 3])
+    middle = advanced(local, start_D, first, steps_K1)
+    second = cohort_updates(lora, middle, clients, local, [4, 5, 6])
+    for i, one in enumerate(clients):
+        mine = client_update(lora, start_D, one, local, i + 1)
+        if upload == "gradient":
+            end_D = start_D + 0.01 * mine
+        elif upload == "pseudo-gradient":
+            end_D = start_D + 0.01 * -(-len(one) // 3) * mine
+        else:
+            end_D = mine if upload == "state" else start_D + mine
+        assert (middle[i] - end_D).norm() < 2e-2 * (end_D - start_D).norm()
+        again = client_update(lora, middle[i], one, local, i + 4)
+        assert (second[i] - again).norm() < 5e-2 * again.norm()
 
 
 def test_a_client_does_not_see_its_neighbours() -> None:

@@ -265,9 +265,7 @@ def write_comparison(recipe: Recipe, rows: Sequence[Row], folder: Path) -> list[
     points = [_point(row) for row in rows if row.loss is not None]
     plots = {
         "loss-against-epsilon.png": plot_loss_against_epsilon(points),
-        "accuracy-against-bytes.png": plot_accuracy_against_bytes(
-            [point for point in points if point["accuracy"] is not None and point["bytes"]]
-        ),
+        "accuracy-against-bytes.png": plot_accuracy_against_bytes(points),
     }
     for name, figure in plots.items():
         save_figure(figure, folder / name)
