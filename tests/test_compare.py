@@ -165,6 +165,17 @@ def test_a_second_start_runs_nothing_and_gives_the_same(compared: Any, monkeypat
     assert again == results
 
 
+def test_a_finished_comparison_can_be_extended(compared: Any) -> None:
+    recipe, folder, (results, tracks) = compared
+    more, notes = recipe.changed({"compare.methods": [*recipe.compare.methods, "noise"]}), Notes()
+    extended, longer = compare(more, folder, notes, processes=1)
+    assert longer == [*tracks, Track("noise", 8.0)]
+    assert {cell: extended[cell] for cell in results} == results
+    new = [cell for cell in extended if cell not in results]
+    assert [cell.track.method for cell in new] == ["noise"] * 4
+    compare(recipe, folder, Notes(), processes=1)  # and asked for less again
+
+
 def test_the_table_has_all_methods_bytes_and_tests(compared: Any) -> None:
     recipe, folder, (results, tracks) = compared
     rows = {row.method: row for row in rows_of(recipe, tracks, results, folder)}

@@ -48,6 +48,15 @@ def test_cohort_equals_one_by_one(upload: str, targets: tuple[str, ...]) -> None
     assert error.max() < (2e-2 if upload == "increment" else 1e-4)
 
 
+def test_the_control_sends_nothing() -> None:
+    lora, clients = make_lora(), [random_examples(3, 1), random_examples(5, 2)]
+    local = config.Local(upload="zero")
+    together = cohort_updates(lora, moved(lora), clients, local, [1, 2])
+    assert together.shape == (2, lora.layout.size)
+    assert not together.any()
+    assert not client_update(lora, moved(lora), clients[0], local, 1).any()
+
+
 @pytest.mark.parametrize("upload", UPLOADS)
 def test_a_path_goes_on_from_where_each_client_stands(upload: str) -> None:
     """Two epochs one after the other are two trainings, the second from every client's own end of the first."""

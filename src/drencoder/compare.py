@@ -15,13 +15,13 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
 from drencoder.artifacts import RunFolder
-from drencoder.config import Compare, Recipe
+from drencoder.config import Compare, Recipe, load_recipe
 from drencoder.errors import ArtifactError, DrencoderError, RecipeError
 from drencoder.methods import CENTRALISED, METHODS, method_named, start_rates
 
@@ -205,16 +205,24 @@ def _one_thread() -> None:
 
 
 def _claim(recipe: Recipe, folder: Path) -> None:
-    """Writes the whole recipe into a new folder, or checks that the folder is this comparison's."""
-    text, path = recipe.to_toml(), folder / _STUDY
+    """Writes the whole recipe into a new folder, or checks that the cells of an old one are this comparison's.
+
+    More methods, epsilons, seeds or tuning runs may be asked of an old folder: its cells stay what they are.
+    """
+    store, path = RunFolder(folder), folder / _STUDY
     if path.is_file():
-        if path.read_text("utf-8") != text:
+        if _what_cells_depend_on(load_recipe(path)) != _what_cells_depend_on(recipe):
             raise ArtifactError(
                 f"{folder} holds a comparison of another recipe ({path.name} differs): give another --out, or remove it."
             )
-        return
-    RunFolder.check_free(folder)
-    RunFolder(folder).write(path, text.encode())
+    else:
+        RunFolder.check_free(folder)
+    store.write(path, recipe.to_toml().encode())
+
+
+def _what_cells_depend_on(recipe: Recipe) -> Recipe:
+    free = ("methods", "epsilons", "seeds", "tuning_seed", "tuning_runs")
+    return replace(recipe, compare=replace(recipe.compare, **{name: getattr(Compare(), name) for name in free}))
 
 
 def _stored(folder: Path) -> dict[str, Any] | None:

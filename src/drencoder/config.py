@@ -94,8 +94,9 @@ class Local(Checked):
     upload: str = knob(
         "gradient",
         "gradient: mean gradient; pseudo-gradient: SGD path / (lr * steps); increment: AdamW increment; "
-        "state: the trained adapter itself (as a comparator only: almost all of it is shared start)",
-        choices=("gradient", "pseudo-gradient", "increment", "state"),
+        "state: the trained adapter itself (as a comparator only: almost all of it is shared start); "
+        "zero: nothing at all (a control: what noise alone does)",
+        choices=("gradient", "pseudo-gradient", "increment", "state", "zero"),
     )
     epochs: int = knob(1, "local epochs (not for `gradient`)", low=1)
     batch_size: int = knob(8, "examples of a local step", low=1)

@@ -100,6 +100,11 @@ _ALL = (
     Method(
         "random", "drencoder: sketch allocated by the prior, noise in the code", {"encoder.name": "random"} | _AFTER
     ),
+    Method(
+        "noise",
+        "control: DR-Encoder's pipeline with zero updates, that is, its noise alone",
+        _TRAINED | _MOMENTS | _BEFORE | {"local.upload": "zero"},
+    ),
     Method("random-silent", "the same sketch, no noise", {"encoder.name": "random"} | _SILENT, private=False),
 )
 

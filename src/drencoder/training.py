@@ -86,6 +86,8 @@ def cohort_updates(
     Clients may differ in their number of examples; one that has finished stands still while the others
     go on. `seeds` shuffles each client's examples.
     """
+    if local.upload == "zero":
+        return torch.zeros(len(clients), lora.layout.size, device=lora.device)
     schedules = [_schedule(examples, local, seed) for examples, seed in zip(clients, seeds, strict=True)]
     steps_K1 = torch.tensor([[len(steps)] for steps in schedules], device=lora.device)
     start_KD = adapter.to(lora.device).expand(len(clients), lora.layout.size)
@@ -137,6 +139,8 @@ def client_update(
     lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example], local: config.Local, seed: int
 ) -> Tensor:
     """Update (D,), float32, of one client through PEFT's own forward: the reference for `cohort_updates`."""
+    if local.upload == "zero":
+        return torch.zeros(lora.layout.size, device=lora.device)
     steps = _schedule(examples, local, seed)
     adapter_D = adapter_D.to(lora.device)
     with lora.peft(adapter_D) as model:
