@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -159,7 +160,7 @@ def compare(
     results: dict[Cell, dict[str, Any]] = {}
     watcher.started(tracks, len(wanted.seeds), wanted.tuning_runs)
     pool = ProcessPoolExecutor(
-        processes or os.cpu_count() or 1, mp_context=get_context("spawn"), initializer=_one_thread
+        processes or os.cpu_count() or 1, mp_context=get_context("spawn"), initializer=_start_worker
     )
     pending: dict[Future[dict[str, Any]], Cell] = {}
     try:
@@ -200,8 +201,9 @@ def _stop(pool: ProcessPoolExecutor) -> None:
         process.terminate()
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: cells in parallel, one thread each
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
 
 
 def _claim(recipe: Recipe, folder: Path) -> None:
