@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from drencoder import load_recipe
-from drencoder.console import bytes_text
+from drencoder.encoders.sizes import bytes_text
 from drencoder.methods import METHODS
 from drencoder.overview import survey
 

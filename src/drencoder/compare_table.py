@@ -17,6 +17,7 @@ from typing import Any
 from drencoder.artifacts import RunFolder
 from drencoder.compare import Cell, Results, Track, best_step
 from drencoder.config import Compare, Recipe
+from drencoder.encoders.sizes import bytes_text
 from drencoder.methods import METHODS
 from drencoder.plots import plot_accuracy_against_bytes, plot_loss_against_epsilon, save_figure
 from drencoder.scores import Difference, McNemar, mcnemar, paired_over_seeds
@@ -226,13 +227,7 @@ def _epsilon(value: float | None) -> str:
 
 
 def _bytes(count: float | None) -> str:
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    return "-" if count is None else bytes_text(count)
 
 
 def _loss_words(difference: Difference | None) -> str:

@@ -10,21 +10,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from drencoder.encoders.sizes import bytes_text
 from drencoder.overview import Overview
 from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["RunDisplay", "bytes_text", "epsilon_text", "observers_table", "plan_tables", "summary_table"]
+__all__ = ["RunDisplay", "epsilon_text", "observers_table", "plan_tables", "summary_table"]
 
 _SHOWN_ROUNDS = 10
-
-
-def bytes_text(count: float) -> str:
-    """A number of bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def epsilon_text(epsilon: float | str | None) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drencoder.encoders.sizes import bytes_text
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.privacy.curves import ACCOUNTANTS, Accountant, PrivacyCurves, SigmaCurve
 from drencoder.privacy.tradeoff import TradeOff, TradeOffs
@@ -249,7 +250,7 @@ def plot_accuracy_against_bytes(rows: Sequence[Row]) -> "Figure":
 
     drawn = _series(axis, rows, x_key="bytes", y_key="accuracy", marker_fn=marker)
     if drawn:
-        _plain_log(axis, "x", text_fn=_bytes_text)
+        _plain_log(axis, "x", text_fn=_tick_bytes)
     labels = list(drawn)
     handles: list[Any] = [Line2D([], [], color=colour, linewidth=4) for colour in drawn.values()]
     shapes = [(f"epsilon = {epsilon:g}", shape) for epsilon, shape in markers.items()]
@@ -366,12 +367,8 @@ def _plain_log(
     part.set_minor_formatter(NullFormatter())
 
 
-def _bytes_text(count: float, _: Any = None) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:g} {unit}"
-        count /= 1000
-    return f"{count:g} TB"
+def _tick_bytes(count: float, _: Any = None) -> str:
+    return bytes_text(count).replace(".0 ", " ")
 
 
 def _adjacency(relation: str) -> str:

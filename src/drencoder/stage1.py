@@ -28,7 +28,8 @@ __all__ = ["ask", "bytes_up", "fit_encoder", "run_stage1"]
 
 Say = Callable[[str], None]
 
-_GATE_UPDATES = 64  # synthetic ones
+_GATE_UPDATES = 64  # synthetic ones at most
+_GATE_VALUES = 1 << 27  # and 512 MiB of them
 _GATE_CLIENTS = 16  # make-believe ones, of server-held text
 
 
@@ -133,7 +134,8 @@ def fit_encoder(live: Live, now: Progress, real: RealGradients | None, say: Say)
     verdict = public
     if real is None:  # else no prior was fitted that could draw any
         prior = now.prior or GaussianPrior.isotropic(live.lora.layout.segments)
-        samples = prior.sample(min(_GATE_UPDATES, live.recipe.prior.synthetic), seed)
+        count = min(_GATE_UPDATES, live.recipe.prior.synthetic, max(2, _GATE_VALUES // live.lora.layout.size))
+        samples = prior.sample(count, seed)
         verdict = measure_viability(encoder, samples.values_ND, seed)
         gate["synthetic"] = _facts(verdict)
         say(f"gate, synthetic gradients: {verdict.sentence}")

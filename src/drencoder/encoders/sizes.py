@@ -18,6 +18,7 @@ __all__ = [
     "CELL",
     "HEADER_BYTES",
     "adapted_matrices",
+    "bytes_text",
     "code_shape",
     "code_size",
     "image_shape",
@@ -112,6 +113,15 @@ def stage1_values(source: str, update_size: int, num_matrices: int, epochs: int)
 def message_bytes(size: int, wire_dtype: str) -> int:
     """Bytes of one message of `size` values, header included."""
     return HEADER_BYTES + size * BYTES_PER_VALUE[wire_dtype]
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes with a decimal unit, for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def adapted_matrices(folder: Path, targets: Sequence[str], layers: Sequence[int]) -> list[list[int]]:
