@@ -170,14 +170,6 @@ def test_noise_below_the_promise_is_found(trust: str, runs: float) -> None:
     assert Finding("release", "x", "x", "x", auc, bound, sabotaged=True).exposed
 
 
-def test_a_zero_update_is_another_message_to_a_network() -> None:
-    assert Arm("x", "x", IdentityEncoder(SEGMENTS)).empty_relation == "add_remove"
-    network = dataclasses.make_dataclass("Network", [])()
-    network.linear = False
-    assert Arm("x", "x", network).empty_relation == "replace_one"
-    assert Arm("x", "x", network, noise_in="update").empty_relation == "add_remove"
-
-
 # --- leakage 2 ---------------------------------------------------------------------------------------
 
 

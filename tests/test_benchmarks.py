@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from drencoder import config
+from drencoder.data.benchmark_files import read_questions
 from drencoder.data.benchmarks import Benchmark, load_benchmark, load_benchmarks
 from drencoder.data.prompts import prompt_with_examples
+from drencoder.data.source import open_source
 from drencoder.data.subjects import SUBJECTS
 from drencoder.data.taxonomy import TAXONOMIES
 from drencoder.data.world import Question, World, prompt_of
@@ -314,6 +316,27 @@ def test_the_hubs_mmlu(datasets: Any, tmp_path: Path, whole: bool) -> None:
         load(where, subjects=["anatomy", "sociology"])
 
 
+def test_mmlus_training_split_is_clients_text_and_no_benchmark(datasets: Any, tmp_path: Path) -> None:
+    # Questions of other sets: no subject on the hub, files named after the sets in the original folder.
+    hub = tmp_path / "hub"
+    cais_mmlu(datasets, hub, {"": [hub_row("", i) for i in range(9)]}, whole=True)
+    for path in (hub / "all").glob("test-*"):
+        path.rename(path.with_name(path.name.replace("test", "auxiliary_train")))
+    write_card(hub, {"all": {split: f"all/{split}-*" for split in ("auxiliary_train", "dev")}})
+    folder = mmlu_folder(tmp_path / "folder")
+    for name in ("arc_easy", "race"):
+        write_csv(folder / "auxiliary_train" / f"{name}.csv", mmlu_rows(name, 10))
+    for where, count in ((f"hub:{hub}", 9), (str(folder), 20)):
+        wanted = config.Data(source=f"mmlu:{where}", split="auxiliary_train", held_out_share=0.2, alpha=100.0)
+        source = open_source(wanted, population=2, seed=0)
+        assert len(source.held_out(100)) == round(0.2 * count)
+        assert all(record["response"] in "ABCD" for record in source.client(0))
+        with pytest.raises(DataError, match="text to train on"):
+            load(where, split="auxiliary_train")
+    with pytest.raises(DataError, match="has no subjects"):
+        read_questions(TAXONOMIES["mmlu"], str(folder), "auxiliary_train", ["anatomy"])
+
+
 def test_bad_rows_of_the_hubs_mmlu_name_configuration_and_row(datasets: Any, tmp_path: Path) -> None:
     good = hub_row("anatomy", 0)
     for number, (change, message) in enumerate(
@@ -421,6 +444,13 @@ def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
         assert load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}x", split=split), seed=0)
     wanted = config.Evaluation(benchmarks=("mmlu",), mmlu=folder)
     assert load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}", split="dev"), seed=0)
+    # Other spellings of the same place and the same split.
+    for other in (f"{folder}/", f"{folder}/../{Path(folder).name}"):
+        with pytest.raises(DataError, match="clients would be trained on"):
+            load_benchmarks(wanted, config.Data(source=f"mmlu:{other}", split="test"), seed=0)
+    validation = config.Evaluation(benchmarks=("mmlu",), mmlu=folder, split="val")
+    with pytest.raises(DataError, match="clients would be trained on split 'validation'"):
+        load_benchmarks(validation, config.Data(source=f"mmlu:{folder}", split="validation"), seed=0)
 
 
 # --- prompts ---------------------------------------------------------------------------------------

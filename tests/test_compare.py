@@ -1,7 +1,10 @@
 """A comparison: who runs when, what is tuned, what the table says, and that a second start runs nothing again."""
 
+import fcntl
 import json
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,13 @@ from typing import Any
 import pytest
 
 from conftest import tiny_overrides
-from drencoder.compare import Cell, Track, best_step, compare, next_cells, tracks_of
+from drencoder.compare import Cell, Track, best_step, compare, next_cells, run_cell, tracks_of
 from drencoder.compare_table import cells_of_table, rows_of, short_cells, write_comparison
 from drencoder.config import Compare, Recipe, load_recipe
-from drencoder.errors import ArtifactError, RecipeError
+from drencoder.errors import ArtifactError, DataError, RecipeError
 from drencoder.methods import METHODS, method_named
 from drencoder.overview import privacy_plan
+from drencoder.privacy.ledger import Ledger
 
 DP = Track("dp-lora", 2.0)
 
@@ -82,6 +86,8 @@ def test_private_methods_have_a_track_per_epsilon_and_others_one() -> None:
         ({"seeds": ()}, "nothing to run"),
         ({"seeds": (3, 100)}, "tuning_seed = 100"),
         ({"methods": ("lora", "lora")}, "twice"),
+        ({"epsilons": (2.0, 2.0)}, "twice"),
+        ({"seeds": (0, 0, 1)}, "twice"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(knobs: dict[str, Any], words: str) -> None:
@@ -138,8 +144,9 @@ def small(folder: Path, *more: str) -> Recipe:
         None,
         [
             *tiny_overrides(folder), "data.examples_per_client=3", "federation.rounds=2", "encoder.train_steps=2",
-            "prior.synthetic=16", "prior.sampling_rate=0.5", "name=small", f"compare.methods={methods}", "compare.epsilons=[8]",
-            "compare.seeds=[0, 1, 2]", "compare.tuning_runs=1", *more,
+            "prior.synthetic=16", "prior.sampling_rate=0.5", "name=small", f"compare.methods={methods}",
+            "compare.epsilons=[8]", "compare.seeds=[0, 1, 2]", "compare.tuning_runs=1",
+            "privacy.noise=replay", *more,  # replay: cohorts depend on nothing but the seed
         ],
     )  # fmt: skip
 
@@ -173,6 +180,7 @@ def test_a_finished_comparison_can_be_extended(compared: Any) -> None:
     assert {cell: extended[cell] for cell in results} == results
     new = [cell for cell in extended if cell not in results]
     assert [cell.track.method for cell in new] == ["noise"] * 4
+    assert all("error" not in extended[cell] for cell in new)
     compare(recipe, folder, Notes(), processes=1)  # and asked for less again
 
 
@@ -186,7 +194,11 @@ def test_the_table_has_all_methods_bytes_and_tests(compared: Any) -> None:
     assert dp.loss_difference is None
     assert ours.loss_difference is not None
     assert ours.loss_difference.count == 3
-    assert ours.accuracy_change is not None
+    assert ours.accuracy_difference is not None
+    assert ours.answers is not None
+    assert len(ours.answers) == 3
+    gained = sum(test.gained - test.lost for test in ours.answers)
+    assert ours.accuracy_difference.value == pytest.approx(gained / 3 / 16)  # 8 questions of each of two benchmarks
     expected = sum(
         results[Cell(Track(m, 8.0), s, 0.0)]["loss"] * w for m, w in (("random", 1), ("dp-lora", -1)) for s in (0, 1, 2)
     )
@@ -242,9 +254,54 @@ def test_a_failing_cell_is_a_row_and_not_a_crash(compared: Any) -> None:
     assert rows["random"].seeds == [0]
     assert len(rows["random"].failures) == 2
     assert rows["random"].loss_difference is None  # one seed is no test
+    assert len(rows["random"].answers or []) == 1
     broken[Cell(Track("random", 8.0), 0, 0.0)] = {"error": "it broke", "seconds": 1.0}
     rows = {row.method: row for row in rows_of(recipe, tracks, broken, folder)}
     assert rows["random"].loss is None
     headings, lines = cells_of_table(list(rows.values()))
     assert all(len(line) == len(headings) for line in lines)
     assert "it broke" in " ".join(lines[-1])
+
+
+def test_base_rows_have_one_value_per_seed(compared: Any) -> None:
+    recipe, folder, (results, tracks) = compared
+    shifted = dict(results)
+    for cell, result in results.items():
+        base = result["base"] | {"loss": 20.0 if cell.seed == recipe.compare.tuning_seed else 10.0 + cell.seed}
+        shifted[cell] = result | {"base": base}
+    base = rows_of(recipe, tracks, shifted, folder)[0]
+    assert base.loss is not None
+    assert (base.loss.mean, base.loss.low, base.loss.high) == (11.0, 10.0, 12.0)
+
+
+def test_a_second_process_and_a_lost_run_destroy_nothing(compared: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe, folder, _ = compared
+    lock = os.open(folder / "lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ArtifactError, match="filled by another process"):
+        compare(recipe, folder, Notes(), processes=1)
+    os.close(lock)
+    # A cell whose run is under way elsewhere is refused; one that lost FedCG's gradients is kept under another name.
+    cell = Cell(Track("fedcg", None), 0, 0.0)
+    live = tmp_path / "cell"
+    shutil.copytree(folder / cell.folder, live)
+    for name in ("cell.json", "certificate.json", "checkpoints/latest.safetensors"):
+        (live / name).unlink()
+    with Ledger.open(live / "ledger.jsonl"), pytest.raises(ArtifactError, match="in use"):
+        run_cell(cell, recipe, live)
+    before = (live / "ledger.jsonl").read_bytes()
+    result = run_cell(cell, recipe, live)
+    assert "error" not in result
+    if (kept := live.with_name("cell.lost-1")).exists():
+        assert (kept / "ledger.jsonl").read_bytes() == before
+
+
+def test_what_may_be_otherwise_tomorrow_is_not_stored(compared: Any, tmp_path: Path) -> None:
+    recipe, _, _ = compared
+    away = recipe.changed({"data.source": str(tmp_path / "moved.jsonl")})
+    with pytest.raises(DataError):
+        run_cell(Cell(DP, 0, 0.0), away, tmp_path / "cell")
+    assert not (tmp_path / "cell" / "cell.json").exists()
+    odd = run_cell(Cell(Track("random", 8.0), 0, 40.0), recipe, tmp_path / "odd")  # a rate of 3^40
+    assert "diverged" in odd["error"]
+    assert json.loads((tmp_path / "odd" / "cell.json").read_text())["error"] == odd["error"]

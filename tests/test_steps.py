@@ -258,6 +258,19 @@ def test_moments_are_noised_and_bounded_like_any_query(tmp_path: Path, trust: st
     assert outcome.release.noise_std > 0
 
 
+def test_a_client_with_nothing_to_say_contributes_zero_even_to_a_network() -> None:
+    # Add/remove adjacency compares with the vector zero; an auto-encoder's code of a zero update is another vector.
+    network, recipe = encoder_of("autoencoder"), recipe_of(**{"encoder.name": "autoencoder"})
+    nothing, rows = torch.zeros(1, D), updates(3)
+    assert network.encode(nothing, 0).norm() > 1e-3
+    query = update_query(network, recipe, 1)
+    assert not query.encode(nothing).any()
+    # The server adds the constant back: decoding is as ever.
+    assert torch.allclose(query.decode(query.encode(rows)), network.decode(network.encode(rows, 0), 0), atol=1e-6)
+    published = update_query(network, recipe_of(**{"encoder.name": "autoencoder", "privacy.noise_in": "update"}), 1)
+    assert torch.equal(published.encode(rows), network.encode(rows, 0))
+
+
 @pytest.mark.parametrize("trust", ["local", "central", "non-private"])
 def test_single_messages_are_shown_to_a_non_private_stage_only(tmp_path: Path, trust: str) -> None:
     fedcg = {"prior.source": "gradients", "encoder.name": "autoencoder", "privacy.noise_in": "update"}

@@ -154,6 +154,24 @@ def test_targets_that_do_not_exist_are_one_sentence() -> None:
         make_lora(targets=("nothing",))
 
 
+@pytest.mark.parametrize("upload", ["gradient", "increment"])
+def test_dropout_depends_on_the_seed_and_leaves_the_global_generator_alone(upload: str) -> None:
+    lora = make_lora(dropout=0.5)
+    local, examples = config.Local(upload=upload, batch_size=2), random_examples(5, 1)
+
+    def alone(seed: int) -> torch.Tensor:
+        return client_update(lora, moved(lora), examples, local, seed)
+
+    def together(seed: int) -> torch.Tensor:
+        return cohort_updates(lora, moved(lora), [examples], local, [seed])[0]
+
+    before = torch.random.get_rng_state()
+    for train in (alone, together):
+        assert torch.equal(train(3), train(3))
+        assert not torch.allclose(train(3), train(4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_dropout_is_used_in_training_only() -> None:
     lora = make_lora(dropout=0.5)
     lora_without = make_lora()

@@ -25,7 +25,7 @@ from typing import Any
 
 from drencoder.errors import ArtifactError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "storing"]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ The clients' budgets of all cells add up: compare on text that is public or made
 run on private text.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -16,14 +17,16 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from drencoder.artifacts import RunFolder
+from drencoder.artifacts import RunFolder, storing
 from drencoder.config import Compare, Recipe, load_recipe
-from drencoder.errors import ArtifactError, DrencoderError, RecipeError
+from drencoder.errors import ArtifactError, DataError, DeviceError, DrencoderError, LostError, RecipeError
 from drencoder.methods import CENTRALISED, METHODS, method_named, start_rates
 
 __all__ = ["Cell", "Track", "Watcher", "compare", "tracks_of"]
@@ -86,8 +89,10 @@ def tracks_of(wanted: Compare) -> list[Track]:
             f"compare.tuning_seed = {wanted.tuning_seed} is one of compare.seeds too: what was tuned on a seed cannot be "
             "judged on it, so give another."
         )
-    if repeated := {name for name in wanted.methods if wanted.methods.count(name) > 1}:
-        raise RecipeError(f"compare.methods names {min(repeated)!r} twice: name each method once.")
+    for knob in ("methods", "epsilons", "seeds"):
+        values = getattr(wanted, knob)
+        if repeated := [value for value in values if values.count(value) > 1]:
+            raise RecipeError(f"compare.{knob} names {repeated[0]!r} twice: name each once.")
     return tracks
 
 
@@ -156,7 +161,7 @@ def compare(
     start_rates(recipe)
     for track in tracks:  # refuse a combination that cannot be before the first run, not after hours
         _recipe_of(Cell(track, wanted.tuning_seed, 0.0), recipe)
-    _claim(recipe, folder)
+    lock = _claim(recipe, folder)
     results: dict[Cell, dict[str, Any]] = {}
     watcher.started(tracks, len(wanted.seeds), wanted.tuning_runs)
     pool = ProcessPoolExecutor(
@@ -181,11 +186,17 @@ def compare(
                 cell = pending.pop(future)
                 results[cell] = future.result()
                 watcher.cell_done(cell, results[cell])
+    except BrokenProcessPool:
+        raise ArtifactError(
+            f"a worker process died (out of memory?): free some, or give fewer --processes. Finished cells are in {folder}; "
+            "start the same command again to go on."
+        ) from None
     except BaseException:
         _stop(pool)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        os.close(lock)
 
 
 def _wanted(tracks: Sequence[Track], wanted: Compare, results: Results, running: set[Cell]) -> Iterator[Cell]:
@@ -206,20 +217,29 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
 
 
-def _claim(recipe: Recipe, folder: Path) -> None:
+def _claim(recipe: Recipe, folder: Path) -> int:
     """Writes the whole recipe into a new folder, or checks that the cells of an old one are this comparison's.
 
-    More methods, epsilons, seeds or tuning runs may be asked of an old folder: its cells stay what they are.
+    More methods, epsilons, seeds or tuning runs may be asked of an old folder: its cells stay what they are. Returns the
+    descriptor whose lock keeps a second process out until it is closed.
     """
     store, path = RunFolder(folder), folder / _STUDY
-    if path.is_file():
-        if _what_cells_depend_on(load_recipe(path)) != _what_cells_depend_on(recipe):
-            raise ArtifactError(
-                f"{folder} holds a comparison of another recipe ({path.name} differs): give another --out, or remove it."
-            )
-    else:
+    if not path.is_file():
         RunFolder.check_free(folder)
+    elif _what_cells_depend_on(load_recipe(path)) != _what_cells_depend_on(recipe):
+        raise ArtifactError(
+            f"{folder} holds a comparison of another recipe ({path.name} differs): give another --out, or remove it."
+        )
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ArtifactError(f"{folder} is being filled by another process: wait for it, or stop it.") from None
     store.write(path, recipe.to_toml().encode())
+    return lock
 
 
 def _what_cells_depend_on(recipe: Recipe) -> Recipe:
@@ -242,12 +262,18 @@ def _recipe_of(cell: Cell, recipe: Recipe) -> Recipe:
 
 
 def run_cell(cell: Cell, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """One cell, in a worker process. A run that is refused is a result too: `error` holds its sentence."""
+    """One cell, in a worker process.
+
+    A run that cannot be, or that diverges, is a result too: `error` holds its sentence. What may be otherwise tomorrow
+    (data, disk, device) is raised and stored nowhere.
+    """
     wanted = _recipe_of(cell, recipe)
     started = time.monotonic()
     try:
         train = _centralised if cell.track.method == CENTRALISED else _federated
         result = train(wanted, folder)
+    except (DataError, ArtifactError, DeviceError):
+        raise
     except DrencoderError as error:
         result = {"error": str(error)}
     result["seconds"] = time.monotonic() - started
@@ -259,16 +285,15 @@ def run_cell(cell: Cell, recipe: Recipe, folder: Path) -> dict[str, Any]:
 def _federated(recipe: Recipe, folder: Path) -> dict[str, Any]:
     from drencoder import experiment  # torch is loaded in the worker, after its thread count is set
 
-    certificate: dict[str, Any]
-    if (folder / "ledger.jsonl").exists():
-        try:
-            certificate = experiment.resume(folder).certificate
-        except ArtifactError:  # killed where nothing can be resumed
-            shutil.rmtree(folder)
-            certificate = experiment.run(recipe, folder).certificate
-    else:
+    if not RunFolder(folder).ledger.exists():  # nothing was charged: what a killed start left is worth nothing
         shutil.rmtree(folder, ignore_errors=True)
         certificate = experiment.run(recipe, folder).certificate
+    else:
+        try:
+            certificate = experiment.resume(folder).certificate
+        except LostError:  # killed with FedCG's gradients in memory: its ledger is kept, and the cell done anew
+            folder.rename(_beside(folder))
+            certificate = experiment.run(recipe, folder).certificate
     encoder, sent = certificate["encoder"], certificate["bytes"]
     return {
         **_scores(certificate["results"]),
@@ -279,6 +304,11 @@ def _federated(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "epsilon": {name: row["epsilon_pld"] for name, row in certificate["observers"].items()},
         "private": certificate["private"],
     }
+
+
+def _beside(folder: Path) -> Path:
+    """A free name for a run that was lost."""
+    return next(path for number in count(1) if not (path := folder.with_name(f"{folder.name}.lost-{number}")).exists())
 
 
 def _centralised(recipe: Recipe, folder: Path) -> dict[str, Any]:

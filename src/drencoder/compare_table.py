@@ -48,7 +48,8 @@ class Row:
     """One line of the table. Byte counts are means over seeds and sums over clients; epsilons the largest of all seeds.
 
     `learning_rate` is that of the method's tuned knob. `seeds` lists those that finished, `failures` the sentences of
-    those that did not. `loss_difference` and `accuracy_change` compare with DP-LoRA at the same epsilon.
+    those that did not. `loss_difference` and `accuracy_difference` compare with DP-LoRA at the same epsilon, over seeds;
+    `answers` do so question by question, one test per seed, since a seed's questions share one model.
     """
 
     method: str
@@ -63,15 +64,18 @@ class Row:
     bytes_stage1: float | None = None
     bytes_stage2: float | None = None
     epsilon_server: float | None = None
+    epsilon_clients: float | None = None
     epsilon_public: float | None = None
     seconds: float | None = None
     loss_difference: Difference | None = None
-    accuracy_change: McNemar | None = None
+    accuracy_difference: Difference | None = None
+    answers: list[McNemar] | None = None
 
 
 def rows_of(recipe: Recipe, tracks: Sequence[Track], results: Results, folder: Path) -> list[Row]:
     """The base model, the zero update, and every track, in the order of the recipe."""
-    finished = [result for result in results.values() if "error" not in result]
+    of_seed = {cell.seed: result for cell, result in results.items() if "error" not in result}
+    finished = [of_seed[seed] for seed in recipe.compare.seeds if seed in of_seed]  # all of a seed have the same base
     rows = [_reference_row("base model", "base", finished), _reference_row("zero update", "zero", finished)]
     for track in tracks:
         rows.append(_row(track, recipe, results, folder))
@@ -97,7 +101,7 @@ def _row(track: Track, recipe: Recipe, results: Results, folder: Path) -> Row:
     if not done:
         return Row(track.method, track.epsilon, [], failures)
     shown = list(done.values())
-    loss_difference, accuracy_change = _against_reference(track, wanted, results, folder)
+    loss_difference, accuracy_difference, answers = _against_reference(track, wanted, results, folder)
     return Row(
         track.method,
         track.epsilon,
@@ -111,10 +115,12 @@ def _row(track: Track, recipe: Recipe, results: Results, folder: Path) -> Row:
         bytes_stage1=_mean(row["bytes_stage1"] for row in shown),
         bytes_stage2=_mean(row["bytes_stage2"] for row in shown),
         epsilon_server=max(float(row["epsilon"]["server"]) for row in shown),
+        epsilon_clients=max(float(row["epsilon"]["clients"]) for row in shown),
         epsilon_public=max(float(row["epsilon"]["public"]) for row in shown),
         seconds=median(row["seconds"] for row in shown),
         loss_difference=loss_difference,
-        accuracy_change=accuracy_change,
+        accuracy_difference=accuracy_difference,
+        answers=answers,
     )
 
 
@@ -134,11 +140,11 @@ def _learning_rate(track: Track, recipe: Recipe, step: float) -> float:
 
 def _against_reference(
     track: Track, wanted: Compare, results: Results, folder: Path
-) -> tuple[Difference | None, McNemar | None]:
-    """Paired by seed and by question; None without a budget, without DP-LoRA, or with too few seeds in common."""
+) -> tuple[Difference | None, Difference | None, list[McNemar] | None]:
+    """Paired by seed (loss, mean accuracy) and by question; None without a budget, DP-LoRA, or enough seeds in common."""
     reference = Track(REFERENCE, track.epsilon)
     if track == reference or track.epsilon is None or REFERENCE not in wanted.methods:
-        return None, None
+        return None, None, None
     pairs = [
         (theirs, ours)
         for theirs, ours in zip(
@@ -147,11 +153,14 @@ def _against_reference(
         if "error" not in results[theirs] and "error" not in results[ours]
     ]
     if not pairs:
-        return None, None
+        return None, None, None
     losses = [results[ours]["loss"] - results[theirs]["loss"] for theirs, ours in pairs]
-    before = [hit for theirs, _ in pairs for hit in _right(folder / theirs.folder)]
-    after = [hit for _, ours in pairs for hit in _right(folder / ours.folder)]
-    return (paired_over_seeds(losses) if len(losses) >= 3 else None), mcnemar(before, after)
+    answers = [(_right(folder / theirs.folder), _right(folder / ours.folder)) for theirs, ours in pairs]
+    tests = [mcnemar(before, after) for before, after in answers]
+    if len(pairs) < 3:
+        return None, None, tests
+    gains = [(sum(after) - sum(before)) / len(before) for before, after in answers]
+    return paired_over_seeds(losses), paired_over_seeds(gains), tests
 
 
 def _right(folder: Path) -> list[bool]:
@@ -167,7 +176,8 @@ def cells_of_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of text of the whole table, the same for Markdown and CSV."""
     benchmarks = list(next((row.accuracy for row in rows if row.accuracy), {}))
     headings = ["method", "ε target", "held-out loss", *benchmarks, "cosine", "energy", "stage 1 up", "stage 2 up"]
-    headings += ["ε server", "ε public", "rate", "seconds", "Δ loss vs DP-LoRA", "Δ answers vs DP-LoRA"]
+    headings += ["ε server", "ε clients", "ε public", "rate", "seconds"]
+    headings += ["Δ loss vs DP-LoRA", "Δ accuracy vs DP-LoRA", "answers gained, lost per seed"]
     return headings, [_line(row, benchmarks) for row in rows]
 
 
@@ -198,7 +208,7 @@ def _short_line(row: Row, benchmarks: Sequence[str]) -> list[str]:
 def _line(row: Row, benchmarks: Sequence[str]) -> list[str]:
     target = "-" if row.epsilon is None else f"{row.epsilon:g}"
     if row.loss is None or row.accuracy is None:
-        return [row.method, target, "failed: " + "; ".join(row.failures), *[""] * (len(benchmarks) + 10)]
+        return [row.method, target, "failed: " + "; ".join(row.failures), *[""] * (len(benchmarks) + 12)]
     name = row.method + (f" ({len(row.failures)} seeds failed)" if row.failures else "")
     return [
         name,
@@ -210,11 +220,13 @@ def _line(row: Row, benchmarks: Sequence[str]) -> list[str]:
         _bytes(row.bytes_stage1),
         _bytes(row.bytes_stage2),
         _epsilon(row.epsilon_server),
+        _epsilon(row.epsilon_clients),
         _epsilon(row.epsilon_public),
         _number(row.learning_rate, "{:.3g}"),
         _number(row.seconds, "{:.0f}"),
-        _loss_words(row.loss_difference),
-        _answer_words(row.accuracy_change),
+        _difference(row.loss_difference),
+        _difference(row.accuracy_difference),
+        "-" if row.answers is None else "; ".join(map(_answer_words, row.answers)),
     ]
 
 
@@ -230,14 +242,15 @@ def _bytes(count: float | None) -> str:
     return "-" if count is None else bytes_text(count)
 
 
-def _loss_words(difference: Difference | None) -> str:
+def _difference(difference: Difference | None) -> str:
     if difference is None:
         return "-"
     return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
-def _answer_words(change: McNemar | None) -> str:
-    return "-" if change is None else f"+{change.gained} -{change.lost}, p = {change.p:.2g}"
+def _answer_words(change: McNemar) -> str:
+    chance = "p < 1e-9" if change.p < 1e-9 else f"p = {change.p:.2g}"
+    return f"+{change.gained} -{change.lost}, {chance}"
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -276,7 +289,8 @@ def _markdown(recipe: Recipe, headings: Sequence[str], lines: Sequence[Sequence[
         f"factor of {wanted.tuning_factor:g} apart, chosen by held-out loss. δ = {recipe.privacy.delta:g}, "
         f"{recipe.privacy.relation.replace('_', '/')}; `none` = no guarantee. Cosine and energy: what the encoder alone "
         "carries of updates of server-held text. Uploads are sums over all clients. Differences are paired with DP-LoRA "
-        "at the same ε: 95 % t interval over seeds; questions gained and lost with the exact McNemar test.\n"
+        "at the same ε: 95 % t intervals over seeds (accuracy: all benchmarks' questions); and per seed the questions gained "
+        "and lost, with the exact McNemar test.\n"
     )
     arms = "\n".join(f"- `{name}`: {METHODS[name].words}." for name in wanted.methods)
     return rule + "\n" + "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n\n" + arms + "\n"

@@ -2,7 +2,7 @@
 
 No torch, no data, no work at import. A knob is declared once, with its bounds and its help (`knobs`); reading,
 overriding (`--set section.key=value`), checking, documenting and writing back all use that declaration.
-Knobs under `[speed]` change how fast a run is and never what it computes (up to float rounding).
+Knobs under `[speed]` change how fast a run is and never what it computes (up to float rounding and dropout's draws).
 """
 
 import dataclasses
@@ -219,7 +219,7 @@ class Evaluation(Checked):
 
 @dataclass(frozen=True)
 class Speed(Checked):
-    """How fast, never what."""
+    """How fast, never what: up to float rounding, and to which values LoRA's dropout drops."""
 
     parallel_clients: int = knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
     threads: int = knob(0, "CPU threads of torch; 0 = all cores", low=0)

@@ -13,6 +13,7 @@
     │   ├── CodeError         a received code that is truncated, oversized, foreign or not finite
     │   └── ViabilityError    an encoder that carries nothing, found before any budget was spent
     └── ArtifactError         a run folder that is missing, incomplete or was changed by hand
+        └── LostError         a killed run left nothing that could be resumed
 
 Each message names the value, the bound and the cure. A bug of ours is an `AssertionError`
 or whatever Python raises, never one of these.
@@ -61,3 +62,7 @@ class ViabilityError(EncoderError):
 
 class ArtifactError(DrencoderError):
     """A run folder is missing, incomplete or was changed by hand."""
+
+
+class LostError(ArtifactError):
+    """A killed run left nothing that could be resumed."""

@@ -21,7 +21,7 @@ from drencoder.checkpoint import Progress, load_checkpoint, save_checkpoint
 from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.sizes import BYTES_PER_VALUE
-from drencoder.errors import ArtifactError, BudgetError
+from drencoder.errors import ArtifactError, BudgetError, LostError
 from drencoder.evaluation import held_out_loss, multiple_choice
 from drencoder.overview import Overview
 from drencoder.privacy.ledger import Ledger
@@ -90,7 +90,7 @@ def resume(folder: str | Path, listener: Listener | None = None) -> RunResult:
     recipe = load_recipe(run_folder.recipe)
     live = _prepare(recipe, listener)
     if not run_folder.ledger.exists():
-        raise ArtifactError(f"{folder} has no ledger, so nothing was charged yet: start it anew in another folder.")
+        raise LostError(f"{folder} has no ledger, so nothing was charged yet: start it anew in another folder.")
     with Ledger.open(run_folder.ledger) as ledger:
         if ledger.plan != live.overview.privacy:
             raise ArtifactError(

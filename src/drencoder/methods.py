@@ -1,7 +1,7 @@
 """The methods that `drencoder compare` knows: the published ones, the baselines, and this project's own. No torch.
 
-A method is a set of knobs. Everything else, clients, cohorts, rounds, local work, optimiser, clip and accountant, is the
-recipe's and the same for all.
+A method is a set of knobs. Everything else, clients, chance to take part, rounds, local work, optimiser, clip and
+accountant, is the recipe's and the same for all; cohorts are drawn anew in every run.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ _ALL = (
     Method("dp-lora", "DP-LoRA: whole updates, clipped and noised", _WHOLE),
     Method(
         "dr-encoder",
-        "DR-Encoder as published: auto-encoder of a random prior, noise before encoding",
+        "DR-Encoder as published: auto-encoder of a random prior, clip and noise of the update (a trusted server: after decoding)",
         _TRAINED | _MOMENTS | _BEFORE,
     ),
     Method("dr-encoder-code", "the same auto-encoder, noise in the code", _TRAINED | _MOMENTS | _AFTER),

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from drencoder.build import Live
 from drencoder.checkpoint import Progress
+from drencoder.config import Recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.gate import GateResult, measure_viability, require_viable
-from drencoder.errors import ArtifactError
+from drencoder.errors import LostError
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.rng import derive_seed
@@ -54,12 +55,12 @@ def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Pro
     """Asks stage 1's cohort. Moments become a prior; real gradients are handed on and never stored.
 
     Raises:
-      ArtifactError: FedCG's gradients were charged in a run that was killed before the encoder was made of them.
+      LostError: FedCG's gradients were charged in a run that was killed before the encoder was made of them.
     """
     lost = ledger.resume_rule(0) == "skip"
     if live.recipe.prior.source == "gradients":
         if lost:
-            raise ArtifactError("stage 1's real gradients were charged but lost with the killed run: start a new run.")
+            raise LostError("stage 1's real gradients were charged but lost with the killed run: start a new run.")
         return _real_gradients(live, ledger, now, say)
     if lost:
         say("stage 1 was charged but its result was lost: going on with an uninformed prior")
@@ -100,19 +101,21 @@ def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tupl
         rows, count = query.rows(uploads, permit)
         collected.append(rows.reshape(-1, live.lora.layout.size))
         sent += count
-        state = _averaged(state, collected[-1], live, number)
+        state = _averaged(state, collected[-1], live.recipe, number)
     real = RealGradients.collected(torch.cat(collected), permit)
     facts = {"gradients": len(real), "message_bytes": query.wire.message_size, "bytes": sent}
     say(f"stage 1: {len(real)} real gradients collected, {sent:,} bytes")
     return replace(now, slot=0, stage1=facts, bytes_up=now.bytes_up + sent), real
 
 
-def _averaged(state: ServerState, rows_ND: Tensor, live: Live, number: int) -> ServerState:
+def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) -> ServerState:
     """Federated averaging between the rounds of FedCG's collection; stage 2 starts from the untouched adapter again."""
     if not len(rows_ND):
         return state
-    server = live.recipe.server
-    return server_step(state, rows_ND.mean(dim=0), server, learning_rate(server, number, live.recipe.federation.rounds))
+    direction_D = rows_ND.mean(dim=0)
+    if recipe.local.upload == "state":
+        direction_D = direction_D - state.adapter_D
+    return server_step(state, direction_D, recipe.server, learning_rate(recipe.server, number, recipe.prior.epochs))
 
 
 def _words(live: Live, cohort: list[int]) -> str:
@@ -159,4 +162,7 @@ def _public_updates(live: Live, adapter_D: Tensor) -> Tensor:
     groups = [held_out[start : start + size] for start in range(0, min(len(held_out), _GATE_CLIENTS * size), size)]
     while len(groups) < 2:  # the gate compares at least two
         groups.append(held_out)
-    return cohort_updates(live.lora, adapter_D, groups, live.recipe.local, [0] * len(groups)).cpu()
+    local = live.recipe.local
+    if local.upload == "zero":  # a control's clients send nothing, but its encoder can be asked all the same
+        local = replace(local, upload="gradient")
+    return cohort_updates(live.lora, adapter_D, groups, local, [0] * len(groups)).cpu()

@@ -240,14 +240,27 @@ def _plain_wire(purpose: str, size: int) -> WireFormat:
 
 
 def update_query(encoder: Encoder, recipe: config.Recipe, slot: int) -> CohortQuery:
-    """Stage 2, round `slot`: the encoded update. The sketch seed is public and new in every round."""
+    """Stage 2, round `slot`: the encoded update. The sketch seed is public and new in every round.
+
+    With noise in the code of an encoder that is not linear, a code is taken relative to the code of a zero update: then a
+    client that has nothing to say contributes the zero vector, which is what add/remove adjacency compares with.
+    """
     seed = derive_seed(recipe.seed, "sketch", slot)
+
+    def encode(update_ND: Tensor) -> Tensor:
+        return encoder.encode(update_ND, seed)
+
+    def decode(code_NK: Tensor) -> Tensor:
+        return encoder.decode(code_NK, seed)
+
+    relative = not encoder.linear and recipe.privacy.noise_in == "code"
+    origin_1K = encode(torch.zeros(1, encoder.update_size)) if relative else None
     return CohortQuery(
         slot=slot,
         noise_in=recipe.privacy.noise_in,
         clip_l2=recipe.privacy.clip_l2,
-        encode=lambda update_ND: encoder.encode(update_ND, seed),
-        decode=lambda code_NK: encoder.decode(code_NK, seed),
+        encode=encode if origin_1K is None else lambda update_ND: encode(update_ND) - origin_1K,
+        decode=decode if origin_1K is None else lambda code_NK: decode(code_NK + origin_1K),
         linear=encoder.linear,
         update_size=encoder.update_size,
         wire=WireFormat.of(encoder, recipe.encoder.wire_dtype),  # type: ignore[arg-type]  # checked by the recipe

@@ -18,6 +18,7 @@ from torch.nn import functional
 from drencoder import config
 from drencoder.examples import Example, collate
 from drencoder.model import LoraModel
+from drencoder.rng import derive_seed
 
 __all__ = ["advanced", "client_update", "cohort_updates", "num_steps"]
 
@@ -92,7 +93,9 @@ def cohort_updates(
     steps_K1 = torch.tensor([[len(steps)] for steps in schedules], device=lora.device)
     start_KD = adapter.to(lora.device).expand(len(clients), lora.layout.size)
     stack = {name: tensor.clone().requires_grad_() for name, tensor in lora.layout.unflatten(start_KD).items()}
-    generator = torch.Generator(lora.device).manual_seed(seeds[0]) if lora.dropout and seeds else None
+    generator = None
+    if lora.dropout and seeds:
+        generator = torch.Generator(lora.device).manual_seed(derive_seed(seeds[0], "dropout", *seeds))
     if local.upload == "gradient":
         totals = torch.tensor([sum(example.targets for example in row) for row in clients], device=lora.device)
         with lora.stacked(stack, generator):
@@ -142,6 +145,14 @@ def client_update(
     if local.upload == "zero":
         return torch.zeros(lora.layout.size, device=lora.device)
     steps = _schedule(examples, local, seed)
+    with torch.random.fork_rng(devices=[lora.device] if lora.device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, "dropout"))  # PEFT's dropout knows no generator of its own
+        return _train_through_peft(lora, adapter_D, examples, steps, local)
+
+
+def _train_through_peft(
+    lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example], steps: Steps, local: config.Local
+) -> Tensor:
     adapter_D = adapter_D.to(lora.device)
     with lora.peft(adapter_D) as model:
         parameters = lora.peft_parameters()

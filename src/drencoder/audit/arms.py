@@ -63,11 +63,6 @@ class Arm:
         return isinstance(self.encoder, RandomSketch)
 
     @property
-    def empty_relation(self) -> Relation:
-        """What an update of zeros is to the accounting: an absent client, or another client's message."""
-        return "add_remove" if self.encoder.linear or self.noise_in == "update" else "replace_one"
-
-    @property
     def sabotaged(self) -> bool:
         return self.promised is not None and self.promised != self.noise_multiplier
 

@@ -11,8 +11,7 @@ Three attacks; a score is an inner product with the candidate's expected message
   same. It is the adversary that differential privacy is defined by.
 * `realistic`: of a cohort's release the attacker knows the cohort's size and the population's mean only.
 
-A zero update is nothing only to a linear encoder. A network has a code for it too, so that with noise in the code the
-server's question is one of replacing a client (`Arm.empty_relation`), whose bound is looser.
+A zero update is nothing to a network's code as well, since `steps.update_query` takes codes relative to its code.
 
 "full clip" means updates so long that each fills the clip: the worst client that the guarantee covers, for whom the
 first two attacks reach the bound. There they test the mechanism itself, and an audit that takes noise away must see it.
@@ -30,7 +29,7 @@ from drencoder.audit.auc import auc_of, auc_within, gaussian_max_auc, gaussian_m
 from drencoder.audit.findings import Auc, Finding
 from drencoder.audit.scene import Scene
 from drencoder.config import Recipe
-from drencoder.privacy.accounting import Relation, epsilon_gaussian
+from drencoder.privacy.accounting import epsilon_gaussian
 from drencoder.rng import derive_seed
 
 __all__ = ["cohort_attack", "release_findings", "server_attack", "smallest_cohort"]
@@ -50,11 +49,11 @@ def release_findings(scene: Scene, arms: Sequence[Arm]) -> list[Finding]:
 
     def add(arm: Arm, sees: str, attack: str, auc: Auc, mu: float | None) -> None:
         bound = None if mu is None else gaussian_max_auc(mu)
-        note = _at_least(auc, recipe.privacy.delta, arm.empty_relation) if "full clip" in attack else ""
+        note = _at_least(auc, recipe.privacy.delta) if "full clip" in attack else ""
         findings.append(Finding("release", arm.name, sees, attack, auc, bound, note=note, sabotaged=arm.sabotaged))
 
     for arm in (*arms, *_central_and_sabotaged(scene, arms[-1])):
-        linear, promise = arm.encoder.linear, arm.max_mu(arm.empty_relation)
+        linear, promise = arm.encoder.linear, arm.max_mu("add_remove")
         few = trials if linear else max(8, trials // 2)  # networks are slow
         many = _MORE_TRIALS * trials if arm.sabotaged else few
         sizes = (smallest_cohort(count, len(target_ND), seed) for count in (few, many))
@@ -85,10 +84,9 @@ def _central_and_sabotaged(scene: Scene, default: Arm) -> tuple[Arm, ...]:
     )
 
 
-def _at_least(auc: Auc, delta: float, relation: Relation) -> str:
+def _at_least(auc: Auc, delta: float) -> str:
     """An AUC as a lower bound on the epsilon of this one release, were it Gaussian, with 97.5 % confidence."""
-    word = "" if relation == "add_remove" else " (replacing)"
-    return f"epsilon >= {epsilon_gaussian(gaussian_mu_of(auc.low), delta):.2f}{word}"
+    return f"epsilon >= {epsilon_gaussian(gaussian_mu_of(auc.low), delta):.2f}"
 
 
 # --- the attacks -----------------------------------------------------------------------------------

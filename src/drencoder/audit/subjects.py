@@ -56,6 +56,11 @@ def gather_subjects(live: Live, clients: int, seed: int) -> Subjects:
     population = live.recipe.federation.population
     if clients < MIN_CLIENTS:
         raise DataError(f"The audit was asked for {clients} clients; its intervals need at least {MIN_CLIENTS}.")
+    if population < 3 * MIN_CLIENTS:
+        raise DataError(
+            f"The audit needs three groups of at least {MIN_CLIENTS} clients and the population has {population:,}: set "
+            f"federation.population to {3 * MIN_CLIENTS} or more."
+        )
     if 3 * clients > population:
         raise DataError(
             f"The audit of {clients:,} clients needs three such groups and the population has {population:,}: ask for "

@@ -18,12 +18,20 @@ from drencoder.data.template import LETTERS
 from drencoder.data.world import Question
 from drencoder.errors import DataError
 
-__all__ = ["read_questions"]
+__all__ = ["AUXILIARY", "read_questions", "same_split"]
+
+AUXILIARY = "auxiliary_train"
+"""MMLU's training split: questions of other sets, of no subject. Text for clients, never a benchmark."""
 
 _COLUMNS = ("question", *LETTERS, "answer")
 _ANSWERS_ELSEWHERE = "C-Eval's test split is published without answers, use its split val"
 # "val" is a folder's name, "validation" the hub's for MMLU.
 _SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}
+
+
+def same_split(one: str, other: str) -> bool:
+    """Whether two names mean one split: "val" and "validation" do."""
+    return other in _SPLIT_NAMES.get(one, (one,))
 
 
 def read_questions(taxonomy: Taxonomy, where: str, split: str, subjects: Sequence[str]) -> dict[str, list[Question]]:
@@ -37,6 +45,8 @@ def read_questions(taxonomy: Taxonomy, where: str, split: str, subjects: Sequenc
       DataError: anything is missing, unreadable or impossible; the message names file and line, or configuration and
         row.
     """
+    if subjects and split == AUXILIARY:
+        raise DataError(f"{where}: split {AUXILIARY!r} has no subjects: ask for all of it, or for another split.")
     for subject in subjects:
         taxonomy.check_subject(subject, "evaluation.subjects")
     if where.startswith("hub:"):
@@ -59,6 +69,9 @@ def _read_folder(taxonomy: Taxonomy, folder: Path, split: str, subjects: Sequenc
     name = _choose_split(split, list(parts), str(folder))
     files: dict[str, Path] = {}
     for path in parts[name]:
+        if name == AUXILIARY:  # files are named after the sets that they come from
+            files[path.stem] = path
+            continue
         subject, mark, rest = path.stem.rpartition("_")
         if not mark or rest not in _SPLIT_NAMES.get(name, (name,)):
             raise DataError(f"{path}: the file's name is not <subject>_{name}.csv: rename or remove it.")
@@ -173,7 +186,10 @@ def _read_hub(taxonomy: Taxonomy, source: str, split: str, subjects: Sequence[st
         for number, row in enumerate(rows, start=1):
             where = f"{source}, configuration {config}, split {name}, row {number}"
             subject = config if config in taxonomy.subjects else _cell(row, "subject", where)
-            taxonomy.check_subject(subject, where)
+            if name == AUXILIARY:
+                subject = AUXILIARY
+            else:
+                taxonomy.check_subject(subject, where)
             if not subjects or subject in subjects:
                 found.setdefault(subject, []).append(_HUB_ROWS[taxonomy.name](taxonomy, subject, row, where))
     return found

@@ -3,10 +3,11 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 from drencoder import config
-from drencoder.data.benchmark_files import read_questions
+from drencoder.data.benchmark_files import AUXILIARY, read_questions, same_split
 from drencoder.data.subjects import SUBJECTS
 from drencoder.data.taxonomy import TAXONOMIES, Taxonomy
 from drencoder.data.world import Question, World
@@ -79,6 +80,10 @@ def load_benchmark(
         raise DataError(
             f"{where}: worked examples come from dev, and so would the questions: set shots = 0 or a split."
         )
+    if split == AUXILIARY:
+        raise DataError(
+            f"{where}: split {split!r} is text to train on, of no subject: set evaluation.split to another."
+        )
     found = read_questions(taxonomy, where, split, subjects)
     examples = {}
     if shots:
@@ -130,14 +135,22 @@ def _subjects_of(name: str, wanted: config.Evaluation) -> tuple[str, ...]:
 
 
 def _check_apart(name: str, where: str, wanted: config.Evaluation, data: config.Data) -> None:
-    if where == "embedded" or data.source != f"{name}:{where}":
+    kind, _, owned = data.source.partition(":")
+    if where == "embedded" or kind != name or _place(owned) != _place(where):
         return
     asked = [wanted.split or DEFAULT_SPLIT[name], *([_EXAMPLE_SPLIT] if wanted.shots else [])]
-    if data.split in asked:
+    if any(same_split(data.split, split) for split in asked):
         raise DataError(
             f"clients would be trained on split {data.split!r} of {where}, which {name} is also evaluated with: set "
             "another data.split or evaluation.split (worked examples come from dev)."
         )
+
+
+def _place(where: str) -> str:
+    """One spelling for one place: a folder's full path, or the hub's name in small letters."""
+    prefix, name = ("hub:", where.removeprefix("hub:")) if where.startswith("hub:") else ("", where)
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else prefix + name.strip("/").lower()
 
 
 def _embedded(taxonomy: Taxonomy, *, subjects: Sequence[str], shots: int, count: int, draw: int) -> Benchmark:
