@@ -42,11 +42,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "prior",
+        "structured",
         "encoders.contract",
         "encoders.wire",
         "encoders.gate",
         "encoders.identity",
         "encoders.sketch",
+        "encoders.kronecker",
         "encoders.fedcg",
     ),
     ("encoders.architectures", "encoders.fitting", "encoders.autoencoder", "encoders.registry"),

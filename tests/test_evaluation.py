@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from torch.nn import functional
 
 from conftest import random_examples, tiny_base
@@ -141,16 +142,24 @@ def test_too_long_prompts_lose_whole_worked_examples_from_the_front(tiny_folder:
             assert text.endswith(base.tokenizer.decode(option.tokens))
 
 
-def test_a_plain_question_is_cut_as_a_clients_record_is(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_plain_question_is_cut_as_a_clients_record_is(tiny_folder: Path, starts: bool) -> None:
     base = load_base(config.Model(source=str(tiny_folder)))
+    if starts:  # as LLaMA's tokenizer puts a token before every text
+        base.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<end> $A", special_tokens=[("<end>", base.end_id)]
+        )
+    assert base.start_ids == ((base.end_id,) if starts else ())
     lora = LoraModel(base, config.Adapter(rank=2), seed=0)
     for question in World().benchmark("ceval", count=8, seed=1):
         for limit in (12, 40, 400):
-            record = make_example(*render(record_of(question)), base.tokenize, base.end_id, limit)
+            record = make_example(*render(record_of(question)), base.tokenize, base.end_id, limit, base.start_ids)
             option = question_examples(lora, [question], limit)[0][question.answer]
             assert record is not None
             assert option.tokens == record.tokens[:-1]
             assert option.prompt_length == record.prompt_length
+            assert record.tokens[: len(base.start_ids)] == base.start_ids
+            assert len(record.tokens) <= limit
 
 
 def test_letters_that_melt_into_the_prompt_are_scored_all_the_same() -> None:

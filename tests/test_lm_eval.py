@@ -117,8 +117,7 @@ def load(kind: str, tiny_folder: Path) -> BaseModel:
     [
         ("embedded", ("plain", "standard")),
         ("tiny", ("plain", "standard")),
-        # Clients' records are tokenised without special tokens, so only the standard prompt is the harness's own.
-        ("tiny with a start token", ("standard",)),
+        ("tiny with a start token", ("plain", "standard")),
     ],
 )
 def test_scores_agree_with_the_harness(

@@ -168,7 +168,8 @@ def _assess_loss(lora: LoraModel, adapter_D: Tensor, recipe: Recipe, count: int)
     source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
     rendered = map(render, source.held_out(count))
     limit, owner = recipe.data.max_tokens, "the server's held-out set"
-    texts = make_examples(rendered, lora.base.tokenize, lora.base.end_id, limit, owner=owner)
+    model = lora.base
+    texts = make_examples(rendered, model.tokenize, model.end_id, limit, owner=owner, start=model.start_ids)
     base, targets = held_out_outcomes(lora, torch.zeros_like(lora.initial_D), texts)
     adapter, _ = held_out_outcomes(lora, adapter_D, texts)
     return LossAssessment(

@@ -50,7 +50,8 @@ class Texts:
 
     def _examples(self, records: Sequence[Record], owner: str) -> list[Example]:
         base = self.base
-        return make_examples(map(render, records), base.tokenize, base.end_id, self.max_tokens, owner=owner)
+        rendered = map(render, records)
+        return make_examples(rendered, base.tokenize, base.end_id, self.max_tokens, owner=owner, start=base.start_ids)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def ask_questions(
       max_tokens: of prompt and letter (and, for "plain", the end that a client's record would have). A prompt that is
         too long loses worked examples, the first ones first and whole; with none left, it loses its beginning.
       examples: subject -> worked examples; none = zero-shot.
-      template: "plain" is tokenised as clients' records are, prompt and letter apart and without special tokens;
+      template: "plain" is tokenised as clients' records are, prompt and letter apart behind the model's start token;
         "standard" as lm-evaluation-harness does, both as one text with the tokenizer's own special tokens.
     """
     encode, limit = (_apart, max_tokens - 1) if template == "plain" else (_together, max_tokens)
@@ -94,7 +94,8 @@ def ask_questions(
             if not shots or max(len(option.tokens) for option in four) <= limit:
                 break
             del shots[0]
-        options.append([_cut(option, limit) for option in four])
+        keep = len(lora.base.start_ids) if template == "plain" else 0
+        options.append([_cut(option, limit, keep) for option in four])
         kept.append(len(shots))
     return AskedQuestions(options, kept)
 
@@ -112,7 +113,7 @@ def question_examples(
 
 
 def _apart(base: BaseModel, prompt: str, letter: str) -> Example:
-    prompt_ids, letter_ids = base.tokenize(prompt), base.tokenize(letter)
+    prompt_ids, letter_ids = [*base.start_ids, *base.tokenize(prompt)], base.tokenize(letter)
     return Example((*prompt_ids, *letter_ids), len(prompt_ids))
 
 
@@ -123,9 +124,11 @@ def _together(base: BaseModel, prompt: str, letter: str) -> Example:
     return Example((*prompt_ids, *letter_ids), len(prompt_ids))
 
 
-def _cut(option: Example, limit: int) -> Example:
-    surplus = max(0, min(len(option.tokens) - limit, option.prompt_length - 1))
-    return Example(option.tokens[surplus:], option.prompt_length - surplus)
+def _cut(option: Example, limit: int, keep: int) -> Example:
+    """Takes what is too much from the prompt's beginning, behind its first `keep` tokens."""
+    surplus = max(0, min(len(option.tokens) - limit, option.prompt_length - 1 - keep))
+    tokens = (*option.tokens[:keep], *option.tokens[keep + surplus :])
+    return Example(tokens, option.prompt_length - surplus)
 
 
 @torch.no_grad()

@@ -40,19 +40,26 @@ class Batch:
 
 
 def make_example(
-    prompt: str, response: str, tokenize: Callable[[str], list[int]], end_id: int, max_tokens: int
+    prompt: str,
+    response: str,
+    tokenize: Callable[[str], list[int]],
+    end_id: int,
+    max_tokens: int,
+    start: Sequence[int] = (),
 ) -> Example | None:
     """Tokenises one record; None when nothing would be predicted.
 
-    A prompt that does not fit loses its beginning; a response that does not fit alone loses its end.
+    `start` holds the tokens that every text of this model begins with, if any. A prompt that does not fit loses its
+    beginning (but not `start`); a response that does not fit alone loses its end.
     """
     response_ids = tokenize(response)
     if not response_ids:
         return None
     prompt_ids = tokenize(prompt)
-    response_ids = [*response_ids, end_id][: max_tokens - 1]
-    room = max_tokens - len(response_ids)
-    prompt_ids = prompt_ids[-room:] or [end_id]  # something must stand before the first predicted token
+    response_ids = [*response_ids, end_id][: max(1, max_tokens - 1 - len(start))]
+    room = max(0, max_tokens - len(response_ids) - len(start))
+    prompt_ids = [*start, *prompt_ids[len(prompt_ids) - min(room, len(prompt_ids)) :]]
+    prompt_ids = prompt_ids or [end_id]  # something must stand before the first predicted token
     return Example((*prompt_ids, *response_ids), len(prompt_ids))
 
 
@@ -63,13 +70,14 @@ def make_examples(
     max_tokens: int,
     *,
     owner: str,
+    start: Sequence[int] = (),
 ) -> list[Example]:
     """Tokenises the rendered records of one owner.
 
     Raises:
       DataError: no record has a usable response.
     """
-    made = (make_example(prompt, response, tokenize, end_id, max_tokens) for prompt, response in rendered)
+    made = (make_example(prompt, response, tokenize, end_id, max_tokens, start) for prompt, response in rendered)
     examples = [example for example in made if example is not None]
     if not examples:
         raise DataError(

@@ -12,6 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ class BaseModel:
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text: LLaMA's start token, say; nothing for many models."""
+        plain, whole = self.tokenize("a"), self.tokenizer("a")["input_ids"]
+        place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return tuple(whole[:place])
 
     @property
     def end_id(self) -> int:
