@@ -1,0 +1,286 @@
+"""How much of unseen clients' updates does a Kronecker basis of public text carry, and what does it cost at 7B?
+
+    OMP_NUM_THREADS=1 python benchmarks/kronecker.py [--seeds 0 1 2] [--json FILE]
+
+On the embedded model, at the adapter's start and after plain federated rounds. A basis is scored on clients that it never saw
+(but for the last row, the ceiling):
+
+* rho: share of the energy of the clients' *mean* update inside the code; rho': the mean of that share over clients;
+* cos, cos': their roots, the cosine of an update with its projection;
+* (rho/rho')^2: the gain per round over uncompressed DP-LoRA when noise dominates and curvature follows energy.
+
+Rows without a mark are of public text. Rows "(oracle)" need clients' updates that nobody has charged for: they show what a prior could win, not what one may use.
+
+With `--speed` it measures instead LLaMA-7B with r = 8 on q, k, v, o at 1/64, with bases of made-up updates.
+
+Legend: N clients, D adapter values, S tensors.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from encode_speed import peak_mib
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from drencoder import load_recipe
+from drencoder.build import Live, build
+from drencoder.data.world import World
+from drencoder.encoders.kronecker import KroneckerEncoder, energy_curve
+from drencoder.encoders.sketch import RandomSketch, allocate_code
+from drencoder.examples import Example, make_examples
+from drencoder.layout import Segment
+from drencoder.prior import GaussianPrior, moment_statistics
+from drencoder.rng import derive_seed
+from drencoder.steps import ServerState, server_step
+from drencoder.structured import MatrixNormalPrior
+from drencoder.training import cohort_updates
+
+RATIOS = (16, 64, 256)
+TESTED, OTHERS, PUBLIC = 256, 64, 64  # clients scored, other clients, make-believe clients of public text
+WARM_ROUNDS, WARM_COHORT = 8, 64
+SKETCHES = 8
+POOLED = 8
+LOW_RANK = 16  # of 128: what a short downlink would carry
+Shares = Callable[[Tensor], Tensor]
+
+
+# --- capture ----------------------------------------------------------------------------------------------
+
+
+def updates(live: Live, adapter_D: Tensor, groups: Sequence[list[Example]]) -> Tensor:
+    """(N, D): the update of every group of examples."""
+    return torch.cat(
+        [
+            cohort_updates(
+                live.lora, adapter_D, groups[at : at + 32], live.recipe.local, [0] * len(groups[at : at + 32])
+            )
+            for at in range(0, len(groups), 32)
+        ]
+    )
+
+
+def clients(live: Live, first: int, count: int) -> list[list[Example]]:
+    return [live.texts.client(client, 1) for client in range(first, first + count)]
+
+
+def public_texts(live: Live, seed: int) -> dict[str, list[list[Example]]]:
+    """Make-believe clients of two kinds of public text: records of the clients' own format, and the general part's."""
+    size, count, base = live.recipe.data.examples_per_client, PUBLIC, live.texts.base
+    documents = islice(World().documents(derive_seed(seed, "public-documents")), size * count)
+    other = make_examples(documents, base.tokenize, base.end_id, live.recipe.data.max_tokens, owner="public text")
+    same = live.texts.held_out(size * count)
+    return {
+        name: [examples[at : at + size] for at in range(0, len(examples), size)]
+        for name, examples in (("same format", same), ("other formats", other))
+    }
+
+
+def warmed(live: Live) -> Tensor:
+    """The adapter after some rounds without privacy, over clients that nothing else uses."""
+    server = replace(live.recipe.server, optimizer="fedadam", learning_rate=0.02)
+    state = ServerState.start(live.lora.initial_D)
+    for number in range(WARM_ROUNDS):
+        cohort = clients(live, 5000 + number * WARM_COHORT, WARM_COHORT)
+        state = server_step(state, updates(live, state.adapter_D, cohort).mean(dim=0), server, server.learning_rate)
+    return state.adapter_D
+
+
+def kronecker(prior: MatrixNormalPrior, code_size: int) -> tuple[list[Shares], float]:
+    encoder = KroneckerEncoder.build(prior, code_size)
+    return [lambda u: share(encoder.encode(u, 0), u)], energy_curve(prior).captured(code_size)
+
+
+def sketched(sketch: RandomSketch, energy_S: Tensor) -> tuple[list[Shares], float]:
+    chances: list[Shares] = [lambda u, s=seed: share(sketch.encode(u, s) / sketch.scale, u) for seed in range(SKETCHES)]
+    return chances, sketch.expected_capture(energy_S)
+
+
+def share(inside_NK: Tensor, update_ND: Tensor) -> Tensor:
+    """(N,): |inside|^2 / |update|^2."""
+    return inside_NK.double().square().sum(1) / update_ND.double().square().sum(1)
+
+
+def weightings(update_ND: Tensor) -> dict[str, Tensor]:
+    """The same updates as a second moment may weigh them: as they are, all of one norm (as under a clip that always
+    binds), and averaged by eights, which leaves what they share and takes away what each has alone."""
+    unit_ND = update_ND / update_ND.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    pooled_ND = update_ND[: len(update_ND) // POOLED * POOLED].view(-1, POOLED, update_ND.shape[1]).mean(dim=1)
+    return {"": update_ND, ", unit norm": unit_ND, f", pooled by {POOLED}": pooled_ND}
+
+
+def priors_of(
+    live: Live, adapter_D: Tensor, texts: dict[str, list[list[Example]]], tested_ND: Tensor
+) -> dict[str, MatrixNormalPrior]:
+    """Every prior that is compared, by the name of its row."""
+    segments = live.lora.layout.segments
+    sources: dict[str, Tensor] = {}
+    for name, groups in texts.items():
+        sources |= {f"{name}{how}": rows_ND for how, rows_ND in weightings(updates(live, adapter_D, groups)).items()}
+    others_ND = updates(live, adapter_D, clients(live, 1000, OTHERS))
+    sources["other clients (oracle)"], sources["the same clients (ceiling)"] = others_ND, tested_ND
+    made = {
+        name: MatrixNormalPrior.from_updates(update_ND, segments, declared=name, rank=128)
+        for name, update_ND in sources.items()
+    }
+    for name in texts:
+        low = MatrixNormalPrior.from_updates(sources[name], segments, declared=name, rank=LOW_RANK)
+        made[f"{name}, rank {LOW_RANK}"] = low
+    moments = GaussianPrior.from_statistics(moment_statistics(others_ND, segments).mean(dim=0), segments, 0.0)
+    made["other formats, clients' energies (oracle)"] = made["other formats"].with_energies(moments.energy_S)
+    return made
+
+
+def bases(priors: dict[str, MatrixNormalPrior], code_size: int) -> dict[str, tuple[list[Shares], float]]:
+    """Name -> projections (several if random) and the share that the prior itself expects."""
+    public = priors["same format"]
+    segments, energy_S = public.segments, public.energy_S
+    informed = RandomSketch(segments, tuple(allocate_code(segments, code_size, energy_S, 0.0).tolist()))
+    return {
+        "random": sketched(RandomSketch.build(segments, code_size), energy_S),
+        "random, by public energies": sketched(informed, energy_S),
+    } | {name: kronecker(prior, code_size) for name, prior in priors.items()}
+
+
+def capture(seed: int) -> list[dict[str, Any]]:
+    """One row per stage of training, ratio and basis."""
+    live = build(load_recipe("quickstart", [f"seed={seed}", "speed.threads=1"]))
+    size, texts = live.lora.layout.size, public_texts(live, seed)
+    rows, first = [], {}
+    for stage, adapter_D in (("start", live.lora.initial_D), ("trained", warmed(live))):
+        tested_ND = updates(live, adapter_D, clients(live, 0, TESTED))
+        mean_1D = tested_ND.mean(dim=0, keepdim=True)
+        priors = priors_of(live, adapter_D, texts, tested_ND)
+        first = first or {f"{name}, basis of the start": priors[name] for name in texts}
+        agreement = float(torch.nn.functional.cosine_similarity(tested_ND, mean_1D).mean())
+        for ratio in RATIOS:
+            for name, (projections, expected) in bases(priors | first, size // ratio).items():
+                rho = statistics.mean(float(project(mean_1D)) for project in projections)
+                each = statistics.mean(float(project(tested_ND).mean()) for project in projections)
+                facts = {"seed": seed, "stage": stage, "ratio": ratio, "basis": name}
+                rows.append(facts | {"rho": rho, "rho_client": each, "expected": expected, "agreement": agreement})
+    return rows
+
+
+def print_capture(rows: list[dict[str, Any]]) -> None:
+    console = Console(width=140)
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        at_stage = [row for row in rows if row["stage"] == stage]
+        agreement = statistics.mean(row["agreement"] for row in at_stage)
+        table = Table("code", "basis", "rho", "rho'", "cos", "cos'", "(rho/rho')^2", "prior expects")
+        table.title = f"{stage}: cosine of a client's update with the mean {agreement:.2f}"
+        for ratio in RATIOS:
+            for name in dict.fromkeys(row["basis"] for row in rows):
+                found = [row for row in at_stage if row["ratio"] == ratio and row["basis"] == name]
+                rhos, each = [row["rho"] for row in found], [row["rho_client"] for row in found]
+                rho, mean = statistics.mean(rhos), statistics.mean(each)
+                gain = statistics.mean((a / b) ** 2 for a, b in zip(rhos, each, strict=True))
+                cells = [f"1/{ratio}", name, f"{rho:.3f} ({min(rhos):.3f}-{max(rhos):.3f})"]
+                cells += [f"{mean:.3f} ({min(each):.3f}-{max(each):.3f})", f"{rho**0.5:.2f}", f"{mean**0.5:.2f}"]
+                table.add_row(*cells, f"{gain:.2f}", f"{statistics.mean(row['expected'] for row in found):.3f}")
+            table.add_section()
+        console.print(table)
+
+
+# --- speed ------------------------------------------------------------------------------------------------
+
+
+def large_segments() -> tuple[Segment, ...]:
+    """LLaMA-7B, r = 8, on q, k, v and o of 32 layers: 8,388,608 values in 256 tensors."""
+    segments: list[Segment] = []
+    for number in range(256):
+        shape = (4096, 8) if number % 2 else (8, 4096)
+        segments.append(Segment(f"tensor{number}", number * 32768, shape))
+    return tuple(segments)
+
+
+def made_up_updates(segments: tuple[Segment, ...], count: int) -> Tensor:
+    """Updates (N, D) with a falling spectrum along the long side and unequal energies, so that the staircases differ."""
+    generator = torch.Generator().manual_seed(0)
+    update_ND = torch.empty(count, segments[-1].stop)
+    for number, segment in enumerate(segments):
+        mixing = torch.randn(64, 4096, generator=generator) * (1.0 + torch.arange(64))[:, None] ** -0.7
+        values = torch.randn(count, 8, 64, generator=generator) @ mixing * (1.0 + number % 7)
+        values = values.transpose(1, 2) if number % 2 else values
+        update_ND[:, segment.start : segment.stop] = values.reshape(count, -1)
+    return update_ND
+
+
+def speed(repeats: int) -> list[dict[str, Any]]:
+    segments = large_segments()
+    code_size = segments[-1].stop // 64
+    update_ND = made_up_updates(segments, 8)
+    rows: list[dict[str, Any]] = []
+
+    def timed(name: str, operation: Callable[[], Any], times: int = 1) -> Any:
+        seconds, peak, result = [], 0.0, None
+        for _ in range(times):
+            result = None
+            start = time.perf_counter()
+            result = operation()
+            seconds.append(time.perf_counter() - start)
+        if times > 1:
+            peak = peak_mib(operation) or 0.0
+        rows.append({"operation": name, "median_s": statistics.median(seconds), "peak_mib": peak})
+        return result
+
+    held: list[Any] = []
+    start = time.perf_counter()
+    declared = "made-up updates"
+    peak = peak_mib(lambda: held.append(MatrixNormalPrior.from_updates(update_ND, segments, declared=declared)))
+    prior = held.pop()
+    rows.append({"operation": "prior of 8 updates", "median_s": time.perf_counter() - start, "peak_mib": peak})
+    encoder = timed("kronecker: build", lambda: KroneckerEncoder.build(prior, code_size))
+    rows.append({"operation": "prior, its bytes", "mib": prior.facts()["bytes"] / 2**20})
+    rows.append({"operation": "kronecker, its bases", "mib": encoder.basis_bytes / 2**20})
+    one_ND, sketch = update_ND[:1].clone(), RandomSketch.build(segments, code_size)
+    target_ND = torch.zeros_like(one_ND)
+    timed("copy of an update", lambda: target_ND.copy_(one_ND), repeats)
+    for made in (encoder, sketch):
+        code_NK = made.encode(one_ND, 0)
+        timed(f"{made.name}: encode", lambda e=made: e.encode(one_ND, 0), repeats)
+        timed(f"{made.name}: decode", lambda e=made, c=code_NK: e.decode(c, 0), repeats)
+    return rows
+
+
+def print_speed(rows: list[dict[str, Any]]) -> None:
+    table = Table("LLaMA-7B, r = 8, 1/64", "ms", "peak MiB", "MiB kept")
+    for row in rows:
+        seconds, peak = row.get("median_s"), row.get("peak_mib")
+        milliseconds = "" if seconds is None else f"{seconds * 1e3:.1f}"
+        table.add_row(row["operation"], milliseconds, f"{peak:.0f}" if peak else "", f"{row.get('mib', 0):.0f}")
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--speed", action="store_true", help="measure time and memory at 7B shapes instead")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    if args.speed:
+        rows = speed(args.repeats)
+    else:
+        for seed in args.seeds:
+            rows += capture(seed)
+    (print_speed if args.speed else print_capture)(rows)
+    if args.json:
+        machine = {"platform": platform.platform(), "processor": platform.processor(), "torch": torch.__version__}
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
