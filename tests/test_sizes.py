@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -18,14 +19,17 @@ from drencoder.encoders.sizes import (
     input_shape,
     known_matrices,
     message_bytes,
+    plain_lora_bytes,
     stage1_values,
 )
-from drencoder.encoders.wire import WireFormat
+from drencoder.encoders.wire import WireDtype, WireFormat, pack
 from drencoder.errors import EncoderError, ModelError
 from drencoder.model import LoraModel, load_base
 from drencoder.overview import survey
 from drencoder.prior import GaussianPrior, MomentQuery
 from drencoder.steps import moment_query
+
+DTYPES = ["float32", "float16", "int8", "int4", "int2"]
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("gate_proj", "o_proj", "down_proj")])
@@ -40,7 +44,7 @@ def test_adapter_size_from_the_file_is_the_layouts(tiny_folder: Path, targets: t
     ("name", "architecture"),
     [("identity", "resnet"), ("random", "resnet"), *(("autoencoder", name) for name in ARCHITECTURES)],
 )
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_code_and_message_size(tiny_folder: Path, name: str, architecture: str, dtype: str) -> None:
     lora = LoraModel(load_base(config.Model(source=str(tiny_folder))), config.Adapter(rank=2), seed=0)
     segments, size = lora.layout.segments, lora.layout.size
@@ -53,6 +57,17 @@ def test_code_and_message_size(tiny_folder: Path, name: str, architecture: str, 
     encoder = build_encoder(name, request)
     assert encoder.code_size == code_size(name, size, 4.0, architecture)
     assert message_bytes(encoder.code_size, dtype) == WireFormat.of(encoder, dtype).message_size  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_message_bytes_are_the_bytes_of_a_message(dtype: WireDtype) -> None:
+    for size in range(1, 18):
+        wire_format = WireFormat(size, 1, dtype)
+        assert message_bytes(size, dtype) == wire_format.message_size == len(pack(torch.ones(size), wire_format, 0))
+
+
+def test_plain_lora_is_counted_at_sixteen_bits_or_more() -> None:
+    assert [plain_lora_bytes(2.5, 100, dtype) for dtype in DTYPES] == [1000, 500, 500, 500, 500]
 
 
 def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:

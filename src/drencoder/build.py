@@ -1,7 +1,7 @@
 """Recipe -> live objects. Everything that can be refused is refused here, before a run folder exists."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -9,7 +9,8 @@ import torch
 from drencoder import config
 from drencoder.config import Recipe
 from drencoder.data.benchmarks import load_benchmarks
-from drencoder.data.source import Record, Source, open_source
+from drencoder.data.public import PublicText, open_public
+from drencoder.data.source import Source, open_source
 from drencoder.data.template import render
 from drencoder.encoders.autoencoder import AutoencoderOptions, StepCallback
 from drencoder.encoders.contract import Encoder
@@ -24,6 +25,8 @@ from drencoder.overview import Overview, survey
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.rng import derive_seed
+from drencoder.structured import PublicUpdates
+from drencoder.training import cohort_updates
 
 __all__ = ["Live", "build"]
 
@@ -36,6 +39,7 @@ class Texts:
     base: BaseModel
     max_tokens: int
     d1_share: float  # of a client's records, used by slot 0 and by nothing else; 0 = all slots use all
+    public: PublicText | None = None
 
     def client(self, client: int, slot: int) -> list[Example]:
         """What a client uses in a slot. FedCG's D1 (stage 1) and D2 (the rounds) share no record if it has two."""
@@ -43,14 +47,19 @@ class Texts:
         if self.d1_share and len(records) > 1:
             first = min(len(records) - 1, max(1, round(self.d1_share * len(records))))
             records = records[:first] if slot == 0 else records[first:]
-        return self._examples(records, f"client {client}")
+        return self._examples(map(render, records), f"client {client}")
 
     def held_out(self, count: int) -> list[Example]:
-        return self._examples(self.source.held_out(count), "the server's held-out set")
+        return self._examples(map(render, self.source.held_out(count)), "the server's held-out set")
 
-    def _examples(self, records: Sequence[Record], owner: str) -> list[Example]:
+    def public_clients(self, count: int, size: int, seed: int) -> list[list[Example]]:
+        """Make-believe clients of `size` public texts each; the same for the same seed. Needs `public`."""
+        assert self.public is not None
+        examples = self._examples(self.public.draw(count * size, seed), "the public text")
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def _examples(self, rendered: Iterable[tuple[str, str]], owner: str) -> list[Example]:
         base = self.base
-        rendered = map(render, records)
         return make_examples(rendered, base.tokenize, base.end_id, self.max_tokens, owner=owner, start=base.start_ids)
 
 
@@ -82,6 +91,29 @@ class Live:
             for name, drawn in load_benchmarks(wanted, self.recipe.data, seed=self.recipe.seed).items()
         }
 
+    def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
+        """Updates of make-believe clients with public text at this adapter; None if the recipe names no public text.
+
+        Other text in every slot, the same whenever that slot is computed again.
+        """
+        if self.texts.public is None:
+            return None
+        prior, size = self.recipe.prior, self.recipe.data.examples_per_client
+        groups = self.texts.public_clients(prior.public_clients, size, derive_seed(self.recipe.seed, "public", slot))
+        return PublicUpdates(self.updates_of(groups, adapter_D), self.texts.public.declared)
+
+    def updates_of(self, groups: Sequence[list[Example]], adapter_D: torch.Tensor) -> torch.Tensor:
+        """What clients with these examples would compute (N, D), on text that the server holds itself."""
+        local = self.recipe.local
+        if local.upload == "zero":  # a control's clients send nothing, but its encoder can be asked all the same
+            local = replace(local, upload="gradient")
+        step = self.recipe.speed.parallel_clients
+        parts = [
+            cohort_updates(self.lora, adapter_D, part, local, [0] * len(part)).cpu()
+            for part in (groups[start : start + step] for start in range(0, len(groups), step))
+        ]
+        return torch.cat(parts)
+
     def noise(self) -> NoiseSource:
         """The recipe's noise source; `replay` is for tests and marks the run as not private."""
         if self.recipe.privacy.noise == "replay":
@@ -94,9 +126,12 @@ class Live:
         state: dict[str, torch.Tensor] | None = None,
         *,
         real: RealGradients | None = None,
+        public: PublicUpdates | None = None,
+        momentum_D: torch.Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Encoder:
-        """The recipe's encoder, made from the prior (FedCG: from real gradients), or restored from saved tensors."""
+        """The recipe's encoder, made from the prior (FedCG: from real gradients; structured ones: from public updates
+        and the released momentum), or restored from saved tensors."""
         wanted, segments = self.recipe.encoder, self.lora.layout.segments
         request = EncoderRequest(
             segments,
@@ -112,6 +147,10 @@ class Live:
             ),
             on_step=on_step,
             real=real,
+            public=public,
+            rank=self.recipe.prior.rank,
+            explore=wanted.explore,
+            history_JD=None if momentum_D is None else momentum_D[None],
         )
         return build_encoder(wanted.name, request, state)
 
@@ -128,7 +167,8 @@ def build(recipe: Recipe) -> Live:
     source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
     base = load_base(recipe.model)
     d1_share = recipe.prior.d1_share if recipe.prior.source == "gradients" else 0.0
-    texts = Texts(source, base, recipe.data.max_tokens, d1_share)
+    public = open_public(recipe.prior, lambda count, seed: base.write(count, recipe.data.max_tokens, seed))
+    texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     engine = LocalEngine(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)
     live = Live(recipe, overview, texts, lora, engine)

@@ -119,13 +119,15 @@ class Server(Checked):
 class Encoder(Checked):
     """How an update becomes a code."""
 
-    name: str = knob("random", "the encoder", choices=("identity", "random", "autoencoder"))
+    name: str = knob("random", "the encoder", choices=("identity", "random", "autoencoder", "kronecker", "hybrid"))
     ratio: float = knob(64.0, "adapter values per code value (not for `identity`)", low=1)
+    explore: float = knob(0.25, "hybrid: share of the code that looks at fresh random directions", low=0, below=1)
     floor: float = knob(0.6, "share of the code spread evenly whatever the prior says", low=0, high=1)
     wire_dtype: str = knob(
         "float32",
-        "type of a code on the wire; under local trust float16 leaves the public no better epsilon than the server",
-        choices=("float16", "float32"),
+        "type of a code on the wire; int8, int4 and int2 have that many bits a value and are rounded at random; "
+        "under local trust all but float32 leave the public no better epsilon than the server",
+        choices=("float32", "float16", "int8", "int4", "int2"),
     )
     gate: str = knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))
     train_steps: int = knob(400, "training steps of the auto-encoder at most", low=1)
@@ -163,6 +165,15 @@ class Prior(Checked):
     noise_ratio: float = knob(1.0, "stage 1's noise multiplier over a round's", above=0)
     clip_l2: float = knob(1.0, "L2 bound of a client's statistics vector", above=0)
     synthetic: int = knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
+    public: str = knob(
+        "",
+        "public text for the structured prior: `embedded` (what the embedded model was trained on), `self` (written by the "
+        "base model), a .jsonl/.json file or `hub:ORG/NAME`; empty = none",
+    )
+    provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
+    public_clients: int = knob(16, "make-believe clients of public text per estimate of the structured prior", low=2)
+    rank: int = knob(64, "directions kept per side of a LoRA tensor", low=1)
+    refresh: int = knob(1, "rounds between two estimates of the structured prior at the run's adapter", low=1)
 
 
 @dataclass(frozen=True)
@@ -350,6 +361,11 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             "encoder.name = 'autoencoder' is trained on synthetic gradients and prior.source = 'none' gives none: "
             "set prior.source = 'moments'."
+        )
+    if encoder.name in ("kronecker", "hybrid") and not recipe.prior.public:
+        raise RecipeError(
+            f"encoder.name = {encoder.name!r} is made from public text and prior.public names none: set prior.public to "
+            "'self', 'embedded', a file or hub:ORG/NAME, or use encoder.name = 'random'."
         )
     if encoder.name == "autoencoder" and privacy.trust != "local" and privacy.noise_in == "code":
         raise RecipeError(

@@ -20,14 +20,15 @@ from drencoder.build import Live, build
 from drencoder.checkpoint import Progress, load_checkpoint, save_checkpoint
 from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.contract import Encoder
-from drencoder.encoders.sizes import BYTES_PER_VALUE
+from drencoder.encoders.sizes import plain_lora_bytes
+from drencoder.encoders.wire import WireFormat, noise_entropy
 from drencoder.errors import ArtifactError, BudgetError, LostError
 from drencoder.evaluation import held_out_loss, multiple_choice
 from drencoder.overview import Overview
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.results import measure_all
-from drencoder.stage1 import ask, bytes_up, fit_encoder, run_stage1
+from drencoder.stage1 import ask, bytes_up, fit_encoder, refreshed, run_stage1
 from drencoder.steps import ServerState, learning_rate, server_step, update_query
 
 __all__ = ["Listener", "RunResult", "resume", "run"]
@@ -124,6 +125,7 @@ def _drive(live: Live, folder: RunFolder, ledger: Ledger, now: Progress, listene
     if max(0, now.slot) not in {row["round"] for row in folder.read_metrics()}:
         _evaluate_round(live, folder, ledger, now, listener)  # the start, or a round killed before its row was written
     for slot in range(max(1, now.slot + 1), plan.rounds + 1):
+        now, encoder = refreshed(live, now, encoder, slot)
         try:
             now = _round(live, ledger, now, encoder, slot, listener)
         except BudgetError as error:
@@ -200,6 +202,7 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
     recipe, plan, layout = live.recipe, live.overview.privacy, live.lora.layout
     privacy = ledger.certificate()
     uploads = plan.expected_cohort * sum(1 for slot in ledger.charges() if slot > 0)
+    wire = WireFormat.of(encoder, recipe.encoder.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
     return {
         "version": 1,
         "drencoder": __version__,
@@ -212,7 +215,9 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
             "uploaded": now.bytes_up,
             "stage1": (now.stage1 or {}).get("bytes", 0),
             "counted": "counted" if plan.trust == "local" else "expected: the size of a secret cohort is not published",
-            "plain_lora": round(uploads * layout.size * BYTES_PER_VALUE[recipe.encoder.wire_dtype]),
+            "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.encoder.wire_dtype),
+            "bits_per_value": wire.bits,
+            "entropy_per_value": noise_entropy(wire),  # of noise: a real code's would be an answer about the data
         },
         "encoder": encoder.describe() | _flat(now.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},

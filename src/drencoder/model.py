@@ -53,6 +53,29 @@ class BaseModel:
         place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return tuple(whole[:place])
 
+    @torch.inference_mode()
+    def write(self, count: int, max_tokens: int, seed: int) -> list[str]:
+        """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long.
+
+        They begin with the start token, or with the end token of a model that has none. Sampled on the CPU, so that
+        the seed decides on every device (up to rounding).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        device = next(self.model.parameters()).device
+        first = list(self.start_ids) or [self.end_id]
+        tokens_NL = torch.tensor([first] * count, device=device)
+        done_N, cache = torch.zeros(count, dtype=torch.bool), None
+        while tokens_NL.shape[1] < max_tokens and not bool(done_N.all()):
+            fresh_NL = tokens_NL if cache is None else tokens_NL[:, -1:]
+            answer = self.model(input_ids=fresh_NL, past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            share_NV = answer.logits[:, -1].float().cpu().softmax(dim=-1)
+            next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
+            next_N[done_N] = self.end_id
+            done_N |= next_N == self.end_id
+            tokens_NL = torch.cat([tokens_NL, next_N[:, None].to(device)], dim=1)
+        return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
+
     @property
     def end_id(self) -> int:
         return self.tokenizer.eos_token_id

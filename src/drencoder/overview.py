@@ -10,11 +10,11 @@ from typing import Any
 
 from drencoder.config import Recipe
 from drencoder.encoders.sizes import (
-    BYTES_PER_VALUE,
     adapted_matrices,
     code_size,
     known_matrices,
     message_bytes,
+    plain_lora_bytes,
     stage1_values,
 )
 from drencoder.errors import ModelError
@@ -28,7 +28,8 @@ class Overview:
     """What a run will cost, in privacy and in bytes. Public.
 
     `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
-    Bytes are totals of all expected uploads; plain LoRA sends the whole adapter in the same wire type.
+    Bytes are totals of all expected uploads; plain LoRA sends the whole adapter in the same wire
+    type, or in float16 if that has fewer bits.
     """
 
     privacy: PrivacyPlan
@@ -98,8 +99,8 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         noise=privacy.noise,  # type: ignore[arg-type]
         non_private=_non_private(recipe),
         # The public's epsilon rests on seeing nothing but a sum of noised codes. A decoder that takes each code by
-        # itself, and rounding each to float16, put something else in its place.
-        decodes_each=recipe.encoder.name == "autoencoder" or recipe.encoder.wire_dtype == "float16",
+        # itself, and rounding each to fewer bits, put something else in its place.
+        decodes_each=recipe.encoder.name == "autoencoder" or recipe.encoder.wire_dtype != "float32",
     )
 
 
@@ -136,7 +137,7 @@ def survey(recipe: Recipe) -> Overview:
         message_bytes=message,
         stage1_bytes=stage1,
         total_bytes=round(uploads * message) + stage1,
-        plain_lora_bytes=round(uploads * size * BYTES_PER_VALUE[recipe.encoder.wire_dtype]),
+        plain_lora_bytes=plain_lora_bytes(uploads, size, encoder.wire_dtype),
     )
 
 

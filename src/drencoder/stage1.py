@@ -23,9 +23,8 @@ from drencoder.prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.rng import derive_seed
 from drencoder.steps import CohortQuery, Outcome, ServerState, gradient_query, learning_rate, moment_query, server_step
-from drencoder.training import cohort_updates
 
-__all__ = ["ask", "bytes_up", "fit_encoder", "run_stage1"]
+__all__ = ["ask", "bytes_up", "fit_encoder", "refreshed", "run_stage1"]
 
 Say = Callable[[str], None]
 
@@ -130,12 +129,15 @@ def fit_encoder(live: Live, now: Progress, real: RealGradients | None, say: Say)
         if checked is not None:
             say(f"auto-encoder, step {step}: training loss {loss:.4g}, validation loss {checked:.4g}")
 
-    encoder = live.encoder(now.prior, real=real, on_step=trained)
+    structured = live.public_updates(now.state.adapter_D, 1)
+    if structured is not None:
+        say(f"structured prior: {len(structured.update_ND)} updates of public text ({structured.declared})")
+    encoder = live.encoder(now.prior, real=real, public=structured, on_step=trained)
     seed = derive_seed(live.recipe.seed, "gate")
-    public = measure_viability(encoder, _public_updates(live, now.state.adapter_D), seed)
+    public = measure_viability(encoder, _server_updates(live, now.state.adapter_D), seed)
     gate = {"public": _facts(public)}
     verdict = public
-    if real is None:  # else no prior was fitted that could draw any
+    if real is None and structured is None:  # else no prior was fitted that could draw any, or it is the encoder's own
         prior = now.prior or GaussianPrior.isotropic(live.lora.layout.segments)
         count = min(_GATE_UPDATES, live.recipe.prior.synthetic, max(2, _GATE_VALUES // live.lora.layout.size))
         samples = prior.sample(count, seed)
@@ -156,13 +158,22 @@ def _facts(result: GateResult) -> Mapping[str, Any]:
     }
 
 
-def _public_updates(live: Live, adapter_D: Tensor) -> Tensor:
+def refreshed(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[Progress, Encoder]:
+    """The encoder of round `slot`: a structured one is made anew every `prior.refresh` rounds, at the adapter as it is.
+
+    Bases of the start carry little a few rounds later (docs/log.md). Public text and released momentum alone go in.
+    """
+    if live.texts.public is None or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
+        return now, encoder
+    public = live.public_updates(now.state.adapter_D, slot)
+    encoder = live.encoder(now.prior, public=public, momentum_D=now.state.first_D)
+    return replace(now, encoder_state=encoder.state()), encoder
+
+
+def _server_updates(live: Live, adapter_D: Tensor) -> Tensor:
     """Updates (up to 16, D) of make-believe clients that hold the server's own held-out text."""
     size, held_out = live.recipe.data.examples_per_client, live.held_out
     groups = [held_out[start : start + size] for start in range(0, min(len(held_out), _GATE_CLIENTS * size), size)]
     while len(groups) < 2:  # the gate compares at least two
         groups.append(held_out)
-    local = live.recipe.local
-    if local.upload == "zero":  # a control's clients send nothing, but its encoder can be asked all the same
-        local = replace(local, upload="gradient")
-    return cohort_updates(live.lora, adapter_D, groups, local, [0] * len(groups)).cpu()
+    return live.updates_of(groups, adapter_D)

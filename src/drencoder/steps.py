@@ -127,7 +127,7 @@ class CohortQuery:
             values = self.encode(values)
         # Under local trust a count of broken updates would be an uncharged answer about the clients' data.
         nonfinite = 0 if permit.trust == "local" else clipped.nonfinite
-        return Upload(tuple(clients), pack_rows(values, self.wire, self.slot), nonfinite)
+        return Upload(tuple(clients), pack_rows(values, self.wire, self.slot, clients), nonfinite)
 
     # --- the server's side --------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from drencoder.errors import EncoderError
 from drencoder.layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["MatrixNormalPrior", "Origin", "SecondMoment", "matrix_shape"]
+__all__ = ["MatrixNormalPrior", "Origin", "PublicUpdates", "SecondMoment", "matrix_shape"]
 
 # Values of the stacked updates that one singular value decomposition sees at most: 512 rows of 4,096.
 _BLOCK_VALUES = 1 << 21
@@ -114,6 +114,20 @@ def _top_directions(rows_XL: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     second = singular.double().square()
     known = min(rank, int((second > _RESOLUTION * second[0]).sum()))
     return directions[:known].T.contiguous(), second[:known]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PublicUpdates:
+    """Updates (N, D) float32 of make-believe clients with public text, and whose text that is, in words."""
+
+    update_ND: Tensor
+    declared: str
+
+    def prior(self, segments: tuple[Segment, ...], rank: int) -> "MatrixNormalPrior":
+        """The structured prior of these updates, each taken at norm 1: as under a clip that always binds."""
+        norm_N1 = torch.linalg.vector_norm(self.update_ND, dim=1, keepdim=True).clamp(min=1e-30)
+        return MatrixNormalPrior.from_updates(self.update_ND / norm_N1, segments, declared=self.declared, rank=rank)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from drencoder.data.world import World, record_of
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
-__all__ = ["EmbeddedSource", "FileSource", "Record", "Source", "open_source"]
+__all__ = ["EmbeddedSource", "FileSource", "Record", "Source", "open_source", "read_records"]
 
 Record = dict[str, str]
 
@@ -57,8 +57,18 @@ def open_source(wanted: config.Data, *, population: int, seed: int) -> Source:
         records = _read_benchmark(kind, where, wanted.split)
         source = FileSource.split(records, wanted, population=population, seed=seed)
         return replace(source, provenance=f"{wanted.source}, split {wanted.split}")
-    records = _read_hub(where, wanted.split) if kind == "hub" else _read_file(Path(wanted.source))
+    records = read_records(wanted.source, wanted.split, knob="data.source")
     return FileSource.split(records, wanted, population=population, seed=seed)
+
+
+def read_records(where: str, split: str, *, knob: str) -> list[Record]:
+    """The records of a .jsonl or .json file, or of one split of `hub:ORG/NAME`; `knob` is named in messages.
+
+    Raises:
+      DataError: a file is missing, unreadable, empty or ill-shaped.
+    """
+    kind, _, name = where.partition(":")
+    return _read_hub(name, split, knob) if kind == "hub" else _read_file(Path(where), knob)
 
 
 @final
@@ -167,19 +177,19 @@ def _dirichlet(
     return owned
 
 
-def _read_file(path: Path) -> list[Record]:
+def _read_file(path: Path, knob: str) -> list[Record]:
     """Reads .jsonl (a record a line) or .json (a list of records); a message names file and line."""
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
-        raise DataError(f"data.source = '{path}' does not exist: give 'embedded', a .jsonl or a .json file.") from None
+        raise DataError(f"{knob} = '{path}' does not exist: give 'embedded', a .jsonl or a .json file.") from None
     except IsADirectoryError:
-        raise DataError(f"data.source = '{path}' is a folder: give the .jsonl or .json file in it.") from None
+        raise DataError(f"{knob} = '{path}' is a folder: give the .jsonl or .json file in it.") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text: convert the file to UTF-8.") from None
     except OSError as error:
-        raise DataError(f"data.source = '{path}' cannot be read ({error}): check its permissions.") from None
+        raise DataError(f"{knob} = '{path}' cannot be read ({error}): check its permissions.") from None
     if path.suffix == ".json":
         items = list(enumerate(_parse(text, f"{path}"), start=1))
         unit = "record"
@@ -213,9 +223,9 @@ def _record(item: Any, where: str) -> Record:
     return {"context": "", "category": "none", **record}
 
 
-def _read_hub(name: str, split: str) -> list[Record]:
+def _read_hub(name: str, split: str, knob: str) -> list[Record]:
     """One split of a hub data set, or of a local folder that the datasets library can read."""
-    rows = load_rows(name, split, knob="data.source")
+    rows = load_rows(name, split, knob=knob)
     return [_record(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
 
 

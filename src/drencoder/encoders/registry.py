@@ -9,13 +9,16 @@ from torch import Tensor
 from drencoder.encoders.autoencoder import Autoencoder, AutoencoderOptions, StepCallback
 from drencoder.encoders.contract import Encoder, check_segments
 from drencoder.encoders.fedcg import RealGradients
+from drencoder.encoders.hybrid import HybridEncoder
 from drencoder.encoders.identity import IdentityEncoder
+from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.sizes import code_size
 from drencoder.encoders.sketch import RandomSketch
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
 from drencoder.prior import GaussianPrior
 from drencoder.rng import derive_seed
+from drencoder.structured import PublicUpdates
 
 __all__ = ["ENCODERS", "EncoderRequest", "build_encoder"]
 
@@ -25,13 +28,17 @@ class EncoderRequest:
     """Everything that an encoder may be made from; all of it public, except `real`."""
 
     segments: tuple[Segment, ...]
-    code_size: int | None = None  # required by "random", fixed by the others
+    code_size: int | None = None  # fixed by "identity" and "autoencoder", required by the others
     prior: GaussianPrior | None = None  # "random": uniform allocation without; "autoencoder": required
     seed: int = 0
     floor: float = 0.1  # "random": share of the code that is spread uniformly
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
     on_step: StepCallback | None = None
     real: RealGradients | None = None  # FedCG: train the auto-encoder on these and not on the prior's; NOT private
+    public: PublicUpdates | None = None  # "kronecker", "hybrid": required
+    rank: int = 64  # directions known per side of a tensor
+    explore: float = 0.25  # "hybrid": share of the code for the random block
+    history_JD: Tensor | None = None  # "hybrid": directions of aggregates that were released before
 
 
 State = Mapping[str, Tensor] | None
@@ -53,9 +60,7 @@ def _identity(request: EncoderRequest, state: State) -> Encoder:
 
 
 def _random(request: EncoderRequest, state: State) -> Encoder:
-    if request.code_size is None:
-        raise EncoderError("the random encoder needs a code_size; give the number of values to send")
-    sketch = RandomSketch.build(request.segments, request.code_size, request.prior, request.floor)
+    sketch = RandomSketch.build(request.segments, _code_size(request, "random"), request.prior, request.floor)
     return RandomSketch.from_state(sketch.segments, sketch.code_S, state or {})
 
 
@@ -88,8 +93,45 @@ def _autoencoder(request: EncoderRequest, state: State) -> Encoder:
     )
 
 
+def _code_size(request: EncoderRequest, name: str) -> int:
+    if request.code_size is None:
+        raise EncoderError(f"the {name} encoder needs a code_size; give the number of values to send")
+    return request.code_size
+
+
+def _public(request: EncoderRequest, name: str) -> PublicUpdates:
+    if request.public is None:
+        raise EncoderError(f"the {name} encoder is made from updates of public text; set prior.public")
+    return request.public
+
+
+def _kronecker(request: EncoderRequest, state: State) -> Encoder:
+    if state:
+        return KroneckerEncoder.from_state(request.segments, state)
+    prior = _public(request, "kronecker").prior(request.segments, request.rank)
+    return KroneckerEncoder.build(prior, _code_size(request, "kronecker"))
+
+
+def _hybrid(request: EncoderRequest, state: State) -> Encoder:
+    if state:
+        return HybridEncoder.from_state(request.segments, state)
+    size, prior = _code_size(request, "hybrid"), _public(request, "hybrid").prior(request.segments, request.rank)
+    history_JD = prior.spread_S.new_zeros(0, check_segments(request.segments)).float()
+    history_JD = history_JD if request.history_JD is None else request.history_JD
+    random = min(size - 1, round(request.explore * size))
+    head = KroneckerEncoder.build(prior, max(1, size - random - len(history_JD)))
+    sketch = RandomSketch.build(request.segments, random) if random else None
+    return HybridEncoder.build(head, history_JD, sketch)
+
+
 ENCODERS: Mapping[str, Callable[[EncoderRequest, State], Encoder]] = MappingProxyType(
-    {"identity": _identity, "random": _random, "autoencoder": _autoencoder}
+    {
+        "identity": _identity,
+        "random": _random,
+        "autoencoder": _autoencoder,
+        "kronecker": _kronecker,
+        "hybrid": _hybrid,
+    }
 )
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from drencoder.errors import EncoderError, ModelError
 
 __all__ = [
-    "BYTES_PER_VALUE",
+    "BITS_PER_VALUE",
     "CELL",
     "HEADER_BYTES",
     "adapted_matrices",
@@ -25,11 +25,13 @@ __all__ = [
     "input_shape",
     "known_matrices",
     "message_bytes",
+    "plain_lora_bytes",
     "stage1_values",
 ]
 
-BYTES_PER_VALUE = {"float16": 2, "float32": 4}
+BITS_PER_VALUE = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2}
 HEADER_BYTES = 20  # of every message, see encoders.wire
+_SCALE_BYTES = 4  # of a message of integers
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
 _IMAGE_CODE = {"resnet": 64, "unet": 64}  # channels of a code cell
 _SIGNAL_CELL, _SIGNAL_CHANNELS = 256, 8  # cnn1d: signal values behind one cell of the code, and its channels
@@ -111,8 +113,17 @@ def stage1_values(source: str, update_size: int, num_matrices: int, epochs: int)
 
 
 def message_bytes(size: int, wire_dtype: str) -> int:
-    """Bytes of one message of `size` values, header included."""
-    return HEADER_BYTES + size * BYTES_PER_VALUE[wire_dtype]
+    """Bytes of one message of `size` values, header and scale included."""
+    scale = _SCALE_BYTES if wire_dtype.startswith("int") else 0
+    return HEADER_BYTES + scale + -(-size * BITS_PER_VALUE[wire_dtype] // 8)
+
+
+def plain_lora_bytes(uploads: float, update_size: int, wire_dtype: str) -> int:
+    """Bytes of `uploads` whole adapters, headers apart, as the code travels but never below float16.
+
+    Plain LoRA is what one would do without an encoder; nobody sends it in fewer bits, so a code's bits are its own gain.
+    """
+    return round(uploads * update_size * max(16, BITS_PER_VALUE[wire_dtype]) / 8)
 
 
 def bytes_text(count: float) -> str:

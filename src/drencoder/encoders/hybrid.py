@@ -1,0 +1,150 @@
+"""The "hybrid" encoder: what the prior knows, what the run has learned, and a fresh random look at everything else.
+
+Legend: N clients, D adapter values, K code values; of these H of the head, J directions, the others of the sketch.
+
+A fixed subspace has a ceiling: what lies outside is never learned. A random sketch has none, but sees K / D of everything. A
+hybrid code is [head | directions | sketch]: the head is the Kronecker encoder's leading coordinates; the directions are those of the
+momentum of aggregates that were released before (post-processing, so they cost nothing), made orthogonal to
+the head; the sketch is a new random part, in each round, of what both leave over.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from drencoder.encoders.contract import Encoder, Fact, check_code, check_update, common_facts, mark_non_finite
+from drencoder.encoders.kronecker import KroneckerEncoder
+from drencoder.encoders.sketch import RandomSketch
+from drencoder.errors import EncoderError
+from drencoder.layout import Segment
+
+__all__ = ["HybridEncoder"]
+
+# A direction of which the head leaves less than this share of the length is rounding.
+_LEAST = 1e-3
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HybridEncoder:
+    """code = [H u | M R u | S R u], R = I - H'H - M'M; decode(c) = H'c_h + M'c_m + weight R S'c_s.
+
+    H and M have orthonormal rows and S has them in each round, so that |code| <= |update|. The weight is the trust in the random block:
+    1 projects (its expectation is J/D of what is left), more speeds that part up and its noise as much.
+    direction_JD float32.
+    """
+
+    head: KroneckerEncoder
+    direction_JD: Tensor
+    sketch: RandomSketch | None
+    weight: float = 1.0
+
+    name: ClassVar[str] = "hybrid"
+    linear: ClassVar[bool] = True
+
+    @classmethod
+    def build(
+        cls, head: KroneckerEncoder, directions: Tensor, sketch: RandomSketch | None, weight: float = 1.0
+    ) -> "HybridEncoder":
+        """Takes the head's part out of `directions` (any number of rows, D) and makes them orthonormal.
+
+        Rows that the head or earlier rows explain are left out, so that J may be smaller; zero rows are fine. EncoderError if
+        a value is not finite or head and sketch are of different adapters.
+        """
+        rows_JD = directions.float()
+        if rows_JD.dim() != 2 or rows_JD.shape[1] != head.update_size or not bool(rows_JD.isfinite().all()):
+            raise EncoderError(
+                f"directions of shape {tuple(rows_JD.shape)} are no finite rows of {head.update_size} values; give the "
+                "run's own momentum"
+            )
+        if sketch is not None and sketch.segments != head.segments:
+            raise EncoderError("the sketch is of another adapter than the head; build both from one layout")
+        length_J = rows_JD.norm(dim=1, keepdim=True)
+        rows_JD = rows_JD[length_J[:, 0] > 0] / length_J[length_J[:, 0] > 0]
+        rest_JD = rows_JD - head.decode(head.encode(rows_JD, 0), 0)
+        kept: list[Tensor] = []
+        for row in rest_JD:
+            for other in kept:
+                row = row - (row @ other) * other
+            if float(row.norm()) > _LEAST:
+                kept.append(row / row.norm())
+        direction_JD = torch.stack(kept) if kept else rows_JD[:0]
+        return cls(head, direction_JD, sketch, weight)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.head.segments
+
+    @property
+    def update_size(self) -> int:
+        return self.head.update_size
+
+    @cached_property
+    def code_size(self) -> int:
+        return self.head.code_size + len(self.direction_JD) + (self.sketch.code_size if self.sketch else 0)
+
+    def encode(self, update_ND: Tensor, seed: int) -> Tensor:
+        update_ND = check_update(self, update_ND)
+        head_NH = self.head.encode(update_ND, seed)
+        rest_ND = update_ND - self.head.decode(head_NH, seed)
+        direction_JD = self.direction_JD.to(update_ND.device)
+        along_NJ = rest_ND @ direction_JD.T
+        parts = [head_NH, along_NJ]
+        if self.sketch is not None:
+            rest_ND = rest_ND - along_NJ @ direction_JD
+            parts.append(self.sketch.encode(rest_ND, seed) / self.sketch.scale)
+        return mark_non_finite(torch.cat(parts, dim=1), update_ND)
+
+    def decode(self, code_NK: Tensor, seed: int) -> Tensor:
+        code_NK = check_code(self, code_NK)
+        head, directions = self.head.code_size, len(self.direction_JD)
+        direction_JD = self.direction_JD.to(code_NK.device)
+        known_ND = self.head.decode(code_NK[:, :head], seed) + code_NK[:, head : head + directions] @ direction_JD
+        if self.sketch is None:
+            return known_ND
+        looked_ND = self.sketch.decode(code_NK[:, head + directions :] * self.sketch.scale, seed)
+        looked_ND = looked_ND - self.head.decode(self.head.encode(looked_ND, seed), seed)
+        looked_ND = looked_ND - (looked_ND @ direction_JD.T) @ direction_JD
+        return known_ND.add_(looked_ND, alpha=self.weight)
+
+    def describe(self) -> dict[str, Fact]:
+        head = self.head.describe()
+        memory = int(head["memory_bytes"]) + 4 * self.update_size * (3 + len(self.direction_JD))
+        return common_facts(self, public=True, memory_bytes=memory) | {
+            "head": self.head.code_size,
+            "directions": len(self.direction_JD),
+            "random": self.sketch.code_size if self.sketch else 0,
+            "basis_bytes": self.head.basis_bytes,
+            "expected_capture": head["expected_capture"],
+            "provenance": head["provenance"],
+            "fingerprint": head["fingerprint"],
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        code_S = self.sketch.code_S if self.sketch else ()
+        kept = {f"head.{name}": tensor for name, tensor in self.head.state().items()}
+        return kept | {
+            "directions": self.direction_JD,
+            "random": torch.tensor(code_S, dtype=torch.int64),
+            "weight": torch.tensor(self.weight, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "HybridEncoder":
+        """The encoder of `state`; EncoderError if it is of another layout or malformed."""
+        head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
+        restored = KroneckerEncoder.from_state(segments, head)
+        try:
+            direction_JD, code_S = state["directions"], tuple(state["random"].tolist())
+            weight = float(state["weight"])
+        except (KeyError, ValueError) as error:
+            raise EncoderError(f"the saved hybrid encoder lacks {error}; restore the one of this run") from None
+        return cls(restored, direction_JD, RandomSketch(segments, code_S) if code_S else None, weight)
+
+
+def _is_encoder(made: HybridEncoder) -> Encoder:  # mypy holds the protocol
+    return made
