@@ -110,6 +110,10 @@ def test_the_published_sizes() -> None:
     assert known_matrices("Qwen/Qwen1.5-7B", ("q_proj", "k_proj", "v_proj", "o_proj"), ()) == matrices
     assert code_size("autoencoder", size, 1.0) == code_size("autoencoder", size, 1.0, "unet") == 131_072
     assert code_size("autoencoder", size, 1.0, "cnn1d") == 262_144
+    sent = {name: code_size(name, size, 64.0, matrices=matrices, rank=8) for name in ("ffa", "core", "power")}
+    assert sent == {"ffa": 4_194_304, "core": 128 * 8 * 8, "power": 131_072}
+    with pytest.raises(EncoderError, match="the code of the ffa encoder follows from the adapted matrices"):
+        code_size("ffa", size, 64.0)
     for call in (input_shape, lambda name, size: code_size("autoencoder", size, 1.0, name)):
         with pytest.raises(EncoderError, match="no auto-encoder architecture 'vgg'; choose resnet, cnn1d or unet"):
             call("vgg", size)

@@ -92,11 +92,11 @@ class Live:
         }
 
     def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
-        """Updates of make-believe clients with public text at this adapter; None if the recipe names no public text.
+        """Updates of make-believe clients with public text at this adapter; None if the encoder is not made from any.
 
         Other text in every slot, the same whenever that slot is computed again.
         """
-        if self.texts.public is None:
+        if self.texts.public is None or not self.recipe.encoder.needs_public:
             return None
         prior, size = self.recipe.prior, self.recipe.data.examples_per_client
         groups = self.texts.public_clients(prior.public_clients, size, derive_seed(self.recipe.seed, "public", slot))
@@ -130,12 +130,14 @@ class Live:
         momentum_D: torch.Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Encoder:
-        """The recipe's encoder, made from the prior (FedCG: from real gradients; structured ones: from public updates
+        """The recipe's encoder, made from the prior (FedCG: from real gradients; others: from public updates
         and the released momentum), or restored from saved tensors."""
-        wanted, segments = self.recipe.encoder, self.lora.layout.segments
+        wanted, layout = self.recipe.encoder, self.lora.layout
+        matrices = [(pair.B.shape[0], pair.A.shape[1]) for pair in layout.pairs(self.lora.initial_D)]
+        rank = self.recipe.adapter.rank
         request = EncoderRequest(
-            segments,
-            code_size(wanted.name, self.lora.layout.size, wanted.ratio, wanted.architecture),
+            layout.segments,
+            code_size(wanted.name, layout.size, wanted.ratio, wanted.architecture, matrices=matrices, rank=rank),
             prior,
             derive_seed(self.recipe.seed, "encoder"),
             wanted.floor,

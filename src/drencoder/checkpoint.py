@@ -34,6 +34,8 @@ class Progress:
     encoder_state: Mapping[str, Tensor] | None = None
     gate: Mapping[str, Any] | None = None
     stage1: Mapping[str, Any] | None = None
+    clip_l2: float | None = None  # of the next round, where it follows the codes' norms
+    bytes_down: int = 0
 
 
 def save_checkpoint(folder: RunFolder, ledger: Ledger, now: Progress) -> None:
@@ -47,6 +49,8 @@ def save_checkpoint(folder: RunFolder, ledger: Ledger, now: Progress) -> None:
         "prior": now.prior.to_dict() if now.prior else None,
         "gate": now.gate,
         "stage1": now.stage1,
+        "clip_l2": now.clip_l2,
+        "bytes_down": now.bytes_down,
         "ledger_head": ledger.head,
     }
     folder.write(folder.checkpoints / _NAME, save(tensors, metadata={"drencoder": json.dumps(facts)}))
@@ -82,6 +86,8 @@ def load_checkpoint(folder: RunFolder, ledger: Ledger, initial_D: Tensor, segmen
         encoder_state=_named("encoder.", tensors),
         gate=facts["gate"],
         stage1=facts["stage1"],
+        clip_l2=facts.get("clip_l2"),
+        bytes_down=facts.get("bytes_down", 0),
     )
 
 

@@ -59,6 +59,12 @@ class Adapter(Checked):
         ("q_proj", "k_proj", "v_proj", "o_proj"), "names of the linear modules that get a LoRA pair"
     )
     layers: tuple[int, ...] = knob((), "indices of the layers that get one; empty = all")
+    start: str = knob(
+        "peft",
+        "A's random start: PEFT's, or with orthonormal rows of the same total length (as FedSVD's first round, Lee et al. "
+        "2025, https://arxiv.org/abs/2505.12805)",
+        choices=("peft", "orthonormal"),
+    )
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class Data(Checked):
         "embedded",
         "`embedded`, a .jsonl/.json file in Dolly's schema, `hub:ORG/NAME`, `mmlu:FOLDER` or `ceval:FOLDER` "
         "(FOLDER may be hub:ORG/NAME)",
+    )
+    task: str = knob(
+        "letters",
+        "what embedded clients teach: the letter of the right option, the words of the option after it (next), or new facts",
+        choices=("letters", "next", "facts"),
     )
     alpha: float = knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
     examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
@@ -119,9 +130,15 @@ class Server(Checked):
 class Encoder(Checked):
     """How an update becomes a code."""
 
-    name: str = knob("random", "the encoder", choices=("identity", "random", "autoencoder", "kronecker", "hybrid"))
-    ratio: float = knob(64.0, "adapter values per code value (not for `identity`)", low=1)
-    explore: float = knob(0.25, "hybrid: share of the code that looks at fresh random directions", low=0, below=1)
+    name: str = knob(
+        "random",
+        "the encoder",
+        choices=("identity", "random", "autoencoder", "kronecker", "hybrid", "ffa", "top-k", "core", "power"),
+    )
+    ratio: float = knob(64.0, "adapter values per code value (not for `identity`, `ffa` and `core`)", low=1)
+    explore: float = knob(
+        0.25, "hybrid, power: share of the code that looks at fresh random directions", low=0, below=1
+    )
     floor: float = knob(0.6, "share of the code spread evenly whatever the prior says", low=0, high=1)
     wire_dtype: str = knob(
         "float32",
@@ -141,6 +158,16 @@ class Encoder(Checked):
         "input scale of the auto-encoder: none (as published), one root mean square, or one per LoRA tensor",
         choices=("none", "rms", "module"),
     )
+
+    @property
+    def needs_public(self) -> bool:
+        """Whether it is made from updates of public text."""
+        return self.name in ("kronecker", "hybrid", "top-k", "core")
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether it is made anew while a run goes on: from public text or from released aggregates."""
+        return self.needs_public or self.name == "power"
 
 
 @dataclass(frozen=True)
@@ -173,7 +200,9 @@ class Prior(Checked):
     provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
     public_clients: int = knob(16, "make-believe clients of public text per estimate of the structured prior", low=2)
     rank: int = knob(64, "directions kept per side of a LoRA tensor", low=1)
-    refresh: int = knob(1, "rounds between two estimates of the structured prior at the run's adapter", low=1)
+    refresh: int = knob(
+        1, "rounds between two makings of an encoder from public text or from the run's own momentum (power)", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -200,6 +229,14 @@ class Privacy(Checked):
         choices=("add_remove", "replace_one"),
     )
     clip_l2: float = knob(1.0, "L2 bound of a client's contribution, where the noise is added", above=0)
+    clip: str = knob(
+        "fixed",
+        "fixed: clip_l2 in all rounds; adaptive: starts there and follows a quantile of the codes' norms, which a noised "
+        "value of each message tells",
+        choices=("fixed", "adaptive"),
+    )
+    clip_quantile: float = knob(0.5, "adaptive: share of the codes that should be shorter than the clip", above=0, below=1)
+    clip_rate: float = knob(0.3, "adaptive: geometric step of the clip in a round", above=0)
     participation_cap: int = knob(1, "releases of one client at most, stage 1 included (local trust)", low=1)
     noise: str = knob(
         "secure",
@@ -362,10 +399,15 @@ def _check_together(recipe: Recipe) -> None:
             "encoder.name = 'autoencoder' is trained on synthetic gradients and prior.source = 'none' gives none: "
             "set prior.source = 'moments'."
         )
-    if encoder.name in ("kronecker", "hybrid") and not recipe.prior.public:
+    if encoder.needs_public and not recipe.prior.public:
         raise RecipeError(
             f"encoder.name = {encoder.name!r} is made from public text and prior.public names none: set prior.public to "
             "'self', 'embedded', a file or hub:ORG/NAME, or use encoder.name = 'random'."
+        )
+    if privacy.clip == "adaptive" and (encoder.name == "autoencoder" or privacy.noise_in == "update"):
+        raise RecipeError(
+            "privacy.clip = 'adaptive' needs codes that can be summed, noised as codes: set privacy.noise_in = 'code' and an "
+            "encoder other than 'autoencoder', or privacy.clip = 'fixed'."
         )
     if encoder.name == "autoencoder" and privacy.trust != "local" and privacy.noise_in == "code":
         raise RecipeError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drencoder import __version__
+from drencoder.adaptive_clip import ClipFollower
 from drencoder.artifacts import RunFolder
 from drencoder.build import Live, build
 from drencoder.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -28,7 +29,7 @@ from drencoder.overview import Overview
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.results import measure_all
-from drencoder.stage1 import ask, bytes_up, fit_encoder, refreshed, run_stage1
+from drencoder.stage1 import ask, bytes_down, bytes_up, fit_encoder, refreshed, run_stage1
 from drencoder.steps import ServerState, learning_rate, server_step, update_query
 
 __all__ = ["Listener", "RunResult", "resume", "run"]
@@ -142,7 +143,8 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
     if ledger.resume_rule(slot) == "skip":
         listener.say(f"round {slot} was charged but its result was lost: skipped, so that no client releases twice")
         return replace(now, slot=slot)
-    query = update_query(encoder, recipe, slot)
+    follower = _follower(recipe, now)
+    query = update_query(encoder, recipe, slot, follower)
     outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
     direction_D = query.direction(outcome.release, permit, plan.expected_cohort)
     if recipe.local.upload == "state":
@@ -151,7 +153,20 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
         listener.say(f"round {slot}: {outcome.rejected} messages rejected, {outcome.nonfinite} updates not finite")
     sent = bytes_up(outcome, plan.expected_cohort, query)
     state = server_step(now.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
-    return replace(now, state=state, slot=slot, bytes_up=now.bytes_up + sent)
+    clip_l2 = follower.after(outcome.release.value, plan.expected_cohort).clip_l2 if follower else None
+    asked = plan.expected_cohort if outcome.release.contributors is None else outcome.release.contributors
+    down = round(asked * bytes_down(encoder, live.lora.layout.size))
+    return replace(
+        now, state=state, slot=slot, bytes_up=now.bytes_up + sent, clip_l2=clip_l2, bytes_down=now.bytes_down + down
+    )
+
+
+def _follower(recipe: Recipe, now: Progress) -> ClipFollower | None:
+    """What follows the codes' norms in this round, if the recipe wants it."""
+    privacy = recipe.privacy
+    if privacy.clip == "fixed":
+        return None
+    return ClipFollower(now.clip_l2 or privacy.clip_l2, privacy.clip_quantile, privacy.clip_rate)
 
 
 # --- evaluation ------------------------------------------------------------------------------------
@@ -213,6 +228,7 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
         "rounds": now.slot,
         "bytes": {
             "uploaded": now.bytes_up,
+            "downloaded": now.bytes_down,
             "stage1": (now.stage1 or {}).get("bytes", 0),
             "counted": "counted" if plan.trust == "local" else "expected: the size of a secret cohort is not published",
             "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.encoder.wire_dtype),

@@ -22,6 +22,7 @@ class Method:
     """One arm of a comparison. `private` methods are run once per epsilon, the others once.
 
     `rate_knob` is the learning rate that is tuned: the recipe's value, or its own in `compare.rates`, is the first guess.
+    `public` methods are made from public text: the recipe's, or the embedded world's general part if it names none.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     knobs: Mapping[str, Any]
     private: bool = True
     rate_knob: str = "server.learning_rate"
+    public: bool = False
 
     def first_rate(self, base: Recipe) -> float:
         """The learning rate that tuning starts from.
@@ -47,6 +49,8 @@ class Method:
           RecipeError: the method and the base recipe do not fit together.
         """
         changes: dict[str, Any] = {**self.knobs, self.rate_knob: self.first_rate(base) * multiplier, "seed": seed}
+        if self.public:
+            changes["prior.public"] = base.prior.public or "embedded"
         if self.private and epsilon is not None:
             changes |= {"privacy.epsilon": epsilon, "privacy.noise_multiplier": 0.0}
         return base.changed(changes | {"name": self.name, "evaluation.every": 0})
@@ -73,6 +77,12 @@ _SILENT = {"privacy.trust": "non-private"}
 _TRAINED = {"encoder.name": "autoencoder", "encoder.gate": "warn"}  # warn: what it carries is what is to be shown
 _BEFORE, _AFTER = {"privacy.noise_in": "update"}, {"privacy.noise_in": "code"}
 _MOMENTS, _GRADIENTS = {"prior.source": "moments"}, {"prior.source": "gradients"}
+
+
+def _coded(encoder: str) -> dict[str, Any]:
+    """A linear encoder without a stage 1, clipped and noised in its code."""
+    return {"encoder.name": encoder, "prior.source": "none"} | _AFTER
+
 
 _ALL = (
     Method("lora", "federated LoRA: whole updates, no noise", _WHOLE | _SILENT, private=False),
@@ -105,6 +115,19 @@ _ALL = (
         "control: DR-Encoder's pipeline with zero updates, that is, its noise alone",
         _TRAINED | _MOMENTS | _BEFORE | {"local.upload": "zero"},
     ),
+    Method("kronecker", "drencoder: closed form of a structured public prior", _coded("kronecker"), public=True),
+    Method(
+        "hybrid", "drencoder: structured prior, the run's momentum and a fresh sketch", _coded("hybrid"), public=True
+    ),
+    Method("ffa-lora", "FFA-LoRA: B only, A frozen", _coded("ffa")),
+    Method(
+        "ffa-orthonormal",
+        "FFA-LoRA from an orthonormal A (FedSVD's start)",
+        _coded("ffa") | {"adapter.start": "orthonormal"},
+    ),
+    Method("top-k", "the places where public text has the largest updates", _coded("top-k"), public=True),
+    Method("core", "Fed-SB's r x r core per module, in directions of public text", _coded("core"), public=True),
+    Method("power", "low rank, after PowerSGD: directions from the run's own momentum", _coded("power")),
     Method("random-silent", "the same sketch, no noise", {"encoder.name": "random"} | _SILENT, private=False),
 )
 

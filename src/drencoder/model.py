@@ -283,4 +283,21 @@ def _attach(base: BaseModel, wanted: config.Adapter, seed: int) -> Any:
     for name, parameter in attached.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+        if ".lora_A." in name and wanted.start == "orthonormal":
+            parameter.data = _with_orthonormal_rows(parameter.data)
     return attached
+
+
+def _with_orthonormal_rows(A_rI: Tensor) -> Tensor:
+    """Rows that span the same space and are orthogonal, all of one length; the Frobenius norm stays.
+
+    ModelError if there are more rows than a space of I dimensions can have.
+    """
+    rank, width = A_rI.shape
+    if rank > width:
+        raise ModelError(
+            f"adapter.start = 'orthonormal' cannot give {rank} orthogonal rows of {width} values: lower adapter.rank to "
+            f"{width} or set adapter.start = 'peft'."
+        )
+    rows_rI = torch.linalg.qr(A_rI.T).Q.T
+    return rows_rI * (A_rI.norm() / rank**0.5)

@@ -124,7 +124,8 @@ def survey(recipe: Recipe) -> Overview:
         return Overview(plan, None, None, None, None, None, None)
     size = recipe.adapter.rank * sum(sum(shape) for shape in matrices)
     encoder, prior = recipe.encoder, recipe.prior
-    code = code_size(encoder.name, size, encoder.ratio, encoder.architecture)
+    rank = recipe.adapter.rank
+    code = code_size(encoder.name, size, encoder.ratio, encoder.architecture, matrices=matrices, rank=rank)
     message = message_bytes(code, encoder.wire_dtype)
     uploads = plan.expected_cohort * recipe.federation.rounds
     epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs

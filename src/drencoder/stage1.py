@@ -24,7 +24,7 @@ from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.rng import derive_seed
 from drencoder.steps import CohortQuery, Outcome, ServerState, gradient_query, learning_rate, moment_query, server_step
 
-__all__ = ["ask", "bytes_up", "fit_encoder", "refreshed", "run_stage1"]
+__all__ = ["ask", "bytes_down", "bytes_up", "fit_encoder", "refreshed", "run_stage1"]
 
 Say = Callable[[str], None]
 
@@ -48,6 +48,11 @@ def bytes_up(outcome: Outcome, expected: float, query: CohortQuery) -> int:
     if outcome.release.contributors is not None:
         return outcome.bytes_up
     return round(expected * query.wire.message_size)
+
+
+def bytes_down(encoder: Encoder, update_size: int) -> int:
+    """Bytes that one client needs for a round: the adapter in float32, and the encoder's bases where it has any."""
+    return 4 * update_size + int(encoder.describe().get("basis_bytes", 0))
 
 
 def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients | None]:
@@ -159,11 +164,12 @@ def _facts(result: GateResult) -> Mapping[str, Any]:
 
 
 def refreshed(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[Progress, Encoder]:
-    """The encoder of round `slot`: a structured one is made anew every `prior.refresh` rounds, at the adapter as it is.
+    """The encoder of round `slot`: one of public text or of the run's momentum is made anew every `prior.refresh` rounds.
 
-    Bases of the start carry little a few rounds later (docs/log.md). Public text and released momentum alone go in.
+    Bases of the start carry little a few rounds later (docs/log.md). Public text at the adapter as it is and released
+    momentum alone go in.
     """
-    if live.texts.public is None or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
+    if not live.recipe.encoder.refreshed or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
         return now, encoder
     public = live.public_updates(now.state.adapter_D, slot)
     encoder = live.encoder(now.prior, public=public, momentum_D=now.state.first_D)

@@ -19,13 +19,14 @@ server's optimisers are this project's choices (docs/guarantee.md, docs/log.md).
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
 from drencoder import config
+from drencoder.adaptive_clip import ClipFollower
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.errors import PrivacyError
@@ -239,8 +240,12 @@ def _plain_wire(purpose: str, size: int) -> WireFormat:
     return WireFormat(size, derive_seed(purpose, "wire", size) % 2**32, "float32")
 
 
-def update_query(encoder: Encoder, recipe: config.Recipe, slot: int) -> CohortQuery:
+def update_query(
+    encoder: Encoder, recipe: config.Recipe, slot: int, follower: ClipFollower | None = None
+) -> CohortQuery:
     """Stage 2, round `slot`: the encoded update. The sketch seed is public and new in every round.
+
+    With a `follower`, whose clip takes the place of the recipe's, a message has one more value (`adaptive_clip`).
 
     With noise in the code of an encoder that is not linear, a code is taken relative to the code of a zero update: then a
     client that has nothing to say contributes the zero vector, which is what add/remove adjacency compares with.
@@ -255,7 +260,7 @@ def update_query(encoder: Encoder, recipe: config.Recipe, slot: int) -> CohortQu
 
     relative = not encoder.linear and recipe.privacy.noise_in == "code"
     origin_1K = encode(torch.zeros(1, encoder.update_size)) if relative else None
-    return CohortQuery(
+    query = CohortQuery(
         slot=slot,
         noise_in=recipe.privacy.noise_in,
         clip_l2=recipe.privacy.clip_l2,
@@ -264,6 +269,15 @@ def update_query(encoder: Encoder, recipe: config.Recipe, slot: int) -> CohortQu
         linear=encoder.linear,
         update_size=encoder.update_size,
         wire=WireFormat.of(encoder, recipe.encoder.wire_dtype),  # type: ignore[arg-type]  # checked by the recipe
+    )
+    if follower is None:
+        return query
+    return replace(
+        query,
+        clip_l2=follower.bound,
+        encode=lambda update_ND: follower.join(encode(update_ND)),
+        decode=lambda joint_NV: decode(joint_NV[:, :-1]),
+        wire=replace(query.wire, code_size=encoder.code_size + 1),
     )
 
 

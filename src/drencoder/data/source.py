@@ -83,7 +83,7 @@ class EmbeddedSource:
 
     @cached_property
     def _world(self) -> World:
-        return World()
+        return World(1 if self.wanted.task == "facts" else 0)  # the base model knows the facts of world 0
 
     def client(self, client: int) -> list[Record]:
         return self._world.client_records(
@@ -91,10 +91,11 @@ class EmbeddedSource:
             count=self.wanted.examples_per_client,
             alpha=self.wanted.alpha,
             seed=derive_seed(self.seed, "clients"),
+            task=self.wanted.task,
         )
 
     def held_out(self, count: int) -> list[Record]:
-        return self._world.held_out_records(count, seed=derive_seed(self.seed, "held-out"))
+        return self._world.held_out_records(count, seed=derive_seed(self.seed, "held-out"), task=self.wanted.task)
 
 
 @final

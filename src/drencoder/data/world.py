@@ -33,7 +33,10 @@ from drencoder.data.subjects import (
 from drencoder.data.template import LETTERS, render
 from drencoder.data.world_facts import TOWNS
 
-__all__ = ["BENCHMARKS", "SUBJECTS", "Question", "Subject", "World", "instruction_of", "prompt_of", "record_of"]
+__all__ = ["BENCHMARKS", "SUBJECTS", "TASKS", "Question", "Subject", "World", "instruction_of", "prompt_of", "record_of"]
+
+TASKS = ("letters", "next", "facts")
+"""What clients' records teach: see `record_of`."""
 
 BENCHMARKS = {"mmlu": "en", "ceval": "zh"}
 """Benchmark name -> language. The questions have the schema of the public benchmark, not its content."""
@@ -72,12 +75,18 @@ def prompt_of(question: Question, style: str | None = None) -> str:
     return render({"instruction": instruction_of(question, request), "response": ""})[0]
 
 
-def record_of(question: Question) -> dict[str, str]:
-    """The question as a record in Dolly's schema; the response is the letter, the category is the subject."""
+def record_of(question: Question, task: str = "letters") -> dict[str, str]:
+    """The question as a record in Dolly's schema; the category is the subject.
+
+    "letters": four options, the reply is the letter of the right one. "next": four options, the reply is the words of
+    the one after the right one (a new rule). "facts": no options, the reply is the answer (in a world of another seed: new
+    knowledge).
+    """
+    chosen = question.choices[(question.answer + (task == "next")) % len(question.choices)]
     return {
-        "instruction": instruction_of(question),
+        "instruction": question.question if task == "facts" else instruction_of(question),
         "context": "",
-        "response": LETTERS[question.answer],
+        "response": LETTERS[question.answer] if task == "letters" else chosen,
         "category": question.subject,
     }
 
@@ -151,7 +160,13 @@ class World:
             questions[i], questions[j] = questions[j], questions[i]
         return questions
 
-    def client_records(self, client: int, *, count: int, alpha: float, seed: int) -> list[dict[str, str]]:
+    def _taught(self, task: str) -> tuple[Subject, ...]:
+        """The kept subjects of a task; new facts can only be dealt where answers are invented."""
+        return tuple(s for s in self._kept if not s.table) if task == "facts" else self._kept
+
+    def client_records(
+        self, client: int, *, count: int, alpha: float, seed: int, task: str = "letters"
+    ) -> list[dict[str, str]]:
         """``count`` records of one client, from ``(seed, client)`` alone.
 
         Its mixture of categories is drawn from a symmetric Dirichlet(``alpha``): near 0 a client has one category, far
@@ -160,7 +175,8 @@ class World:
         if not alpha > 0 or count < 0:
             raise ValueError(f"alpha is {alpha} and count is {count}; alpha must be above 0 and count at least 0")
         rng = random.Random(f"client/{self.seed}/{seed}/{client}")
-        weights = [rng.gammavariate(alpha, 1.0) for _ in self._kept]
+        subjects = self._taught(task)
+        weights = [rng.gammavariate(alpha, 1.0) for _ in subjects]
         total = sum(weights)
         if not total > 0:  # every gamma draw underflowed, as happens for tiny alpha: one category, its limit
             weights[_below(rng, len(weights))] = total = 1.0
@@ -170,13 +186,13 @@ class World:
             while index < len(weights) - 1 and mark >= weights[index]:
                 mark -= weights[index]
                 index += 1
-            records.append(record_of(self.question(self._kept[index], rng, part=_CLIENTS)))
+            records.append(record_of(self.question(subjects[index], rng, part=_CLIENTS), task))
         return records
 
-    def held_out_records(self, count: int, *, seed: int) -> list[dict[str, str]]:
+    def held_out_records(self, count: int, *, seed: int, task: str = "letters") -> list[dict[str, str]]:
         """``count`` records of the kept part, uniform over its categories; no instance is any client's."""
         rng = random.Random(f"held-out/{self.seed}/{seed}")
-        return [record_of(question) for question in self._many(self._kept, count, rng, _HELD_OUT)]
+        return [record_of(question, task) for question in self._many(self._taught(task), count, rng, _HELD_OUT)]
 
     def benchmark(
         self, name: str, *, count: int, seed: int, kept: bool = True, subjects: Sequence[str] = ()

@@ -1,9 +1,10 @@
 """Encoders by name: a closed table, so that no string of a recipe ever becomes an import."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from drencoder.encoders.autoencoder import Autoencoder, AutoencoderOptions, StepCallback
@@ -12,13 +13,15 @@ from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.hybrid import HybridEncoder
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.kronecker import KroneckerEncoder
+from drencoder.encoders.lowrank import LowRankEncoder
 from drencoder.encoders.sizes import code_size
 from drencoder.encoders.sketch import RandomSketch
+from drencoder.encoders.subset import SubsetEncoder, is_lora_b
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
 from drencoder.prior import GaussianPrior
 from drencoder.rng import derive_seed
-from drencoder.structured import PublicUpdates
+from drencoder.structured import PublicUpdates, matrix_shape
 
 __all__ = ["ENCODERS", "EncoderRequest", "build_encoder"]
 
@@ -28,17 +31,17 @@ class EncoderRequest:
     """Everything that an encoder may be made from; all of it public, except `real`."""
 
     segments: tuple[Segment, ...]
-    code_size: int | None = None  # fixed by "identity" and "autoencoder", required by the others
+    code_size: int | None = None  # fixed by "identity", "autoencoder", "ffa" and "core", required by the others
     prior: GaussianPrior | None = None  # "random": uniform allocation without; "autoencoder": required
     seed: int = 0
     floor: float = 0.1  # "random": share of the code that is spread uniformly
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
     on_step: StepCallback | None = None
     real: RealGradients | None = None  # FedCG: train the auto-encoder on these and not on the prior's; NOT private
-    public: PublicUpdates | None = None  # "kronecker", "hybrid": required
-    rank: int = 64  # directions known per side of a tensor
-    explore: float = 0.25  # "hybrid": share of the code for the random block
-    history_JD: Tensor | None = None  # "hybrid": directions of aggregates that were released before
+    public: PublicUpdates | None = None  # "kronecker", "hybrid", "top-k", "core": required
+    rank: int = 64  # "kronecker", "hybrid": directions known per side of a tensor
+    explore: float = 0.25  # "hybrid", "power": share of the code for fresh random directions
+    history_JD: Tensor | None = None  # "hybrid", "power": directions of aggregates that were released before
 
 
 State = Mapping[str, Tensor] | None
@@ -115,13 +118,53 @@ def _kronecker(request: EncoderRequest, state: State) -> Encoder:
 def _hybrid(request: EncoderRequest, state: State) -> Encoder:
     if state:
         return HybridEncoder.from_state(request.segments, state)
-    size, prior = _code_size(request, "hybrid"), _public(request, "hybrid").prior(request.segments, request.rank)
-    history_JD = prior.spread_S.new_zeros(0, check_segments(request.segments)).float()
-    history_JD = history_JD if request.history_JD is None else request.history_JD
+    segments, size = request.segments, _code_size(request, "hybrid")
+    prior = _public(request, "hybrid").prior(segments, request.rank)
     random = min(size - 1, round(request.explore * size))
-    head = KroneckerEncoder.build(prior, max(1, size - random - len(history_JD)))
-    sketch = RandomSketch.build(request.segments, random) if random else None
-    return HybridEncoder.build(head, history_JD, sketch)
+    history_JD = _history(request)[: size - 1 - random]
+    head = KroneckerEncoder.build(prior, size - random - len(history_JD))
+    known = HybridEncoder.build(head, history_JD, None)
+    # The sketch also takes the place of directions that the head explains, so that the code has the size of the plan.
+    random = size - known.code_size
+    return replace(known, sketch=RandomSketch.build(segments, random) if random else None)
+
+
+def _history(request: EncoderRequest) -> Tensor:
+    """Released directions (J, D) other than zero; fedavg keeps no momentum, and no optimiser has one before its first step."""
+    if request.history_JD is None:
+        return torch.zeros(0, check_segments(request.segments))
+    return request.history_JD[request.history_JD.any(dim=1)]
+
+
+def _ffa(request: EncoderRequest, state: State) -> Encoder:
+    encoder = (
+        SubsetEncoder.from_state(request.segments, state, "ffa") if state else SubsetEncoder.lora_b(request.segments)
+    )
+    _check_size(request, encoder.name, encoder.code_size)
+    return encoder
+
+
+def _top(request: EncoderRequest, state: State) -> Encoder:
+    if state:
+        return SubsetEncoder.from_state(request.segments, state, "top-k")
+    return SubsetEncoder.top(_public(request, "top-k"), request.segments, _code_size(request, "top-k"))
+
+
+def _core(request: EncoderRequest, state: State) -> Encoder:
+    if state:
+        encoder = LowRankEncoder.from_state(request.segments, state, "core")
+    else:
+        widths = [matrix_shape(segment)[1] for segment in request.segments if is_lora_b(segment)]
+        encoder = LowRankEncoder.core(_public(request, "core").prior(request.segments, max(widths, default=1)))
+    _check_size(request, encoder.name, encoder.code_size)
+    return encoder
+
+
+def _power(request: EncoderRequest, state: State) -> Encoder:
+    if state:
+        return LowRankEncoder.from_state(request.segments, state, "power")
+    history_JD, size = _history(request), _code_size(request, "power")
+    return LowRankEncoder.power(request.segments, size, history_JD[0] if len(history_JD) else None, request.explore)
 
 
 ENCODERS: Mapping[str, Callable[[EncoderRequest, State], Encoder]] = MappingProxyType(
@@ -131,6 +174,10 @@ ENCODERS: Mapping[str, Callable[[EncoderRequest, State], Encoder]] = MappingProx
         "autoencoder": _autoencoder,
         "kronecker": _kronecker,
         "hybrid": _hybrid,
+        "ffa": _ffa,
+        "top-k": _top,
+        "core": _core,
+        "power": _power,
     }
 )
 

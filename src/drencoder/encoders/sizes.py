@@ -7,6 +7,7 @@ import json
 import math
 import re
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +27,7 @@ __all__ = [
     "known_matrices",
     "message_bytes",
     "plain_lora_bytes",
+    "power_ranks",
     "stage1_values",
 ]
 
@@ -91,13 +93,66 @@ def code_shape(architecture: str, update_size: int) -> tuple[int, ...]:
     return _SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL
 
 
-def code_size(encoder: str, update_size: int, ratio: float, architecture: str = "resnet") -> int:
-    """K of an encoder by name; `ratio` is D / K where the encoder lets one choose, `architecture` the auto-encoder's."""
+def code_size(
+    encoder: str,
+    update_size: int,
+    ratio: float,
+    architecture: str = "resnet",
+    *,
+    matrices: Sequence[Sequence[int]] = (),
+    rank: int = 0,
+) -> int:
+    """K of an encoder by name; `ratio` is D / K where the encoder lets one choose, `architecture` the auto-encoder's.
+
+    Args:
+      matrices: shapes (out, in) of the adapted matrices, and `rank` of their LoRA pairs: "ffa", "core" and "power" send so many
+        values of each that K follows from them ("power": at most D / ratio).
+    """
     if encoder == "identity":
         return update_size
     if encoder == "autoencoder":
         return math.prod(code_shape(architecture, update_size))
-    return max(1, round(update_size / ratio))
+    wanted = max(1, round(update_size / ratio))
+    if encoder not in ("ffa", "core", "power"):
+        return wanted
+    if not matrices:
+        raise EncoderError(f"the code of the {encoder} encoder follows from the adapted matrices; give their shapes")
+    if encoder == "ffa":
+        return rank * sum(out for out, _ in matrices)
+    if encoder == "core":
+        return rank * sum(min(out, rank) for out, _ in matrices)
+    tensors = [tensor for out, width in matrices for tensor in ((False, rank, width), (True, out, rank))]
+    counts = power_ranks(tensors, wanted)
+    return sum(min(height, width) * count for (_, height, width), count in zip(tensors, counts, strict=True))
+
+
+def power_ranks(tensors: Sequence[tuple[bool, int, int]], code_size: int) -> list[int]:
+    """How many directions the "power" encoder projects each tensor's long side onto.
+
+    A direction of a tensor costs as many code values as its short side is long. Tensors take one after the other, in turns,
+    until the next one's would not fit: LoRA's B before its A, whose gradient is zero at the start, and long ones before
+    short ones, so that the sum depends on no order of the tensors. None gets more than its long side has dimensions.
+
+    Args:
+      tensors: of each, whether it is a B, and its shape as a matrix.
+
+    Raises:
+      EncoderError: `code_size` does not hold one direction of the first tensor.
+    """
+    short, long = [min(shape) for _, *shape in tensors], [max(shape) for _, *shape in tensors]
+    order = sorted(range(len(tensors)), key=lambda place: (not tensors[place][0], -long[place], -short[place]))
+    ranks, left, queue = [0] * len(tensors), code_size, deque(order)
+    while queue and short[queue[0]] <= left:
+        place = queue.popleft()
+        ranks[place], left = ranks[place] + 1, left - short[place]
+        if ranks[place] < long[place]:
+            queue.append(place)
+    if not any(ranks):
+        raise EncoderError(
+            f"code_size is {code_size}, but one direction of one tensor already takes {short[order[0]]} values; lower "
+            "encoder.ratio"
+        )
+    return ranks
 
 
 def stage1_values(source: str, update_size: int, num_matrices: int, epochs: int) -> int:

@@ -1,0 +1,245 @@
+"""Does an encoded, differentially private federated run lose nothing against tuned DP-LoRA? A resumable study (issue 4).
+
+    python benchmarks/utility.py --out DIR [--processes 2] [--minutes 60] [--only arms=dp-lora,hybrid-64 cohorts=8,64 ...]
+    python benchmarks/utility.py --out DIR --geometry [--seeds 0 1 2]
+    python benchmarks/utility.py --out DIR --page [--results docs/results]
+    python benchmarks/utility.py --out DIR --status
+    python benchmarks/utility.py --out /tmp/check --rounds 2 --examples 32 --questions 8 --seeds 0 --only ...    (a smoke test)
+
+Every cell is one whole run of the product with its ledger and certificate, whose facts become one line of DIR/cells.jsonl; the
+run folder is removed. Killed at any time, the same command goes on with the cells that have no line. What runs where, with which
+tuning, is declared in utility_grid.py; the table, plots and verdicts are made by utility_table.py from the lines alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import utility_grid as grid
+from utility_cells import CELLS, GEOMETRY, STUDY, Row, by_track, claim, loss_of, read_cells, read_study
+from utility_grid import ARMS, SEEDS, TUNING_SEED, Cell, Scale, Track
+
+_WATCH_S = 5.0
+
+
+# --- one cell, in a worker -------------------------------------------------------------------------------
+
+
+def start_worker(parent: int) -> None:
+    """One thread each; a worker whose parent was killed ends itself, as nobody would read its result."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_cell(cell: Cell, scale: Scale, folder: Path) -> Row:
+    """The line of one cell. A run that cannot be or that diverges has `error` and no loss."""
+    from drencoder import __version__, experiment  # torch is loaded in the worker, after its thread count is set
+    from drencoder.errors import ArtifactError, DrencoderError
+    from drencoder.overview import privacy_plan
+
+    started = time.monotonic()
+    plan = privacy_plan(grid.base_recipe(cell.track.setting, cell.seed, scale))
+    k_star = math.inf if plan.non_private else plan.k_star()
+    slower = grid.noise_scale(k_star)
+    rate, clip = grid.rate_and_clip(cell, slower)
+    row: Row = {
+        "key": cell.key,
+        "setting": asdict(cell.track.setting),
+        "arm": cell.track.arm,
+        "seed": cell.seed,
+        "rate_step": cell.rate_step,
+        "clip_step": cell.clip_step,
+        "rate": rate,
+        "clip": clip,
+        "version": __version__,
+        "k_star": None if math.isinf(k_star) else k_star,
+        "noise_multiplier": plan.noise_multiplier,
+    }
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            recipe = grid.recipe_of(cell, scale, slower)
+            row |= facts(experiment.run(recipe, Path(temporary) / "run").certificate)
+    except ArtifactError:  # a full disk is no result: it may be otherwise tomorrow
+        raise
+    except DrencoderError as error:
+        row["error"] = str(error)
+    return row | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def facts(certificate: Mapping[str, Any]) -> Row:
+    """What the study keeps of a certificate."""
+    results, encoder = certificate["results"], certificate["encoder"]
+    kept = ("name", "code_size", "update_size", "head", "directions", "random", "expected_capture")
+    gate = {key: value for key, value in encoder.items() if key.startswith("gate_public_")}
+
+    def accuracy(model: str) -> dict[str, float]:
+        return {name: round(estimate["value"], 5) for name, estimate in results[model]["accuracy"].items()}
+
+    return {
+        "loss": results["this run"]["loss"],
+        "accuracy": accuracy("this run"),
+        "base": {"loss": results["base model"]["loss"]["value"], "accuracy": accuracy("base model")},
+        "zero": {"loss": results["zero update"]["loss"]["value"], "accuracy": accuracy("zero update")},
+        "bytes_up": certificate["bytes"]["uploaded"],
+        "rounds": certificate["rounds"],
+        "epsilon": {name: observer["by_relation"]["add_remove"]["epsilon_pld"] for name, observer in certificate["observers"].items()},
+        "encoder": {key: encoder[key] for key in kept if key in encoder} | gate,
+    }  # fmt: skip
+
+
+# --- the loop --------------------------------------------------------------------------------------------
+
+
+def study(
+    folder: Path, tracks: Sequence[Track], seeds: Sequence[int], scale: Scale, processes: int, minutes: float
+) -> None:
+    """Runs what is missing, in order; every finished cell is on disk before the next is asked for."""
+    rows = read_cells(folder)
+    losses = {cell: loss_of(row) for cell, row in rows.items()}
+    running = folder / "running"
+    running.mkdir()
+    started, total = time.monotonic(), grid.most_cells(tracks, seeds)
+    pending: dict[Future[Row], Cell] = {}
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (os.getpid(),))
+    lines = (folder / CELLS).open("a", encoding="utf-8")
+    try:
+        while True:
+            timely = time.monotonic() - started < 60 * minutes
+            for cell in wanted(tracks, losses, seeds, set(pending.values())) if timely else []:
+                if len(pending) >= processes:
+                    break
+                pending[pool.submit(run_cell, cell, scale, running)] = cell
+            if not pending:
+                break
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                cell, row = pending.pop(future), future.result()
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+                losses[cell] = loss_of(row)
+                outcome = row.get("error") or f"loss {losses[cell]:.4f}"
+                print(f"{done(tracks, losses):5d}/{total} {cell.key}: {outcome} ({row['seconds']:.1f} s)", flush=True)
+    finally:
+        lines.close()
+        for process in list((pool._processes or {}).values()):  # an interrupted study: do not wait for its cells
+            if pending:
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+        shutil.rmtree(running, ignore_errors=True)
+
+
+def wanted(tracks: Sequence[Track], losses: grid.Losses, seeds: Sequence[int], taken: set[Cell]) -> list[Cell]:
+    """Cells to run next, first track first."""
+    per_track = by_track(losses)
+    found = (cell for track in tracks for cell in grid.next_cells(track, per_track.get(track, {}), seeds))
+    return [cell for cell in found if cell not in taken]
+
+
+def done(tracks: Sequence[Track], losses: grid.Losses) -> int:
+    here = set(tracks)
+    return sum(cell.track in here for cell in losses)
+
+
+def print_status(folder: Path, tracks: Sequence[Track], seeds: Sequence[int]) -> None:
+    """Finished tracks and seconds per cell, by adapter, cohort and arm."""
+    rows = read_cells(folder)
+    parts = by_track({cell: loss_of(row) for cell, row in rows.items()})
+    groups: dict[tuple[str, str, int, str], list[Track]] = {}
+    for track in tracks:
+        setting = track.setting
+        groups.setdefault((setting.trust, setting.adapter, setting.cohort, track.arm), []).append(track)
+    for (trust, adapter, cohort, arm), group in groups.items():
+        finished = sum(not grid.next_cells(track, parts.get(track, {}), seeds) for track in group)
+        seconds = [row["seconds"] for cell, row in rows.items() if cell.track in group]
+        mean = f"{sum(seconds) / len(seconds):.1f} s a cell" if seconds else "not begun"
+        print(f"{trust:12s} {adapter:6s} n{cohort:<4d} {arm:16s} {finished} of {len(group)} tracks done, {mean}")
+    print(f"{len(rows)} cells, {sum(row['seconds'] for row in rows.values()) / 3600:.2f} hours of one core")
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the study's folder; an old one is gone on with")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after this many")
+    kinds = "trusts, tasks, adapters, cohorts, epsilons, arms"
+    parser.add_argument("--only", nargs="+", default=[], metavar="KIND=VALUE,VALUE", help=f"of {kinds}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    for declared in fields(Scale):
+        parser.add_argument(f"--{declared.name.replace('_', '-')}", type=int, default=None, help="of another scale")
+    parser.add_argument("--geometry", action="store_true", help="measure rho, rho', D and D_P instead")
+    parser.add_argument("--page", action="store_true", help="write utility.md, utility.json and plots instead")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--status", action="store_true", help="say what is done, and start nothing")
+    return parser.parse_args()
+
+
+def filters(texts: Sequence[str]) -> dict[str, list[str]]:
+    kinds = {"trusts", "tasks", "adapters", "cohorts", "epsilons", "arms"}
+    only = {}
+    for text in texts:
+        kind, equals, values = text.partition("=")
+        if kind not in kinds or not equals:
+            sys.exit(f"--only {text!r}: write KIND=VALUE,VALUE with a kind of {', '.join(sorted(kinds))}.")
+        only[kind] = values.split(",")
+    return only
+
+
+def wanted_scale(args: argparse.Namespace) -> Scale:
+    """What the command line says; what it leaves open is as in the folder's study, or the default of a new one."""
+    known = read_study(args.out)["scale"] if (args.out / STUDY).is_file() else {}
+    said = {declared.name: getattr(args, declared.name) for declared in fields(Scale)}
+    return Scale(**known | {name: value for name, value in said.items() if value is not None})
+
+
+def main() -> None:
+    args = arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if TUNING_SEED in args.seeds:
+        sys.exit(f"--seeds holds {TUNING_SEED}, on which rates are tuned: give others.")
+    only, scale = filters(args.only), wanted_scale(args)
+    tracks = [track for track in grid.tracks(only) if grid.available(ARMS[track.arm])]
+    if left_out := [name for name, arm in ARMS.items() if not grid.available(arm)]:
+        print(f"left out, this version has no such knob: {', '.join(left_out)}")
+    if args.status:
+        return print_status(args.out, tracks, args.seeds)
+    if args.page:
+        from utility_table import write_page
+
+        return write_page(args.out, args.results, args.seeds)
+    lock = claim(args.out, scale)
+    try:
+        if args.geometry:
+            from utility_geometry import measure
+
+            measure(args.out / GEOMETRY, scale, only, args.seeds)
+        else:
+            study(args.out, tracks, args.seeds, scale, args.processes, args.minutes)
+    finally:
+        os.close(lock)
+
+
+if __name__ == "__main__":
+    main()

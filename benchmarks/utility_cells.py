@@ -1,0 +1,89 @@
+"""The folder of a utility study: one process at a time, one line per finished cell, safe against a kill at any moment. No torch."""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from utility_grid import Cell, Losses, Scale, Setting, Track
+
+CELLS, STUDY, GEOMETRY = "cells.jsonl", "study.json", "geometry.json"
+Row = dict[str, Any]
+
+
+def claim(folder: Path, scale: Scale) -> int:
+    """Makes the folder this process's own and checks that its cells are of this scale; the descriptor holds the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"{folder} is being filled by another process: wait for it, or stop it.")
+    path = folder / STUDY
+    if not path.is_file():
+        replace_text(path, json.dumps({"scale": asdict(scale), "machine": machine()}, indent=1) + "\n")
+    elif (known := read_study(folder)["scale"]) != asdict(scale):
+        sys.exit(f"{folder} holds cells of {known}, not of {asdict(scale)}: give another --out, or the same numbers.")
+    shutil.rmtree(folder / "running", ignore_errors=True)  # what a killed process left
+    mend(folder / CELLS)
+    return lock
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file at once or not at all."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def machine() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": version("torch"),
+    }
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STUDY).read_text("utf-8"))
+
+
+def mend(path: Path) -> None:
+    """Cuts off a last line that a kill left unfinished."""
+    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def read_cells(folder: Path) -> dict[Cell, Row]:
+    """Every line that was finished; empty for a new study."""
+    path = folder / CELLS
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return {cell_of(row): row for row in map(json.loads, lines)}
+
+
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    setting = Setting(**{declared.name: row["setting"][declared.name] for declared in fields(Setting)})
+    return Cell(Track(row["arm"], setting), row["seed"], row["rate_step"], row["clip_step"])
+
+
+def loss_of(row: Mapping[str, Any]) -> float:
+    """A failed or diverged run is the worst of all."""
+    return row["loss"]["value"] if "loss" in row and math.isfinite(row["loss"]["value"]) else math.inf
+
+
+def by_track(losses: Losses) -> dict[Track, dict[Cell, float]]:
+    parts: dict[Track, dict[Cell, float]] = {}
+    for cell, loss in losses.items():
+        parts.setdefault(cell.track, {})[cell] = loss
+    return parts

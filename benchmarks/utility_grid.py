@@ -1,0 +1,338 @@
+"""What the utility study runs: settings, arms, cells, the recipe of each, and how learning rate and clip are tuned. No torch.
+
+A *setting* is a trust model, a task, an adapter, a cohort and an epsilon. An *arm* is a method with its code size. A *track* is an
+arm in a setting; a *cell* is one run of a track: a seed, a step of the learning rate and a step of the clip.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from drencoder.config import Encoder, Recipe, load_recipe
+
+TRUSTS = ("central", "local")
+TASKS = ("letters", "facts")
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "small": {"adapter.rank": 8, "adapter.targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # D = 32,768
+    "large": {  # D = 315,392
+        "adapter.rank": 32,
+        "adapter.targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
+}
+ADAPTER_SIZES = {"small": 32_768, "large": 315_392}
+COHORTS = (8, 64, 512)
+EPSILONS = (1.0, 4.0)
+RATIOS = (16, 64, 256)
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100
+
+# A trusted server samples from few clients; without trust a client answers once, so there must be more than rounds x cohort.
+POPULATIONS = {"central": 2_000, "local": 10_000, "non-private": 2_000}
+
+RATE_FACTOR, CLIP_FACTOR = 2.0, 4.0
+RATE_RUNS = 4  # learning rates that every track tries: 0, -1, +1, then beyond the better edge or a half step inside
+CLIP_STEPS = (-1,)  # clips tried at the best rate, with the rate the other way so that the step stays as long
+BASE_CLIP = 1.0
+
+# Noise asks for smaller steps: a quadratic with the curvature of this many equal directions has its best rate at
+# 1 / (1 + directions / k*) of the noiseless one. The same factor for every arm, as a power of two, so that few tuning runs are enough.
+NOISY_DIRECTIONS = 300.0
+SMALLEST_SCALE = 2.0**-5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much each cell computes. A study folder holds cells of one scale."""
+
+    rounds: int = 16
+    examples: int = 256
+    questions: int = 128
+    examples_per_client: int = 2
+    public_clients: int = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`epsilon` is None without noise."""
+
+    trust: str
+    task: str
+    adapter: str
+    cohort: int
+    epsilon: float | None
+
+    def __str__(self) -> str:
+        budget = "no-noise" if self.epsilon is None else f"eps{self.epsilon:g}"
+        return f"{self.trust}/{self.task}/{self.adapter}/n{self.cohort}/{budget}"
+
+    @property
+    def adapter_size(self) -> int:
+        """D."""
+        return ADAPTER_SIZES[self.adapter]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with its code size, and where it runs.
+
+    Args:
+      first_rate: the learning rate that tuning starts from at n = 64; found in exploratory runs on other seeds.
+      ratio: D / K if it is chosen.
+      rank: settings of a smaller one come first.
+      reason: why these cohorts and adapters and not all.
+    """
+
+    name: str
+    knobs: Mapping[str, Any]
+    first_rate: float
+    ratio: int | None = None
+    public: bool = False
+    cohorts: tuple[int, ...] = COHORTS
+    adapters: tuple[str, ...] = tuple(ADAPTERS)
+    trusts: tuple[str, ...] = TRUSTS
+    rank: int = 0
+    reason: str = "decides the study: everywhere"
+
+    def runs_in(self, setting: Setting) -> bool:
+        fits = setting.cohort in self.cohorts and setting.adapter in self.adapters
+        return fits and setting.trust in self.trusts
+
+
+def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int | None = None, **where: Any) -> Arm:
+    encoder = encoder or name
+    knobs = {"encoder.name": encoder} | ({} if ratio is None else {"encoder.ratio": float(ratio)})
+    return Arm(name, knobs, first_rate, ratio, Encoder(name=encoder).needs_public, **where)
+
+
+_TRUSTED = {"trusts": ("central",)}
+_SWEEP = _TRUSTED | {
+    "cohorts": (8, 64),
+    "rank": 1,
+    "reason": "code sizes: where the code is small beside k*, and where not",
+}
+_PARTS = _TRUSTED | {
+    "cohorts": (8, 64),
+    "adapters": ("small",),
+    "rank": 2,
+    "reason": "what hybrid is made of, each alone",
+}
+_OTHERS = _TRUSTED | {"cohorts": (64,), "adapters": ("small",), "rank": 3, "reason": "comparators: the middle cohort"}
+_SILENT = {"privacy.trust": "non-private", "encoder.name": "identity"}
+
+_ALL = (
+    Arm("dp-lora", {"encoder.name": "identity"}, 0.08),
+    Arm("hybrid-auto", {"encoder.name": "hybrid", "encoder.size": "auto"}, 0.16, public=True),
+    _coded(
+        "hybrid-64",
+        0.16,
+        "hybrid",
+        64,
+        reason="fixed 1/64: everywhere, since n = 8 against n = 512 at equal bytes needs it",
+    ),
+    Arm("lora", _SILENT, 0.08, trusts=("non-private",), reason="no noise: how far training comes at all"),
+    _coded("hybrid-16", 0.16, "hybrid", 16, **_SWEEP),
+    _coded("hybrid-256", 0.16, "hybrid", 256, **_SWEEP),
+    _coded("kronecker-64", 0.16, "kronecker", 64, **_PARTS),
+    _coded("random-64", 0.4, "random", 64, **_PARTS),
+    _coded("ffa", 0.08, **_OTHERS),
+    Arm("ffa-orthonormal", {"encoder.name": "ffa", "adapter.start": "orthonormal"}, 0.08, **_OTHERS),
+    _coded("core", 0.16, **_OTHERS),
+    _coded("top-k-64", 0.16, "top-k", 64, **_OTHERS),
+    _coded("power-64", 0.4, "power", 64, **_OTHERS),
+)
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ALL}
+COMPARATORS = ("ffa", "ffa-orthonormal", "core", "top-k-64", "power-64")
+PARTS = ("kronecker-64", "random-64")
+OURS = ("hybrid-auto", "hybrid-16", "hybrid-64", "hybrid-256")
+
+
+@dataclass(frozen=True)
+class Track:
+    arm: str
+    setting: Setting
+
+    def __str__(self) -> str:
+        return f"{self.setting}/{self.arm}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Rate: first guess x scale x RATE_FACTOR ** rate_step / CLIP_FACTOR ** clip_step; clip: x CLIP_FACTOR ** clip_step."""
+
+    track: Track
+    seed: int
+    rate_step: float
+    clip_step: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.track}/seed{self.seed}/rate{self.rate_step:+g}/clip{self.clip_step:+d}"
+
+
+# --- recipes ---------------------------------------------------------------------------------------------
+
+
+def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
+    """Everything but the method: the same for all arms of a setting."""
+    population = POPULATIONS[setting.trust]
+    privacy: dict[str, Any] = {"privacy.trust": setting.trust, "privacy.clip_l2": BASE_CLIP}
+    if setting.epsilon is not None:
+        privacy["privacy.epsilon"] = setting.epsilon
+    return load_recipe("paper/embedded-crowd").changed(
+        {
+            "name": "utility",
+            "seed": seed,
+            "data.task": setting.task,
+            "data.examples_per_client": scale.examples_per_client,
+            "federation.population": population,
+            "federation.sampling_rate": setting.cohort / population,
+            "federation.rounds": scale.rounds,
+            "server.optimizer": "fedavgm",
+            "server.momentum": 0.9,
+            "server.final_share": 0.05,
+            "encoder.gate": "warn",
+            "prior.source": "none",
+            "prior.public_clients": scale.public_clients,
+            "privacy.participation_cap": 1,
+            "evaluation.every": 0,
+            "evaluation.progress_examples": 1,  # of the first row only, which nobody reads
+            "evaluation.examples": scale.examples,
+            "evaluation.questions": scale.questions,
+            # Letters are what benchmarks ask for; other tasks teach something that they do not measure.
+            "evaluation.benchmarks": ["mmlu", "ceval"] if setting.task == "letters" else [],
+            "speed.threads": 1,
+            **ADAPTERS[setting.adapter],
+            **privacy,
+        }
+    )
+
+
+def noise_scale(k_star: float) -> float:
+    """Factor on every arm's first learning rate under this much noise; a power of two."""
+    exact = 1.0 / (1.0 + NOISY_DIRECTIONS / k_star)
+    return max(SMALLEST_SCALE, 2.0 ** round(math.log2(exact)))
+
+
+def rate_and_clip(cell: Cell, scale_of_rate: float) -> tuple[float, float]:
+    """The server's learning rate and the clip of a cell."""
+    longer = CLIP_FACTOR**cell.clip_step
+    first = ARMS[cell.track.arm].first_rate * scale_of_rate
+    return first * RATE_FACTOR**cell.rate_step / longer, BASE_CLIP * longer
+
+
+def recipe_of(cell: Cell, scale: Scale, scale_of_rate: float) -> Recipe:
+    """The recipe of one cell."""
+    arm = ARMS[cell.track.arm]
+    rate, clip = rate_and_clip(cell, scale_of_rate)
+    changes = {**arm.knobs, "server.learning_rate": rate, "privacy.clip_l2": clip}
+    if arm.public:
+        changes["prior.public"] = "embedded"
+    return base_recipe(cell.track.setting, cell.seed, scale).changed(changes)
+
+
+# --- order and tuning ------------------------------------------------------------------------------------
+
+
+def available(arm: Arm) -> bool:
+    """Whether this version of the package has the knobs of the arm."""
+    return all(hasattr(Encoder(), knob.removeprefix("encoder.")) for knob in arm.knobs if knob.startswith("encoder."))
+
+
+def tracks(only: Mapping[str, Sequence[str]]) -> list[Track]:
+    """All tracks that pass the filter, the cheap and telling ones first: a trusted server before none, the small adapter before
+    the large one, what decides before comparators, small cohorts before large ones."""
+
+    def wanted(kind: str, value: object) -> bool:
+        return kind not in only or str(value) in only[kind]
+
+    found = []
+    for setting in settings():
+        if not all(wanted(f"{kind}s", value) for kind, value in _filters(setting).items()):
+            continue
+        found += [Track(arm.name, setting) for arm in _ALL if arm.runs_in(setting) and wanted("arms", arm.name)]
+    return sorted(found, key=_order)
+
+
+def _filters(setting: Setting) -> dict[str, str]:
+    epsilon = "none" if setting.epsilon is None else f"{setting.epsilon:g}"
+    return {**{kind: str(value) for kind, value in asdict(setting).items()}, "epsilon": epsilon}
+
+
+def settings() -> Iterator[Setting]:
+    for task in TASKS:
+        for adapter in ADAPTERS:
+            for cohort in COHORTS:
+                yield Setting("non-private", task, adapter, cohort, None)
+                for trust in TRUSTS:
+                    for epsilon in EPSILONS:
+                        yield Setting(trust, task, adapter, cohort, epsilon)
+
+
+def _order(track: Track) -> tuple[Any, ...]:
+    setting, arm = track.setting, ARMS[track.arm]
+    place = (setting.trust == "local", list(ADAPTERS).index(setting.adapter), arm.rank, setting.cohort)
+    return (*place, setting.task, setting.epsilon or 0.0, list(ARMS).index(arm.name))
+
+
+Losses = Mapping[Cell, float]
+
+
+def next_cells(track: Track, losses: Losses, seeds: Sequence[int]) -> list[Cell]:
+    """The cells that a track needs next, given the losses of those that are done; empty when it is done.
+
+    Tuning, on a seed of its own: RATE_RUNS learning rates, then CLIP_STEPS at the best of them. Every track has as many runs.
+    """
+    rates = _tried(track, losses, clip_step=0)
+    if len(rates) < RATE_RUNS:
+        opening = [step for step in (0.0, -1.0, 1.0)[:RATE_RUNS] if step not in rates]
+        return [Cell(track, TUNING_SEED, step, 0) for step in opening or [_next_step(rates)]]
+    best = _best(rates)
+    clips = [Cell(track, TUNING_SEED, best, step) for step in CLIP_STEPS]
+    if missing := [cell for cell in clips if cell not in losses]:
+        return missing
+    rate_step, clip_step = tuned(track, losses)
+    final = [Cell(track, seed, rate_step, clip_step) for seed in seeds]
+    return [cell for cell in final if cell not in losses]
+
+
+def tuned(track: Track, losses: Losses) -> tuple[float, int]:
+    """(rate step, clip step) with the lowest held-out loss on the tuning seed; ties: the smaller step."""
+    best = _best(_tried(track, losses, clip_step=0))
+    clips = {step: losses.get(Cell(track, TUNING_SEED, best, step), math.inf) for step in (0, *CLIP_STEPS)}
+    return best, min(clips, key=lambda step: clips[step])
+
+
+def at_edge(track: Track, losses: Losses) -> bool:
+    """Whether the best learning rate is the smallest or largest that was tried."""
+    rates = _tried(track, losses, clip_step=0)
+    return _best(rates) in (min(rates), max(rates))
+
+
+def _tried(track: Track, losses: Losses, clip_step: int) -> dict[float, float]:
+    return {
+        cell.rate_step: loss
+        for cell, loss in losses.items()
+        if cell.track == track and cell.seed == TUNING_SEED and cell.clip_step == clip_step
+    }
+
+
+def _best(rates: Mapping[float, float]) -> float:
+    return min(sorted(rates), key=lambda step: rates[step])
+
+
+def _next_step(rates: Mapping[float, float]) -> float:
+    """Beyond the better edge; half a step towards the better neighbour if the best lies inside."""
+    ordered, best = sorted(rates), _best(rates)
+    place = ordered.index(best)
+    if place == 0:
+        return best - 1.0
+    if place == len(ordered) - 1:
+        return best + 1.0
+    below, above = ordered[place - 1], ordered[place + 1]
+    return (best + (below if rates[below] < rates[above] else above)) / 2
+
+
+def most_cells(found: Iterable[Track], seeds: Sequence[int]) -> int:
+    """Cells of these tracks, done or not."""
+    return sum(RATE_RUNS + len(CLIP_STEPS) + len(seeds) for _ in found)

@@ -1,0 +1,118 @@
+"""The three figures of the utility study."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utility_grid import COHORTS, EPSILONS, Setting, Track
+from utility_verdicts import EQUAL_BYTES_ARM, REFERENCE, Duel, Forecast, Results
+
+from drencoder.plots import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_OURS, _THEIRS, _GREY = "#0072b2", "#d55e00", "#57606a"
+
+
+def dumbbells(found: Sequence[Duel], results: Results, path: Path) -> Path:
+    """Loss of ours and of DP-LoRA in every setting, and of training without noise where it was run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 1.2 + 0.24 * len(found)), layout="constrained")
+    axis: Any = figure.subplots()
+    for place, duel in enumerate(found):
+        ours, theirs = duel.ours.loss, duel.theirs.loss
+        axis.plot([ours, theirs], [place, place], color=_GREY, linewidth=1, zorder=1)
+        for result, colour in ((duel.ours, _OURS), (duel.theirs, _THEIRS)):
+            axis.plot(result.losses, [place] * len(result.losses), ".", color=colour, alpha=0.35, markersize=4)
+            axis.plot(result.loss, place, "o", color=colour, markersize=6)
+        setting = duel.ours.track.setting
+        silent = results.get(Track("lora", Setting("non-private", setting.task, setting.adapter, setting.cohort, None)))
+        if silent is not None:
+            axis.plot(silent.loss, place, "|", color="black", markersize=9)
+    axis.set_yticks(range(len(found)), [name(duel) for duel in found], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("held-out loss (nats per token); small dots: seeds; bars: no noise")
+    _legend(axis, found[0].ours.track.arm)
+    axis.grid(alpha=0.3, axis="x")
+    return save_figure(figure, path)
+
+
+def name(duel: Duel) -> str:
+    """A setting in a few words; * marks those in which noise dominates."""
+    setting = duel.ours.track.setting
+    mark = " *" if duel.ours.noisy else ""
+    return f"{setting.trust}, {setting.task}, {setting.adapter}, n {setting.cohort}, ε {setting.epsilon:g}{mark}"
+
+
+def _legend(axis: "Axes", arm: str) -> None:
+    from matplotlib.lines import Line2D
+
+    pairs = ((arm, _OURS), (REFERENCE, _THEIRS))
+    handles = [Line2D([], [], color=colour, marker="o", linestyle="", label=label) for label, colour in pairs]
+    axis.legend(handles=handles, fontsize=8)
+
+
+def loss_against_bytes(results: Results, path: Path) -> Path | None:
+    """Whole updates and codes of 1/64, a line each through the cohorts; the same place on the x axis is the same upload."""
+    from matplotlib.figure import Figure
+
+    keys = sorted({(t.setting.trust, t.setting.task, t.setting.adapter) for t in results if t.arm == EQUAL_BYTES_ARM})
+    if not keys:
+        return None
+    columns = min(4, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.9 * rows), layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    for axis in grid.flat[len(keys) :]:
+        axis.set_visible(False)
+    for axis, (trust, task, adapter) in zip(grid.flat, keys, strict=False):
+        for epsilon, line in zip(EPSILONS, ("-", "--"), strict=True):
+            for arm, colour in ((EQUAL_BYTES_ARM, _OURS), (REFERENCE, _THEIRS)):
+                places = [Track(arm, Setting(trust, task, adapter, cohort, epsilon)) for cohort in COHORTS]
+                known = [results[place] for place in places if place in results and not results[place].failed]
+                sizes = [result.first("bytes_up") for result in known]
+                axis.plot(sizes, [result.loss for result in known], line, color=colour, marker="o", markersize=4)
+        axis.set_xscale("log")
+        axis.set_title(f"{trust}, {task}, {adapter}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("bytes uploaded, all clients and rounds; dots: n = 8, 64, 512", fontsize=9)
+    figure.supylabel("held-out loss", fontsize=9)
+    _bytes_legend(figure)
+    return save_figure(figure, path)
+
+
+def _bytes_legend(figure: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    shapes = [(EQUAL_BYTES_ARM, _OURS, "-"), (REFERENCE, _THEIRS, "-")]
+    shapes += [(f"ε {epsilon:g}", _GREY, line) for epsilon, line in zip(EPSILONS, ("-", "--"), strict=True)]
+    handles = [Line2D([], [], color=colour, linestyle=line, label=label) for label, colour, line in shapes]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+
+
+def forecast_against_outcome(found: Sequence[Forecast], path: Path) -> Path | None:
+    """R against how much lower our loss is; the formula is right in the upper right and the lower left quarter."""
+    from matplotlib.figure import Figure
+
+    if not found:
+        return None
+    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
+    axis: Any = figure.subplots()
+    arms = list(dict.fromkeys(one.duel.ours.track.arm for one in found))
+    for arm, marker in zip(arms, "os^D", strict=False):
+        mine = [one for one in found if one.duel.ours.track.arm == arm]
+        colours = [_OURS if one.right(one.gain) else _THEIRS for one in mine]
+        lower = [-100 * one.duel.relative for one in mine]
+        axis.scatter([one.gain for one in mine], lower, marker=marker, c=colours, s=26, label=arm, alpha=0.8)
+    axis.axhline(0, color=_GREY, linewidth=0.8)
+    axis.axvline(1, color=_GREY, linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=10)
+    axis.set_xlabel("R, the predicted gain per round (blue: names the winner)")
+    axis.set_ylabel("measured: loss below DP-LoRA's (%)")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return save_figure(figure, path)

@@ -1,0 +1,300 @@
+"""From the lines of a utility study to paired differences and verdicts. Nothing is typed by hand: no line, no verdict. No torch.
+
+A *result* is a finished track: its tuned cell on every final seed. A failed run counts as an infinite loss.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import utility_grid as grid
+from utility_cells import GEOMETRY, Row, by_track, loss_of, read_cells
+from utility_grid import COMPARATORS, OURS, RATIOS, Setting, Track
+
+from drencoder.scores import Difference, paired_over_seeds
+
+MARGIN = 0.01  # of DP-LoRA's loss
+FREE_RATIO = 64  # the code that has to be free where noise dominates
+REFERENCE, DEFAULT, STAND_IN = "dp-lora", "hybrid-auto", "hybrid-64"
+FEW, MANY, EQUAL_BYTES_ARM = 8, 512, "hybrid-64"  # 512 codes of 1/64 are as many values as 8 whole updates
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished track; `rows` are its final seeds', in order."""
+
+    track: Track
+    rows: tuple[Row, ...]
+    edge: bool  # whether the best learning rate was the smallest or largest that was tried
+    tuning: Mapping[str, float]  # "rate step, clip step" -> loss on the tuning seed
+
+    @property
+    def losses(self) -> list[float]:
+        return [loss_of(row) for row in self.rows]
+
+    @property
+    def loss(self) -> float:
+        return fmean(self.losses)
+
+    @property
+    def failed(self) -> bool:
+        return not all(map(math.isfinite, self.losses))
+
+    def first(self, *path: str) -> Any:
+        """A fact of the first seed's run that did not fail, by its path in the line; None if there is none."""
+        for row in self.rows:
+            found: Any = row
+            for key in path:
+                found = found.get(key) if isinstance(found, Mapping) else None
+            if found is not None:
+                return found
+        return None
+
+    @property
+    def k_star(self) -> float:
+        """With half of the clip's energy shared by all clients; infinite without noise."""
+        known = self.first("k_star")
+        return math.inf if known is None else known
+
+    @property
+    def code_size(self) -> int | None:
+        return self.first("encoder", "code_size")
+
+    @property
+    def ratio(self) -> float:
+        """D / K as the certificate has it; not a number if every seed failed."""
+        return self.track.setting.adapter_size / self.code_size if self.code_size else math.nan
+
+    @property
+    def noisy(self) -> bool:
+        """Whether noise dominates: k* < D / 64."""
+        return self.k_star < self.track.setting.adapter_size / FREE_RATIO
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two results of equal seeds; `gain` > 0: `ours` has the lower loss."""
+
+    ours: Result
+    theirs: Result
+
+    @property
+    def differences(self) -> list[float]:
+        """Ours minus theirs, per seed."""
+        return [a - b for a, b in zip(self.ours.losses, self.theirs.losses, strict=True)]
+
+    @property
+    def mean(self) -> float:
+        return math.inf if self.ours.failed else self.ours.loss - self.theirs.loss
+
+    @property
+    def relative(self) -> float:
+        return self.mean / self.theirs.loss
+
+    @property
+    def interval(self) -> Difference | None:
+        """Student's over seeds; None with fewer than three or after a failure."""
+        return None if self.ours.failed or len(self.differences) < 3 else paired_over_seeds(self.differences)
+
+    @property
+    def better(self) -> bool:
+        return self.mean < 0
+
+    @property
+    def no_worse(self) -> bool:
+        return self.mean <= MARGIN * self.theirs.loss
+
+    @property
+    def surely_no_worse(self) -> bool:
+        return self.interval is not None and self.interval.high <= MARGIN * self.theirs.loss
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval is not None and (self.interval.high < 0 or self.interval.low > 0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`good` of `of` cells; met if that is at least (strictly: more than) the share `needed`."""
+
+    number: str
+    claim: str
+    good: int
+    of: int
+    needed: float = 1.0
+    strictly: bool = False
+
+    @property
+    def count(self) -> str:
+        return f"{self.good} of {self.of}"
+
+    @property
+    def word(self) -> str:
+        if not self.of:
+            return "not measured"
+        share = self.good / self.of
+        return "met" if (share > self.needed if self.strictly else share >= self.needed) else "NOT met"
+
+
+Results = Mapping[Track, Result]
+
+
+def load_results(folder: Path, seeds: Sequence[int]) -> tuple[dict[Track, Result], list[Row]]:
+    """Finished tracks in the study's order, and the lines of runs that failed."""
+    rows = read_cells(folder)
+    parts = by_track({cell: loss_of(row) for cell, row in rows.items()})
+    results = {}
+    for track in grid.tracks({}):
+        losses = parts.get(track, {})
+        if not losses or grid.next_cells(track, losses, seeds):
+            continue
+        rate_step, clip_step = grid.tuned(track, losses)
+        final = tuple(rows[grid.Cell(track, seed, rate_step, clip_step)] for seed in seeds)
+        tried = {f"{c.rate_step:+g}, {c.clip_step:+d}": v for c, v in losses.items() if c.seed == grid.TUNING_SEED}
+        results[track] = Result(track, final, grid.at_edge(track, losses), tried)
+    return results, [row for row in rows.values() if "error" in row]
+
+
+def default_arm(results: Results) -> str:
+    """The arm that is judged: automatic code size if the study has it."""
+    return DEFAULT if any(track.arm == DEFAULT for track in results) else STAND_IN
+
+
+def duels(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> list[Duel]:
+    """Every arm against the reference in the same setting, where both are finished and the reference did not fail."""
+    found = []
+    for arm in arms:
+        for track, ours in results.items():
+            theirs = results.get(Track(reference, track.setting))
+            if track.arm == arm and theirs is not None and not theirs.failed:
+                found.append(Duel(ours, theirs))
+    return found
+
+
+def equal_bytes(results: Results) -> list[Duel]:
+    """Ours with 64 times the clients of DP-LoRA: the same number of values goes up."""
+    found = []
+    for track, ours in results.items():
+        setting = track.setting
+        if track.arm != EQUAL_BYTES_ARM or setting.cohort != MANY:
+            continue
+        few = Setting(setting.trust, setting.task, setting.adapter, FEW, setting.epsilon)
+        theirs = results.get(Track(REFERENCE, few))
+        if theirs is not None and not theirs.failed:
+            found.append(Duel(ours, theirs))
+    return found
+
+
+def against_comparators(results: Results) -> list[Duel]:
+    """Each comparator against the largest of our codes that is no larger than its own."""
+    found = []
+    for track, theirs in results.items():
+        if track.arm not in COMPARATORS or theirs.failed:
+            continue
+        mine = [results[other] for arm in OURS if (other := Track(arm, track.setting)) in results]
+        fitting = [ours for ours in mine if ours.code_size and ours.code_size <= (theirs.code_size or 0)]
+        if fitting:
+            found.append(Duel(max(fitting, key=lambda ours: ours.code_size or 0), theirs))
+    return found
+
+
+# --- the formula -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """R of METHOD 2.6 for one duel: the geometric mean over seeds and stages, and of each stage alone."""
+
+    duel: Duel
+    gain: float
+    by_stage: Mapping[str, float]
+
+    def right(self, gain: float) -> bool:
+        return (gain > 1) == self.duel.better
+
+
+def load_geometry(folder: Path) -> list[Row]:
+    path = folder / GEOMETRY
+    return json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+
+
+def forecasts(results: Results, geometry: Sequence[Row]) -> list[Forecast]:
+    """R for every hybrid arm against DP-LoRA; none for a task and adapter whose geometry is not measured."""
+    found = []
+    for duel in duels(results, OURS):
+        setting = duel.ours.track.setting
+        here = [row for row in geometry if (row["task"], row["adapter"]) == (setting.task, setting.adapter)]
+        if not here or duel.ours.failed or not math.isfinite(duel.ours.k_star):
+            continue
+        logs = {
+            stage: [math.log(gain(row, duel.ours)) for row in here if row["stage"] == stage] for stage in stages(here)
+        }
+        whole = [value for values in logs.values() for value in values]
+        by_stage = {stage: math.exp(fmean(values)) for stage, values in logs.items()}
+        found.append(Forecast(duel, math.exp(fmean(whole)), by_stage))
+    return found
+
+
+def stages(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row["stage"] for row in rows))
+
+
+def measured_k_star(row: Row, result: Result) -> float:
+    """k* with the alignment of this geometry instead of one half."""
+    return result.k_star * row["alignment"] / 0.5
+
+
+def gain(row: Row, result: Result) -> float:
+    """R = rho^2 (1 + D/k*) / (rho + rho' D_P/k*), with the code's measures at its own ratio."""
+    k_star = measured_k_star(row, result)
+    rho, rho_client, inside = (at_ratio(row, key, result.ratio) for key in ("rho", "rho_client", "D_P"))
+    return rho**2 * (1 + row["D"] / k_star) / (rho + rho_client * inside / k_star)
+
+
+def at_ratio(row: Row, key: str, ratio: float, encoder: str = "hybrid") -> float:
+    """A code's measure between the ratios that were measured: straight lines in the logarithms; everything at ratio 1."""
+    measured = {code["ratio"]: code[key] for code in row["codes"] if code["encoder"] == encoder}
+    whole = row["D"] if key == "D_P" else 1.0
+    places = [1.0, *RATIOS]
+    values = [whole, *(measured[one] for one in RATIOS)]
+    return math.exp(float(np.interp(math.log(ratio), np.log(places), np.log(np.maximum(values, 1e-30)))))
+
+
+# --- verdicts --------------------------------------------------------------------------------------------
+
+
+def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
+    """The finish line of the issue, counted."""
+    arm = default_arm(results)
+    main, noisy = duels(results, [arm]), [duel for duel in duels(results, [arm]) if duel.ours.noisy]
+    equal, others = equal_bytes(results), against_comparators(results)
+    known = forecasts(results, geometry)
+    errors = [abs(row["error"]) for place in geometry for row in place["distortion"]]
+
+    def count(items: Sequence[Any], test: Callable[[Any], bool]) -> tuple[int, int]:
+        return sum(map(test, items)), len(items)
+
+    return [
+        Verdict("1a", f"{arm}: held-out loss no worse than tuned DP-LoRA, 1 % margin on the mean over seeds",
+                *count(main, lambda duel: duel.no_worse)),
+        Verdict("1b", "the same with the whole 95 % interval within the margin (stricter than asked)",
+                *count(main, lambda duel: duel.surely_no_worse)),
+        Verdict("1c", f"{arm}: at 1/64 of DP-LoRA's values or fewer where noise dominates (k* < D/64)",
+                *count(noisy, lambda duel: duel.ours.ratio >= FREE_RATIO)),
+        Verdict("2", f"equal bytes: {EQUAL_BYTES_ARM} with n = {MANY} better than DP-LoRA with n = {FEW}",
+                *count(equal, lambda duel: duel.better)),
+        Verdict("3", f"equal clients: {arm} better than tuned DP-LoRA in half of the cells where noise dominates",
+                *count(noisy, lambda duel: duel.better), needed=0.5),
+        Verdict("4", "better than each comparator with no more values, in most cells",
+                *count(others, lambda duel: duel.better), needed=0.5, strictly=True),
+        Verdict("5", "R of METHOD 2.6 names the winner in 80 % of the cells",
+                *count(known, lambda one: one.right(one.gain)), needed=0.8),
+        Verdict("6", "distortion of kronecker on its own prior within 1 % of the water-filling value",
+                *count(errors, lambda error: error <= 0.01)),
+    ]  # fmt: skip

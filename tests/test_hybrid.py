@@ -1,0 +1,132 @@
+"""The hybrid encoder: what it builds, what it carries exactly, and that its random block sees everything in the long run.
+
+Legend: N updates, D adapter values, K code values, J directions, H values of the head.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from drencoder.encoders.hybrid import HybridEncoder
+from drencoder.encoders.kronecker import KroneckerEncoder
+from drencoder.encoders.registry import EncoderRequest, build_encoder
+from drencoder.encoders.sketch import RandomSketch
+from drencoder.errors import EncoderError
+from drencoder.structured import PublicUpdates
+from encoder_contract import some_codes, some_updates
+from encoder_toys import SEGMENTS, SIZE, tile
+
+HEAD_SIZE, SKETCH_SIZE = 60, 40
+
+
+def rows(count: int, seed: int) -> Tensor:
+    return torch.randn(count, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+PUBLIC = PublicUpdates(rows(6, 0), "noise")
+HEAD = KroneckerEncoder.build(PUBLIC.prior(SEGMENTS, 8), HEAD_SIZE)
+SKETCH = RandomSketch.build(SEGMENTS, SKETCH_SIZE)
+
+
+def hybrid(directions: Tensor, weight: float = 1.0) -> HybridEncoder:
+    return HybridEncoder.build(HEAD, directions, SKETCH, weight)
+
+
+def test_directions_are_made_orthogonal_to_the_head_and_to_each_other() -> None:
+    given = rows(3, 1)
+    encoder = hybrid(given)
+    direction_JD = encoder.direction_JD
+    assert torch.allclose(direction_JD @ direction_JD.T, torch.eye(3), atol=1e-5)
+    assert HEAD.encode(direction_JD, 0).abs().max() < 1e-5
+    assert encoder.code_size == HEAD_SIZE + 3 + SKETCH_SIZE
+    # Head and directions together span what was given.
+    inside = HEAD.decode(HEAD.encode(given, 0), 0) + given @ direction_JD.T @ direction_JD
+    assert torch.allclose(inside, given, atol=1e-4)
+
+
+def test_what_says_nothing_new_is_left_out() -> None:
+    row = rows(1, 1)
+    known = HEAD.decode(torch.ones(1, HEAD_SIZE), 0)
+    assert len(hybrid(torch.zeros(2, SIZE)).direction_JD) == 0
+    assert len(hybrid(known).direction_JD) == 0
+    assert len(hybrid(torch.cat([row, -3.0 * row, torch.zeros_like(row), known + row])).direction_JD) == 1
+    assert len(hybrid(row * 1e-12).direction_JD) == 1  # a small momentum is a direction all the same
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_what_lies_in_head_and_directions_is_carried_exactly(weight: float) -> None:
+    encoder = hybrid(rows(2, 1), weight)
+    inside_ND = HEAD.decode(some_codes(HEAD, 3), 0) + torch.randn(3, 2) @ encoder.direction_JD
+    code_NK = encoder.encode(inside_ND, 5)
+    assert code_NK[:, HEAD_SIZE + 2 :].abs().max() < 1e-4  # nothing is left for the sketch
+    assert torch.allclose(encoder.decode(code_NK, 5), inside_ND, atol=1e-4)
+    assert torch.allclose(code_NK.norm(dim=1), inside_ND.norm(dim=1), rtol=1e-4)
+
+
+def test_no_code_is_longer_than_its_update() -> None:
+    encoder = hybrid(rows(2, 1))
+    for update_ND in (some_updates(encoder, 20), HEAD.decode(some_codes(HEAD, 5), 0), encoder.direction_JD):
+        length_N = encoder.encode(update_ND, 5).norm(dim=1)
+        assert (length_N <= update_ND.norm(dim=1) * (1 + 1e-5)).all()
+
+
+def test_decode_is_the_transpose_and_the_random_block_is_scaled_alone() -> None:
+    plain, heavy = hybrid(rows(2, 1)), hybrid(rows(2, 1), 3.0)
+    update_ND, code_NK = some_updates(plain, 4), some_codes(plain, 4)
+    level_NK = code_NK.clone()
+    level_NK[:, HEAD_SIZE + 2 :] /= (
+        SKETCH.decode_weight_K
+    )  # which makes tensors equal that the sketch looks at unequally
+    left = (plain.encode(update_ND, 5) * code_NK).sum(1)
+    assert torch.allclose(left, (update_ND * plain.decode(level_NK, 5)).sum(1), rtol=1e-3, atol=1e-3)
+    known_NK, random_NK = code_NK.clone(), code_NK.clone()
+    known_NK[:, HEAD_SIZE + 2 :], random_NK[:, : HEAD_SIZE + 2] = 0.0, 0.0
+    assert torch.allclose(heavy.decode(known_NK, 5), plain.decode(known_NK, 5), atol=1e-5)
+    assert torch.allclose(heavy.decode(random_NK, 5), 3.0 * plain.decode(random_NK, 5), atol=1e-4)
+
+
+def test_the_random_block_sees_what_is_left_over_in_the_long_run() -> None:
+    encoder = hybrid(rows(2, 1))
+    update_ND = some_updates(encoder, 1)
+    rest_ND = update_ND - HEAD.decode(HEAD.encode(update_ND, 0), 0)
+    rest_ND = rest_ND - rest_ND @ encoder.direction_JD.T @ encoder.direction_JD
+    count = 400
+    mean_ND = sum(encoder.decode(encoder.encode(rest_ND, seed), seed) for seed in range(count)) / count
+    share = float((mean_ND * rest_ND).sum() / rest_ND.square().sum())
+    assert share == pytest.approx(SKETCH_SIZE / SIZE, rel=0.15)
+    # And along nothing else: what remains is the spread of 400 rounds.
+    assert float(torch.cosine_similarity(mean_ND, rest_ND)) > 0.8
+
+
+def test_a_plan_is_kept_whatever_the_momentum_is() -> None:
+    known = HEAD.decode(torch.ones(1, HEAD_SIZE), 0)
+    for history_JD in (None, torch.zeros(1, SIZE), rows(1, 1), known):
+        for size in (1, 2, 100):
+            request = EncoderRequest(SEGMENTS, size, public=PUBLIC, rank=8, history_JD=history_JD)
+            assert build_encoder("hybrid", request).code_size == size
+    request = EncoderRequest(SEGMENTS, 100, public=PUBLIC, rank=8, explore=0.4, history_JD=rows(1, 1))
+    facts = build_encoder("hybrid", request).describe()
+    assert (facts["head"], facts["directions"], facts["random"]) == (59, 1, 40)
+
+
+@pytest.mark.parametrize("sketch", [SKETCH, None])
+def test_state_restores_the_same_map(sketch: RandomSketch | None) -> None:
+    encoder = HybridEncoder.build(HEAD, rows(2, 1), sketch, 1.5)
+    again = HybridEncoder.from_state(SEGMENTS, load(save(encoder.state())))
+    update_ND, code_NK = some_updates(encoder, 3), some_codes(encoder, 3)
+    assert torch.equal(again.encode(update_ND, 7), encoder.encode(update_ND, 7))
+    assert torch.equal(again.decode(code_NK, 7), encoder.decode(code_NK, 7))
+    assert again.describe() == encoder.describe()
+    state = encoder.state()
+    del state["weight"]
+    with pytest.raises(EncoderError, match="lacks 'weight'"):
+        HybridEncoder.from_state(SEGMENTS, state)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for directions in (torch.zeros(2, SIZE + 1), torch.zeros(SIZE), torch.full((1, SIZE), torch.nan)):
+        with pytest.raises(EncoderError, match="give the run's own momentum"):
+            hybrid(directions)
+    with pytest.raises(EncoderError, match="another adapter"):
+        HybridEncoder.build(HEAD, rows(1, 1), RandomSketch.build(tile((64, 64)), 5))
