@@ -21,12 +21,14 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import utility_grid as grid
 from utility_cells import CELLS, GEOMETRY, STUDY, Row, by_track, claim, loss_of, read_cells, read_study
@@ -78,7 +80,9 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> Row:
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             recipe = grid.recipe_of(cell, scale, slower)
-            row |= facts(experiment.run(recipe, Path(temporary) / "run").certificate)
+            row |= facts(
+                experiment.run(recipe, Path(temporary) / "run").certificate, grid.asks_letters(cell.track.setting)
+            )
     except ArtifactError:  # a full disk is no result: it may be otherwise tomorrow
         raise
     except DrencoderError as error:
@@ -86,14 +90,15 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> Row:
     return row | {"seconds": round(time.monotonic() - started, 2)}
 
 
-def facts(certificate: Mapping[str, Any]) -> Row:
+def facts(certificate: Mapping[str, Any], with_accuracy: bool) -> Row:
     """What the study keeps of a certificate."""
     results, encoder = certificate["results"], certificate["encoder"]
     kept = ("name", "code_size", "update_size", "head", "directions", "random", "expected_capture")
     gate = {key: value for key, value in encoder.items() if key.startswith("gate_public_")}
 
     def accuracy(model: str) -> dict[str, float]:
-        return {name: round(estimate["value"], 5) for name, estimate in results[model]["accuracy"].items()}
+        known = results[model]["accuracy"] if with_accuracy else {}
+        return {name: round(estimate["value"], 5) for name, estimate in known.items()}
 
     return {
         "loss": results["this run"]["loss"],
@@ -112,40 +117,57 @@ def facts(certificate: Mapping[str, Any]) -> Row:
 
 def study(
     folder: Path, tracks: Sequence[Track], seeds: Sequence[int], scale: Scale, processes: int, minutes: float
-) -> None:
-    """Runs what is missing, in order; every finished cell is on disk before the next is asked for."""
-    rows = read_cells(folder)
-    losses = {cell: loss_of(row) for cell, row in rows.items()}
+) -> list[Track]:
+    """Runs what is missing, in order; every finished cell is on disk before the next is asked for.
+
+    Returns the tracks that were given up because a run of theirs broke: not a result, so nothing of it is stored.
+    """
+    losses = {cell: loss_of(row) for cell, row in read_cells(folder).items()}
     running = folder / "running"
     running.mkdir()
     started, total = time.monotonic(), grid.most_cells(tracks, seeds)
     pending: dict[Future[Row], Cell] = {}
+    broken: list[Track] = []
     pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (os.getpid(),))
     lines = (folder / CELLS).open("a", encoding="utf-8")
     try:
         while True:
             timely = time.monotonic() - started < 60 * minutes
-            for cell in wanted(tracks, losses, seeds, set(pending.values())) if timely else []:
-                if len(pending) >= processes:
-                    break
+            left = [track for track in tracks if track not in broken] if timely else []
+            for cell in wanted(left, losses, seeds, set(pending.values()))[: processes - len(pending)]:
                 pending[pool.submit(run_cell, cell, scale, running)] = cell
             if not pending:
-                break
+                return broken
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                cell, row = pending.pop(future), future.result()
-                lines.write(json.dumps(row) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
+                cell = pending.pop(future)
+                try:
+                    row = future.result()
+                except BrokenProcessPool:
+                    sys.exit(
+                        "a worker process died (out of memory?): give fewer --processes and start the command again."
+                    )
+                except Exception:  # an arm's bug must not end the night of all others
+                    print(f"{cell.key} BROKE:\n{traceback.format_exc()}", flush=True)
+                    broken.append(cell.track)
+                    continue
+                store(lines, row)
                 losses[cell] = loss_of(row)
                 outcome = row.get("error") or f"loss {losses[cell]:.4f}"
                 print(f"{done(tracks, losses):5d}/{total} {cell.key}: {outcome} ({row['seconds']:.1f} s)", flush=True)
     finally:
         lines.close()
-        for process in list((pool._processes or {}).values()):  # an interrupted study: do not wait for its cells
-            if pending:
+        if pending:  # interrupted: do not wait for what runs
+            for process in list((pool._processes or {}).values()):
                 process.terminate()
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(running, ignore_errors=True)
+
+
+def store(lines: TextIO, row: Row) -> None:
+    """One line, on the disk when this returns."""
+    lines.write(json.dumps(row) + "\n")
+    lines.flush()
+    os.fsync(lines.fileno())
 
 
 def wanted(tracks: Sequence[Track], losses: grid.Losses, seeds: Sequence[int], taken: set[Cell]) -> list[Cell]:
@@ -235,8 +257,8 @@ def main() -> None:
             from utility_geometry import measure
 
             measure(args.out / GEOMETRY, scale, only, args.seeds)
-        else:
-            study(args.out, tracks, args.seeds, scale, args.processes, args.minutes)
+        elif broken := study(args.out, tracks, args.seeds, scale, args.processes, args.minutes):
+            sys.exit(f"given up, see above: {', '.join(map(str, broken))}. The same command tries them again.")
     finally:
         os.close(lock)
 

@@ -4,17 +4,18 @@ For every task, adapter and seed, at the adapter's start and after some rounds w
 
 * a: |mean of clipped updates|^2 / C^2, with which k* = a n^2 / sigma^2 (a trusted server) or a n / sigma^2 (none);
 * rho, rho': share of the energy inside the code, of the clients' mean and of a client by itself;
-* lambda = g'Hg / |g|^2, D = tr(H) / lambda, D_P = E[d'Hd] / lambda with d the decoding of unit noise in the code;
+* lambda = g'Cg / |g|^2, D = tr(C) / lambda, D_P = E[d'Cd] / lambda with d the decoding of unit noise in the code;
 * the distortion of `kronecker` on gradients of its own prior, beside the water-filling value.
 
-Updates are of clients that no run has. H is that of the mean loss of held-out examples; traces are Hutchinson's, Hessian-vector
-products central differences of the gradient. H need not be positive: |.| is taken and `negative` counts how often it mattered.
+C is a curvature of the mean loss of held-out examples, twice: the Hessian, which has negative directions (of it |.| is taken, and
+`negative` counts how often that mattered), and the Gauss-Newton matrix, J' (diag(p) - pp') J over the logits, which has none. Both by
+central differences, traces by Hutchinson's probes. Updates are of clients that no run has.
 
-Legend: N clients, D adapter values, K code values.
+Legend: N clients, D adapter values, K code values, M predicted tokens, V vocabulary.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -29,6 +30,8 @@ from utility_grid import ARMS, RATIOS, Scale, Setting
 from drencoder.build import Live, build
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.kronecker import KroneckerEncoder
+from drencoder.encoders.subset import is_lora_b
+from drencoder.examples import collate
 from drencoder.privacy.mechanism import clip_rows
 from drencoder.rng import derive_seed
 from drencoder.steps import ServerState, server_step
@@ -38,10 +41,10 @@ from drencoder.training import cohort_updates
 FIRST_CLIENT = 100_000  # the largest population has 10,000
 CLIENTS, HELD_OUT = 64, 64
 WARM_ROUNDS = 8
-PROBES, SKETCHES, DRAWS = 16, 8, 256
-STEP = 1e-2  # length of a finite difference, over the length of the adapter
-ENCODERS = ("hybrid", "kronecker", "random")
-Vector = Callable[[Tensor], Tensor]
+PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 32, 16, 8, 1024
+STEP = 1e-3  # length of a finite difference, over the length of the adapter
+ENCODERS = ("hybrid", "kronecker")
+KINDS = ("hessian", "gauss-newton")
 
 
 def measure(path: Path, scale: Scale, only: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> None:
@@ -87,11 +90,11 @@ def at_adapter(live: Live, state: ServerState, stage: str) -> dict[str, Any]:
     update_ND = clients(live, state.adapter_D, 0)
     mean_D = update_ND.mean(dim=0)
     clipped_ND = clip_rows(update_ND, grid.BASE_CLIP).values_NV
-    hessian = curvature(live, state.adapter_D)
-    steep = float(mean_D @ hessian(mean_D)) / float(mean_D @ mean_D)
+    curvature = Curvature(live, state.adapter_D)
     seed = derive_seed(live.recipe.seed, "geometry", stage)
     size = live.lora.layout.size
-    trace = mean(float(probe @ hessian(probe)) for probe in signs(size, PROBES, seed))
+    steep = curvature.mean([mean_D / mean_D.norm()])
+    trace = curvature.mean([probe for one in signs(size, PROBES // 2, seed) for probe in curvature.both_signs(one)])
     facts = {
         "alignment": float(clipped_ND.mean(dim=0).square().sum()) / grid.BASE_CLIP**2,
         "mean_norm": float(mean_D.norm()),
@@ -99,15 +102,16 @@ def at_adapter(live: Live, state: ServerState, stage: str) -> dict[str, Any]:
         "agreement": float(torch.nn.functional.cosine_similarity(update_ND, mean_D[None]).mean()),
         "lambda": steep,
         "trace": trace,
-        "D": abs(trace / steep),
-        "negative": int(steep <= 0) + int(trace <= 0),
+        "D": {kind: abs(trace[kind] / steep[kind]) for kind in KINDS},
+        "negative": sum(value <= 0 for value in (*steep.values(), *trace.values())),
     }
     slot = 1 if stage == "start" else 1 + WARM_ROUNDS
-    codes = [
-        captured(encoder_of(live, state, name, ratio, slot), name, ratio, update_ND, hessian, steep, seed)
-        for name in ENCODERS
-        for ratio in RATIOS
-    ]
+    codes = []
+    for name in ENCODERS:
+        for ratio in RATIOS:
+            encoder = encoder_of(live, state, name, ratio, slot)
+            code = {"encoder": name, "ratio": ratio, "code_size": encoder.code_size}
+            codes.append(code | shares(encoder, update_ND) | noise_curvature(encoder, curvature, steep, seed))
     return facts | {"codes": codes, "distortion": distortions(live, state, slot, seed)}
 
 
@@ -118,54 +122,82 @@ def encoder_of(live: Live, state: ServerState, name: str, ratio: int, slot: int)
     return there.encoder(None, public=there.public_updates(state.adapter_D, slot), momentum_D=state.first_D)
 
 
-def captured(
-    encoder: Encoder, name: str, ratio: int, update_ND: Tensor, hessian: Vector, steep: float, seed: int
-) -> dict[str, Any]:
-    """rho, rho' and D_P of one code, over several sketch seeds where it has any."""
+def shares(encoder: Encoder, update_ND: Tensor) -> dict[str, float]:
+    """rho and rho', over several sketch seeds where the code has any."""
     mean_D = update_ND.mean(dim=0)
-    energy = float(mean_D.double().square().sum())
     rhos, each = [], []
     for sketch in range(SKETCHES):
-        back_ND = encoder.decode(encoder.encode(torch.cat([mean_D[None], update_ND]), sketch), sketch)
-        inner_N = (back_ND[1:] * update_ND).double().sum(dim=1) / update_ND.double().square().sum(dim=1).clamp(
-            min=1e-30
-        )
-        rhos.append(float((back_ND[0] * mean_D).double().sum()) / energy)
-        each.append(float(inner_N.mean()))
-    inside = []
-    for number, noise_K in enumerate(signs(encoder.code_size, PROBES, seed)):
-        direction_D = encoder.decode(noise_K[None], number)[0]
-        inside.append(float(direction_D @ hessian(direction_D)))
-    return {
-        "encoder": name,
-        "ratio": ratio,
-        "code_size": encoder.code_size,
-        "rho": mean(rhos),
-        "rho_client": mean(each),
-        "D_P": abs(mean(inside) / steep),
-        "negative": int(mean(inside) <= 0),
-    }
+        rows_ND = torch.cat([mean_D[None], update_ND])
+        back_ND = encoder.decode(encoder.encode(rows_ND, sketch), sketch)
+        energy_N = rows_ND.double().square().sum(dim=1).clamp(min=1e-30)
+        inside_N = (back_ND * rows_ND).double().sum(dim=1) / energy_N
+        rhos.append(float(inside_N[0]))
+        each.append(float(inside_N[1:].mean()))
+    return {"rho": mean(rhos), "rho_client": mean(each)}
+
+
+def noise_curvature(encoder: Encoder, curvature: "Curvature", steep: dict[str, float], seed: int) -> dict[str, Any]:
+    """D_P: how curved the loss is where the code's noise goes."""
+    directions = []
+    for number, noise_K in enumerate(signs(encoder.code_size, PROBES // 2, seed)):
+        directions += curvature.both_signs(encoder.decode(noise_K[None], number)[0])
+    inside = curvature.mean(directions)
+    negative = sum(value <= 0 for value in inside.values())
+    return {"D_P": {kind: abs(inside[kind] / steep[kind]) for kind in KINDS}, "negative": negative}
 
 
 # --- curvature -------------------------------------------------------------------------------------------
 
 
-def curvature(live: Live, adapter_D: Tensor) -> Vector:
-    """v -> Hv for the mean loss of held-out examples, by central differences."""
-    texts, local = [live.held_out[:HELD_OUT]], live.recipe.local
+class Curvature:
+    """d'Hd and d'Gd of the mean held-out loss at one adapter, by central differences."""
 
-    def downhill(at_D: Tensor) -> Tensor:
-        return cohort_updates(live.lora, at_D, texts, local, [0])[0].cpu()
+    def __init__(self, live: Live, adapter_D: Tensor) -> None:
+        self.lora, self.adapter_D = live.lora, adapter_D
+        self.examples, self.local = live.held_out[:HELD_OUT], replace(live.recipe.local, batch_size=HELD_OUT)
+        self.batch = collate([self.examples], live.lora.base.pad_id).to(live.lora.device)
+        self.chance_MV = self._logits(adapter_D).softmax(dim=1)
+        self.sign_D = torch.ones_like(adapter_D)
+        for segment in live.lora.layout.segments:
+            if is_lora_b(segment):
+                self.sign_D[segment.start : segment.stop] = -1
 
-    def product(vector_D: Tensor) -> Tensor:
-        step = STEP * float(adapter_D.norm()) / float(vector_D.norm())
-        return (downhill(adapter_D - step * vector_D) - downhill(adapter_D + step * vector_D)) / (2 * step)
+    def both_signs(self, direction_D: Tensor) -> list[Tensor]:
+        """The direction, and with the sign of LoRA's B turned: the mean of both forms is free of what A and B do to each other,
+        which has no part in a trace but most of its variance (at B = 0 all of the Hessian's)."""
+        return [direction_D, direction_D * self.sign_D]
 
-    return product
+    def mean(self, directions: Sequence[Tensor]) -> dict[str, float]:
+        """Kind of curvature -> mean of d'Cd; the Hessian's over the first directions only, for it needs gradients."""
+        hessian = mean(self._hessian(direction_D) for direction_D in directions[:HESSIAN_PROBES])
+        return dict(zip(KINDS, (hessian, mean(map(self._gauss_newton, directions))), strict=True))
+
+    def _ends(self, direction_D: Tensor) -> tuple[Tensor, Tensor, float]:
+        step = STEP * float(self.adapter_D.norm()) / float(direction_D.norm())
+        return self.adapter_D - step * direction_D, self.adapter_D + step * direction_D, 2 * step
+
+    def _hessian(self, direction_D: Tensor) -> float:
+        low_D, high_D, width = self._ends(direction_D)
+        return float(direction_D @ (self._downhill(low_D) - self._downhill(high_D))) / width
+
+    def _gauss_newton(self, direction_D: Tensor) -> float:
+        low_D, high_D, width = self._ends(direction_D)
+        change_MV = (self._logits(high_D) - self._logits(low_D)) / width
+        mean_M1 = (self.chance_MV * change_MV).sum(dim=1, keepdim=True)
+        return float((self.chance_MV * (change_MV - mean_M1).square()).sum(dim=1).mean())
+
+    def _downhill(self, at_D: Tensor) -> Tensor:
+        return cohort_updates(self.lora, at_D, [self.examples], self.local, [0])[0].cpu()
+
+    @torch.no_grad()
+    def _logits(self, at_D: Tensor) -> Tensor:
+        stack = {name: tensor[None] for name, tensor in self.lora.layout.unflatten(at_D.to(self.lora.device)).items()}
+        with self.lora.stacked(stack):
+            return self.lora.logits_before(self.batch.input_ids, self.batch.predicted).double().cpu()
 
 
 def signs(size: int, count: int, seed: int) -> list[Tensor]:
-    """Random vectors of +1 and -1: E[v v'] = I, with the least variance of v'Hv (Hutchinson 1990,
+    """Random vectors of +1 and -1: E[v v'] = I, with the least variance of v'Cv (Hutchinson 1990,
     https://doi.org/10.1080/03610919008812866)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1 for _ in range(count)]
@@ -181,20 +213,20 @@ def distortions(live: Live, state: ServerState, slot: int, seed: int) -> list[di
     assert public is not None
     prior = public.prior(live.lora.layout.segments, live.recipe.prior.rank)
     variance_D = eigenvalues(prior)
+    encoders = {ratio: KroneckerEncoder.build(prior, live.lora.layout.size // ratio) for ratio in RATIOS}
+    lost = dict.fromkeys(RATIOS, 0.0)
+    for number in range(DRAWS):
+        drawn_1D = prior.draw_row(seed, number)[None]
+        for ratio, encoder in encoders.items():
+            rest_1D = drawn_1D - encoder.decode(encoder.encode(drawn_1D, 0), 0)
+            lost[ratio] += float(rest_1D.double().square().sum()) / DRAWS
     rows = []
-    for ratio in RATIOS:
-        encoder = KroneckerEncoder.build(prior, live.lora.layout.size // ratio)
-        lost = total = 0.0
-        for number in range(DRAWS):
-            drawn_1D = prior.draw_row(seed, number)[None]
-            lost += float((drawn_1D - encoder.decode(encoder.encode(drawn_1D, 0), 0)).double().square().sum())
-            total += float(drawn_1D.double().square().sum())
+    for ratio, encoder in encoders.items():
         least = float(variance_D[encoder.code_size :].sum())
-        # A draw's own length is chance that both sides share: lost / total against least / energy.
+        closed = encoder.distortion / least - 1
         rows.append(
-            {"ratio": ratio, "measured": lost / DRAWS, "water_filling": least,
-             "error": (lost / total) / (least / float(variance_D.sum())) - 1}
-        )  # fmt: skip
+            {"ratio": ratio, "water_filling": least, "error": lost[ratio] / least - 1, "closed_form_error": closed}
+        )
     return rows
 
 

@@ -36,8 +36,9 @@ CLIP_STEPS = (-1,)  # clips tried at the best rate, with the rate the other way 
 BASE_CLIP = 1.0
 
 # Noise asks for smaller steps: a quadratic with the curvature of this many equal directions has its best rate at
-# 1 / (1 + directions / k*) of the noiseless one. The same factor for every arm, as a power of two, so that few tuning runs are enough.
-NOISY_DIRECTIONS = 300.0
+# 1 / (1 + directions / k*) of the noiseless one; 10 is what the Gauss-Newton matrix of a trained adapter has (--geometry). The same
+# factor for every arm, as a power of two, so that few tuning runs are enough.
+NOISY_DIRECTIONS = 10.0
 SMALLEST_SCALE = 2.0**-5
 
 
@@ -198,14 +199,18 @@ def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
             "evaluation.every": 0,
             "evaluation.progress_examples": 1,  # of the first row only, which nobody reads
             "evaluation.examples": scale.examples,
-            "evaluation.questions": scale.questions,
-            # Letters are what benchmarks ask for; other tasks teach something that they do not measure.
-            "evaluation.benchmarks": ["mmlu", "ceval"] if setting.task == "letters" else [],
+            # Benchmarks ask for letters; other tasks teach what they do not measure, and a report wants one question.
+            "evaluation.questions": scale.questions if asks_letters(setting) else 1,
             "speed.threads": 1,
             **ADAPTERS[setting.adapter],
             **privacy,
         }
     )
+
+
+def asks_letters(setting: Setting) -> bool:
+    """Whether the task teaches what the multiple-choice benchmarks ask, so that their accuracy says something."""
+    return setting.task == "letters"
 
 
 def noise_scale(k_star: float) -> float:

@@ -21,6 +21,7 @@ from drencoder.scores import Difference, paired_over_seeds
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # the code that has to be free where noise dominates
 REFERENCE, DEFAULT, STAND_IN = "dp-lora", "hybrid-auto", "hybrid-64"
+KIND, OTHER_KINDS = "gauss-newton", ("hessian",)  # curvatures: the one that is judged, and what else is shown
 FEW, MANY, EQUAL_BYTES_ARM = 8, 512, "hybrid-64"  # 512 codes of 1/64 are as many values as 8 whole updates
 
 
@@ -121,12 +122,13 @@ class Duel:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`good` of `of` cells; met if that is at least (strictly: more than) the share `needed`."""
+    """`good` of `of` cells; met if that is at least (strictly: more than) the share `needed`. `whole`: no cell is missing."""
 
     number: str
     claim: str
     good: int
     of: int
+    whole: bool
     needed: float = 1.0
     strictly: bool = False
 
@@ -139,7 +141,8 @@ class Verdict:
         if not self.of:
             return "not measured"
         share = self.good / self.of
-        return "met" if (share > self.needed if self.strictly else share >= self.needed) else "NOT met"
+        met = share > self.needed if self.strictly else share >= self.needed
+        return ("met" if met else "NOT met") + ("" if self.whole else " so far")
 
 
 Results = Mapping[Track, Result]
@@ -209,11 +212,18 @@ def against_comparators(results: Results) -> list[Duel]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """R of METHOD 2.6 for one duel: the geometric mean over seeds and stages, and of each stage alone."""
+    """R of METHOD 2.6 for one duel: `gains` by curvature and stage, each the geometric mean over seeds."""
 
     duel: Duel
-    gain: float
-    by_stage: Mapping[str, float]
+    gains: Mapping[tuple[str, str], float]
+
+    @property
+    def gain(self) -> float:
+        """The forecast that is judged: the geometric mean over stages, with the curvature that has no negative directions."""
+        return self.over_stages(KIND)
+
+    def over_stages(self, kind: str) -> float:
+        return math.exp(fmean(math.log(gain) for (other, _), gain in self.gains.items() if other == kind))
 
     def right(self, gain: float) -> bool:
         return (gain > 1) == self.duel.better
@@ -232,12 +242,12 @@ def forecasts(results: Results, geometry: Sequence[Row]) -> list[Forecast]:
         here = [row for row in geometry if (row["task"], row["adapter"]) == (setting.task, setting.adapter)]
         if not here or duel.ours.failed or not math.isfinite(duel.ours.k_star):
             continue
-        logs = {
-            stage: [math.log(gain(row, duel.ours)) for row in here if row["stage"] == stage] for stage in stages(here)
-        }
-        whole = [value for values in logs.values() for value in values]
-        by_stage = {stage: math.exp(fmean(values)) for stage, values in logs.items()}
-        found.append(Forecast(duel, math.exp(fmean(whole)), by_stage))
+        gains = {}
+        for kind in (KIND, *OTHER_KINDS):
+            for stage in stages(here):
+                logs = [math.log(gain(row, duel.ours, kind)) for row in here if row["stage"] == stage]
+                gains[kind, stage] = math.exp(fmean(logs))
+        found.append(Forecast(duel, gains))
     return found
 
 
@@ -250,20 +260,20 @@ def measured_k_star(row: Row, result: Result) -> float:
     return result.k_star * row["alignment"] / 0.5
 
 
-def gain(row: Row, result: Result) -> float:
+def gain(row: Row, result: Result, kind: str) -> float:
     """R = rho^2 (1 + D/k*) / (rho + rho' D_P/k*), with the code's measures at its own ratio."""
     k_star = measured_k_star(row, result)
-    rho, rho_client, inside = (at_ratio(row, key, result.ratio) for key in ("rho", "rho_client", "D_P"))
-    return rho**2 * (1 + row["D"] / k_star) / (rho + rho_client * inside / k_star)
+    rho, rho_client, inside = (at_ratio(row, key, kind, result.ratio) for key in ("rho", "rho_client", "D_P"))
+    return rho**2 * (1 + row["D"][kind] / k_star) / (rho + rho_client * inside / k_star)
 
 
-def at_ratio(row: Row, key: str, ratio: float, encoder: str = "hybrid") -> float:
-    """A code's measure between the ratios that were measured: straight lines in the logarithms; everything at ratio 1."""
-    measured = {code["ratio"]: code[key] for code in row["codes"] if code["encoder"] == encoder}
-    whole = row["D"] if key == "D_P" else 1.0
-    places = [1.0, *RATIOS]
-    values = [whole, *(measured[one] for one in RATIOS)]
-    return math.exp(float(np.interp(math.log(ratio), np.log(places), np.log(np.maximum(values, 1e-30)))))
+def at_ratio(row: Row, key: str, kind: str, ratio: float) -> float:
+    """A measure of hybrid between the ratios that were measured: straight lines in the logarithms; everything at ratio 1."""
+    values = [row["D"][kind] if key == "D_P" else 1.0]
+    for measured in RATIOS:
+        code = next(one for one in row["codes"] if (one["encoder"], one["ratio"]) == ("hybrid", measured))
+        values.append(code["D_P"][kind] if key == "D_P" else code[key])
+    return math.exp(float(np.interp(math.log(ratio), np.log([1.0, *RATIOS]), np.log(np.maximum(values, 1e-30)))))
 
 
 # --- verdicts --------------------------------------------------------------------------------------------
@@ -277,24 +287,34 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
     known = forecasts(results, geometry)
     errors = [abs(row["error"]) for place in geometry for row in place["distortion"]]
 
-    def count(items: Sequence[Any], test: Callable[[Any], bool]) -> tuple[int, int]:
-        return sum(map(test, items)), len(items)
+    def count(items: Sequence[Any], test: Callable[[Any], bool], whole: bool) -> tuple[int, int, bool]:
+        return sum(map(test, items)), len(items), whole
 
+    all_main, all_ours = _finished(results, [arm, REFERENCE]), _finished(results, [*OURS, REFERENCE])
+    all_equal, all_others = _finished(results, [EQUAL_BYTES_ARM, REFERENCE]), _finished(results, [*OURS, *COMPARATORS])
+    places = {(row["task"], row["adapter"]) for row in geometry}
+    all_places = len(places) == len(grid.TASKS) * len(grid.ADAPTERS)
     return [
         Verdict("1a", f"{arm}: held-out loss no worse than tuned DP-LoRA, 1 % margin on the mean over seeds",
-                *count(main, lambda duel: duel.no_worse)),
+                *count(main, lambda duel: duel.no_worse, all_main)),
         Verdict("1b", "the same with the whole 95 % interval within the margin (stricter than asked)",
-                *count(main, lambda duel: duel.surely_no_worse)),
+                *count(main, lambda duel: duel.surely_no_worse, all_main)),
         Verdict("1c", f"{arm}: at 1/64 of DP-LoRA's values or fewer where noise dominates (k* < D/64)",
-                *count(noisy, lambda duel: duel.ours.ratio >= FREE_RATIO)),
+                *count(noisy, lambda duel: duel.ours.ratio >= FREE_RATIO, all_main)),
         Verdict("2", f"equal bytes: {EQUAL_BYTES_ARM} with n = {MANY} better than DP-LoRA with n = {FEW}",
-                *count(equal, lambda duel: duel.better)),
+                *count(equal, lambda duel: duel.better, all_equal)),
         Verdict("3", f"equal clients: {arm} better than tuned DP-LoRA in half of the cells where noise dominates",
-                *count(noisy, lambda duel: duel.better), needed=0.5),
+                *count(noisy, lambda duel: duel.better, all_main), needed=0.5),
         Verdict("4", "better than each comparator with no more values, in most cells",
-                *count(others, lambda duel: duel.better), needed=0.5, strictly=True),
+                *count(others, lambda duel: duel.better, all_others), needed=0.5, strictly=True),
         Verdict("5", "R of METHOD 2.6 names the winner in 80 % of the cells",
-                *count(known, lambda one: one.right(one.gain)), needed=0.8),
+                *count(known, lambda one: one.right(one.gain), all_ours and all_places), needed=0.8),
         Verdict("6", "distortion of kronecker on its own prior within 1 % of the water-filling value",
-                *count(errors, lambda error: error <= 0.01)),
+                *count(errors, lambda error: error <= 0.01, all_places)),
     ]  # fmt: skip
+
+
+def _finished(results: Results, arms: Sequence[str]) -> bool:
+    """Whether every track that the study declares for these arms is there; arms of knobs yet to come are not waited for."""
+    wanted = [track for track in grid.tracks({}) if track.arm in arms and grid.available(grid.ARMS[track.arm])]
+    return all(track in results for track in wanted)

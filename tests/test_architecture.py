@@ -42,8 +42,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "training",
     ),
     (
-        "prior",
         "structured",
+        "prior",
         "encoders.contract",
         "encoders.wire",
         "encoders.gate",

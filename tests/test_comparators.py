@@ -92,6 +92,8 @@ def test_the_mask_is_the_largest_mean_squares_of_updates_at_norm_1() -> None:
         encoder = SubsetEncoder.top(PublicUpdates(update_ND, "two texts"), segments, size)
         assert encoder.index_K.tolist() == index
     assert encoder.describe()["provenance"] == "public: two texts (2 updates)"
+    assert encoder.describe()["basis_bytes"] == 4 * 5
+    assert "basis_bytes" not in SubsetEncoder.lora_b(LORA).describe()  # every client knows where B is
     loud = update_ND * torch.tensor([[1.0], [1e6]])
     assert SubsetEncoder.top(PublicUpdates(loud, "two texts"), segments, 2).index_K.tolist() == [4, 7]
 

@@ -57,7 +57,7 @@ def test_what_says_nothing_new_is_left_out() -> None:
 @pytest.mark.parametrize("weight", [1.0, 2.5])
 def test_what_lies_in_head_and_directions_is_carried_exactly(weight: float) -> None:
     encoder = hybrid(rows(2, 1), weight)
-    inside_ND = HEAD.decode(some_codes(HEAD, 3), 0) + torch.randn(3, 2) @ encoder.direction_JD
+    inside_ND = HEAD.decode(some_codes(HEAD, 3), 0) + rows(3, 2)[:, :2] @ encoder.direction_JD
     code_NK = encoder.encode(inside_ND, 5)
     assert code_NK[:, HEAD_SIZE + 2 :].abs().max() < 1e-4  # nothing is left for the sketch
     assert torch.allclose(encoder.decode(code_NK, 5), inside_ND, atol=1e-4)

@@ -16,12 +16,11 @@ from drencoder.encoders.autoencoder import AutoencoderOptions, StepCallback
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.registry import EncoderRequest, build_encoder
-from drencoder.encoders.sizes import code_size
 from drencoder.engines.local import LocalEngine
 from drencoder.evaluation import question_examples
 from drencoder.examples import Example, make_examples
 from drencoder.model import BaseModel, LoraModel, load_base, resolve_device
-from drencoder.overview import Overview, survey
+from drencoder.overview import Overview, planned_code_size, survey
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.rng import derive_seed
@@ -96,7 +95,7 @@ class Live:
 
         Other text in every slot, the same whenever that slot is computed again.
         """
-        if self.texts.public is None or not self.recipe.encoder.needs_public:
+        if self.texts.public is None or not self.recipe.encoder.takes_public:
             return None
         prior, size = self.recipe.prior, self.recipe.data.examples_per_client
         groups = self.texts.public_clients(prior.public_clients, size, derive_seed(self.recipe.seed, "public", slot))
@@ -134,10 +133,9 @@ class Live:
         and the released momentum), or restored from saved tensors."""
         wanted, layout = self.recipe.encoder, self.lora.layout
         matrices = [(pair.B.shape[0], pair.A.shape[1]) for pair in layout.pairs(self.lora.initial_D)]
-        rank = self.recipe.adapter.rank
         request = EncoderRequest(
             layout.segments,
-            code_size(wanted.name, layout.size, wanted.ratio, wanted.architecture, matrices=matrices, rank=rank),
+            planned_code_size(self.recipe, self.overview.privacy, matrices),
             prior,
             derive_seed(self.recipe.seed, "encoder"),
             wanted.floor,

@@ -135,6 +135,11 @@ class Encoder(Checked):
         "the encoder",
         choices=("identity", "random", "autoencoder", "kronecker", "hybrid", "ffa", "top-k", "core", "power"),
     )
+    size: str = knob(
+        "ratio",
+        "ratio: as `ratio` says; auto: from the privacy plan, by how many coordinates its noise lets a round learn (k*)",
+        choices=("ratio", "auto"),
+    )
     ratio: float = knob(64.0, "adapter values per code value (not for `identity`, `ffa` and `core`)", low=1)
     explore: float = knob(
         0.25, "hybrid, power: share of the code that looks at fresh random directions", low=0, below=1
@@ -163,6 +168,11 @@ class Encoder(Checked):
     def needs_public(self) -> bool:
         """Whether it is made from updates of public text."""
         return self.name in ("kronecker", "hybrid", "top-k", "core")
+
+    @property
+    def takes_public(self) -> bool:
+        """Whether it is made from public text where the recipe names some: the auto-encoder can be trained on either prior."""
+        return self.needs_public or self.name == "autoencoder"
 
     @property
     def refreshed(self) -> bool:
@@ -235,7 +245,9 @@ class Privacy(Checked):
         "value of each message tells",
         choices=("fixed", "adaptive"),
     )
-    clip_quantile: float = knob(0.5, "adaptive: share of the codes that should be shorter than the clip", above=0, below=1)
+    clip_quantile: float = knob(
+        0.5, "adaptive: share of the codes that should be shorter than the clip", above=0, below=1
+    )
     clip_rate: float = knob(0.3, "adaptive: geometric step of the clip in a round", above=0)
     participation_cap: int = knob(1, "releases of one client at most, stage 1 included (local trust)", low=1)
     noise: str = knob(

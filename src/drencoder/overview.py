@@ -3,6 +3,7 @@
 Legend: D adapter values, K code values.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from drencoder.config import Recipe
 from drencoder.encoders.sizes import (
     adapted_matrices,
+    auto_ratio,
     code_size,
     known_matrices,
     message_bytes,
@@ -20,7 +22,7 @@ from drencoder.encoders.sizes import (
 from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 
-__all__ = ["Overview", "privacy_plan", "survey"]
+__all__ = ["Overview", "planned_code_size", "privacy_plan", "survey"]
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,8 @@ def survey(recipe: Recipe) -> Overview:
         return Overview(plan, None, None, None, None, None, None)
     size = recipe.adapter.rank * sum(sum(shape) for shape in matrices)
     encoder, prior = recipe.encoder, recipe.prior
-    rank = recipe.adapter.rank
-    code = code_size(encoder.name, size, encoder.ratio, encoder.architecture, matrices=matrices, rank=rank)
-    message = message_bytes(code, encoder.wire_dtype)
+    code = planned_code_size(recipe, plan, matrices)
+    message = message_bytes(code + (recipe.privacy.clip == "adaptive"), encoder.wire_dtype)
     uploads = plan.expected_cohort * recipe.federation.rounds
     epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
     asked = stage1_values(prior.source, size, len(matrices), epochs)
@@ -140,6 +141,14 @@ def survey(recipe: Recipe) -> Overview:
         total_bytes=round(uploads * message) + stage1,
         plain_lora_bytes=plain_lora_bytes(uploads, size, encoder.wire_dtype),
     )
+
+
+def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequence[int]]) -> int:
+    """K of the recipe's encoder under this plan, for adapted matrices of these shapes (out, in)."""
+    encoder, rank = recipe.encoder, recipe.adapter.rank
+    size = rank * sum(sum(shape) for shape in matrices)
+    ratio = auto_ratio(size, plan.k_star()) if encoder.size == "auto" else encoder.ratio
+    return code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
 
 
 def _adapted(recipe: Recipe) -> list[list[int]] | None:

@@ -28,8 +28,9 @@ from torch import Tensor
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
 from drencoder.rng import derive_seed
+from drencoder.structured import MatrixNormalPrior
 
-__all__ = ["GaussianPrior", "MomentQuery", "SyntheticGradients", "moment_statistics"]
+__all__ = ["GaussianPrior", "MomentQuery", "SyntheticGradients", "moment_statistics", "sample_structured"]
 
 # A segment's standard deviation is at least this share of the adapter's root mean square. LoRA's A has no
 # gradient while B is zero, and noise can push a small second moment below zero; neither may make a
@@ -282,6 +283,13 @@ class GaussianPrior:
         except (TypeError, ValueError) as error:
             raise EncoderError(f"the saved prior's moments are no table of numbers ({error}); refit it") from None
         return cls(segments, mean_ES, std_ES)
+
+
+def sample_structured(prior: MatrixNormalPrior, count: int, seed: int) -> SyntheticGradients:
+    """`count` gradients of a structured prior, drawn row by row when used: any encoder can be trained on them."""
+    return SyntheticGradients(
+        prior.segments, count, prior.energy_S, lambda index: prior.draw_row(seed, index), token=_ONLY_PRIORS
+    )
 
 
 def _fit_epoch(stats_V: Tensor, segments: tuple[Segment, ...], noise_std: float) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,8 @@ def refreshed(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[P
     if not live.recipe.encoder.refreshed or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
         return now, encoder
     public = live.public_updates(now.state.adapter_D, slot)
-    encoder = live.encoder(now.prior, public=public, momentum_D=now.state.first_D)
+    # Without stage 1's moments: they are of the start, where LoRA's A has no gradient.
+    encoder = live.encoder(None, public=public, momentum_D=now.state.first_D)
     return replace(now, encoder_state=encoder.state()), encoder
 
 

@@ -33,7 +33,17 @@ from drencoder.data.subjects import (
 from drencoder.data.template import LETTERS, render
 from drencoder.data.world_facts import TOWNS
 
-__all__ = ["BENCHMARKS", "SUBJECTS", "TASKS", "Question", "Subject", "World", "instruction_of", "prompt_of", "record_of"]
+__all__ = [
+    "BENCHMARKS",
+    "SUBJECTS",
+    "TASKS",
+    "Question",
+    "Subject",
+    "World",
+    "instruction_of",
+    "prompt_of",
+    "record_of",
+]
 
 TASKS = ("letters", "next", "facts")
 """What clients' records teach: see `record_of`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -19,9 +20,9 @@ from drencoder.encoders.sketch import RandomSketch
 from drencoder.encoders.subset import SubsetEncoder, is_lora_b
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
-from drencoder.prior import GaussianPrior
+from drencoder.prior import GaussianPrior, SyntheticGradients, sample_structured
 from drencoder.rng import derive_seed
-from drencoder.structured import PublicUpdates, matrix_shape
+from drencoder.structured import MatrixNormalPrior, PublicUpdates, matrix_shape
 
 __all__ = ["ENCODERS", "EncoderRequest", "build_encoder"]
 
@@ -84,12 +85,17 @@ def _autoencoder(request: EncoderRequest, state: State) -> Encoder:
         return Autoencoder.fit_non_private(
             request.segments, real, validation, seed=request.seed, options=options, on_step=request.on_step
         )
-    if request.prior is None:
+    draw: Callable[[int, int], SyntheticGradients]
+    if request.public is not None:
+        draw = partial(sample_structured, _structured(request, "autoencoder"))
+    elif request.prior is not None:
+        draw = request.prior.sample
+    else:
         raise EncoderError("the autoencoder is trained on synthetic gradients and needs a prior; run stage 1")
     return Autoencoder.fit(
         request.segments,
-        request.prior.sample(options.samples, derive_seed(request.seed, "autoencoder-train")),
-        request.prior.sample(options.validation, derive_seed(request.seed, "autoencoder-validation")),
+        draw(options.samples, derive_seed(request.seed, "autoencoder-train")),
+        draw(options.validation, derive_seed(request.seed, "autoencoder-validation")),
         seed=request.seed,
         options=options,
         on_step=request.on_step,
@@ -102,6 +108,12 @@ def _code_size(request: EncoderRequest, name: str) -> int:
     return request.code_size
 
 
+def _structured(request: EncoderRequest, name: str) -> MatrixNormalPrior:
+    """The structured prior: directions of public text, and the tensors' energies of the clients' moments where those are known."""
+    prior = _public(request, name).prior(request.segments, request.rank)
+    return prior if request.prior is None else prior.with_energies(request.prior.energy_S)
+
+
 def _public(request: EncoderRequest, name: str) -> PublicUpdates:
     if request.public is None:
         raise EncoderError(f"the {name} encoder is made from updates of public text; set prior.public")
@@ -111,15 +123,14 @@ def _public(request: EncoderRequest, name: str) -> PublicUpdates:
 def _kronecker(request: EncoderRequest, state: State) -> Encoder:
     if state:
         return KroneckerEncoder.from_state(request.segments, state)
-    prior = _public(request, "kronecker").prior(request.segments, request.rank)
-    return KroneckerEncoder.build(prior, _code_size(request, "kronecker"))
+    return KroneckerEncoder.build(_structured(request, "kronecker"), _code_size(request, "kronecker"))
 
 
 def _hybrid(request: EncoderRequest, state: State) -> Encoder:
     if state:
         return HybridEncoder.from_state(request.segments, state)
     segments, size = request.segments, _code_size(request, "hybrid")
-    prior = _public(request, "hybrid").prior(segments, request.rank)
+    prior = _structured(request, "hybrid")
     random = min(size - 1, round(request.explore * size))
     history_JD = _history(request)[: size - 1 - random]
     head = KroneckerEncoder.build(prior, size - random - len(history_JD))

@@ -19,6 +19,7 @@ __all__ = [
     "CELL",
     "HEADER_BYTES",
     "adapted_matrices",
+    "auto_ratio",
     "bytes_text",
     "code_shape",
     "code_size",
@@ -91,6 +92,16 @@ def code_shape(architecture: str, update_size: int) -> tuple[int, ...]:
     if architecture in _IMAGE_CODE:
         return _IMAGE_CODE[architecture], *(side // CELL for side in sides)
     return _SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL
+
+
+def auto_ratio(update_size: int, k_star: float) -> float:
+    """D / K of the code that a plan can use: 64 where noise dominates (k* < D / 64), 16 where it does not.
+
+    With k* far below K all that more values bring is noise; with k* far above it the code is what limits the run. The
+    two steps are measured (docs/log.md), not derived: at a k* of 2 to 130 a code of D / 16 ended at a higher loss than D / 64,
+    D / 256 at the same or a higher one; without noise D / 64 stops short of what D / 16 reaches.
+    """
+    return 64.0 if k_star < update_size / 64 else 16.0
 
 
 def code_size(

@@ -133,8 +133,8 @@ class SubsetEncoder:
 
     def describe(self) -> dict[str, Fact]:
         facts: dict[str, Fact] = {"fingerprint": self.fingerprint}
-        if self.provenance:
-            facts["provenance"] = self.provenance
+        if self.provenance:  # places that public text chose go down to every client, four bytes each
+            facts |= {"provenance": self.provenance, "basis_bytes": 4 * self.code_size}
         return common_facts(self, public=True, memory_bytes=12 * self.code_size) | facts
 
     def state(self) -> dict[str, Tensor]:

@@ -1,0 +1,378 @@
+"""The results page of the utility study: verdicts, tables, plots and a compact JSON, from the lines of its cells alone. No torch."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import utility_grid as grid
+import utility_plots as plots
+import utility_verdicts as judge
+from utility_cells import Row, read_cells, read_study, replace_text
+from utility_grid import ARMS, PARTS, Scale, Setting
+from utility_verdicts import Duel, Forecast, Result, Results, Verdict
+
+from drencoder.encoders.sizes import bytes_text
+
+NAME = "utility"
+Line = Sequence[str]
+
+
+def write_page(folder: Path, results_folder: Path, seeds: Sequence[int]) -> None:
+    """Writes utility.md, utility.json and the plots; says what it wrote."""
+    results, failures = judge.load_results(folder, seeds)
+    if not results:
+        raise SystemExit(f"{folder} has no finished track yet: run the study first.")
+    geometry = judge.load_geometry(folder)
+    results_folder.mkdir(parents=True, exist_ok=True)
+    found = judge.verdicts(results, geometry)
+    pictures = _pictures(results, geometry, results_folder)
+    parts = [
+        _opening(folder, seeds, results, failures),
+        _verdict_part(found, results),
+        *(f"![{words}]({path.name})" for words, path in pictures),
+        _no_loss_part(results),
+        _equal_part(results),
+        _comparator_part(results),
+        _formula_part(results, geometry),
+        _geometry_part(geometry),
+        *_loss_parts(results),
+        _failure_part(failures),
+    ]
+    replace_text(results_folder / f"{NAME}.md", "\n\n".join(part for part in parts if part) + "\n")
+    whole = _compact(folder, results, failures, geometry, found, seeds)
+    replace_text(results_folder / f"{NAME}.json", json.dumps(whole, separators=(",", ":"), allow_nan=False) + "\n")
+    for verdict in found:
+        print(f"{verdict.number:3s} {verdict.word:12s} {verdict.count:10s} {verdict.claim}")
+    print(f"{len(results)} finished tracks -> {results_folder / NAME}.md")
+
+
+def _pictures(results: Results, geometry: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
+    """(what it shows, file) of every figure for which there are lines."""
+    main = [duel for duel in judge.duels(results, [judge.default_arm(results)]) if not duel.ours.failed]
+    made: list[tuple[str, Path | None]] = [
+        ("Loss against bytes", plots.loss_against_bytes(results, folder / f"{NAME}-loss-against-bytes.png")),
+        (
+            "Forecast against outcome",
+            plots.forecast_against_outcome(judge.forecasts(results, geometry), folder / f"{NAME}-forecast.png"),
+        ),
+    ]
+    if main:
+        made.insert(0, ("Loss per setting", plots.dumbbells(main, results, folder / f"{NAME}-loss.png")))
+    return [(words, path) for words, path in made if path is not None]
+
+
+# --- parts of the page -----------------------------------------------------------------------------------
+
+
+def _opening(folder: Path, seeds: Sequence[int], results: Results, failures: Sequence[Row]) -> str:
+    study, rows = read_study(folder), read_cells(folder)
+    scale, machine = Scale(**study["scale"]), study["machine"]
+    hours = sum(row["seconds"] for row in rows.values()) / 3600
+    versions = ", ".join(sorted({row["version"] for row in rows.values()}))
+    planned = sum(grid.available(ARMS[track.arm]) for track in grid.tracks({}))
+    edges = sum(result.edge for result in results.values())
+    runs = grid.RATE_RUNS + len(grid.CLIP_STEPS)
+    where = [[arm.name, _where(arm), f"{arm.first_rate:g}", arm.reason] for arm in ARMS.values()]
+    return f"""# Encoded and private against tuned DP-LoRA
+
+Does an encoded, differentially private federated run lose anything against DP-LoRA that sends whole updates? Made by
+
+```
+python benchmarks/utility.py --out DIR
+python benchmarks/utility.py --out DIR --geometry
+python benchmarks/utility.py --out DIR --page
+```
+
+on {machine["cores"]} CPU cores ({machine["processor"]}, PyTorch {machine["torch"]}, drencoder {versions}): {len(rows):,} runs, {hours:.1f} hours of one
+core. **{len(results)} of {planned} tracks are finished** and stand here; a track is a method in a setting. {len(failures)} runs failed.
+
+A setting is a trust model, a task of the embedded world, an adapter (small: rank 8 on q, k, v, o, {grid.ADAPTER_SIZES["small"]:,} values; large:
+rank 32 on those and the MLP's three, {grid.ADAPTER_SIZES["large"]:,}), an expected cohort n and an ε (δ = 1e-5, add/remove). Under central trust
+{grid.POPULATIONS["central"]:,} clients exist and a trusted server adds the noise; under local trust {grid.POPULATIONS["local"]:,}, of whom each answers once and adds its own.
+{scale.rounds} rounds, {scale.examples_per_client} records per client, mean gradients, FedAvgM, {scale.examples} held-out records, {scale.questions} questions per benchmark (task letters only: the
+other tasks teach what the benchmarks do not ask). Every cell is one whole run with its ledger and certificate.
+
+**Tuning.** Every track has {runs} runs on seed {grid.TUNING_SEED}: {grid.RATE_RUNS} learning rates, a factor of {grid.RATE_FACTOR:g} apart, climbing from the method's first guess;
+then, at the best, the clip times {", ".join(f"{grid.CLIP_FACTOR**step:g}" for step in grid.CLIP_STEPS)} with the rate the other way. First guesses are from exploratory runs on other seeds. Judged on seeds
+{", ".join(map(str, seeds))}, which no rate was tuned on: the same clients, start and held-out records for all methods, other cohorts and noise. In {edges} of {len(results)}
+tracks the best rate was the smallest or largest tried (marked e below).
+
+Held-out loss is nats per token, lower is better; the base model is sure of something else and its loss is high, so that noise alone
+can lower it: read it beside the accuracy. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{judge.FREE_RATIO}.
+
+{_table(["method", "runs in", "first rate", "why there"], where)}"""
+
+
+def _where(arm: grid.Arm) -> str:
+    cohorts = "all n" if arm.cohorts == grid.COHORTS else f"n {', '.join(map(str, arm.cohorts))}"
+    adapters = "both adapters" if len(arm.adapters) == len(grid.ADAPTERS) else f"{arm.adapters[0]} adapter"
+    return f"{' and '.join(arm.trusts)}; {cohorts}; {adapters}"
+
+
+def _verdict_part(found: Sequence[Verdict], results: Results) -> str:
+    arm = judge.default_arm(results)
+    note = "" if arm == judge.DEFAULT else f"\n\n{judge.DEFAULT} has no finished track, so {arm} stands in for it."
+    rows = [[one.number, one.claim, one.count, f"**{one.word}**"] for one in found]
+    return f"## The finish line\n\n{_table(['', 'claim', 'cells', 'verdict'], rows)}{note}"
+
+
+def _no_loss_part(results: Results) -> str:
+    found = judge.duels(results, [judge.default_arm(results)])
+    if not found:
+        return ""
+    rows = []
+    for duel in found:
+        fewer = f"{duel.ours.ratio:.0f}"
+        word = "better" if duel.better else "within 1 %" if duel.no_worse else "**worse**"
+        rows.append([*_duel_cells(duel), f"1/{fewer}", word])
+    head = [*_duel_head(judge.default_arm(results), judge.REFERENCE), "values sent", "verdict"]
+    return f"## No loss, and equal clients (1, 3)\n\n{_spread(found)}\n\n{_table(head, rows)}"
+
+
+def _equal_part(results: Results) -> str:
+    found = judge.equal_bytes(results)
+    if not found:
+        return ""
+    rows = []
+    for duel in found:
+        sent = [bytes_text(result.first("bytes_up") or 0) for result in (duel.ours, duel.theirs)]
+        rows.append([*_duel_cells(duel), " / ".join(sent), "better" if duel.better else "**worse**"])
+    head = [*_duel_head(f"{judge.EQUAL_BYTES_ARM}, n {judge.MANY}", f"DP-LoRA, n {judge.FEW}"), "bytes up, ours / theirs", "verdict"]  # fmt: skip
+    return (
+        f"## Equal bytes (2)\n\nBytes are of all rounds, headers included.\n\n{_spread(found)}\n\n{_table(head, rows)}"
+    )
+
+
+def _comparator_part(results: Results) -> str:
+    found = judge.against_comparators(results)
+    extra = judge.duels(results, PARTS, judge.STAND_IN)
+    if not found and not extra:
+        return ""
+    rows = []
+    for duel in found:
+        sizes = f"{duel.ours.code_size:,} / {duel.theirs.code_size:,}"
+        word = "better" if duel.better else "**worse**"
+        rows.append([duel.theirs.track.arm, duel.ours.track.arm, *_duel_cells(duel), sizes, word])
+    head = ["comparator", "ours", *_duel_head("ours", "theirs"), "values, ours / theirs", "verdict"]
+    parts = [
+        "## Comparators (4)",
+        "Each against the largest of our codes that is no larger than its own.",
+        _table(head, rows),
+    ]
+    if extra:
+        lines = [[duel.ours.track.arm, *_duel_cells(duel)] for duel in extra]
+        parts += [
+            f"The parts of hybrid alone, against {judge.STAND_IN} (not counted as comparators; below zero: the part is better):",
+            _table(["part", *_duel_head("part", judge.STAND_IN)], lines),
+        ]
+    return "\n\n".join(parts)
+
+
+def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
+    found = judge.forecasts(results, geometry)
+    if not found:
+        return ""
+    stages, clear = judge.stages(geometry), [one for one in found if one.duel.clear]
+    said = [
+        f"The geometric mean of R over stages and seeds is right in {_right(found, lambda one: one.gain)}, and in "
+        f"{_right(clear, lambda one: one.gain)} of those whose 95 % interval leaves zero out."
+    ]
+    for kind, stage in found[0].gains:
+        said.append(f"{kind}, `{stage}` alone: {_right(found, lambda one, k=kind, s=stage: one.gains[k, s])}.")
+    for kind in judge.OTHER_KINDS:
+        said.append(f"{kind}, both stages: {_right(found, lambda one, k=kind: one.over_stages(k))}.")
+    said.append(f"Always naming DP-LoRA would be right in {sum(not one.duel.better for one in found)} of {len(found)}.")
+    rows = []
+    for one in found:
+        result, gains = one.duel.ours, [*(one.gains[judge.KIND, stage] for stage in stages), one.gain]
+        k_star, word = _mean_k_star(result, geometry), "yes" if one.right(one.gain) else "**no**"
+        cells = [plots.name(one.duel), result.track.arm, _number(k_star), *(f"{gain:.2f}" for gain in gains)]
+        rows.append([*cells, f"{one.duel.relative:+.1%}", word])
+    head = ["setting", "code", "k* measured", *(f"R, {stage}" for stage in stages), "R", "Δ loss / loss", "right"]
+    words = (
+        "R = ρ²(1 + D/k*) / (ρ + ρ' D_P/k*): above 1, the code should win. D and D_P are of the Gauss-Newton matrix; measures "
+        "between the three ratios are interpolated, and below 1/256 they are those of 1/256."
+    )
+    return "\n\n".join(["## The formula (5)", words, " ".join(said), _table(head, rows)])
+
+
+def _right(found: Sequence[Forecast], gain_of: Any) -> str:
+    return f"{sum(one.right(gain_of(one)) for one in found)} of {len(found)}"
+
+
+def _mean_k_star(result: Result, geometry: Sequence[Row]) -> float:
+    setting = result.track.setting
+    here = [row for row in geometry if (row["task"], row["adapter"]) == (setting.task, setting.adapter)]
+    return fmean(judge.measured_k_star(row, result) for row in here)
+
+
+def _geometry_part(geometry: Sequence[Row]) -> str:
+    if not geometry:
+        return ""
+    kinds, rows = (judge.KIND, *judge.OTHER_KINDS), []
+    for task, adapter, stage in dict.fromkeys((row["task"], row["adapter"], row["stage"]) for row in geometry):
+        here = [row for row in geometry if (row["task"], row["adapter"], row["stage"]) == (task, adapter, stage)]
+        facts = [_number(fmean(row[key] for row in here)) for key in ("alignment", "agreement")]
+        facts.append(" / ".join(_number(fmean(row["D"][kind] for row in here)) for kind in kinds))
+        for place, code in enumerate(here[0]["codes"]):
+            measured = [row["codes"][place] for row in here]
+            values = [_number(fmean(one[key] for one in measured)) for key in ("rho", "rho_client")]
+            values.append(" / ".join(_number(fmean(one["D_P"][kind] for one in measured)) for kind in kinds))
+            negative = sum(row["negative"] for row in here) + sum(one["negative"] for one in measured)
+            rows.append([task, adapter, stage, *facts, f"{code['encoder']} 1/{code['ratio']}", *values, str(negative)])
+    head = ["task", "adapter", "at", "a", "cos(client, mean)", "D", "code", "ρ", "ρ'", "D_P", "negative"]
+    errors = []
+    for ratio in dict.fromkeys(place["ratio"] for row in geometry for place in row["distortion"]):
+        places = [place for row in geometry for place in row["distortion"] if place["ratio"] == ratio]
+        largest = [f"{max(abs(place[key]) for place in places):.2%}" for key in ("error", "closed_form_error")]
+        errors.append([f"1/{ratio}", *largest, str(len(places))])
+    return "\n\n".join(
+        [
+            "## Geometry, and distortion of the closed form (5, 6)",
+            "a: |mean of clipped updates|² / C². Means over seeds. D and D_P: Gauss-Newton / Hessian, by random probes and central differences on "
+            "64 held-out records. Where a Hessian's value came out negative its absolute value was taken (last column: how often).",
+            _table(head, rows),
+            "What is lost of 1,024 gradients drawn from the prior, encoded and decoded, against the sum of the eigenvalues left out; and what the "
+            "encoder itself states, against the same sum. Largest deviation over tasks, adapters, stages and seeds:",
+            _table(["code", "measured", "stated", "measurements"], errors),
+        ]
+    )
+
+
+def _loss_parts(results: Results) -> list[str]:
+    """Every finished track: one table per trust, task and adapter."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for track, result in results.items():
+        setting = track.setting
+        groups.setdefault((setting.trust, setting.task, setting.adapter), []).append(result)
+    head = ["n", "ε", "k*", "method", "loss", "per seed", "mmlu", "ceval", "values", "bytes up", "rate", "clip"]
+    parts = []
+    for (trust, task, adapter), found in sorted(groups.items()):
+        rows: list[Line] = [
+            _model_line(found, words, key) for words, key in (("base model", "base"), ("zero update", "zero"))
+        ]
+        rows += [_result_line(result) for result in sorted(found, key=_by_setting)]
+        parts.append(f"## All losses: {trust}, {task}, {adapter}\n\n{_table(head, rows)}")
+    return parts
+
+
+def _by_setting(result: Result) -> tuple[Any, ...]:
+    setting = result.track.setting
+    return setting.cohort, setting.epsilon or 0.0, list(ARMS).index(result.track.arm)
+
+
+def _model_line(found: Sequence[Result], words: str, key: str) -> Line:
+    rows = next((result.rows for result in found if not result.failed), ())
+    losses = [row[key]["loss"] for row in rows]
+    return ["-", "-", "-", words, *_losses(losses), *_accuracies([row[key] for row in rows]), "-", "-", "-", "-"]
+
+
+def _result_line(result: Result) -> Line:
+    setting = result.track.setting
+    epsilon = "none" if setting.epsilon is None else f"{setting.epsilon:g}"
+    noisy = "*" if result.noisy else ""
+    sent = result.first("bytes_up")
+    facts = [str(setting.cohort), epsilon, f"{_number(result.k_star)}{noisy}", result.track.arm]
+    rate = f"{result.first('rate'):.3g}{' e' if result.edge else ''}"
+    size = "-" if result.code_size is None else f"{result.code_size:,}"
+    up = "-" if sent is None else bytes_text(sent)
+    return [*facts, *_losses(result.losses), *_accuracies(result.rows), size, up, rate, f"{result.first('clip'):g}"]
+
+
+def _failure_part(failures: Sequence[Row]) -> str:
+    if not failures:
+        return ""
+    rows = [[row["key"], row["error"]] for row in failures]
+    return f"## Runs that failed\n\n{_table(['cell', 'why'], rows)}"
+
+
+# --- small parts -----------------------------------------------------------------------------------------
+
+
+def _duel_head(ours: str, theirs: str) -> list[str]:
+    sides = [ours, "its seeds", theirs, "its seeds"]
+    return ["setting (*: noise dominates)", "k*", "base model", "zero update", *sides, "Δ [95 %]", "Δ / loss"]
+
+
+def _duel_cells(duel: Duel) -> list[str]:
+    result, interval = duel.ours, duel.interval
+    models = [_losses([row[key]["loss"] for row in duel.theirs.rows])[0] for key in ("base", "zero")]
+    change = f"{duel.mean:+.3f}" + (f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval else "")
+    losses = [*_losses(duel.ours.losses), *_losses(duel.theirs.losses)]
+    return [plots.name(duel), _number(result.k_star), *models, *losses, change, f"{duel.relative:+.1%}"]
+
+
+def _spread(found: Sequence[Duel]) -> str:
+    """The size of the gain in one sentence."""
+    gains = sorted(duel.relative for duel in found if math.isfinite(duel.relative))
+    if not gains:
+        return ""
+    middle = gains[len(gains) // 2]
+    return (
+        f"Δ / loss: from {gains[0]:+.1%} to {gains[-1]:+.1%}, in the middle {middle:+.1%}; below zero ours is better."
+    )
+
+
+def _losses(values: Sequence[float]) -> list[str]:
+    """Mean, and every seed."""
+    if not values:
+        return ["-", "-"]
+    return [f"{fmean(values):.3f}", " ".join(f"{value:.3f}" if math.isfinite(value) else "failed" for value in values)]
+
+
+def _accuracies(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    known = [row["accuracy"] for row in rows if row.get("accuracy")]
+    return [f"{fmean(one[name] for one in known):.2f}" if known else "-" for name in ("mmlu", "ceval")]
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _table(head: Line, rows: Sequence[Line]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _compact(
+    folder: Path, results: Results, failures: Sequence[Row], geometry: Sequence[Row], found: Sequence[Verdict], seeds: Sequence[int]
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that the page is made of, JSON-ready: a failed run's loss is None."""
+
+    def finite(value: float) -> float | None:
+        return round(value, 6) if math.isfinite(value) else None
+
+    tracks = []
+    for track, result in results.items():
+        facts = {"arm": track.arm, **asdict(track.setting), "k_star": finite(result.k_star)}
+        tracks.append(
+            facts
+            | {
+                "loss": [finite(loss) for loss in result.losses],
+                "accuracy": [row.get("accuracy") for row in result.rows],
+            }
+            | {key: result.first(key) for key in ("bytes_up", "noise_multiplier", "rate", "clip", "epsilon", "encoder")}
+            | {"edge": result.edge, "tuning": {step: finite(loss) for step, loss in result.tuning.items()}}
+        )
+    anchors = {key: _anchors(results, key) for key in ("base", "zero")}
+    judged = [asdict(one) | {"verdict": one.word} for one in found]
+    return {
+        **read_study(folder), "seeds": list(seeds), "verdicts": judged, "models": anchors, "tracks": tracks,
+        "failures": [{"key": row["key"], "error": row["error"]} for row in failures], "geometry": geometry,
+    }  # fmt: skip
+
+
+def _anchors(results: Results, key: str) -> dict[str, list[float]]:
+    """Task -> loss of the base model (or the untouched adapter) on every seed's held-out records."""
+    known: dict[str, list[float]] = {}
+    for track, result in results.items():
+        setting: Setting = track.setting
+        if not result.failed:
+            known.setdefault(setting.task, [round(row[key]["loss"], 6) for row in result.rows])
+    return known
