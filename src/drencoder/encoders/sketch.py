@@ -76,6 +76,7 @@ def allocate_code(segments: tuple[Segment, ...], code_size: int, energy_S: Tenso
 def _fill(weight_S: Tensor, low_S: Tensor, high_S: Tensor, total: int) -> Tensor:
     """clamp(c * weight, low, high) with c such that the sum is `total` (bisection; the sum rises with c)."""
     below, above = 0.0, 1.0
+    weight_S = weight_S.where(weight_S > 1e-12 * weight_S.max(), 0.0)  # smaller ones are beyond what bisection resolves
     reachable_S = torch.where(weight_S > 0, high_S, low_S)
     if float(reachable_S.sum()) <= total:
         # Weightless segments share what the others cannot hold, by their size.
