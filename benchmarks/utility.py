@@ -4,7 +4,7 @@
     python benchmarks/utility.py --out DIR --geometry [--seeds 0 1 2]
     python benchmarks/utility.py --out DIR --page [--results docs/results]
     python benchmarks/utility.py --out DIR --status
-    python benchmarks/utility.py --out /tmp/check --rounds 2 --examples 32 --questions 8 --seeds 0 --only ...    (a smoke test)
+    python benchmarks/utility.py --out DIR --rounds 2 --examples 32 --questions 8 --seeds 0 --only ...    (a smoke test)
 
 Every cell is one whole run of the product with its ledger and certificate, whose facts become one line of DIR/cells.jsonl; the
 run folder is removed. Killed at any time, the same command goes on with the cells that have no line. What runs where, with which
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import utility_grid as grid
-from utility_cells import CELLS, GEOMETRY, STUDY, Row, by_track, claim, loss_of, read_cells, read_study
+from utility_cells import CELLS, GEOMETRY, STUDY, Row, by_track, claim, loss_of, other_rates, read_cells, read_study
 from utility_grid import ARMS, SEEDS, TUNING_SEED, Cell, Scale, Track
 
 _WATCH_S = 5.0
@@ -122,7 +122,10 @@ def study(
 
     Returns the tracks that were given up because a run of theirs broke: not a result, so nothing of it is stored.
     """
-    losses = {cell: loss_of(row) for cell, row in read_cells(folder).items()}
+    rows = read_cells(folder)
+    if changed := other_rates(rows):
+        sys.exit(f"{len(changed)} cells of {folder} had other learning rates ({changed[0]}): give another --out.")
+    losses = {cell: loss_of(row) for cell, row in rows.items()}
     running = folder / "running"
     running.mkdir()
     started, total = time.monotonic(), grid.most_cells(tracks, seeds)

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from utility_grid import Cell, Losses, Scale, Setting, Track
+from utility_grid import ARMS, Cell, Losses, Scale, Setting, Track, noise_scale, rate_and_clip
 
 CELLS, STUDY, GEOMETRY = "cells.jsonl", "study.json", "geometry.json"
 Row = dict[str, Any]
@@ -80,6 +80,19 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
 def loss_of(row: Mapping[str, Any]) -> float:
     """A failed or diverged run is the worst of all."""
     return row["loss"]["value"] if "loss" in row and math.isfinite(row["loss"]["value"]) else math.inf
+
+
+def other_rates(rows: Mapping[Cell, Row]) -> list[str]:
+    """Keys of the cells that would have another rate or clip today, since the study's constants were changed."""
+    changed = []
+    for cell, row in rows.items():
+        if cell.track.arm not in ARMS:
+            continue
+        k_star = math.inf if row["k_star"] is None else row["k_star"]
+        now = rate_and_clip(cell, noise_scale(k_star))
+        if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(now, (row["rate"], row["clip"]), strict=True)):
+            changed.append(cell.key)
+    return changed
 
 
 def by_track(losses: Losses) -> dict[Track, dict[Cell, float]]:

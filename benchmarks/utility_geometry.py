@@ -91,7 +91,7 @@ def at_adapter(live: Live, state: ServerState, stage: str) -> dict[str, Any]:
     mean_D = update_ND.mean(dim=0)
     clipped_ND = clip_rows(update_ND, grid.BASE_CLIP).values_NV
     curvature = Curvature(live, state.adapter_D)
-    seed = derive_seed(live.recipe.seed, "geometry", stage)
+    seed = derive_seed(live.recipe.seed, f"geometry/{stage}")
     size = live.lora.layout.size
     steep = curvature.mean([mean_D / mean_D.norm()])
     trace = curvature.mean([probe for one in signs(size, PROBES // 2, seed) for probe in curvature.both_signs(one)])

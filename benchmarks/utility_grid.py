@@ -12,6 +12,9 @@ from typing import Any
 from drencoder.config import Encoder, Recipe, load_recipe
 
 TRUSTS = ("central", "local")
+LOCAL_ADAPTERS = (
+    "small",
+)  # without trust each client draws its own secure noise: minutes a round for 512 large updates
 TASKS = ("letters", "facts")
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "small": {"adapter.rank": 8, "adapter.targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # D = 32,768
@@ -106,45 +109,58 @@ def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int 
     return Arm(name, knobs, first_rate, ratio, Encoder(name=encoder).needs_public, **where)
 
 
-_TRUSTED = {"trusts": ("central",)}
-_SWEEP = _TRUSTED | {
+_TRUSTED: dict[str, Any] = {"trusts": ("central",)}
+_SWEEP: dict[str, Any] = _TRUSTED | {
     "cohorts": (8, 64),
     "rank": 1,
     "reason": "code sizes: where the code is small beside k*, and where not",
 }
-_PARTS = _TRUSTED | {
+_PARTS: dict[str, Any] = _TRUSTED | {
     "cohorts": (8, 64),
     "adapters": ("small",),
     "rank": 2,
     "reason": "what hybrid is made of, each alone",
 }
-_OTHERS = _TRUSTED | {"cohorts": (64,), "adapters": ("small",), "rank": 3, "reason": "comparators: the middle cohort"}
-_SILENT = {"privacy.trust": "non-private", "encoder.name": "identity"}
+_OTHERS: dict[str, Any] = _TRUSTED | {
+    "cohorts": (64,),
+    "adapters": ("small",),
+    "rank": 3,
+    "reason": "comparators: the middle cohort",
+}
+_SILENT: dict[str, Any] = {"privacy.trust": "non-private", "encoder.name": "identity"}
 
 _ALL = (
-    Arm("dp-lora", {"encoder.name": "identity"}, 0.08),
-    Arm("hybrid-auto", {"encoder.name": "hybrid", "encoder.size": "auto"}, 0.16, public=True),
+    Arm("dp-lora", {"encoder.name": "identity"}, 0.12),
+    Arm("hybrid-auto", {"encoder.name": "hybrid", "encoder.size": "auto"}, 0.24, public=True),
     _coded(
         "hybrid-64",
-        0.16,
+        0.24,
         "hybrid",
         64,
         reason="fixed 1/64: everywhere, since n = 8 against n = 512 at equal bytes needs it",
     ),
-    Arm("lora", _SILENT, 0.08, trusts=("non-private",), reason="no noise: how far training comes at all"),
-    _coded("hybrid-16", 0.16, "hybrid", 16, **_SWEEP),
-    _coded("hybrid-256", 0.16, "hybrid", 256, **_SWEEP),
-    _coded("kronecker-64", 0.16, "kronecker", 64, **_PARTS),
+    Arm("lora", _SILENT, 0.12, trusts=("non-private",), reason="no noise: how far training comes at all"),
+    _coded("hybrid-16", 0.24, "hybrid", 16, **_SWEEP | {"cohorts": COHORTS}),
+    _coded("hybrid-256", 0.24, "hybrid", 256, **_SWEEP),
+    _coded("kronecker-64", 0.24, "kronecker", 64, **_PARTS),
     _coded("random-64", 0.4, "random", 64, **_PARTS),
-    _coded("ffa", 0.08, **_OTHERS),
-    Arm("ffa-orthonormal", {"encoder.name": "ffa", "adapter.start": "orthonormal"}, 0.08, **_OTHERS),
-    _coded("core", 0.16, **_OTHERS),
-    _coded("top-k-64", 0.16, "top-k", 64, **_OTHERS),
+    _coded("ffa", 0.12, **_OTHERS),
+    Arm("ffa-orthonormal", {"encoder.name": "ffa", "adapter.start": "orthonormal"}, 0.12, **_OTHERS),
+    _coded("core", 0.24, **_OTHERS),
+    _coded("top-k-64", 0.24, "top-k", 64, **_OTHERS),
     _coded("power-64", 0.4, "power", 64, **_OTHERS),
+    _coded("scalars-2048", 1.6, "random", 2048, **_OTHERS),  # FedKSeed's idea without its finite differences
+    Arm(
+        "hybrid-64-self",
+        {"encoder.name": "hybrid", "encoder.ratio": 64.0, "prior.public": "self"},
+        0.24,
+        64,
+        **_OTHERS,
+    ),
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ALL}
-COMPARATORS = ("ffa", "ffa-orthonormal", "core", "top-k-64", "power-64")
-PARTS = ("kronecker-64", "random-64")
+COMPARATORS = ("ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048", "random-64")
+PARTS = ("kronecker-64", "hybrid-64-self")
 OURS = ("hybrid-auto", "hybrid-16", "hybrid-64", "hybrid-256")
 
 
@@ -246,7 +262,7 @@ def available(arm: Arm) -> bool:
 
 def tracks(only: Mapping[str, Sequence[str]]) -> list[Track]:
     """All tracks that pass the filter, the cheap and telling ones first: a trusted server before none, the small adapter before
-    the large one, what decides before comparators, small cohorts before large ones."""
+    the large one, what decides before comparators, small cohorts before large ones; the largest cohort of the large adapter last."""
 
     def wanted(kind: str, value: object) -> bool:
         return kind not in only or str(value) in only[kind]
@@ -270,13 +286,16 @@ def settings() -> Iterator[Setting]:
             for cohort in COHORTS:
                 yield Setting("non-private", task, adapter, cohort, None)
                 for trust in TRUSTS:
+                    if trust == "local" and adapter not in LOCAL_ADAPTERS:
+                        continue
                     for epsilon in EPSILONS:
                         yield Setting(trust, task, adapter, cohort, epsilon)
 
 
 def _order(track: Track) -> tuple[Any, ...]:
     setting, arm = track.setting, ARMS[track.arm]
-    place = (setting.trust == "local", list(ADAPTERS).index(setting.adapter), arm.rank, setting.cohort)
+    slowest = setting.adapter == "large" and setting.cohort == max(COHORTS)
+    place = (slowest, setting.trust == "local", list(ADAPTERS).index(setting.adapter), arm.rank, setting.cohort)
     return (*place, setting.task, setting.epsilon or 0.0, list(ARMS).index(arm.name))
 
 

@@ -90,7 +90,7 @@ def loss_against_bytes(results: Results, path: Path) -> Path | None:
 def _bytes_legend(figure: Any) -> None:
     from matplotlib.lines import Line2D
 
-    shapes = [(EQUAL_BYTES_ARM, _OURS, "-"), (REFERENCE, _THEIRS, "-")]
+    shapes: list[tuple[str, str, Any]] = [(EQUAL_BYTES_ARM, _OURS, "-"), (REFERENCE, _THEIRS, "-")]
     shapes += [(f"ε {epsilon:g}", _GREY, line) for epsilon, line in zip(EPSILONS, ("-", "--"), strict=True)]
     handles = [Line2D([], [], color=colour, linestyle=line, label=label) for label, colour, line in shapes]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
@@ -114,8 +114,12 @@ def forecast_against_outcome(found: Sequence[Forecast], path: Path) -> Path | No
     axis.axvline(1, color=_GREY, linewidth=0.8)
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=10)
+    for part in (axis.xaxis, axis.yaxis):
+        part.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("R, the predicted gain per round (blue: names the winner)")
     axis.set_ylabel("measured: loss below DP-LoRA's (%)")
-    axis.legend(fontsize=8)
+    for handle in axis.legend(fontsize=8).legend_handles:
+        handle.set_color(_GREY)
     axis.grid(alpha=0.3)
     return save_figure(figure, path)

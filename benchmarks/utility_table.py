@@ -92,7 +92,8 @@ core. **{len(results)} of {planned} tracks are finished** and stand here; a trac
 
 A setting is a trust model, a task of the embedded world, an adapter (small: rank 8 on q, k, v, o, {grid.ADAPTER_SIZES["small"]:,} values; large:
 rank 32 on those and the MLP's three, {grid.ADAPTER_SIZES["large"]:,}), an expected cohort n and an ε (δ = 1e-5, add/remove). Under central trust
-{grid.POPULATIONS["central"]:,} clients exist and a trusted server adds the noise; under local trust {grid.POPULATIONS["local"]:,}, of whom each answers once and adds its own.
+{grid.POPULATIONS["central"]:,} clients exist and a trusted server adds the noise; under local trust {grid.POPULATIONS["local"]:,}, of whom each answers once and adds its own
+({" and ".join(grid.LOCAL_ADAPTERS)} adapter only: secure noise for each of 512 large updates takes too long here).
 {scale.rounds} rounds, {scale.examples_per_client} records per client, mean gradients, FedAvgM, {scale.examples} held-out records, {scale.questions} questions per benchmark (task letters only: the
 other tasks teach what the benchmarks do not ask). Every cell is one whole run with its ledger and certificate.
 

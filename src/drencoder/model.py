@@ -57,13 +57,17 @@ class BaseModel:
     def write(self, count: int, max_tokens: int, seed: int) -> list[str]:
         """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long.
 
-        They begin with the start token, or with the end token of a model that has none. Sampled on the CPU, so that
-        the seed decides on every device (up to rounding).
+        They begin with the start token and, so that they differ, one token of the vocabulary at random. Sampled on the CPU, so
+        that the seed decides on every device (up to rounding).
         """
         generator = torch.Generator().manual_seed(seed)
         device = next(self.model.parameters()).device
-        first = list(self.start_ids) or [self.end_id]
-        tokens_NL = torch.tensor([first] * count, device=device)
+        first = list(self.start_ids)
+        special = torch.tensor(self.tokenizer.all_special_ids)
+        ordinary = torch.arange(len(self.tokenizer))
+        ordinary = ordinary[~torch.isin(ordinary, special)]
+        chosen_N = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
+        tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1).to(device)
         done_N, cache = torch.zeros(count, dtype=torch.bool), None
         while tokens_NL.shape[1] < max_tokens and not bool(done_N.all()):
             fresh_NL = tokens_NL if cache is None else tokens_NL[:, -1:]

@@ -77,17 +77,20 @@ def svg_text(figure: "Figure") -> str:
 
 
 def plot_rounds(rows: Sequence[Row]) -> "Figure":
-    """Held-out loss and accuracy per round; rows have "round", "loss" and "accuracy"."""
-    figure = _figure(9, 3.2)
-    left, right = figure.subplots(1, 2)
+    """Held-out loss and accuracy per round; rows have "round", "loss" and, where questions were asked, "accuracy"."""
+    shown = [("loss", "held-out loss (nats per token)")]
+    if all("accuracy" in row for row in rows):
+        shown.append(("accuracy", "accuracy"))
+    figure = _figure(4.5 * len(shown), 3.2)
     rounds = [row["round"] for row in rows]
-    for axis, key, label in ((left, "loss", "held-out loss (nats per token)"), (right, "accuracy", "accuracy")):
+    for axis, (key, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         axis.plot(rounds, [row[key] for row in rows], marker="o", markersize=3, color=_COLOURS[0])
         axis.set_xlabel("round")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)
-    right.axhline(0.25, linestyle=":", color=_GREY, label="chance")
-    right.legend(fontsize=8)
+        if key == "accuracy":
+            axis.axhline(0.25, linestyle=":", color=_GREY, label="chance")
+            axis.legend(fontsize=8)
     return figure
 
 

@@ -8,6 +8,7 @@ momentum of aggregates that were released before (post-processing, so they cost 
 the head; the sketch is a new random part, in each round, of what both leave over.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import Encoder, Fact, check_code, check_update, common_facts, mark_non_finite
+from drencoder.encoders.contract import Fact, check_code, check_update, common_facts, mark_non_finite
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.sketch import RandomSketch
 from drencoder.errors import EncoderError
@@ -31,25 +32,22 @@ _LEAST = 1e-3
 @final
 @dataclass(frozen=True, eq=False)
 class HybridEncoder:
-    """code = [H u | M R u | S R u], R = I - H'H - M'M; decode(c) = H'c_h + M'c_m + weight R S'c_s.
+    """code = [H u | M R_h u | S R u], R_h = I - H'H, R = R_h - M'M; decode(c) = H'c_h + M'c_m + R S'c_s.
 
-    H and M have orthonormal rows and S has them in each round, so that |code| <= |update|. The weight is the trust in the random block:
-    1 projects (its expectation is J/D of what is left), more speeds that part up and its noise as much.
-    direction_JD float32.
+    H and M have orthonormal rows and S (`RandomSketch` of even allocation, without its scale) has them in each round, so that
+    |code| <= |update|. The random block is projected, not blown up by the inverse of its share: a weight of 2 or 8 on it
+    raised the loss wherever there was noise (docs/log.md). direction_JD float32.
     """
 
     head: KroneckerEncoder
     direction_JD: Tensor
     sketch: RandomSketch | None
-    weight: float = 1.0
 
     name: ClassVar[str] = "hybrid"
     linear: ClassVar[bool] = True
 
     @classmethod
-    def build(
-        cls, head: KroneckerEncoder, directions: Tensor, sketch: RandomSketch | None, weight: float = 1.0
-    ) -> "HybridEncoder":
+    def build(cls, head: KroneckerEncoder, directions: Tensor, sketch: RandomSketch | None) -> "HybridEncoder":
         """Takes the head's part out of `directions` (any number of rows, D) and makes them orthonormal.
 
         Rows that the head or earlier rows explain are left out, so that J may be smaller; zero rows are fine. EncoderError if
@@ -73,7 +71,7 @@ class HybridEncoder:
             if float(row.norm()) > _LEAST:
                 kept.append(row / row.norm())
         direction_JD = torch.stack(kept) if kept else rows_JD[:0]
-        return cls(head, direction_JD, sketch, weight)
+        return cls(head, direction_JD, sketch)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -109,7 +107,7 @@ class HybridEncoder:
         looked_ND = self.sketch.decode(code_NK[:, head + directions :] * self.sketch.scale, seed)
         looked_ND = looked_ND - self.head.decode(self.head.encode(looked_ND, seed), seed)
         looked_ND = looked_ND - (looked_ND @ direction_JD.T) @ direction_JD
-        return known_ND.add_(looked_ND, alpha=self.weight)
+        return known_ND.add_(looked_ND)
 
     def describe(self) -> dict[str, Fact]:
         head = self.head.describe()
@@ -118,11 +116,19 @@ class HybridEncoder:
             "head": self.head.code_size,
             "directions": len(self.direction_JD),
             "random": self.sketch.code_size if self.sketch else 0,
-            "basis_bytes": self.head.basis_bytes,
+            "basis_bytes": self.head.basis_bytes + 4 * self.direction_JD.numel(),
             "expected_capture": head["expected_capture"],
             "provenance": head["provenance"],
-            "fingerprint": head["fingerprint"],
+            "fingerprint": self.fingerprint,
         }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of everything that does not come from the round's seed."""
+        digest = hashlib.blake2b(self.head.fingerprint.encode(), digest_size=8)
+        digest.update(self.direction_JD.cpu().contiguous().numpy().tobytes())
+        digest.update(repr(self.sketch.code_S if self.sketch else ()).encode())
+        return digest.hexdigest()
 
     def state(self) -> dict[str, Tensor]:
         code_S = self.sketch.code_S if self.sketch else ()
@@ -130,7 +136,6 @@ class HybridEncoder:
         return kept | {
             "directions": self.direction_JD,
             "random": torch.tensor(code_S, dtype=torch.int64),
-            "weight": torch.tensor(self.weight, dtype=torch.float64),
         }
 
     @classmethod
@@ -140,11 +145,6 @@ class HybridEncoder:
         restored = KroneckerEncoder.from_state(segments, head)
         try:
             direction_JD, code_S = state["directions"], tuple(state["random"].tolist())
-            weight = float(state["weight"])
         except (KeyError, ValueError) as error:
             raise EncoderError(f"the saved hybrid encoder lacks {error}; restore the one of this run") from None
-        return cls(restored, direction_JD, RandomSketch(segments, code_S) if code_S else None, weight)
-
-
-def _is_encoder(made: HybridEncoder) -> Encoder:  # mypy holds the protocol
-    return made
+        return cls(restored, direction_JD, RandomSketch(segments, code_S) if code_S else None)
