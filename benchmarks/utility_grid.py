@@ -12,9 +12,8 @@ from typing import Any
 from drencoder.config import Encoder, Recipe, load_recipe
 
 TRUSTS = ("central", "local")
-LOCAL_ADAPTERS = (
-    "small",
-)  # without trust each client draws its own secure noise: minutes a round for 512 large updates
+# Without trust each client draws its own secure noise: minutes a round for 512 large updates.
+LOCAL_ADAPTERS = ("small",)
 TASKS = ("letters", "facts")
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "small": {"adapter.rank": 8, "adapter.targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # D = 32,768
@@ -25,6 +24,8 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 }
 ADAPTER_SIZES = {"small": 32_768, "large": 315_392}
 COHORTS = (8, 64, 512)
+Place = tuple[str, int]  # an adapter and a cohort
+EVERYWHERE: tuple[Place, ...] = tuple((adapter, cohort) for adapter in ADAPTERS for cohort in COHORTS)
 EPSILONS = (1.0, 4.0)
 RATIOS = (16, 64, 256)
 SEEDS = (0, 1, 2)
@@ -35,7 +36,9 @@ POPULATIONS = {"central": 2_000, "local": 10_000, "non-private": 2_000}
 
 RATE_FACTOR, CLIP_FACTOR = 2.0, 4.0
 RATE_RUNS = 4  # learning rates that every track tries: 0, -1, +1, then beyond the better edge or a half step inside
-CLIP_STEPS = (-1,)  # clips tried at the best rate, with the rate the other way so that the step stays as long
+# Clips tried at the best rate, with the rate the other way. At the base clip all clients' updates are longer than it, and a
+# smaller one would be the same run; a larger one shortens the steps as the updates do.
+CLIP_STEPS = (1,)
 BASE_CLIP = 1.0
 
 # Noise asks for smaller steps: a quadratic with the curvature of this many equal directions has its best rate at
@@ -92,15 +95,13 @@ class Arm:
     first_rate: float
     ratio: int | None = None
     public: bool = False
-    cohorts: tuple[int, ...] = COHORTS
-    adapters: tuple[str, ...] = tuple(ADAPTERS)
+    places: tuple[Place, ...] = EVERYWHERE
     trusts: tuple[str, ...] = TRUSTS
     rank: int = 0
     reason: str = "decides the study: everywhere"
 
     def runs_in(self, setting: Setting) -> bool:
-        fits = setting.cohort in self.cohorts and setting.adapter in self.adapters
-        return fits and setting.trust in self.trusts
+        return (setting.adapter, setting.cohort) in self.places and setting.trust in self.trusts
 
 
 def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int | None = None, **where: Any) -> Arm:
@@ -110,58 +111,56 @@ def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int 
 
 
 _TRUSTED: dict[str, Any] = {"trusts": ("central",)}
-_SWEEP: dict[str, Any] = _TRUSTED | {
-    "cohorts": (8, 64),
-    "rank": 1,
-    "reason": "code sizes: where the code is small beside k*, and where not",
-}
-_PARTS: dict[str, Any] = _TRUSTED | {
-    "cohorts": (8, 64),
-    "adapters": ("small",),
-    "rank": 2,
-    "reason": "what hybrid is made of, each alone",
-}
-_OTHERS: dict[str, Any] = _TRUSTED | {
-    "cohorts": (64,),
-    "adapters": ("small",),
-    "rank": 3,
-    "reason": "comparators: the middle cohort",
-}
+_MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3}
+_FEWER: dict[str, Any] = _TRUSTED | {"places": (("small", 8), ("small", 64))}
+_QUIET: tuple[Place, ...] = (("small", 64), ("small", 512), ("large", 512))
 _SILENT: dict[str, Any] = {"privacy.trust": "non-private", "encoder.name": "identity"}
 
+
+def _hybrid(**knobs: Any) -> dict[str, Any]:
+    """The default encoder at 1/64 with other knobs."""
+    changed = {f"{section}.{key}": value for section, part in knobs.items() for key, value in part.items()}
+    return {"encoder.name": "hybrid", "encoder.ratio": 64.0} | changed
+
+
+def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
+    """The default encoder with one thing changed."""
+    return Arm(name, _hybrid(**knobs), first_rate, 64, public=True, **_MIDDLE | {"rank": 2, "reason": reason})
+
+
 _ALL = (
-    Arm("dp-lora", {"encoder.name": "identity"}, 0.12),
-    Arm("hybrid-auto", {"encoder.name": "hybrid", "encoder.size": "auto"}, 0.24, public=True),
+    Arm("dp-lora", {"encoder.name": "identity"}, 0.24),
+    _coded("hybrid-64", 0.96, "hybrid", 64),
+    _coded("hybrid-16", 0.96, "hybrid", 16, **_TRUSTED | {"places": _QUIET, "reason": "where noise does not rule"}),
     _coded(
-        "hybrid-64",
-        0.24,
-        "hybrid",
-        64,
-        reason="fixed 1/64: everywhere, since n = 8 against n = 512 at equal bytes needs it",
+        "hybrid-1", 0.96, "hybrid", 1, **_TRUSTED | {"places": _QUIET[1:2], "reason": "where there is little noise"}
     ),
-    Arm("lora", _SILENT, 0.12, trusts=("non-private",), reason="no noise: how far training comes at all"),
-    _coded("hybrid-16", 0.24, "hybrid", 16, **_SWEEP | {"cohorts": COHORTS}),
-    _coded("hybrid-256", 0.24, "hybrid", 256, **_SWEEP),
-    _coded("kronecker-64", 0.24, "kronecker", 64, **_PARTS),
-    _coded("random-64", 0.4, "random", 64, **_PARTS),
-    _coded("ffa", 0.12, **_OTHERS),
-    Arm("ffa-orthonormal", {"encoder.name": "ffa", "adapter.start": "orthonormal"}, 0.12, **_OTHERS),
-    _coded("core", 0.24, **_OTHERS),
-    _coded("top-k-64", 0.24, "top-k", 64, **_OTHERS),
-    _coded("power-64", 0.4, "power", 64, **_OTHERS),
-    _coded("scalars-2048", 1.6, "random", 2048, **_OTHERS),  # FedKSeed's idea without its finite differences
-    Arm(
-        "hybrid-64-self",
-        {"encoder.name": "hybrid", "encoder.ratio": 64.0, "prior.public": "self"},
-        0.24,
-        64,
-        **_OTHERS,
-    ),
+    _coded("hybrid-256", 0.96, "hybrid", 256, **_FEWER | {"rank": 2, "reason": "smaller codes"}),
+    Arm("lora", _SILENT, 0.48, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
+    _variant("plain-decoding", 0.48, "what preconditioning is worth", server={"decoding": "plain"}),
+    _variant("wiener-decoding", 0.48, "shrinkage instead of preconditioning", server={"decoding": "wiener"}),
+    _variant("adaptive-clip", 0.96, "what a clip that follows is worth", privacy={"clip": "adaptive"}),
+    _variant("self-written", 0.96, "public text by the base model itself", prior={"public": "self"}),
+    _variant("no-refresh", 0.96, "bases of the start in all rounds", prior={"refresh": 1000}),
+    _coded("kronecker-64", 0.96, "kronecker", 64, **_MIDDLE | {"reason": "the head of hybrid alone"}),
+    _coded("random-64", 0.8, "random", 64, **_FEWER | {"rank": 3, "reason": "comparator"}),
+    Arm("dp-lora-adam", {"encoder.name": "identity", "server.optimizer": "fedadam"}, 0.004, **_MIDDLE),
+    Arm("dp-lora-singular", {"encoder.name": "identity", "server.decoding": "singular"}, 1.92, **_MIDDLE),
+    _coded("ffa", 0.24, **_MIDDLE),
+    Arm("ffa-orthonormal", {"encoder.name": "ffa", "adapter.start": "orthonormal"}, 0.24, **_MIDDLE),
+    _coded("core", 0.48, **_MIDDLE),
+    _coded("top-k-64", 0.48, "top-k", 64, **_MIDDLE),
+    _coded("power-64", 0.8, "power", 64, **_MIDDLE),
+    _coded("scalars-2048", 3.2, "random", 2048, **_MIDDLE),  # FedKSeed's idea without its finite differences
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ALL}
-COMPARATORS = ("ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048", "random-64")
-PARTS = ("kronecker-64", "hybrid-64-self")
-OURS = ("hybrid-auto", "hybrid-16", "hybrid-64", "hybrid-256")
+COMPARATORS = (
+    "random-64", "dp-lora-adam", "dp-lora-singular", "ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048",
+)  # fmt: skip
+PARTS = (
+    "plain-decoding", "wiener-decoding", "adaptive-clip", "self-written", "no-refresh", "kronecker-64",
+)  # fmt: skip
+OURS = ("hybrid-1", "hybrid-16", "hybrid-64", "hybrid-256")
 
 
 @dataclass(frozen=True)
@@ -261,8 +260,7 @@ def available(arm: Arm) -> bool:
 
 
 def tracks(only: Mapping[str, Sequence[str]]) -> list[Track]:
-    """All tracks that pass the filter, the cheap and telling ones first: a trusted server before none, the small adapter before
-    the large one, what decides before comparators, small cohorts before large ones; the largest cohort of the large adapter last."""
+    """All tracks that pass the filter, the cheap and telling ones first."""
 
     def wanted(kind: str, value: object) -> bool:
         return kind not in only or str(value) in only[kind]
@@ -293,9 +291,11 @@ def settings() -> Iterator[Setting]:
 
 
 def _order(track: Track) -> tuple[Any, ...]:
+    """What decides before comparators, a trusted server before none, the small adapter before the large one, small cohorts before
+    large ones; the largest cohort of the large adapter last."""
     setting, arm = track.setting, ARMS[track.arm]
-    slowest = setting.adapter == "large" and setting.cohort == max(COHORTS)
-    place = (slowest, setting.trust == "local", list(ADAPTERS).index(setting.adapter), arm.rank, setting.cohort)
+    large, most, local = setting.adapter == "large", setting.cohort == max(COHORTS), setting.trust == "local"
+    place = (large and most, local and most, arm.rank > 0, local, large, arm.rank, setting.cohort)
     return (*place, setting.task, setting.epsilon or 0.0, list(ARMS).index(arm.name))
 
 

@@ -56,7 +56,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "encoders.fedcg",
     ),
     ("encoders.architectures", "encoders.fitting", "encoders.autoencoder", "encoders.registry"),
-    ("adaptive_clip", "steps"),
+    ("adaptive_clip", "decoding", "steps"),
     ("checkpoint", "engines.local", "evaluation"),
     ("build", "report", "verify"),
     ("stage1", "results", "baselines", "assess", "assess_view"),

@@ -29,8 +29,8 @@ HEAD = KroneckerEncoder.build(PUBLIC.prior(SEGMENTS, 8), HEAD_SIZE)
 SKETCH = RandomSketch.build(SEGMENTS, SKETCH_SIZE)
 
 
-def hybrid(directions: Tensor, weight: float = 1.0) -> HybridEncoder:
-    return HybridEncoder.build(HEAD, directions, SKETCH, weight)
+def hybrid(directions: Tensor) -> HybridEncoder:
+    return HybridEncoder.build(HEAD, directions, SKETCH)
 
 
 def test_directions_are_made_orthogonal_to_the_head_and_to_each_other() -> None:
@@ -54,9 +54,8 @@ def test_what_says_nothing_new_is_left_out() -> None:
     assert len(hybrid(row * 1e-12).direction_JD) == 1  # a small momentum is a direction all the same
 
 
-@pytest.mark.parametrize("weight", [1.0, 2.5])
-def test_what_lies_in_head_and_directions_is_carried_exactly(weight: float) -> None:
-    encoder = hybrid(rows(2, 1), weight)
+def test_what_lies_in_head_and_directions_is_carried_exactly() -> None:
+    encoder = hybrid(rows(2, 1))
     inside_ND = HEAD.decode(some_codes(HEAD, 3), 0) + rows(3, 2)[:, :2] @ encoder.direction_JD
     code_NK = encoder.encode(inside_ND, 5)
     assert code_NK[:, HEAD_SIZE + 2 :].abs().max() < 1e-4  # nothing is left for the sketch
@@ -71,19 +70,14 @@ def test_no_code_is_longer_than_its_update() -> None:
         assert (length_N <= update_ND.norm(dim=1) * (1 + 1e-5)).all()
 
 
-def test_decode_is_the_transpose_and_the_random_block_is_scaled_alone() -> None:
-    plain, heavy = hybrid(rows(2, 1)), hybrid(rows(2, 1), 3.0)
-    update_ND, code_NK = some_updates(plain, 4), some_codes(plain, 4)
+def test_decode_is_the_transpose() -> None:
+    encoder = hybrid(rows(2, 1))
+    update_ND, code_NK = some_updates(encoder, 4), some_codes(encoder, 4)
     level_NK = code_NK.clone()
-    level_NK[:, HEAD_SIZE + 2 :] /= (
-        SKETCH.decode_weight_K
-    )  # which makes tensors equal that the sketch looks at unequally
-    left = (plain.encode(update_ND, 5) * code_NK).sum(1)
-    assert torch.allclose(left, (update_ND * plain.decode(level_NK, 5)).sum(1), rtol=1e-3, atol=1e-3)
-    known_NK, random_NK = code_NK.clone(), code_NK.clone()
-    known_NK[:, HEAD_SIZE + 2 :], random_NK[:, : HEAD_SIZE + 2] = 0.0, 0.0
-    assert torch.allclose(heavy.decode(known_NK, 5), plain.decode(known_NK, 5), atol=1e-5)
-    assert torch.allclose(heavy.decode(random_NK, 5), 3.0 * plain.decode(random_NK, 5), atol=1e-4)
+    # Which makes tensors equal that the sketch looks at unequally.
+    level_NK[:, HEAD_SIZE + 2 :] /= SKETCH.decode_weight_K
+    left = (encoder.encode(update_ND, 5) * code_NK).sum(1)
+    assert torch.allclose(left, (update_ND * encoder.decode(level_NK, 5)).sum(1), rtol=1e-3, atol=1e-3)
 
 
 def test_the_random_block_sees_what_is_left_over_in_the_long_run() -> None:
@@ -112,15 +106,15 @@ def test_a_plan_is_kept_whatever_the_momentum_is() -> None:
 
 @pytest.mark.parametrize("sketch", [SKETCH, None])
 def test_state_restores_the_same_map(sketch: RandomSketch | None) -> None:
-    encoder = HybridEncoder.build(HEAD, rows(2, 1), sketch, 1.5)
+    encoder = HybridEncoder.build(HEAD, rows(2, 1), sketch)
     again = HybridEncoder.from_state(SEGMENTS, load(save(encoder.state())))
     update_ND, code_NK = some_updates(encoder, 3), some_codes(encoder, 3)
     assert torch.equal(again.encode(update_ND, 7), encoder.encode(update_ND, 7))
     assert torch.equal(again.decode(code_NK, 7), encoder.decode(code_NK, 7))
     assert again.describe() == encoder.describe()
     state = encoder.state()
-    del state["weight"]
-    with pytest.raises(EncoderError, match="lacks 'weight'"):
+    del state["directions"]
+    with pytest.raises(EncoderError, match="lacks 'directions'"):
         HybridEncoder.from_state(SEGMENTS, state)
 
 
@@ -130,3 +124,25 @@ def test_what_does_not_fit_is_refused() -> None:
             hybrid(directions)
     with pytest.raises(EncoderError, match="another adapter"):
         HybridEncoder.build(HEAD, rows(1, 1), RandomSketch.build(tile((64, 64)), 5))
+
+
+def test_what_the_prior_expects_of_each_code_value() -> None:
+    encoder = hybrid(rows(2, 1))
+    share_K = encoder.share_K
+    head = HEAD.variance_K / HEAD.energy
+    assert torch.equal(share_K[:HEAD_SIZE], head)
+    assert bool((share_K[HEAD_SIZE : HEAD_SIZE + 2] == head.max()).all())
+    # What the head leaves, spread over all that it does not know: all shares of a complete code would sum to 1.
+    assert float(share_K[-1]) == pytest.approx((1 - float(head.sum())) / (SIZE - HEAD_SIZE))
+    places = torch.cat(list(encoder.groups)).sort().values
+    assert torch.equal(places, torch.arange(encoder.code_size))
+    means = [float(share_K[group].mean()) for group in encoder.head.groups]
+    assert means == sorted(means, reverse=True)
+    assert HybridEncoder.build(HEAD, rows(2, 1), None).share_K.shape == (HEAD_SIZE + 2,)
+
+
+def test_the_fingerprint_is_of_everything_that_no_seed_gives() -> None:
+    one = hybrid(rows(2, 1))
+    assert one.fingerprint == hybrid(rows(2, 1)).fingerprint
+    others = [hybrid(rows(2, 2)), HybridEncoder.build(HEAD, rows(2, 1), None), hybrid(rows(1, 1))]
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 4

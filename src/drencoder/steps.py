@@ -27,6 +27,7 @@ from torch import Tensor
 
 from drencoder import config
 from drencoder.adaptive_clip import ClipFollower
+from drencoder.decoding import Filter, filter_of
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.errors import PrivacyError
@@ -98,6 +99,7 @@ class CohortQuery:
       update_size: D.
       wire: how a message travels.
       epochs: how many updates, one after the other, a client computes for its message; only stage 1 asks for several.
+      filter: what the server does to the released mean of the messages before it decodes it; None: nothing.
     """
 
     slot: int
@@ -109,6 +111,7 @@ class CohortQuery:
     update_size: int
     wire: WireFormat
     epochs: int = 1
+    filter: Filter | None = None
 
     # --- the client's side --------------------------------------------------------------------
 
@@ -167,7 +170,11 @@ class CohortQuery:
     def direction(self, released: Release, permit: Permit, expected_cohort: float) -> Tensor:
         """The released mean as an update (D,): post-processing. The denominator is fixed, q N."""
         mean = released.value / expected_cohort
-        return self.decode(mean[None])[0] if self._adds_messages(permit) else mean
+        if not self._adds_messages(permit):
+            return mean
+        if self.filter is not None:
+            mean = self.filter(mean, released.noise_std / expected_cohort)
+        return self.decode(mean[None])[0]
 
     def _adds_messages(self, permit: Permit) -> bool:
         """Whether the server sums messages and decodes once, or decodes each and sums updates.
@@ -269,15 +276,18 @@ def update_query(
         linear=encoder.linear,
         update_size=encoder.update_size,
         wire=WireFormat.of(encoder, recipe.encoder.wire_dtype),  # type: ignore[arg-type]  # checked by the recipe
+        filter=filter_of(recipe.decoding, encoder, follower.clip_l2 if follower else recipe.privacy.clip_l2),
     )
     if follower is None:
         return query
+    known = query.filter
     return replace(
         query,
         clip_l2=follower.bound,
         encode=lambda update_ND: follower.join(encode(update_ND)),
         decode=lambda joint_NV: decode(joint_NV[:, :-1]),
         wire=replace(query.wire, code_size=encoder.code_size + 1),
+        filter=known and (lambda mean_V, noise_std: torch.cat([known(mean_V[:-1], noise_std), mean_V[-1:]])),
     )
 
 

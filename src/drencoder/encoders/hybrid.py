@@ -123,6 +123,23 @@ class HybridEncoder:
         }
 
     @cached_property
+    def share_K(self) -> Tensor:
+        """The prior's share of an update's energy in each code value, float64 (K,); a direction counts as the head's largest."""
+        share_H = self.head.share_K
+        rest = max(0.0, 1.0 - float(share_H.sum())) / max(1, self.update_size - len(share_H))
+        share_K = torch.full((self.code_size,), rest, dtype=torch.float64)
+        share_K[: len(share_H)] = share_H
+        share_K[len(share_H) : len(share_H) + len(self.direction_JD)] = share_H.max()
+        return share_K
+
+    @cached_property
+    def groups(self) -> tuple[Tensor, ...]:
+        """The head's groups, then each direction by itself, then the random block: what the server filters together."""
+        last = self.head.code_size + len(self.direction_JD)
+        directions = torch.arange(self.head.code_size, last)[:, None].unbind()
+        return *self.head.groups, *directions, *([torch.arange(last, self.code_size)] if self.sketch else [])
+
+    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of everything that does not come from the round's seed."""
         digest = hashlib.blake2b(self.head.fingerprint.encode(), digest_size=8)

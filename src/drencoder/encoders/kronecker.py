@@ -313,6 +313,20 @@ class KroneckerEncoder:
             places.append((part, first, first := first + len(part.index_k)))
         return tuple(places)
 
+    @property
+    def share_K(self) -> Tensor:
+        """The prior's share of an update's energy in each code value, float64 (K,)."""
+        return self.variance_K / self.energy
+
+    @cached_property
+    def groups(self) -> tuple[Tensor, ...]:
+        """Code places from the prior's largest variance to its smallest, in groups of 1, 2, 4, ... places: what the server takes
+        together when it filters."""
+        order_K = torch.argsort(self.variance_K, descending=True, stable=True)
+        sizes = [1 << step for step in range(self.code_size.bit_length()) if (1 << step) <= self.code_size]
+        sizes[-1] += self.code_size - sum(sizes)
+        return order_K.split(sizes)
+
     @cached_property
     def basis_bytes(self) -> int:
         """Bytes of the bases, which every client needs before its first message: part of the downlink."""
