@@ -32,7 +32,7 @@ from typing import Any, TextIO
 
 import utility_grid as grid
 from utility_cells import CELLS, GEOMETRY, STUDY, Row, by_track, claim, loss_of, other_rates, read_cells, read_study
-from utility_grid import ARMS, SEEDS, TUNING_SEED, Cell, Scale, Track
+from utility_grid import SEEDS, TUNING_SEED, Cell, Scale, Track
 
 _WATCH_S = 5.0
 
@@ -245,9 +245,7 @@ def main() -> None:
     if TUNING_SEED in args.seeds:
         sys.exit(f"--seeds holds {TUNING_SEED}, on which rates are tuned: give others.")
     only, scale = filters(args.only), wanted_scale(args)
-    tracks = [track for track in grid.tracks(only) if grid.available(ARMS[track.arm])]
-    if left_out := [name for name, arm in ARMS.items() if not grid.available(arm)]:
-        print(f"left out, this version has no such knob: {', '.join(left_out)}")
+    tracks = grid.tracks(only)
     if args.status:
         return print_status(args.out, tracks, args.seeds)
     if args.page:

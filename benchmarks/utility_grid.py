@@ -27,7 +27,7 @@ COHORTS = (8, 64, 512)
 Place = tuple[str, int]  # an adapter and a cohort
 EVERYWHERE: tuple[Place, ...] = tuple((adapter, cohort) for adapter in ADAPTERS for cohort in COHORTS)
 EPSILONS = (1.0, 4.0)
-RATIOS = (16, 64, 256)
+RATIOS = (4, 16, 64, 256)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 
@@ -55,7 +55,7 @@ class Scale:
     rounds: int = 16
     examples: int = 256
     questions: int = 128
-    examples_per_client: int = 2
+    examples_per_client: int = 1
     public_clients: int = 16
 
 
@@ -131,10 +131,11 @@ def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
 _ALL = (
     Arm("dp-lora", {"encoder.name": "identity"}, 0.24),
     _coded("hybrid-64", 0.96, "hybrid", 64),
-    _coded("hybrid-16", 0.96, "hybrid", 16, **_TRUSTED | {"places": _QUIET, "reason": "where noise does not rule"}),
+    _coded("hybrid-4", 0.96, "hybrid", 4, **_TRUSTED | {"places": _QUIET, "reason": "where noise does not rule"}),
     _coded(
         "hybrid-1", 0.96, "hybrid", 1, **_TRUSTED | {"places": _QUIET[1:2], "reason": "where there is little noise"}
     ),
+    _coded("hybrid-16", 0.96, "hybrid", 16, **_MIDDLE | {"rank": 2, "reason": "between the two automatic sizes"}),
     _coded("hybrid-256", 0.96, "hybrid", 256, **_FEWER | {"rank": 2, "reason": "smaller codes"}),
     Arm("lora", _SILENT, 0.48, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
     _variant("plain-decoding", 0.48, "what preconditioning is worth", server={"decoding": "plain"}),
@@ -160,7 +161,7 @@ COMPARATORS = (
 PARTS = (
     "plain-decoding", "wiener-decoding", "adaptive-clip", "self-written", "no-refresh", "kronecker-64",
 )  # fmt: skip
-OURS = ("hybrid-1", "hybrid-16", "hybrid-64", "hybrid-256")
+OURS = ("hybrid-4", "hybrid-16", "hybrid-64", "hybrid-256")
 
 
 @dataclass(frozen=True)
@@ -252,11 +253,6 @@ def recipe_of(cell: Cell, scale: Scale, scale_of_rate: float) -> Recipe:
 
 
 # --- order and tuning ------------------------------------------------------------------------------------
-
-
-def available(arm: Arm) -> bool:
-    """Whether this version of the package has the knobs of the arm."""
-    return all(hasattr(Encoder(), knob.removeprefix("encoder.")) for knob in arm.knobs if knob.startswith("encoder."))
 
 
 def tracks(only: Mapping[str, Sequence[str]]) -> list[Track]:

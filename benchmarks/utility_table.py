@@ -52,7 +52,7 @@ def write_page(folder: Path, results_folder: Path, seeds: Sequence[int]) -> None
 
 def _pictures(results: Results, geometry: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
     """(what it shows, file) of every figure for which there are lines."""
-    main = [duel for duel in judge.duels(results, [judge.default_arm(results)]) if not duel.ours.failed]
+    main = [duel for duel in judge.duels(results, [judge.AUTOMATIC]) if not duel.ours.failed]
     made: list[tuple[str, Path | None]] = [
         ("Loss against bytes", plots.loss_against_bytes(results, folder / f"{NAME}-loss-against-bytes.png")),
         (
@@ -73,8 +73,9 @@ def _opening(folder: Path, seeds: Sequence[int], results: Results, failures: Seq
     scale, machine = Scale(**study["scale"]), study["machine"]
     hours = sum(row["seconds"] for row in rows.values()) / 3600
     versions = ", ".join(sorted({row["version"] for row in rows.values()}))
-    planned = sum(grid.available(ARMS[track.arm]) for track in grid.tracks({}))
-    edges = sum(result.edge for result in results.values())
+    planned = len(grid.tracks({}))
+    finished = sum(track.arm != judge.AUTOMATIC for track in results)
+    edges = sum(track.arm != judge.AUTOMATIC and result.edge for track, result in results.items())
     runs = grid.RATE_RUNS + len(grid.CLIP_STEPS)
     where = [[arm.name, _where(arm), f"{arm.first_rate:g}", arm.reason] for arm in ARMS.values()]
     return f"""# Encoded and private against tuned DP-LoRA
@@ -88,7 +89,7 @@ python benchmarks/utility.py --out DIR --page
 ```
 
 on {machine["cores"]} CPU cores ({machine["processor"]}, PyTorch {machine["torch"]}, drencoder {versions}): {len(rows):,} runs, {hours:.1f} hours of one
-core. **{len(results)} of {planned} tracks are finished** and stand here; a track is a method in a setting. {len(failures)} runs failed.
+core. **{finished} of {planned} tracks are finished** and stand here; a track is a method in a setting. {len(failures)} runs failed.
 
 A setting is a trust model, a task of the embedded world, an adapter (small: rank 8 on q, k, v, o, {grid.ADAPTER_SIZES["small"]:,} values; large:
 rank 32 on those and the MLP's three, {grid.ADAPTER_SIZES["large"]:,}), an expected cohort n and an ε (δ = 1e-5, add/remove). Under central trust
@@ -109,20 +110,21 @@ can lower it: read it beside the accuracy. k* has half of the clip's energy shar
 
 
 def _where(arm: grid.Arm) -> str:
-    cohorts = "all n" if arm.cohorts == grid.COHORTS else f"n {', '.join(map(str, arm.cohorts))}"
-    adapters = "both adapters" if len(arm.adapters) == len(grid.ADAPTERS) else f"{arm.adapters[0]} adapter"
-    return f"{' and '.join(arm.trusts)}; {cohorts}; {adapters}"
+    if arm.places == grid.EVERYWHERE:
+        places = "both adapters, all n"
+    else:
+        places = "; ".join(f"{adapter}, n {cohort}" for adapter, cohort in arm.places)
+    return f"{' and '.join(arm.trusts)}; {places}"
 
 
 def _verdict_part(found: Sequence[Verdict], results: Results) -> str:
-    arm = judge.default_arm(results)
-    note = "" if arm == judge.DEFAULT else f"\n\n{judge.DEFAULT} has no finished track, so {arm} stands in for it."
+    note = f'\n\n{judge.AUTOMATIC} is the hybrid arm of the size that `encoder.size = "auto"` chooses from the plan: no runs of its own.'
     rows = [[one.number, one.claim, one.count, f"**{one.word}**"] for one in found]
     return f"## The finish line\n\n{_table(['', 'claim', 'cells', 'verdict'], rows)}{note}"
 
 
 def _no_loss_part(results: Results) -> str:
-    found = judge.duels(results, [judge.default_arm(results)])
+    found = judge.duels(results, [judge.AUTOMATIC])
     if not found:
         return ""
     rows = []
@@ -130,7 +132,7 @@ def _no_loss_part(results: Results) -> str:
         fewer = f"{duel.ours.ratio:.0f}"
         word = "better" if duel.better else "within 1 %" if duel.no_worse else "**worse**"
         rows.append([*_duel_cells(duel), f"1/{fewer}", word])
-    head = [*_duel_head(judge.default_arm(results), judge.REFERENCE), "values sent", "verdict"]
+    head = [*_duel_head(judge.AUTOMATIC, judge.REFERENCE), "values sent", "verdict"]
     return f"## No loss, and equal clients (1, 3)\n\n{_spread(found)}\n\n{_table(head, rows)}"
 
 
@@ -150,7 +152,7 @@ def _equal_part(results: Results) -> str:
 
 def _comparator_part(results: Results) -> str:
     found = judge.against_comparators(results)
-    extra = judge.duels(results, PARTS, judge.STAND_IN)
+    extra = judge.duels(results, PARTS, judge.SMALL_CODE)
     if not found and not extra:
         return ""
     rows = []
@@ -167,8 +169,8 @@ def _comparator_part(results: Results) -> str:
     if extra:
         lines = [[duel.ours.track.arm, *_duel_cells(duel)] for duel in extra]
         parts += [
-            f"The parts of hybrid alone, against {judge.STAND_IN} (not counted as comparators; below zero: the part is better):",
-            _table(["part", *_duel_head("part", judge.STAND_IN)], lines),
+            f"The parts of hybrid alone, against {judge.SMALL_CODE} (not counted as comparators; below zero: the part is better):",
+            _table(["part", *_duel_head("part", judge.SMALL_CODE)], lines),
         ]
     return "\n\n".join(parts)
 
@@ -249,6 +251,8 @@ def _loss_parts(results: Results) -> list[str]:
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for track, result in results.items():
         setting = track.setting
+        if track.arm == judge.AUTOMATIC:
+            continue
         groups.setdefault((setting.trust, setting.task, setting.adapter), []).append(result)
     head = ["n", "ε", "k*", "method", "loss", "per seed", "mmlu", "ceval", "values", "bytes up", "rate", "clip"]
     parts = []

@@ -6,7 +6,7 @@ A *result* is a finished track: its tuned cell on every final seed. A failed run
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,11 +16,12 @@ import utility_grid as grid
 from utility_cells import GEOMETRY, Row, by_track, loss_of, read_cells
 from utility_grid import COMPARATORS, OURS, RATIOS, Setting, Track
 
+from drencoder.encoders.sizes import auto_ratio
 from drencoder.scores import Difference, paired_over_seeds
 
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # the code that has to be free where noise dominates
-REFERENCE, DEFAULT, STAND_IN = "dp-lora", "hybrid-auto", "hybrid-64"
+REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid-auto", "hybrid-64"
 KIND, OTHER_KINDS = "gauss-newton", ("hessian",)  # curvatures: the one that is judged, and what else is shown
 FEW, MANY, EQUAL_BYTES_ARM = 8, 512, "hybrid-64"  # 512 codes of 1/64 are as many values as 8 whole updates
 
@@ -161,12 +162,21 @@ def load_results(folder: Path, seeds: Sequence[int]) -> tuple[dict[Track, Result
         final = tuple(rows[grid.Cell(track, seed, rate_step, clip_step)] for seed in seeds)
         tried = {f"{c.rate_step:+g}, {c.clip_step:+d}": v for c, v in losses.items() if c.seed == grid.TUNING_SEED}
         results[track] = Result(track, final, grid.at_edge(track, losses), tried)
-    return results, [row for row in rows.values() if "error" in row]
+    return results | automatic(results), [row for row in rows.values() if "error" in row]
 
 
-def default_arm(results: Results) -> str:
-    """The arm that is judged: automatic code size if the study has it."""
-    return DEFAULT if any(track.arm == DEFAULT for track in results) else STAND_IN
+def automatic(results: Results) -> dict[Track, Result]:
+    """`encoder.size = "auto"` in every setting: the hybrid arm of the size that the plan would choose there, under another name."""
+    found = {}
+    for track, reference in results.items():
+        if track.arm != REFERENCE or math.isinf(reference.k_star):
+            continue
+        ratio = auto_ratio(track.setting.adapter_size, reference.k_star)
+        chosen = results.get(Track(f"hybrid-{ratio:g}", track.setting))
+        if chosen is not None:
+            renamed = Track(AUTOMATIC, track.setting)
+            found[renamed] = replace(chosen, track=renamed)
+    return found
 
 
 def duels(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> list[Duel]:
@@ -281,8 +291,8 @@ def at_ratio(row: Row, key: str, kind: str, ratio: float) -> float:
 
 def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
     """The finish line of the issue, counted."""
-    arm = default_arm(results)
-    main, noisy = duels(results, [arm]), [duel for duel in duels(results, [arm]) if duel.ours.noisy]
+    arm, main = AUTOMATIC, duels(results, [AUTOMATIC])
+    noisy = [duel for duel in main if duel.ours.noisy]
     equal, others = equal_bytes(results), against_comparators(results)
     known = forecasts(results, geometry)
     errors = [abs(row["error"]) for place in geometry for row in place["distortion"]]
@@ -290,7 +300,7 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
     def count(items: Sequence[Any], test: Callable[[Any], bool], whole: bool) -> tuple[int, int, bool]:
         return sum(map(test, items)), len(items), whole
 
-    all_main, all_ours = _finished(results, [arm, REFERENCE]), _finished(results, [*OURS, REFERENCE])
+    all_main, all_ours = _judged_everywhere(results), _finished(results, [*OURS, REFERENCE])
     all_equal, all_others = _finished(results, [EQUAL_BYTES_ARM, REFERENCE]), _finished(results, [*OURS, *COMPARATORS])
     places = {(row["task"], row["adapter"]) for row in geometry}
     all_places = len(places) == len(grid.TASKS) * len(grid.ADAPTERS)
@@ -315,6 +325,11 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
 
 
 def _finished(results: Results, arms: Sequence[str]) -> bool:
-    """Whether every track that the study declares for these arms is there; arms of knobs yet to come are not waited for."""
-    wanted = [track for track in grid.tracks({}) if track.arm in arms and grid.available(grid.ARMS[track.arm])]
-    return all(track in results for track in wanted)
+    """Whether every track that the study declares for these arms is there."""
+    return all(track in results for track in grid.tracks({}) if track.arm in arms)
+
+
+def _judged_everywhere(results: Results) -> bool:
+    """Whether the automatic size and the reference meet in every setting with noise."""
+    wanted = [track.setting for track in grid.tracks({}) if track.arm == REFERENCE]
+    return all(Track(AUTOMATIC, setting) in results for setting in wanted)

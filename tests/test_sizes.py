@@ -15,6 +15,7 @@ from drencoder.encoders.autoencoder import AutoencoderOptions
 from drencoder.encoders.registry import EncoderRequest, build_encoder
 from drencoder.encoders.sizes import (
     adapted_matrices,
+    auto_ratio,
     code_size,
     input_shape,
     known_matrices,
@@ -160,3 +161,18 @@ def test_stage_1_values_are_what_its_query_asks(tiny_folder: Path) -> None:
     assert stage1_values("none", 8_388_608, 128, 3) == 0
     with pytest.raises(EncoderError, match="no stage 1 of source 'secret'"):
         stage1_values("secret", 1, 1, 1)
+
+
+def test_the_plan_chooses_the_code_by_what_its_noise_lets_a_round_learn() -> None:
+    assert auto_ratio(6400, 99.9) == 64.0
+    assert auto_ratio(6400, 100.0) == auto_ratio(6400, float("inf")) == 4.0
+    automatic = ["encoder.name=hybrid", "encoder.size=auto", "prior.public=embedded", "privacy.trust=central"]
+    few = survey(load_recipe("quickstart", [*automatic, "federation.sampling_rate=0.001"]))
+    many = survey(load_recipe("quickstart", automatic))
+    for overview, ratio, words in ((few, 64, "noise dominates"), (many, 4, "would limit the run")):
+        assert overview.adapter_size == ratio * (overview.code_size or 0)
+        assert overview.code_reason.startswith(f"1/{ratio}, since k* ")
+        assert words in overview.code_reason
+        assert "512" in overview.code_reason  # D / 64
+    assert few.k_star < 512 <= many.k_star
+    assert survey(load_recipe("quickstart")).code_reason == ""

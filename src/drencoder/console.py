@@ -50,6 +50,8 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
             "code",
             f"{overview.code_size:,} values ({encoder}, 1/{ratio:.3g}), {overview.message_bytes:,} bytes a message",
         )
+        if overview.code_reason:
+            run.add_row("code size", overview.code_reason)
         run.add_row(
             "uploads",
             f"stage 1 {bytes_text(overview.stage1_bytes or 0)}, stage 2 {bytes_text(overview.stage2_bytes or 0)}; "

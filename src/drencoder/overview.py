@@ -11,6 +11,7 @@ from typing import Any
 
 from drencoder.config import Recipe
 from drencoder.encoders.sizes import (
+    LARGEST_RATIO,
     adapted_matrices,
     auto_ratio,
     code_size,
@@ -41,6 +42,7 @@ class Overview:
     stage1_bytes: int | None
     total_bytes: int | None
     plain_lora_bytes: int | None
+    code_reason: str = ""  # why the code has this size, if the plan chose it
 
     @property
     def stage2_bytes(self) -> int | None:
@@ -140,7 +142,16 @@ def survey(recipe: Recipe) -> Overview:
         stage1_bytes=stage1,
         total_bytes=round(uploads * message) + stage1,
         plain_lora_bytes=plain_lora_bytes(uploads, size, encoder.wire_dtype),
+        code_reason=_reason(size, plan.k_star()) if encoder.size == "auto" else "",
     )
+
+
+def _reason(size: int, k_star: float) -> str:
+    """Why `auto_ratio` chose what it did."""
+    bound, ratio = size / LARGEST_RATIO, auto_ratio(size, k_star)
+    if ratio == LARGEST_RATIO:
+        return f"1/{ratio:g}, since k* < D/{LARGEST_RATIO:g} = {bound:,.0f}: noise dominates, more values would carry more of it"
+    return f"1/{ratio:g}, since k* >= D/{LARGEST_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
 
 
 def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequence[int]]) -> int:

@@ -18,6 +18,7 @@ __all__ = [
     "BITS_PER_VALUE",
     "CELL",
     "HEADER_BYTES",
+    "LARGEST_RATIO",
     "adapted_matrices",
     "auto_ratio",
     "bytes_text",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 BITS_PER_VALUE = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2}
+LARGEST_RATIO, _SMALLEST_RATIO = 64.0, 4.0  # D / K that a plan chooses between
 HEADER_BYTES = 20  # of every message, see encoders.wire
 _SCALE_BYTES = 4  # of a message of integers
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
@@ -95,13 +97,12 @@ def code_shape(architecture: str, update_size: int) -> tuple[int, ...]:
 
 
 def auto_ratio(update_size: int, k_star: float) -> float:
-    """D / K of the code that a plan can use: 64 where noise dominates (k* < D / 64), 16 where it does not.
+    """D / K of the code that a plan can use: 64 where noise dominates (k* < D / 64), 4 where it does not.
 
     With k* far below K all that more values bring is noise; with k* far above it the code is what limits the run. The
-    two steps are measured (docs/log.md), not derived: at a k* of 2 to 130 a code of D / 16 ended at a higher loss than D / 64,
-    D / 256 at the same or a higher one; without noise D / 64 stops short of what D / 16 reaches.
+    two steps are measured (docs/results/utility.md, docs/log.md), not derived.
     """
-    return 64.0 if k_star < update_size / 64 else 16.0
+    return LARGEST_RATIO if k_star < update_size / LARGEST_RATIO else _SMALLEST_RATIO
 
 
 def code_size(
