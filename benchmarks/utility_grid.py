@@ -111,7 +111,7 @@ def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int 
 
 
 _TRUSTED: dict[str, Any] = {"trusts": ("central",)}
-_MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3}
+_MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3, "reason": "comparator: the middle cohort"}
 _FEWER: dict[str, Any] = _TRUSTED | {"places": (("small", 8), ("small", 64))}
 _QUIET: tuple[Place, ...] = (("small", 64), ("small", 512), ("large", 512))
 _SILENT: dict[str, Any] = {"privacy.trust": "non-private", "encoder.name": "identity"}
@@ -132,9 +132,6 @@ _ALL = (
     Arm("dp-lora", {"encoder.name": "identity"}, 0.24),
     _coded("hybrid-64", 0.96, "hybrid", 64),
     _coded("hybrid-4", 0.96, "hybrid", 4, **_TRUSTED | {"places": _QUIET, "reason": "where noise does not rule"}),
-    _coded(
-        "hybrid-1", 0.96, "hybrid", 1, **_TRUSTED | {"places": _QUIET[1:2], "reason": "where there is little noise"}
-    ),
     _coded("hybrid-16", 0.96, "hybrid", 16, **_MIDDLE | {"rank": 2, "reason": "between the two automatic sizes"}),
     _coded("hybrid-256", 0.96, "hybrid", 256, **_FEWER | {"rank": 2, "reason": "smaller codes"}),
     Arm("lora", _SILENT, 0.48, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),

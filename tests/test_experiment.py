@@ -161,6 +161,40 @@ def test_replayed_run_killed_anywhere_ends_with_the_very_same_adapter(
     assert "test only" in resumed.certificate["statement"]
 
 
+# All that a round hands to the next: bases of public text at the adapter as it is, the momentum, a clip that moved.
+CARRIED = ["encoder.name=hybrid", "prior.public=self", "privacy.clip=adaptive", "server.optimizer=fedavgm"]
+
+
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_what_rounds_hand_on_survives_a_kill(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: int
+) -> None:
+    recipe = recipe_of(tiny_folder, *CARRIED, "privacy.noise=replay", f"prior.refresh={refresh}", "encoder.gate=warn")
+    whole = experiment.run(recipe, tmp_path / "whole")
+    original = experiment.server_step
+    for dies_in in (2, 3, 4):
+        rounds = 0
+
+        def failing(*arguments: Any) -> Any:
+            nonlocal rounds
+            rounds += 1
+            if rounds == dies_in:  # noqa: B023  # called in this turn of the loop only
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "server_step", failing)
+            with pytest.raises(KeyboardInterrupt):
+                experiment.run(recipe, tmp_path / f"killed-{dies_in}")
+        resumed = experiment.resume(tmp_path / f"killed-{dies_in}")
+        expected = load_file(whole.adapter / "adapter_model.safetensors")
+        got = load_file(resumed.adapter / "adapter_model.safetensors")
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+    bytes_down = whole.certificate["bytes"]["downloaded"]
+    assert bytes_down > 4 * whole.certificate["encoder"]["update_size"]  # bases on top of the adapter
+    assert "written by the base model" in whole.certificate["encoder"]["provenance"]
+
+
 @pytest.mark.parametrize(("trust", "budget_rounds"), [("local", 4), ("central", 3)])
 def test_secure_run_killed_in_a_round_never_has_a_shorter_ledger(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str, budget_rounds: int
@@ -256,9 +290,14 @@ def test_cohort_parallel_and_one_by_one_give_the_same_run(tiny_folder: Path, tmp
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("encoder", ["identity", "autoencoder"])
-def test_other_encoders_run_to_the_end(tiny_folder: Path, tmp_path: Path, encoder: str) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "decoding"),
+    [("identity", "auto"), ("identity", "singular"), ("autoencoder", "auto"), ("kronecker", "wiener"), ("hybrid", "auto"),
+     ("ffa", "auto"), ("top-k", "auto"), ("core", "auto"), ("power", "auto")],
+)  # fmt: skip
+def test_other_encoders_run_to_the_end(tiny_folder: Path, tmp_path: Path, encoder: str, decoding: str) -> None:
     overrides = [f"encoder.name={encoder}", "encoder.gate=warn", "encoder.train_steps=3", "federation.rounds=2"]
+    overrides += [f"server.decoding={decoding}", "prior.public=self"]
     result = experiment.run(recipe_of(tiny_folder, *overrides), tmp_path / "run")
     assert result.certificate["encoder"]["name"] == encoder
     assert verify_run(result.folder).trouble == ""
