@@ -130,17 +130,17 @@ def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
 
 _ALL = (
     Arm("dp-lora", {"encoder.name": "identity"}, 0.24),
-    _coded("hybrid-64", 0.96, "hybrid", 64),
-    _coded("hybrid-4", 0.96, "hybrid", 4, **_TRUSTED | {"places": _QUIET, "reason": "where noise does not rule"}),
-    _coded("hybrid-16", 0.96, "hybrid", 16, **_MIDDLE | {"rank": 2, "reason": "between the two automatic sizes"}),
-    _coded("hybrid-256", 0.96, "hybrid", 256, **_FEWER | {"rank": 2, "reason": "smaller codes"}),
+    _coded("hybrid-64", 0.48, "hybrid", 64),
+    _coded("hybrid-4", 0.48, "hybrid", 4, **_TRUSTED | {"places": _QUIET, "reason": "where noise does not rule"}),
+    _coded("hybrid-16", 0.48, "hybrid", 16, **_MIDDLE | {"rank": 2, "reason": "between the two automatic sizes"}),
+    _coded("hybrid-256", 0.48, "hybrid", 256, **_FEWER | {"rank": 2, "reason": "smaller codes"}),
     Arm("lora", _SILENT, 0.48, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
-    _variant("plain-decoding", 0.48, "what preconditioning is worth", server={"decoding": "plain"}),
-    _variant("wiener-decoding", 0.48, "shrinkage instead of preconditioning", server={"decoding": "wiener"}),
-    _variant("adaptive-clip", 0.96, "what a clip that follows is worth", privacy={"clip": "adaptive"}),
-    _variant("self-written", 0.96, "public text by the base model itself", prior={"public": "self"}),
-    _variant("no-refresh", 0.96, "bases of the start in all rounds", prior={"refresh": 1000}),
-    _coded("kronecker-64", 0.96, "kronecker", 64, **_MIDDLE | {"reason": "the head of hybrid alone"}),
+    _variant("preconditioned", 0.96, "a decoding that knows prior and noise", server={"decoding": "precondition"}),
+    _variant("wiener-decoding", 0.48, "shrinkage in every round", server={"decoding": "wiener"}),
+    _variant("adaptive-clip", 0.48, "what a clip that follows is worth", privacy={"clip": "adaptive"}),
+    _variant("self-written", 0.48, "public text by the base model itself", prior={"public": "self"}),
+    _variant("no-refresh", 0.48, "bases of the start in all rounds", prior={"refresh": 1000}),
+    _coded("kronecker-64", 0.48, "kronecker", 64, **_MIDDLE | {"reason": "the head of hybrid alone"}),
     _coded("random-64", 0.8, "random", 64, **_FEWER | {"rank": 3, "reason": "comparator"}),
     Arm("dp-lora-adam", {"encoder.name": "identity", "server.optimizer": "fedadam"}, 0.004, **_MIDDLE),
     Arm("dp-lora-singular", {"encoder.name": "identity", "server.decoding": "singular"}, 1.92, **_MIDDLE),
@@ -156,7 +156,7 @@ COMPARATORS = (
     "random-64", "dp-lora-adam", "dp-lora-singular", "ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048",
 )  # fmt: skip
 PARTS = (
-    "plain-decoding", "wiener-decoding", "adaptive-clip", "self-written", "no-refresh", "kronecker-64",
+    "preconditioned", "wiener-decoding", "adaptive-clip", "self-written", "no-refresh", "kronecker-64",
 )  # fmt: skip
 OURS = ("hybrid-4", "hybrid-16", "hybrid-64", "hybrid-256")
 

@@ -292,8 +292,8 @@ def test_cohort_parallel_and_one_by_one_give_the_same_run(tiny_folder: Path, tmp
 
 @pytest.mark.parametrize(
     ("encoder", "decoding"),
-    [("identity", "auto"), ("identity", "singular"), ("autoencoder", "auto"), ("kronecker", "wiener"), ("hybrid", "auto"),
-     ("ffa", "auto"), ("top-k", "auto"), ("core", "auto"), ("power", "auto")],
+    [("identity", "plain"), ("identity", "singular"), ("autoencoder", "plain"), ("kronecker", "wiener"), ("hybrid", "precondition"),
+     ("ffa", "plain"), ("top-k", "plain"), ("core", "plain"), ("power", "plain")],
 )  # fmt: skip
 def test_other_encoders_run_to_the_end(tiny_folder: Path, tmp_path: Path, encoder: str, decoding: str) -> None:
     overrides = [f"encoder.name={encoder}", "encoder.gate=warn", "encoder.train_steps=3", "federation.rounds=2"]

@@ -125,12 +125,11 @@ class Server(Checked):
     beta2: float = knob(0.99, "beta2 of fedadam", low=0, below=1)
     tau: float = knob(1e-8, "adaptivity floor of fedadam", above=0)
     decoding: str = knob(
-        "auto",
+        "plain",
         "what the server does to a noised mean before its step, knowing the noise: precondition (kronecker, hybrid) damps "
         "coordinates in which the prior expects more signal than noise; wiener (the same) shrinks groups of coordinates by "
-        "their energy beyond the noise; singular (identity) shrinks each LoRA tensor's singular values; plain: "
-        "nothing; auto: precondition where it can be",
-        choices=("auto", "plain", "precondition", "wiener", "singular"),
+        "their energy beyond the noise; singular (identity) shrinks each LoRA tensor's singular values; plain: nothing",
+        choices=("plain", "precondition", "wiener", "singular"),
     )
 
 
@@ -364,13 +363,6 @@ class Recipe:
             return 0.0
         return self.prior.sampling_rate or self.federation.sampling_rate
 
-    @property
-    def decoding(self) -> str:
-        """`server.decoding` with "auto" resolved."""
-        if self.server.decoding != "auto":
-            return self.server.decoding
-        return "precondition" if self.encoder.informed and self.privacy.noise_in == "code" else "plain"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain tables of scalars and lists, as written to `recipe.resolved.toml`."""
         tables = dataclasses.asdict(self)
@@ -439,12 +431,12 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.server.decoding in ("precondition", "wiener") and not (encoder.informed and privacy.noise_in == "code"):
         raise RecipeError(
             f"server.decoding = {recipe.server.decoding!r} needs an encoder with a prior of its code, and noise there: set "
-            "encoder.name = 'hybrid' or 'kronecker' and privacy.noise_in = 'code', or server.decoding = 'auto'."
+            "encoder.name = 'hybrid' or 'kronecker' and privacy.noise_in = 'code', or server.decoding = 'plain'."
         )
     if recipe.server.decoding == "singular" and encoder.name != "identity":
         raise RecipeError(
             f"server.decoding = 'singular' shrinks whole LoRA tensors and encoder.name = {encoder.name!r} sends none: set "
-            "encoder.name = 'identity', or server.decoding = 'auto'."
+            "encoder.name = 'identity', or server.decoding = 'plain'."
         )
     if privacy.clip == "adaptive" and (encoder.name == "autoencoder" or privacy.noise_in == "update"):
         raise RecipeError(

@@ -13,7 +13,7 @@ Legend: K code values, G places of a group, D adapter values.
 * "singular": the best shrinkage of each LoRA tensor's singular values under even noise of known size (Gavish and Donoho
   2017, https://arxiv.org/abs/1405.7511, Frobenius loss), for an encoder that sends tensors as they are.
 
-docs/log.md has each measured: the first is worth having, the others throw small signals away before momentum can add them up.
+docs/log.md has each measured. None is the default: shrinkage throws small signals away before momentum can add them up.
 """
 
 import math

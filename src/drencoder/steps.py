@@ -276,7 +276,7 @@ def update_query(
         linear=encoder.linear,
         update_size=encoder.update_size,
         wire=WireFormat.of(encoder, recipe.encoder.wire_dtype),  # type: ignore[arg-type]  # checked by the recipe
-        filter=filter_of(recipe.decoding, encoder, follower.clip_l2 if follower else recipe.privacy.clip_l2),
+        filter=filter_of(recipe.server.decoding, encoder, follower.clip_l2 if follower else recipe.privacy.clip_l2),
     )
     if follower is None:
         return query

@@ -35,8 +35,8 @@ class HybridEncoder:
     """code = [H u | M R_h u | S R u], R_h = I - H'H, R = R_h - M'M; decode(c) = H'c_h + M'c_m + R S'c_s.
 
     H and M have orthonormal rows and S (`RandomSketch` of even allocation, without its scale) has them in each round, so that
-    |code| <= |update|. The random block is projected, not blown up by the inverse of its share: a weight of 2 or 8 on it
-    raised the loss wherever there was noise (docs/log.md). direction_JD float32.
+    |code| <= |update|. The random block is projected, not blown up by the inverse of its share: that would make it unbiased,
+    and its noise as many times louder. direction_JD float32.
     """
 
     head: KroneckerEncoder
