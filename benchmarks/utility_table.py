@@ -118,7 +118,7 @@ def _where(arm: grid.Arm) -> str:
 
 
 def _verdict_part(found: Sequence[Verdict], results: Results) -> str:
-    note = f'\n\n{judge.AUTOMATIC} is the hybrid arm of the size that `encoder.size = "auto"` chooses from the plan: no runs of its own.'
+    note = f"\n\n{judge.AUTOMATIC} is the hybrid arm of the size that `encoder.ratio = 0` chooses from the plan: no runs of its own."
     rows = [[one.number, one.claim, one.count, f"**{one.word}**"] for one in found]
     return f"## The finish line\n\n{_table(['', 'claim', 'cells', 'verdict'], rows)}{note}"
 

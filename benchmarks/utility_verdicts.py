@@ -166,7 +166,7 @@ def load_results(folder: Path, seeds: Sequence[int]) -> tuple[dict[Track, Result
 
 
 def automatic(results: Results) -> dict[Track, Result]:
-    """`encoder.size = "auto"` in every setting: the hybrid arm of the size that the plan would choose there, under another name."""
+    """`encoder.ratio = 0` in every setting: the hybrid arm of the size that the plan would choose there, under another name."""
     found = {}
     for track, reference in results.items():
         if track.arm != REFERENCE or math.isinf(reference.k_star):

@@ -87,3 +87,20 @@ def test_every_knob_is_documented_and_the_written_recipe_has_all_of_them() -> No
     for key, _, _ in knobs:
         section, _, name = key.rpartition(".")
         assert name in (tables[section] if section else tables)
+
+
+def test_a_code_longer_than_its_update_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"encoder\.ratio = 0\.5 would make codes longer than updates: give 1 or more, or 0"
+    ):
+        load_recipe("quickstart", ["encoder.ratio=0.5"])
+    assert load_recipe("quickstart", ["encoder.ratio=0"]).encoder.ratio == 0.0
+
+
+def test_the_default_encoder_works_with_any_model() -> None:
+    """No recipe needs to name public text: the base model writes it."""
+    assert (Recipe().encoder.name, Recipe().encoder.ratio, Recipe().public_text) == ("hybrid", 0.0, "self")
+    assert Recipe().changed({"prior.public": "embedded"}).public_text == "embedded"
+    assert (
+        Recipe().changed({"encoder.name": "autoencoder"}).public_text == ""
+    )  # the published prior, unless it is asked for

@@ -169,7 +169,9 @@ def build(recipe: Recipe) -> Live:
     source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
     base = load_base(recipe.model)
     d1_share = recipe.prior.d1_share if recipe.prior.source == "gradients" else 0.0
-    public = open_public(recipe.prior, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
+    public = open_public(
+        recipe.public_text, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed)
+    )
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     engine = LocalEngine(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)

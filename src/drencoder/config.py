@@ -138,16 +138,16 @@ class Encoder(Checked):
     """How an update becomes a code."""
 
     name: str = knob(
-        "random",
+        "hybrid",
         "the encoder",
         choices=("identity", "random", "autoencoder", "kronecker", "hybrid", "ffa", "top-k", "core", "power"),
     )
-    size: str = knob(
-        "ratio",
-        "ratio: as `ratio` says; auto: from the privacy plan, by how many coordinates its noise lets a round learn (k*)",
-        choices=("ratio", "auto"),
+    ratio: float = knob(
+        0.0,
+        "adapter values per code value (not for `identity`, `autoencoder`, `ffa` and `core`), 1 or more; 0: from the privacy "
+        "plan, by how many coordinates its noise lets a round learn (k*)",
+        low=0,
     )
-    ratio: float = knob(64.0, "adapter values per code value (not for `identity`, `ffa` and `core`)", low=1)
     explore: float = knob(
         0.25, "hybrid, power: share of the code that looks at fresh random directions", low=0, below=1
     )
@@ -175,6 +175,11 @@ class Encoder(Checked):
     def needs_public(self) -> bool:
         """Whether it is made from updates of public text."""
         return self.name in ("kronecker", "hybrid", "top-k", "core")
+
+    @property
+    def sized_by_ratio(self) -> bool:
+        """Whether `ratio` decides how long its code is."""
+        return self.name not in ("identity", "autoencoder", "ffa", "core")
 
     @property
     def informed(self) -> bool:
@@ -217,7 +222,7 @@ class Prior(Checked):
     public: str = knob(
         "",
         "public text for the structured prior: `embedded` (what the embedded model was trained on), `self` (written by the "
-        "base model), a .jsonl/.json file or `hub:ORG/NAME`; empty = none",
+        "base model), a .jsonl/.json file or `hub:ORG/NAME`; empty = self for an encoder that is made from public text, none for others",
     )
     provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
     public_clients: int = knob(16, "make-believe clients of public text per estimate of the structured prior", low=2)
@@ -363,6 +368,11 @@ class Recipe:
             return 0.0
         return self.prior.sampling_rate or self.federation.sampling_rate
 
+    @property
+    def public_text(self) -> str:
+        """`prior.public`; for an encoder that is made from public text and a recipe that names none, the base model writes it."""
+        return self.prior.public or ("self" if self.encoder.needs_public else "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain tables of scalars and lists, as written to `recipe.resolved.toml`."""
         tables = dataclasses.asdict(self)
@@ -423,10 +433,9 @@ def _check_together(recipe: Recipe) -> None:
             "encoder.name = 'autoencoder' is trained on synthetic gradients and prior.source = 'none' gives none: "
             "set prior.source = 'moments'."
         )
-    if encoder.needs_public and not recipe.prior.public:
+    if 0 < encoder.ratio < 1:
         raise RecipeError(
-            f"encoder.name = {encoder.name!r} is made from public text and prior.public names none: set prior.public to "
-            "'self', 'embedded', a file or hub:ORG/NAME, or use encoder.name = 'random'."
+            f"encoder.ratio = {encoder.ratio} would make codes longer than updates: give 1 or more, or 0 for a size from the plan."
         )
     if recipe.server.decoding in ("precondition", "wiener") and not (encoder.informed and privacy.noise_in == "code"):
         raise RecipeError(

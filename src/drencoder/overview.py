@@ -142,7 +142,7 @@ def survey(recipe: Recipe) -> Overview:
         stage1_bytes=stage1,
         total_bytes=round(uploads * message) + stage1,
         plain_lora_bytes=plain_lora_bytes(uploads, size, encoder.wire_dtype),
-        code_reason=_reason(size, plan.k_star()) if encoder.size == "auto" else "",
+        code_reason=_reason(size, plan.k_star()) if encoder.sized_by_ratio and not encoder.ratio else "",
     )
 
 
@@ -158,7 +158,7 @@ def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequ
     """K of the recipe's encoder under this plan, for adapted matrices of these shapes (out, in)."""
     encoder, rank = recipe.encoder, recipe.adapter.rank
     size = rank * sum(sum(shape) for shape in matrices)
-    ratio = auto_ratio(size, plan.k_star()) if encoder.size == "auto" else encoder.ratio
+    ratio = encoder.ratio or auto_ratio(size, plan.k_star())
     return code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
 
 

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import final
 
-from drencoder import config
 from drencoder.data.source import read_records
 from drencoder.data.template import render
 from drencoder.data.world import World
@@ -34,34 +33,34 @@ class PublicText:
     draw: Callable[[int, int], list[Rendered]]
 
 
-def open_public(wanted: config.Prior, write: Callable[[int, int], list[str]]) -> PublicText | None:
-    """The recipe's public text; None if it names none.
+def open_public(public: str, provenance: str, write: Callable[[int, int], list[str]]) -> PublicText | None:
+    """The public text that `public` names; None if it is empty.
 
     Args:
+      public: `embedded`, `self`, a file or `hub:ORG/NAME`, as `Recipe.public_text` has it.
+      provenance: whose text it is, in words; needed for a file or a hub data set.
       write: texts by the base model, (count, seed) -> count texts, for `prior.public = "self"`.
 
     Raises:
       DataError: a file is missing, unreadable or empty, or its provenance was not given.
     """
-    if not wanted.public:
+    if not public:
         return None
-    if wanted.public == "embedded":
-        return PublicText(wanted.provenance or _EMBEDDED, _documents)
-    if wanted.public == "self":
-        return PublicText(
-            wanted.provenance or _WRITTEN, lambda count, seed: [("", text) for text in write(count, seed)]
-        )
-    if not wanted.provenance.strip():
+    if public == "embedded":
+        return PublicText(provenance or _EMBEDDED, _documents)
+    if public == "self":
+        return PublicText(provenance or _WRITTEN, lambda count, seed: [("", text) for text in write(count, seed)])
+    if not provenance.strip():
         raise DataError(
-            f"prior.public = {wanted.public!r} needs prior.provenance: say in words whose text this is and why the server "
+            f"prior.public = {public!r} needs prior.provenance: say in words whose text this is and why the server "
             "may look at it; the certificate repeats it."
         )
-    pairs = [render(record) for record in read_records(wanted.public, "train", knob="prior.public")]
+    pairs = [render(record) for record in read_records(public, "train", knob="prior.public")]
 
     def draw(count: int, seed: int) -> list[Rendered]:
         return random.Random(seed).choices(pairs, k=count) if count > len(pairs) else _some(pairs, count, seed)
 
-    return PublicText(f"{wanted.provenance} ({_short(wanted.public)})", draw)
+    return PublicText(f"{provenance} ({_short(public)})", draw)
 
 
 def _documents(count: int, seed: int) -> list[Rendered]:
