@@ -13,6 +13,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("knobs",),
     ("config", "artifacts", "layout", "examples", "encoders.sizes"),
     (
+        "secure.discrete",
+        "secure.quantise",
+        "secure.crypto",
+        "secure.shamir",
+        "secure.messages",
+        "secure.node",
+        "secure.server",
+    ),
+    (
         "privacy.sampling",
         "privacy.accounting",
         "privacy.plan",
@@ -76,7 +85,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli",),
 )
-ORDERED = {3, 4, 5, 6, 7, 12, 13}  # rows in which "left of it" is allowed
+ORDERED = {3, 4, 5, 6, 7, 8, 13, 14}  # rows in which "left of it" is allowed
 EVERYWHERE = {"drencoder"}  # only for __version__
 
 DOORS = {
@@ -88,6 +97,7 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"assess_view", "audit_view", "cli", "compare_view", "console", "curves_view"},
     "tomli_w": {"config"},
+    "cryptography": {"secure.crypto"},
 }
 TORCH_FREE = {
     "errors", "rng", "knobs", "config", "artifacts", "encoders.sizes", "overview", "report", "console", "cli", "verify",
@@ -95,6 +105,7 @@ TORCH_FREE = {
     "privacy.curves", "privacy.tradeoff", "plots", "curves_view",
     "data.template", "data.world_facts", "data.subjects", "data.world", "data.source", "data.public",
     "data.taxonomy", "data.prompts", "data.hub", "data.benchmark_files", "data.benchmarks", "scores", "assess_view",
+    "secure.discrete", "secure.quantise", "secure.crypto", "secure.shamir", "secure.messages", "secure.node", "secure.server",
     "methods", "compare", "compare_table", "compare_view", "audit.findings", "audit_view",
 }  # fmt: skip
 

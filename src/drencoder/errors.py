@@ -12,6 +12,8 @@
     ├── EncoderError          an encoder that cannot be built or used
     │   ├── CodeError         a received code that is truncated, oversized, foreign or not finite
     │   └── ViabilityError    an encoder that carries nothing, found before any budget was spent
+    ├── SecureError           a message of secure aggregation that an honest party must not answer
+    │   └── VoidRoundError    too few parties or clients answered: the sum of the round stays hidden
     └── ArtifactError         a run folder that is missing, incomplete or was changed by hand
         └── LostError         a killed run left nothing that could be resumed
 
@@ -66,3 +68,11 @@ class ArtifactError(DrencoderError):
 
 class LostError(ArtifactError):
     """A killed run left nothing that could be resumed."""
+
+
+class SecureError(DrencoderError):
+    """A message of secure aggregation that an honest party must not answer."""
+
+
+class VoidRoundError(SecureError):
+    """Too few parties or clients answered: the sum of this round stays hidden."""
