@@ -66,7 +66,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("encoders.architectures", "encoders.fitting", "encoders.autoencoder", "encoders.registry"),
     ("adaptive_clip", "steps"),
-    ("checkpoint", "engines.local", "evaluation"),
+    ("checkpoint", "engines.aggregation", "engines.local", "evaluation"),
     ("build", "report", "verify"),
     ("stage1", "results", "baselines", "assess", "assess_view"),
     ("experiment", "console"),
@@ -85,7 +85,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli",),
 )
-ORDERED = {3, 4, 5, 6, 7, 8, 13, 14}  # rows in which "left of it" is allowed
+ORDERED = {3, 4, 5, 6, 7, 8, 9, 13, 14}  # rows in which "left of it" is allowed
 EVERYWHERE = {"drencoder"}  # only for __version__
 
 DOORS = {

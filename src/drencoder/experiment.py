@@ -23,9 +23,9 @@ from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.sizes import plain_lora_bytes
 from drencoder.encoders.wire import WireFormat, noise_entropy
-from drencoder.errors import ArtifactError, BudgetError, LostError
+from drencoder.errors import ArtifactError, BudgetError, LostError, VoidRoundError
 from drencoder.evaluation import held_out_loss, multiple_choice
-from drencoder.overview import Overview
+from drencoder.overview import Overview, modular_bits
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.results import measure_all
@@ -145,7 +145,11 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
         return replace(now, slot=slot)
     follower = _follower(recipe, now)
     query = update_query(encoder, recipe, slot, follower)
-    outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
+    try:
+        outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
+    except VoidRoundError as error:
+        listener.say(f"round {slot}: {error}")
+        return replace(now, slot=slot)
     direction_D = query.direction(outcome.release, permit, plan.expected_cohort)
     if recipe.local.upload == "state":
         direction_D = direction_D - now.state.adapter_D
@@ -155,7 +159,7 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
     state = server_step(now.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
     clip_l2 = follower.after(outcome.release.value, plan.expected_cohort).clip_l2 if follower else None
     asked = plan.expected_cohort if outcome.release.contributors is None else outcome.release.contributors
-    down = round(asked * bytes_down(encoder, live.lora.layout.size))
+    down = round(asked * bytes_down(encoder, live.lora.layout.size)) + outcome.bytes_down
     return replace(
         now, state=state, slot=slot, bytes_up=now.bytes_up + sent, clip_l2=clip_l2, bytes_down=now.bytes_down + down
     )
@@ -230,9 +234,11 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
             "uploaded": now.bytes_up,
             "downloaded": now.bytes_down,
             "stage1": (now.stage1 or {}).get("bytes", 0),
-            "counted": "counted" if plan.trust == "local" else "expected: the size of a secret cohort is not published",
+            "counted": "counted" if plan.capped else "expected: the size of a secret cohort is not published",
             "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.encoder.wire_dtype),
-            "bits_per_value": wire.bits,
+            "bits_per_value": modular_bits(plan, 1, encoder.code_size)
+            if plan.trust == "secure-aggregation"
+            else wire.bits,
             "entropy_per_value": noise_entropy(wire),  # of noise: a real code's would be an answer about the data
         },
         "encoder": encoder.describe() | _flat(now.gate or {}),
@@ -259,9 +265,14 @@ def _statement(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
         return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
     seen = {name: row["by_relation"][plan.relation]["epsilon_pld"] for name, row in observers.items()}
     words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan.relation]
-    cost = seen["server" if plan.trust == "local" else "public"]
+    cost = seen[plan.budget_observer]
     promise = f"({float(cost):.3f}, {plan.delta:g})-differential privacy for {words} one client with all its text"
     if plan.trust == "local":
         rest = f"those who see only sums and the model: epsilon {float(seen['public']):.3f}"
         return f"Against the server: {promise}. Against {rest}."
+    if plan.trust == "secure-aggregation":
+        return (
+            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
+            f"{float(seen['server']):.3f}. At least {plan.honest_share:.0%} of the contributors are taken to be honest."
+        )
     return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."

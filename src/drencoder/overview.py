@@ -21,8 +21,10 @@ from drencoder.encoders.sizes import (
 )
 from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
+from drencoder.secure.messages import round_bytes
+from drencoder.secure.quantise import Quantiser
 
-__all__ = ["Overview", "planned_code_size", "privacy_plan", "survey"]
+__all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "survey"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Overview:
     """What a run will cost, in privacy and in bytes. Public.
 
     `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
-    Bytes are totals of all expected uploads; plain LoRA sends the whole adapter in the same wire
+    Bytes are totals of all expected uploads; `message_bytes` is a client's in a round, under secure aggregation a node's.
+    Plain LoRA sends the whole adapter in the same wire
     type, or in float16 if that has fewer bits.
     """
 
@@ -87,7 +90,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
     privacy, federation = recipe.privacy, recipe.federation
     private = privacy.trust != "non-private"
     return make_plan(
-        trust="local" if privacy.trust == "local" else "central",
+        trust=privacy.trust if private else "central",  # type: ignore[arg-type]  # checked by the recipe
         epsilon=None if privacy.noise_multiplier or not private else privacy.epsilon,
         noise_multiplier=privacy.noise_multiplier if private and privacy.noise_multiplier else None,
         delta=privacy.delta,
@@ -102,6 +105,8 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         non_private=_non_private(recipe),
         # The public's epsilon rests on seeing nothing but a sum of noised codes. A decoder that takes each code by
         # itself, and rounding each to fewer bits, put something else in its place.
+        dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
+        honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
         decodes_each=recipe.encoder.name == "autoencoder" or recipe.encoder.wire_dtype != "float32",
     )
 
@@ -128,19 +133,33 @@ def survey(recipe: Recipe) -> Overview:
     encoder, prior = recipe.encoder, recipe.prior
     code = planned_code_size(recipe, plan, matrices)
     message = message_bytes(code + (recipe.privacy.clip == "adaptive"), encoder.wire_dtype)
-    uploads = plan.expected_cohort * recipe.federation.rounds
+    rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
+    uploads = plan.expected_cohort * rounds
     epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
     asked = stage1_values(prior.source, size, len(matrices), epochs)
     stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
+    stage2 = round(uploads * message)
+    if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
+        message = round_bytes(nodes, code + (recipe.privacy.clip == "adaptive"), modular_bits(plan, 1, code))[0]
+        stage2 = rounds * nodes * message
+        stage1 = nodes * round_bytes(nodes, asked, modular_bits(plan, 0, asked))[0] if asked else 0
     return Overview(
         privacy=plan,
         adapter_size=size,
         code_size=code,
         message_bytes=message,
         stage1_bytes=stage1,
-        total_bytes=round(uploads * message) + stage1,
+        total_bytes=stage2 + stage1,
         plain_lora_bytes=plain_lora_bytes(uploads, size, encoder.wire_dtype),
     )
+
+
+def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
+    """Secure aggregation: how many bits a value of a slot's sum has."""
+    terms = plan.share_terms(slot)
+    return Quantiser.plan(
+        values=values, clip_l2=1.0, share_multiplier=terms.multiplier, most_clients=terms.most_contributors
+    ).bits
 
 
 def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequence[int]]) -> int:

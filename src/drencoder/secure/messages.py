@@ -47,6 +47,7 @@ __all__ = [
     "RoundSettings",
     "Stage",
     "pack_values",
+    "round_bytes",
     "rows_body",
     "unpack_rows",
     "unpack_values",
@@ -150,19 +151,8 @@ class RoundSettings:
         return self._body(data, stage, node, _ANSWER)
 
     def largest(self, stage: Stage, *, answer: bool) -> int:
-        """Bytes that a message of this stage has at most."""
-        rows = {Stage.SHARE: KEYS_BYTES, Stage.MASK: SEALED_BYTES, Stage.CONFIRM: 0, Stage.UNMASK: SIGNATURE_BYTES}
-        count = len(self.roster)
-        if not answer:
-            return _HEADER.size + (rows_size(count, rows[stage]) if stage in rows else 0)
-        bodies = {
-            Stage.ADVERTISE: KEYS_BYTES,
-            Stage.SHARE: SECRET_BYTES + rows_size(count - 1, SEALED_BYTES),
-            Stage.MASK: self.values * self.bits // 8,
-            Stage.CONFIRM: SIGNATURE_BYTES,
-            Stage.UNMASK: rows_size(count, 1 + SHARE_BYTES),
-        }
-        return _HEADER.size + bodies[stage]
+        """Bytes that a message of this stage has at most: when no node has dropped out."""
+        return _message_size(stage, len(self.roster), self.values, self.bits, answer)
 
     def _header(self, stage: Stage, node: int, kind: int) -> bytes:
         return _HEADER.pack(_MAGIC, _VERSION, stage, kind, 0, node, self.context)
@@ -176,6 +166,27 @@ class RoundSettings:
             wrong = ", ".join(name for name, got, wanted in pairs if got != wanted)
             raise SecureError(f"A message for {stage.name} has a wrong {wrong}: refused.")
         return data[_HEADER.size :]
+
+
+def _message_size(stage: Stage, nodes: int, values: int, bits: int, answer: bool) -> int:
+    rows = {Stage.SHARE: KEYS_BYTES, Stage.CONFIRM: 0, Stage.UNMASK: SIGNATURE_BYTES}
+    requests = {other: rows_size(nodes, width) for other, width in rows.items()}
+    requests[Stage.MASK] = rows_size(nodes - 1, SEALED_BYTES)
+    answers = {
+        Stage.ADVERTISE: KEYS_BYTES,
+        Stage.SHARE: SECRET_BYTES + rows_size(nodes - 1, SEALED_BYTES),
+        Stage.MASK: values * bits // 8,
+        Stage.CONFIRM: SIGNATURE_BYTES,
+        Stage.UNMASK: rows_size(nodes, 1 + SHARE_BYTES),
+    }
+    return _HEADER.size + (answers[stage] if answer else requests.get(stage, 0))
+
+
+def round_bytes(nodes: int, values: int, bits: int) -> tuple[int, int]:
+    """Bytes (up, down) of one node in one round in which nobody drops out."""
+    up = sum(_message_size(stage, nodes, values, bits, answer=True) for stage in Stage)
+    down = sum(_message_size(stage, nodes, values, bits, answer=False) for stage in Stage)
+    return up, down
 
 
 def rows_size(count: int, width: int) -> int:

@@ -182,4 +182,4 @@ class Quantiser:
         if residue_V.shape != (self.values,) or int(residue_V.max()) >> self.bits:
             raise PrivacyError(f"A modular sum of {self.values} values of {self.bits} bits was expected; another came.")
         half = 1 << (self.bits - 1)
-        return ((residue_V.astype(np.int64) ^ half) - half) * self.step
+        return ((residue_V.astype(np.int64) ^ half) - half) * np.float64(self.step)
