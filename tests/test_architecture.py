@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "privacy.sampling",
         "privacy.accounting",
+        "privacy.observers",
         "privacy.plan",
         "privacy.curves",
         "privacy.tradeoff",
@@ -101,7 +102,7 @@ DOORS = {
 }
 TORCH_FREE = {
     "errors", "rng", "knobs", "config", "artifacts", "encoders.sizes", "overview", "report", "console", "cli", "verify",
-    "privacy.sampling", "privacy.accounting", "privacy.plan", "privacy.ledger",
+    "privacy.sampling", "privacy.accounting", "privacy.observers", "privacy.plan", "privacy.ledger",
     "privacy.curves", "privacy.tradeoff", "plots", "curves_view",
     "data.template", "data.world_facts", "data.subjects", "data.world", "data.source", "data.public",
     "data.taxonomy", "data.prompts", "data.hub", "data.benchmark_files", "data.benchmarks", "scores", "assess_view",

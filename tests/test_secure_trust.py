@@ -20,7 +20,7 @@ from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.wire import WireFormat
 from drencoder.engines.aggregation import hosted, node_of, round_settings, summed
 from drencoder.engines.local import LocalEngine
-from drencoder.errors import PrivacyError, RecipeError, VoidRoundError
+from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundError
 from drencoder.overview import survey
 from drencoder.privacy.accounting import GaussianEvent, epsilon_gaussian
 from drencoder.privacy.ledger import Ledger
@@ -175,19 +175,19 @@ def test_a_plan_whose_epsilon_is_too_large_for_discrete_noise_is_refused(ledger_
 def aggregate_rows(query, permit, cohort, update_ND, *, nodes=4, threshold=3, drop=None, noise=None):
     noise = noise or SecureNoise()
     keys = [NodeKey.generate() for _ in range(nodes)]
-    settings = round_settings(query, permit, cohort, [key.public for key in keys], threshold)
+    own = hosted(cohort, nodes)
+    settings = round_settings(query, permit, list(map(len, own)), [key.public for key in keys], threshold)
     rows = {client: row for row, client in enumerate(cohort)}
 
     def share_of(clients):
         return query.share(update_ND[[rows[client] for client in clients]], clients, permit, noise)
 
-    own = hosted(cohort, nodes)
     party = [node_of(settings, node, key, own[node], 5, share_of) for node, key in enumerate(keys)]
 
     def exchange(stage, requests):
         return {n: party[n].answer(stage, data) for n, data in requests.items() if (stage, n) != drop}
 
-    return query.release([summed(settings, cohort, exchange)], permit, noise)
+    return query.release([summed(settings, own, exchange)], permit, noise)
 
 
 def test_the_released_sum_has_the_promised_noise_and_no_other(ledger_fn):
@@ -279,7 +279,16 @@ def test_no_client_has_a_message_of_its_own(ledger_fn):
 def test_a_cohort_that_is_too_small_is_void_before_anybody_trains(ledger_fn):
     permit = ledger_fn().charge(1)
     with pytest.raises(VoidRoundError, match="plan needs"):
-        round_settings(query_of(), permit, [1, 2, 3], [KEY], 1)
+        round_settings(query_of(), permit, [1, 2], [KEY], 1)
+    with pytest.raises(VoidRoundError, match="plan needs"):
+        round_settings(query_of(), permit, [500, 400], [KEY], 1)
+
+
+def test_a_node_refuses_a_round_that_counts_other_clients_for_it(ledger_fn):
+    permit, keys = ledger_fn().charge(1), [NodeKey.generate() for _ in range(3)]
+    settings = round_settings(query_of(), permit, [20, 20, 20], [key.public for key in keys], 2)
+    with pytest.raises(SecureError, match="hosts 2 clients and the round counts 20"):
+        node_of(settings, 1, keys[1], [4, 7], 5, lambda clients: np.zeros(64, dtype=np.uint32))
 
 
 # Recipes
@@ -402,7 +411,7 @@ def test_a_void_round_keeps_its_charge_and_changes_nothing(tiny_folder: Path, tm
     records = lines_of(tmp_path / "run")
     assert [r["slot"] for r in records if r["kind"] == "charge"] == [0, 1, 2, 3, 4]
     assert [r["slot"] for r in records if r["kind"] == "contributors"] == [1, 2, 4]
-    assert sum("is void" in r.get("text", "") for r in records) == 2
+    assert sum("was abandoned" in r.get("text", "") for r in records) == 2
     assert result.certificate["stage1"]["lost"] is True
     rows = {row["round"]: row for row in result.metrics}
     assert rows[3]["loss"] == rows[2]["loss"]

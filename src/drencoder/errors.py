@@ -9,11 +9,13 @@
     ├── DeviceError           a device that is not there
     ├── PrivacyError          a privacy statement that cannot be made
     │   └── BudgetError       the next release would exceed the budget
+    ├── EngineError           other machines that cannot be reached, or will not answer
+    │   ├── QuorumError       too few clients of a cohort answered
+    │   │   └── VoidRoundError   under secure aggregation: the sum of the round stays hidden (a SecureError, too)
+    │   └── SecureError       a message of secure aggregation that an honest party must not answer
     ├── EncoderError          an encoder that cannot be built or used
     │   ├── CodeError         a received code that is truncated, oversized, foreign or not finite
     │   └── ViabilityError    an encoder that carries nothing, found before any budget was spent
-    ├── SecureError           a message of secure aggregation that an honest party must not answer
-    │   └── VoidRoundError    too few parties or clients answered: the sum of the round stays hidden
     └── ArtifactError         a run folder that is missing, incomplete or was changed by hand
         └── LostError         a killed run left nothing that could be resumed
 
@@ -50,6 +52,26 @@ class BudgetError(PrivacyError):
     """The next release would exceed the budget."""
 
 
+class EngineError(DrencoderError):
+    """Other machines cannot be reached, or will not answer."""
+
+
+class QuorumError(EngineError):
+    """Too few clients of a cohort answered; `answered` did, or None where that is a secret."""
+
+    def __init__(self, message: str, answered: int | None = None) -> None:
+        super().__init__(message)
+        self.answered = answered
+
+
+class SecureError(EngineError):
+    """A message of secure aggregation that an honest party must not answer."""
+
+
+class VoidRoundError(QuorumError, SecureError):
+    """Too few parties or clients answered: the sum of this round stays hidden."""
+
+
 class EncoderError(DrencoderError):
     """An encoder cannot be built or used."""
 
@@ -68,11 +90,3 @@ class ArtifactError(DrencoderError):
 
 class LostError(ArtifactError):
     """A killed run left nothing that could be resumed."""
-
-
-class SecureError(DrencoderError):
-    """A message of secure aggregation that an honest party must not answer."""
-
-
-class VoidRoundError(SecureError):
-    """Too few parties or clients answered: the sum of this round stays hidden."""

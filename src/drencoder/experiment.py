@@ -23,7 +23,7 @@ from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.sizes import plain_lora_bytes
 from drencoder.encoders.wire import WireFormat, noise_entropy
-from drencoder.errors import ArtifactError, BudgetError, LostError, VoidRoundError
+from drencoder.errors import ArtifactError, BudgetError, LostError, QuorumError
 from drencoder.evaluation import held_out_loss, multiple_choice
 from drencoder.overview import Overview, modular_bits
 from drencoder.privacy.ledger import Ledger
@@ -132,6 +132,9 @@ def _drive(live: Live, folder: RunFolder, ledger: Ledger, now: Progress, listene
         except BudgetError as error:
             listener.say(f"stopped after round {now.slot}: {error}")
             break
+        except QuorumError as error:
+            listener.say(f"round {slot} was abandoned, its charge stays: {error}")
+            now = replace(now, slot=slot)
         save_checkpoint(folder, ledger, now)
         _evaluate_round(live, folder, ledger, now, listener)
     return _finish(live, folder, ledger, now, encoder, listener)
@@ -145,11 +148,7 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
         return replace(now, slot=slot)
     follower = _follower(recipe, now)
     query = update_query(encoder, recipe, slot, follower)
-    try:
-        outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
-    except VoidRoundError as error:
-        listener.say(f"round {slot}: {error}")
-        return replace(now, slot=slot)
+    outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
     direction_D = query.direction(outcome.release, permit, plan.expected_cohort)
     if recipe.local.upload == "state":
         direction_D = direction_D - now.state.adapter_D

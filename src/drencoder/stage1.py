@@ -18,7 +18,7 @@ from drencoder.config import Recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.gate import GateResult, measure_viability, require_viable
-from drencoder.errors import LostError, VoidRoundError
+from drencoder.errors import LostError, QuorumError
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.rng import derive_seed
@@ -36,13 +36,14 @@ _GATE_CLIENTS = 16  # make-believe ones, of server-held text
 def ask(live: Live, ledger: Ledger, query: CohortQuery, adapter_D: Tensor, cohort: list[int]) -> tuple[Outcome, Permit]:
     """Charge, gather, release: the same for both stages, in this order.
 
-    Raises VoidRoundError when secure aggregation failed: the charge is kept, with a note, and nothing was released.
+    Raises:
+      QuorumError: too few answered; their answers were thrown away and the charge stays.
     """
     permit, noise = ledger.charge(query.slot), live.noise()
     try:
         outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
-    except VoidRoundError:
-        ledger.record_void(query.slot)
+    except QuorumError as error:
+        ledger.record_abandoned(query.slot, error.answered if permit.trust == "local" else None)
         raise
     if outcome.release.contributors is not None:
         # How many noised codes hide each other is public but under central trust, and makes the epsilon of a sum.
@@ -78,8 +79,8 @@ def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Pro
         return _uninformed(live, now), None
     try:
         return _moments(live, ledger, now, say), None
-    except VoidRoundError as error:
-        say(f"stage 1: {error} Going on with an uninformed prior.")
+    except QuorumError as error:
+        say(f"stage 1 was abandoned, its charge stays: {error} Going on with an uninformed prior.")
         return _uninformed(live, now), None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from drencoder.errors import VoidRoundError
+from drencoder.errors import SecureError, VoidRoundError
 from drencoder.privacy.ledger import Permit
 from drencoder.secure.crypto import NodeKey
 from drencoder.secure.messages import RoundSettings
@@ -26,18 +26,20 @@ def hosted(cohort: Sequence[int], nodes: int) -> list[list[int]]:
 
 
 def round_settings(
-    query: CohortQuery, permit: Permit, cohort: Sequence[int], roster: Sequence[bytes], threshold: int
+    query: CohortQuery, permit: Permit, counts: Sequence[int], roster: Sequence[bytes], threshold: int
 ) -> RoundSettings:
-    """The public facts of one round; a node computes its own copy from its own plan, cohort and roster.
+    """The public facts of one round. Every party makes its own copy, from its own plan, recipe and roster.
+
+    `counts` says how many clients of the cohort are on each node. A node may take them from the server: it checks its own,
+    and since they are part of the context, a lie about an honest node's makes that node's messages worthless.
 
     Raises VoidRoundError for a cohort that is too small for the plan, or larger than what the modulus was made for.
     """
     assert permit.shares is not None
     least, most = permit.shares.least_contributors, permit.shares.most_contributors
-    if not least <= len(cohort) <= most:
+    if not least <= sum(counts) <= most:
         raise VoidRoundError(
-            f"The cohort of slot {permit.slot} has {len(cohort)} clients and the plan needs {least} to {most}: "
-            "the round is void, its charge is kept."
+            f"the cohort of slot {permit.slot} has {sum(counts)} clients and the plan needs {least} to {most}: the round is void."
         )
     return RoundSettings(
         run_id=permit.run_id,
@@ -47,7 +49,7 @@ def round_settings(
         bits=query.bits(permit),
         threshold=threshold,
         least_clients=least,
-        clients=tuple(map(len, hosted(cohort, len(roster)))),
+        clients=tuple(counts),
         roster=tuple(roster),
     )
 
@@ -66,7 +68,9 @@ def node_of(
     other clients for it than it hosts.
     """
     if len(clients) != settings.clients[node]:
-        raise VoidRoundError(f"Node {node} hosts {len(clients)} clients and the round counts {settings.clients[node]}.")
+        raise SecureError(
+            f"Node {node} hosts {len(clients)} clients and the round counts {settings.clients[node]}: refused."
+        )
 
     def vector() -> npt.NDArray[np.uint32]:
         total_V = np.zeros(settings.values, dtype=np.uint32)
@@ -77,9 +81,11 @@ def node_of(
     return SecureNode(settings, node, key, vector)
 
 
-def summed(settings: RoundSettings, cohort: Sequence[int], exchange: Exchange) -> Summed:
-    """The server's part: all five stages, and whose codes are in the sum. Raises VoidRoundError when it fails."""
+def summed(settings: RoundSettings, on_nodes: Sequence[Sequence[int]], exchange: Exchange) -> Summed:
+    """The server's part: all five stages, and whose codes are in the sum; `on_nodes` has each node's clients.
+
+    Raises VoidRoundError when the round cannot be finished.
+    """
     found = aggregate(SecureServer(settings), exchange)
-    on_nodes = hosted(cohort, len(settings.roster))
     clients = tuple(client for node in found.nodes for client in on_nodes[node])
     return Summed(clients, found.sum_V, sum(found.bytes_up.values()), sum(found.bytes_down.values()), found.rejected)

@@ -74,15 +74,16 @@ class LocalEngine:
             return query.share(self._updates(query, adapter_D, clients), clients, permit, noise)
 
         keys = [NodeKey.generate() for _ in range(self.nodes)]
-        settings = round_settings(query, permit, cohort, [key.public for key in keys], self.threshold)
         on_nodes = hosted(cohort, self.nodes)
+        roster = [key.public for key in keys]
+        settings = round_settings(query, permit, list(map(len, on_nodes)), roster, self.threshold)
         party = [node_of(settings, node, key, on_nodes[node], self.parallel, share_of) for node, key in enumerate(keys)]
 
         def exchange(stage: Stage, requests: Mapping[int, bytes]) -> dict[int, bytes]:
             there = [node for node in requests if not self.lost(permit.slot, stage, node)]
             return {node: party[node].answer(stage, requests[node]) for node in there}
 
-        return summed(settings, cohort, exchange)
+        return summed(settings, on_nodes, exchange)
 
     def _updates(self, query: CohortQuery, adapter_D: Tensor, clients: Sequence[int]) -> Tensor:
         """What the clients compute, (K, epochs * D): the updates of as many epochs as the query asks for, in a row."""

@@ -35,7 +35,8 @@ from drencoder.privacy.accounting import (
     epsilon_pld,
     event_to_dict,
 )
-from drencoder.privacy.plan import Noise, ObserverGuarantee, PrivacyPlan, ShareTerms, Stage, Trust
+from drencoder.privacy.observers import ObserverGuarantee
+from drencoder.privacy.plan import Noise, PrivacyPlan, ShareTerms, Stage, Trust
 from drencoder.privacy.sampling import KEY_BYTES, Sampler
 
 __all__ = ["Ledger", "Permit"]
@@ -62,7 +63,7 @@ class Permit:
     relation: Relation
     noise: Noise
     cohort: frozenset[int] | None = field(repr=False)
-    run_id: str = ""
+    run_id: str = ""  # of the ledger: other machines tell this run's questions from another's by it
     shares: ShareTerms | None = None
     token: InitVar[object] = None
     _spent: set[int] = field(default_factory=set, init=False, repr=False)
@@ -283,11 +284,7 @@ class Ledger:
         else:
             self._check_budget(slot)
             self._append({"kind": "charge", **record, "attempt": attempt, "event": event_to_dict(event)})
-        return Permit(
-            trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=event,
-            relation=plan.relation, noise=plan.noise, cohort=cohort, run_id=self.run_id,
-            shares=plan.share_terms(slot) if plan.trust == "secure-aggregation" else None, token=_TOKEN,
-        )  # fmt: skip
+        return _permit(plan, slot, attempt, cohort, self.run_id)
 
     def record_contributors(self, slot: int, contributors: int) -> None:
         """How many clients' releases the sum of `slot` holds, once it is known.
@@ -301,9 +298,17 @@ class Ledger:
             raise PrivacyError(f"Slot {slot} has no charge, or fewer than {contributors} clients in its cohort.")
         self._append({"kind": "contributors", "slot": slot, "contributors": contributors})
 
-    def record_void(self, slot: int) -> None:
-        """Secure aggregation: the sum of `slot` stayed hidden. Its charge is kept, and counted as if it had not."""
-        self._append({"kind": "note", "text": f"slot {slot} is void: too few answered, nothing was unmasked"})
+    def record_abandoned(self, slot: int, answered: int | None) -> None:
+        """A charged slot whose answers were thrown away, because too few came. Its charge stays.
+
+        `answered` clients (None: a secret, or a sum that stayed hidden) had released to the server by then; the public saw
+        nothing of it.
+        """
+        if slot not in self.charges():
+            raise PrivacyError(f"Slot {slot} has no charge, so there is nothing to abandon.")
+        if answered is not None:
+            self.record_contributors(slot, answered)
+        self._append({"kind": "note", "slot": slot, "text": f"slot {slot} was abandoned: too few clients answered"})
 
     def _charged(self) -> dict[int, tuple[int, int]]:
         contributors: dict[int, int] = {}
@@ -344,6 +349,15 @@ class Ledger:
             ) from None
         self._records.append(record)
         self._head = hashlib.sha256(line).hexdigest()
+
+
+def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: frozenset[int] | None, run_id: str) -> Permit:
+    """For whoever has the charge on disk."""
+    return Permit(
+        trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=plan.event(slot),
+        relation=plan.relation, noise=plan.noise, cohort=cohort, run_id=run_id,
+        shares=plan.share_terms(slot) if plan.trust == "secure-aggregation" else None, token=_TOKEN,
+    )  # fmt: skip
 
 
 def _verified(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:

@@ -192,13 +192,13 @@ class SecureServer:
         if len(good) < needed:
             raise VoidRoundError(
                 f"{len(good)} of {len(self._settings.roster)} nodes answered {stage.name} and {needed} are needed: "
-                "the round is void, its charge is kept."
+                "the round is void."
             )
         clients = self._settings.clients_of(good)
         if stage == Stage.MASK and clients < self._settings.least_clients:
             raise VoidRoundError(
                 f"Only {clients} clients are in the sum and {self._settings.least_clients} are needed for enough noise: "
-                "the round is void, its charge is kept."
+                "the round is void."
             )
 
 
