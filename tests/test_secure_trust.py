@@ -169,6 +169,12 @@ def test_a_plan_whose_epsilon_is_too_large_for_discrete_noise_is_refused(ledger_
         quantiser_for(permit, 64, 0.5)
 
 
+def test_such_a_recipe_is_refused_before_anything_is_charged():
+    with pytest.raises(PrivacyError, match="smaller epsilon"):
+        survey(load_recipe(None, ["privacy.trust=secure-aggregation", "privacy.epsilon=40"]))
+    survey(load_recipe(None, ["privacy.trust=secure-aggregation", "privacy.epsilon=20", "encoder.name=identity"]))
+
+
 # Shares and their sum
 
 
@@ -316,6 +322,13 @@ def test_more_than_half_of_the_nodes_are_needed_to_the_end(nodes, threshold):
     assert recipe.threshold == threshold > nodes / 2
 
 
+def test_few_honest_contributors_are_warned_about():
+    few = survey(load_recipe(None, ["privacy.trust=secure-aggregation", "federation.sampling_rate=0.002"]))
+    many = survey(load_recipe(None, ["privacy.trust=secure-aggregation"]))
+    assert any("are sure and honest" in sentence for sentence in few.warnings())
+    assert many.warnings() == []
+
+
 # Whole runs
 
 
@@ -359,6 +372,8 @@ def test_counted_bytes_are_the_planned_ones(finished: experiment.RunResult, tiny
     overview = survey(recipe_of(tiny_folder))
     assert finished.certificate["bytes"]["uploaded"] == overview.total_bytes
     assert finished.certificate["bytes"]["counted"] == "counted"
+    # Plain LoRA is counted for the same senders: three nodes in four rounds.
+    assert finished.certificate["bytes"]["plain_lora"] == overview.plain_lora_bytes == 12 * 4 * overview.adapter_size
     assert finished.certificate["bytes"]["bits_per_value"] in (16, 24)
 
 

@@ -219,7 +219,9 @@ def _finish(
 def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) -> dict[str, Any]:
     recipe, plan, layout = live.recipe, live.overview.privacy, live.lora.layout
     privacy = ledger.certificate()
-    uploads = plan.expected_cohort * sum(1 for slot in ledger.charges() if slot > 0)
+    secure = plan.trust == "secure-aggregation"
+    senders = recipe.federation.nodes if secure else plan.expected_cohort
+    uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
     wire = WireFormat.of(encoder, recipe.encoder.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
     return {
         "version": 1,

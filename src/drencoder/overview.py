@@ -22,7 +22,6 @@ from drencoder.encoders.sizes import (
 from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.secure.messages import round_bytes
-from drencoder.secure.quantise import Quantiser
 
 __all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "survey"]
 
@@ -33,8 +32,7 @@ class Overview:
 
     `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
     Bytes are totals of all expected uploads; `message_bytes` is a client's in a round, under secure aggregation a node's.
-    Plain LoRA sends the whole adapter in the same wire
-    type, or in float16 if that has fewer bits.
+    Plain LoRA sends the whole adapter, as often, in the same wire type, or in float16 if that has fewer bits.
     """
 
     privacy: PrivacyPlan
@@ -67,6 +65,12 @@ class Overview:
         if self.privacy.noise == "replay":
             said.append(
                 "privacy.noise = 'replay': the noise can be computed again, so nothing is private. For tests only."
+            )
+        if self.privacy.trust == "secure-aggregation" and self.privacy.share_terms(1).honest < 10:
+            terms = self.privacy.share_terms(1)
+            said.append(
+                f"Of a round's contributors only {terms.honest} are sure and honest, so each client adds {terms.honest**-0.5:.0%} of "
+                "the noise that it would add under local trust: larger cohorts would make secure aggregation worth more."
             )
         if self.k_star < 1:
             said.append(
@@ -138,10 +142,11 @@ def survey(recipe: Recipe) -> Overview:
     epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
     asked = stage1_values(prior.source, size, len(matrices), epochs)
     stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
-    stage2 = round(uploads * message)
+    stage2, senders = round(uploads * message), uploads
     if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
         message = round_bytes(nodes, code + (recipe.privacy.clip == "adaptive"), modular_bits(plan, 1, code))[0]
-        stage2 = rounds * nodes * message
+        senders = rounds * nodes
+        stage2 = senders * message
         stage1 = nodes * round_bytes(nodes, asked, modular_bits(plan, 0, asked))[0] if asked else 0
     return Overview(
         privacy=plan,
@@ -150,16 +155,13 @@ def survey(recipe: Recipe) -> Overview:
         message_bytes=message,
         stage1_bytes=stage1,
         total_bytes=stage2 + stage1,
-        plain_lora_bytes=plain_lora_bytes(uploads, size, encoder.wire_dtype),
+        plain_lora_bytes=plain_lora_bytes(senders, size, encoder.wire_dtype),
     )
 
 
 def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
     """Secure aggregation: how many bits a value of a slot's sum has."""
-    terms = plan.share_terms(slot)
-    return Quantiser.plan(
-        values=values, clip_l2=1.0, share_multiplier=terms.multiplier, most_clients=terms.most_contributors
-    ).bits
+    return plan.share_terms(slot).quantiser(values, 1.0).bits  # the clip is their unit
 
 
 def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequence[int]]) -> int:

@@ -302,24 +302,15 @@ def sum_releases(parts: Iterable[Releases]) -> Release:
 
 
 def quantiser_for(permit: Permit, size: int, clip_l2: float) -> Quantiser:
-    """How codes of `size` values and this clip become integers under a permit: the same object on both sides.
+    """How codes of `size` values and this clip become integers under a permit: `ShareTerms.quantiser`.
 
-    Raises PrivacyError under another trust, or when discrete noise is not near enough to Gaussian noise for the plan.
+    Raises PrivacyError under another trust.
     """
     _check_clip(clip_l2)
     terms = permit.shares
     if terms is None:
         raise PrivacyError(f"Under {permit.trust} trust codes are not quantised for a modular sum: drop this call.")
-    quantiser = Quantiser.plan(
-        values=size, clip_l2=clip_l2, share_multiplier=terms.multiplier, most_clients=terms.most_contributors
-    )
-    distance = quantiser.distance(terms.most_contributors)
-    if distance > terms.slack:
-        raise PrivacyError(
-            f"Discrete noise is within {distance:.1e} of Gaussian noise and this plan needs {terms.slack:.1e}: choose a "
-            "smaller epsilon, with which less is needed."
-        )
-    return quantiser
+    return terms.quantiser(size, clip_l2)
 
 
 def release_shares(

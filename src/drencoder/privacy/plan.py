@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
@@ -37,6 +37,9 @@ from drencoder.privacy.accounting import (
 )
 from drencoder.privacy.observers import ASSUMPTIONS, ObserverGuarantee, report
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
+
+if TYPE_CHECKING:
+    from drencoder.secure.quantise import Quantiser
 
 __all__ = ["PrivacyPlan", "ShareTerms", "make_plan"]
 
@@ -68,6 +71,25 @@ class ShareTerms:
     most_contributors: int
     honest: int
     slack: float
+
+    def quantiser(self, values: int, clip_l2: float) -> "Quantiser":
+        """How codes of this size and clip become integers: the same object for whoever asks.
+
+        Raises PrivacyError when they do not fit, or when discrete noise is not near enough to Gaussian noise for the plan.
+        """
+        from drencoder.secure.quantise import Quantiser
+
+        made = Quantiser.plan(
+            values=values, clip_l2=clip_l2, share_multiplier=self.multiplier, most_clients=self.most_contributors
+        )
+        distance = made.distance(self.most_contributors)
+        if distance > self.slack:
+            _refuse(
+                f"Discrete noise is within {distance:.1e} of Gaussian noise",
+                f"this plan's largest epsilon needs {self.slack:.1e}",
+                "choose a smaller epsilon",
+            )
+        return made
 
 
 @dataclass(frozen=True)
