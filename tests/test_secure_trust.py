@@ -15,6 +15,7 @@ from scipy import stats
 
 from conftest import tiny_overrides
 from drencoder import experiment
+from drencoder.audit.scene import plan_under
 from drencoder.build import Live, build
 from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.wire import WireFormat
@@ -327,6 +328,13 @@ def test_few_honest_contributors_are_warned_about():
     many = survey(load_recipe(None, ["privacy.trust=secure-aggregation"]))
     assert any("are sure and honest" in sentence for sentence in few.warnings())
     assert many.warnings() == []
+
+
+def test_an_audit_of_such_a_recipe_has_plans_of_the_trusts_it_attacks(tiny_folder):
+    live = build(recipe_of(tiny_folder))
+    for trust in ("local", "central"):
+        plan = plan_under(live, trust)
+        assert (plan.trust, plan.target_epsilon) == (trust, 8.0)
 
 
 # Whole runs

@@ -9,7 +9,7 @@ from typing import final
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils, x25519
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -63,7 +63,7 @@ class NodeKey:
         for load in loaders:
             try:
                 key = load(data, password=None)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a passphrase
                 continue
             if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1):
                 return cls(key)
@@ -88,7 +88,7 @@ def public_key_bytes(data: bytes) -> bytes:
     for load in (serialization.load_ssh_public_key, serialization.load_pem_public_key):
         try:
             key = load(data)
-        except ValueError:
+        except (ValueError, UnsupportedAlgorithm):
             continue
         if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1):
             return _compressed(key)
