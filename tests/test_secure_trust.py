@@ -207,7 +207,7 @@ def test_the_released_sum_has_the_promised_noise_and_no_other(ledger_fn):
     assert outcome.release.contributors == len(cohort)
     for scale, right in ((1.0, True), (2 / 3, False), (3 / 2, False)):
         p_value = stats.kstest(noise / (scale * outcome.release.noise_std), "norm").pvalue
-        assert (p_value > 1e-4) == right
+        assert (p_value > 1e-6) == right
     # The promise of the ledger: sigma C for the fewest honest ones, so this much for all who came, and hardly more.
     promised = 0.5 * math.sqrt(len(cohort) / permit.shares.honest)
     assert promised <= outcome.release.noise_std <= promised * 1.02
