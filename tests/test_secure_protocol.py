@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import subprocess
 
 import numpy as np
@@ -300,6 +301,44 @@ def test_nobody_reveals_both_shares_of_a_node():
     refused(party, 3, Stage.UNMASK, settings.request(Stage.UNMASK, 3, mixed), "two stories")
     refused(party, 0, Stage.UNMASK, settings.request(Stage.UNMASK, 0, story), "one answer")  # never a second time
     del server, requests
+
+
+def splits(nodes, threshold, colluding, tries=20_000, seed=0):
+    """Searches for lists a lying server could tell so that the sum over honest nodes falls apart.
+
+    Nodes 0.. are honest, the last `colluding` are not. A server tells each honest node whom it shares masks with (U2, at
+    least the threshold, itself among them) and has `threshold` nodes sign a list U3 of sums, which an honest signer does only if
+    it is among its U2. Masks between two honest nodes of U3 that both have each other hold; the others can be taken off.
+    """
+    chance, honest, found = random.Random(seed), range(nodes - colluding), 0
+    for _ in range(tries):
+        everyone = range(nodes)
+        listed = {}
+        for node in honest:
+            others = [other for other in everyone if other != node]
+            listed[node] = {node, *chance.sample(others, chance.randint(threshold - 1, nodes - 1))}
+        summed = set(chance.sample(everyone, chance.randint(threshold, nodes)))
+        willing = [n for n in summed if n not in honest or summed <= listed[n]]
+        if len(willing) < threshold:
+            continue
+        inside = [node for node in honest if node in summed]
+        reached, new = set(), {inside[0]} if inside else set()
+        while new:
+            reached |= new
+            new = {b for a in new for b in inside if b in listed[a] and a in listed[b]} - reached
+        found += 1
+        if reached != set(inside):
+            return True
+    assert found > 20  # enough of the lists could be signed for the search to mean something
+    return False
+
+
+@pytest.mark.parametrize(("nodes", "threshold"), [(2, 2), (3, 2), (4, 3), (5, 3), (5, 4), (6, 5), (7, 5)])
+def test_the_bound_on_colluding_nodes_keeps_the_honest_sum_in_one_piece(nodes, threshold):
+    allowed = 2 * threshold - nodes - 1
+    assert not splits(nodes, threshold, allowed)
+    if nodes - allowed > 2:  # at least two honest nodes are left to be told apart with one more
+        assert splits(nodes, threshold, allowed + 1)
 
 
 def test_a_signature_by_a_stranger_does_not_count():

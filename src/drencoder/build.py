@@ -172,15 +172,11 @@ def build(recipe: Recipe) -> Live:
     public = open_public(recipe.prior, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    federation = recipe.federation
     engine = LocalEngine(
-        lora,
-        texts.client,
-        recipe.local,
-        recipe.seed,
-        recipe.speed.parallel_clients,
-        recipe.federation.nodes,
-        recipe.threshold,
-    )
+        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients,
+        nodes=federation.nodes, threshold=recipe.threshold,
+    )  # fmt: skip
     live = Live(recipe, overview, texts, lora, engine)
     _ = live.held_out, live.questions  # refuse empty evaluation data now, not after the last round
     return live
