@@ -22,6 +22,7 @@ ARMS: dict[str, list[str]] = {
     "plain LoRA, not private": ["privacy.trust=non-private", *_IDENTITY, *_GENTLE],
     "DP-LoRA, central trust": ["privacy.trust=central", *_IDENTITY, "server.learning_rate=0.1"],
     "encoded 1/64, central trust": ["privacy.trust=central", *_ADAM],
+    "encoded 1/64, secure aggregation": ["privacy.trust=secure-aggregation", *_ADAM],
     "DP-LoRA, local trust": [*_IDENTITY, "server.learning_rate=0.1"],
     "encoded 1/64, local trust (quickstart)": [],
 }

@@ -13,8 +13,18 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("knobs",),
     ("config", "artifacts", "layout", "examples", "encoders.sizes"),
     (
+        "secure.discrete",
+        "secure.quantise",
+        "secure.crypto",
+        "secure.shamir",
+        "secure.messages",
+        "secure.node",
+        "secure.server",
+    ),
+    (
         "privacy.sampling",
         "privacy.accounting",
+        "privacy.observers",
         "privacy.plan",
         "privacy.curves",
         "privacy.tradeoff",
@@ -57,7 +67,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("encoders.architectures", "encoders.fitting", "encoders.autoencoder", "encoders.registry"),
     ("adaptive_clip", "decoding", "steps"),
-    ("checkpoint", "engines.local", "evaluation"),
+    ("checkpoint", "engines.aggregation", "engines.local", "evaluation"),
     ("build", "report", "verify"),
     ("stage1", "results", "baselines", "assess", "assess_view"),
     ("experiment", "console"),
@@ -76,7 +86,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli",),
 )
-ORDERED = {3, 4, 5, 6, 7, 12, 13}  # rows in which "left of it" is allowed
+ORDERED = {3, 4, 5, 6, 7, 8, 9, 13, 14}  # rows in which "left of it" is allowed
 EVERYWHERE = {"drencoder"}  # only for __version__
 
 DOORS = {
@@ -88,13 +98,15 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"assess_view", "audit_view", "cli", "compare_view", "console", "curves_view"},
     "tomli_w": {"config"},
+    "cryptography": {"secure.crypto"},
 }
 TORCH_FREE = {
     "errors", "rng", "knobs", "config", "artifacts", "encoders.sizes", "overview", "report", "console", "cli", "verify",
-    "privacy.sampling", "privacy.accounting", "privacy.plan", "privacy.ledger",
+    "privacy.sampling", "privacy.accounting", "privacy.observers", "privacy.plan", "privacy.ledger",
     "privacy.curves", "privacy.tradeoff", "plots", "curves_view",
     "data.template", "data.world_facts", "data.subjects", "data.world", "data.source", "data.public",
     "data.taxonomy", "data.prompts", "data.hub", "data.benchmark_files", "data.benchmarks", "scores", "assess_view",
+    "secure.discrete", "secure.quantise", "secure.crypto", "secure.shamir", "secure.messages", "secure.node", "secure.server",
     "methods", "compare", "compare_table", "compare_view", "audit.findings", "audit_view",
 }  # fmt: skip
 

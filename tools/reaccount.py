@@ -1,4 +1,4 @@
-"""Re-accounts a run from its files alone: imports nothing of drencoder, only json and dp_accounting.
+"""Re-accounts a run from its files alone: imports nothing of drencoder, only json, scipy and dp_accounting.
 
     python tools/reaccount.py RUN
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import dp_accounting as dp
 from dp_accounting.pld import PLDAccountant
+from scipy.stats import binom
 
 TOLERANCE = 1e-6
 RELATIONS = {
@@ -49,7 +50,7 @@ def compositions(records: list[dict]) -> dict[str, list[dict] | None]:
         events = [r["event"] for r in charges]
         return {"server": None, "clients": events, "public": events}
 
-    # Local: the schedule falls into `cap` blocks; a client releases once in each, at worst the dearest slot.
+    # Otherwise the schedule falls into `cap` blocks; a client releases once in each, at worst the dearest slot.
     slots = list(range(0 if plan["stage1_rate"] > 0 else 1, plan["rounds"] + 1))
     cap = min(plan["participation_cap"], len(slots))
     block_of = {}
@@ -64,16 +65,39 @@ def compositions(records: list[dict]) -> dict[str, list[dict] | None]:
     views: dict[str, dict[int, dict]] = {"server": {}, "clients": {}, "public": {}}
     for record in charges:
         slot, event = record["slot"], record["event"]
-        # A sum of codes that were decoded one by one, by a non-linear map, hides nobody in the others' noise.
-        m = 1 if plan["decodes_each"] and slot > 0 else contributors.get(slot, 1)
-        for view, others in (("server", 1), ("clients", m - 1), ("public", m)):
+        if plan["trust"] == "secure-aggregation":
+            # All see sums alone. The charge is for the noise of the fewest honest contributors; more of them add more.
+            least = least_contributors(plan, slot)
+            fewest, honest = (honest_of(plan, m) for m in (least, max(least, contributors.get(slot, 0))))
+            shares = [
+                ("server", honest / fewest),
+                ("clients", max(1, honest - 1) / fewest),
+                ("public", honest / fewest),
+            ]
+        else:
+            # A sum of codes that were decoded one by one, by a non-linear map, hides nobody in the others' noise.
+            m = 1 if plan["decodes_each"] and slot > 0 else contributors.get(slot, 1)
+            shares = [("server", 1), ("clients", max(1, m - 1)), ("public", max(1, m))]
+        for view, variances in shares:
             seen = dict(event)
             if seen["kind"] == "gaussian":
-                seen["noise_multiplier"] *= math.sqrt(max(1, others))
+                seen["noise_multiplier"] *= math.sqrt(variances)
             worst = views[view].get(block_of[slot])
             if worst is None or seen.get("noise_multiplier", 0.0) < worst.get("noise_multiplier", 0.0):
                 views[view][block_of[slot]] = seen
     return {view: list(blocks.values()) for view, blocks in views.items()}
+
+
+def least_contributors(plan: dict, slot: int) -> int:
+    """Secure aggregation: fewer void the round. The cohort's 1e-6 quantile less the share that may drop out."""
+    rate = plan["stage1_rate"] if slot == 0 else plan["sampling_rate"]
+    cohort = max(1, int(binom.ppf(1e-6, plan["population"], rate)))
+    return max(1, math.ceil((1 - plan["dropout_share"]) * cohort - 1e-9))
+
+
+def honest_of(plan: dict, contributors: int) -> int:
+    """Secure aggregation: how many of them the plan assumes to keep their noise to themselves."""
+    return max(1, math.floor(plan["honest_share"] * contributors + 1e-9))
 
 
 def epsilon(events: list[dict] | None, delta: float, relation: str) -> float:
@@ -114,8 +138,11 @@ def main(run: str) -> int:
     if certificate["ledger_head"] != {"seq": len(records) - 1, "sha256": head}:
         print("FAILED: the certificate belongs to another state of the ledger")
         failures += 1
-    delta = records[0]["plan"]["delta"]
+    plan = records[0]["plan"]
+    delta = plan["delta"]
     print(f"{len(records)} lines, chain intact, delta {delta:g}")
+    if plan["trust"] == "secure-aggregation":
+        delta *= 1 - 1e-6  # the rest is for noise that is discrete and not Gaussian
     print(f"{'observer':10} {'adjacency':12} {'certificate':>14} {'re-computed':>14}")
     for observer, events in views.items():
         for relation in RELATIONS:

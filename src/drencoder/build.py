@@ -174,7 +174,11 @@ def build(recipe: Recipe) -> Live:
     )
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
-    engine = LocalEngine(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)
+    federation = recipe.federation
+    engine = LocalEngine(
+        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients,
+        nodes=federation.nodes, threshold=recipe.threshold,
+    )  # fmt: skip
     live = Live(recipe, overview, texts, lora, engine)
     _ = live.held_out, live.questions  # refuse empty evaluation data now, not after the last round
     return live

@@ -7,6 +7,7 @@ Knobs under `[speed]` change how fast a run is and never what it computes (up to
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,9 @@ class Federation(Checked):
     population: int = knob(10_000, "registered clients N", low=1)
     sampling_rate: float = knob(0.02, "chance q of a client to be in a round", above=0, high=1)
     rounds: int = knob(20, "rounds T of stage 2", low=1)
+    nodes: int = knob(
+        4, "machines that the clients are spread over (client number modulo nodes); secure aggregation only", low=2
+    )
 
 
 @dataclass(frozen=True)
@@ -241,9 +245,18 @@ class Privacy(Checked):
     noise_multiplier: float = knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon", low=0)
     trust: str = knob(
         "local",
-        "local: the server is not trusted, each client adds full noise; central: the server adds it; "
-        "non-private: no noise and no guarantee, for baselines only",
-        choices=("local", "central", "non-private"),
+        "local: the server is not trusted, each client adds full noise; central: the server adds it; secure-aggregation: "
+        "the server sees only sums, clients add shares of the noise; non-private: no noise and no guarantee, for baselines only",
+        choices=("local", "central", "secure-aggregation", "non-private"),
+    )
+    dropout_share: float = knob(
+        0.25, "secure aggregation: share of the nodes, and of the clients, that a round can lose", low=0, below=0.5
+    )
+    honest_share: float = knob(
+        0.75,
+        "secure aggregation: share of the contributors assumed to add their noise and to keep it to themselves",
+        above=0,
+        high=1,
     )
     noise_in: str = knob(
         "code",
@@ -266,7 +279,9 @@ class Privacy(Checked):
         0.5, "adaptive: share of the codes that should be shorter than the clip", above=0, below=1
     )
     clip_rate: float = knob(0.3, "adaptive: geometric step of the clip in a round", above=0)
-    participation_cap: int = knob(1, "releases of one client at most, stage 1 included (local trust)", low=1)
+    participation_cap: int = knob(
+        1, "releases of one client at most, stage 1 included (local trust and secure aggregation)", low=1
+    )
     noise: str = knob(
         "secure",
         "secure: from the operating system; replay: from the seed, for tests only, NOT private",
@@ -373,6 +388,11 @@ class Recipe:
         """`prior.public`; for an encoder that is made from public text and a recipe that names none, the base model writes it."""
         return self.prior.public or ("self" if self.encoder.needs_public else "")
 
+    @property
+    def threshold(self) -> int:
+        """Secure aggregation: how many nodes must take part to the end."""
+        return self.federation.nodes - math.floor(self.privacy.dropout_share * self.federation.nodes + 1e-9)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain tables of scalars and lists, as written to `recipe.resolved.toml`."""
         tables = dataclasses.asdict(self)
@@ -423,6 +443,8 @@ def _unknown(what: str, word: str, known: set[str]) -> str:
 def _check_together(recipe: Recipe) -> None:
     """Bounds that hold between knobs."""
     privacy, encoder = recipe.privacy, recipe.encoder
+    if privacy.trust == "secure-aggregation":
+        _check_secure(recipe)
     if recipe.prior.source == "gradients" and encoder.name != "autoencoder":
         raise RecipeError(
             f"prior.source = 'gradients' trains FedCG's auto-encoder and encoder.name = {encoder.name!r} is not trained: "
@@ -456,6 +478,44 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             "encoder.name = 'autoencoder' is not linear, so a sum of its codes cannot be decoded: with "
             f"privacy.trust = {privacy.trust!r} set privacy.noise_in = 'update', or use trust = 'local'."
+        )
+
+
+def _check_secure(recipe: Recipe) -> None:
+    """What secure aggregation cannot do, and the numbers of nodes that its protocol needs."""
+    encoder, privacy, nodes = recipe.encoder, recipe.privacy, recipe.federation.nodes
+    for key, value, wanted, why in (
+        (
+            "encoder.name",
+            encoder.name,
+            encoder.name if encoder.name != "autoencoder" else "random",
+            "only sums are decoded",
+        ),
+        ("privacy.noise_in", privacy.noise_in, "code", "what is summed is the code"),
+        (
+            "encoder.wire_dtype",
+            encoder.wire_dtype,
+            "float32",
+            "codes travel as integers with noise, of a size that follows",
+        ),
+        (
+            "prior.source",
+            recipe.prior.source,
+            recipe.prior.source.replace("gradients", "moments"),
+            "nothing is seen alone",
+        ),
+    ):
+        if value != wanted:
+            raise RecipeError(
+                f"privacy.trust = 'secure-aggregation' gives the server sums of codes only, and {key} = {value!r} does not go "
+                f"with that ({why}): set {key} = {wanted!r}."
+            )
+    colluding, allowed = math.floor((1 - privacy.honest_share) * nodes + 1e-9), 2 * recipe.threshold - nodes - 1
+    if colluding > allowed:
+        raise RecipeError(
+            f"privacy.honest_share = {privacy.honest_share} lets {colluding} of {nodes} nodes collude with the server, and with "
+            f"{recipe.threshold} needed to the end the protocol holds against {allowed}: raise honest_share, lower "
+            "privacy.dropout_share, or add nodes."
         )
 
 

@@ -36,19 +36,27 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
     )
     stage1 = f"stage 1 (about {plan.stage1_cohort:,.0f} clients), then " if plan.stage1_rate else ""
     run.add_row("schedule", f"{stage1}{plan.rounds} rounds")
-    if plan.trust == "local":
+    if plan.capped:
         run.add_row("participation cap", f"{plan.participation_cap} release(s) of one client in the whole run")
     if plan.noise_multiplier:
         run.add_row("noise multiplier", f"{plan.noise_multiplier:.4f} (noise std / clip_l2), delta = {plan.delta:g}")
+        if plan.trust == "secure-aggregation":
+            terms = plan.share_terms(1)
+            run.add_row(
+                "noise shares",
+                f"{terms.multiplier:.4f} of each client; at least {terms.least_contributors} contributors a round or it is "
+                f"void, {terms.honest} of them honest",
+            )
         run.add_row("k*", f"{_few_digits(overview.k_star)} coordinates that the noise lets a round learn")
     if overview.adapter_size is None or overview.code_size is None:
         run.add_row("adapter", "size known once the model is on this machine")
     else:
         ratio = overview.adapter_size / overview.code_size
+        sender = "a node and round" if plan.trust == "secure-aggregation" else "a message"
         run.add_row("adapter", f"{overview.adapter_size:,} values")
         run.add_row(
             "code",
-            f"{overview.code_size:,} values ({encoder}, 1/{ratio:.3g}), {overview.message_bytes:,} bytes a message",
+            f"{overview.code_size:,} values ({encoder}, 1/{ratio:.3g}), {overview.message_bytes:,} bytes {sender}",
         )
         if overview.code_reason:
             run.add_row("code size", overview.code_reason)

@@ -9,6 +9,10 @@
     ├── DeviceError           a device that is not there
     ├── PrivacyError          a privacy statement that cannot be made
     │   └── BudgetError       the next release would exceed the budget
+    ├── EngineError           other machines that cannot be reached, or will not answer
+    │   ├── QuorumError       too few clients of a cohort answered
+    │   │   └── VoidRoundError   under secure aggregation: the sum of the round stays hidden (a SecureError, too)
+    │   └── SecureError       a message of secure aggregation that an honest party must not answer
     ├── EncoderError          an encoder that cannot be built or used
     │   ├── CodeError         a received code that is truncated, oversized, foreign or not finite
     │   └── ViabilityError    an encoder that carries nothing, found before any budget was spent
@@ -46,6 +50,26 @@ class PrivacyError(DrencoderError):
 
 class BudgetError(PrivacyError):
     """The next release would exceed the budget."""
+
+
+class EngineError(DrencoderError):
+    """Other machines cannot be reached, or will not answer."""
+
+
+class QuorumError(EngineError):
+    """Too few clients of a cohort answered; `answered` did, or None where that is a secret."""
+
+    def __init__(self, message: str, answered: int | None = None) -> None:
+        super().__init__(message)
+        self.answered = answered
+
+
+class SecureError(EngineError):
+    """A message of secure aggregation that an honest party must not answer."""
+
+
+class VoidRoundError(QuorumError, SecureError):
+    """Too few parties or clients answered: the sum of this round stays hidden."""
 
 
 class EncoderError(DrencoderError):

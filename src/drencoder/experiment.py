@@ -23,9 +23,9 @@ from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.sizes import plain_lora_bytes
 from drencoder.encoders.wire import WireFormat, noise_entropy
-from drencoder.errors import ArtifactError, BudgetError, LostError
+from drencoder.errors import ArtifactError, BudgetError, LostError, QuorumError
 from drencoder.evaluation import held_out_loss, multiple_choice
-from drencoder.overview import Overview
+from drencoder.overview import Overview, modular_bits
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.results import measure_all
@@ -132,6 +132,9 @@ def _drive(live: Live, folder: RunFolder, ledger: Ledger, now: Progress, listene
         except BudgetError as error:
             listener.say(f"stopped after round {now.slot}: {error}")
             break
+        except QuorumError as error:
+            listener.say(f"round {slot} was abandoned, its charge stays: {error}")
+            now = replace(now, slot=slot)
         save_checkpoint(folder, ledger, now)
         _evaluate_round(live, folder, ledger, now, listener)
     return _finish(live, folder, ledger, now, encoder, listener)
@@ -155,7 +158,7 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
     state = server_step(now.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
     clip_l2 = follower.after(outcome.release.value, plan.expected_cohort).clip_l2 if follower else None
     asked = plan.expected_cohort if outcome.release.contributors is None else outcome.release.contributors
-    down = round(asked * bytes_down(encoder, live.lora.layout.size))
+    down = round(asked * bytes_down(encoder, live.lora.layout.size)) + outcome.bytes_down
     return replace(
         now, state=state, slot=slot, bytes_up=now.bytes_up + sent, clip_l2=clip_l2, bytes_down=now.bytes_down + down
     )
@@ -216,7 +219,9 @@ def _finish(
 def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) -> dict[str, Any]:
     recipe, plan, layout = live.recipe, live.overview.privacy, live.lora.layout
     privacy = ledger.certificate()
-    uploads = plan.expected_cohort * sum(1 for slot in ledger.charges() if slot > 0)
+    secure = plan.trust == "secure-aggregation"
+    senders = recipe.federation.nodes if secure else plan.expected_cohort
+    uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
     wire = WireFormat.of(encoder, recipe.encoder.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
     return {
         "version": 1,
@@ -230,9 +235,11 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
             "uploaded": now.bytes_up,
             "downloaded": now.bytes_down,
             "stage1": (now.stage1 or {}).get("bytes", 0),
-            "counted": "counted" if plan.trust == "local" else "expected: the size of a secret cohort is not published",
+            "counted": "counted" if plan.capped else "expected: the size of a secret cohort is not published",
             "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.encoder.wire_dtype),
-            "bits_per_value": wire.bits,
+            "bits_per_value": modular_bits(plan, 1, encoder.code_size)
+            if plan.trust == "secure-aggregation"
+            else wire.bits,
             "entropy_per_value": noise_entropy(wire),  # of noise: a real code's would be an answer about the data
         },
         "encoder": encoder.describe() | _flat(now.gate or {}),
@@ -259,9 +266,14 @@ def _statement(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
         return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
     seen = {name: row["by_relation"][plan.relation]["epsilon_pld"] for name, row in observers.items()}
     words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan.relation]
-    cost = seen["server" if plan.trust == "local" else "public"]
+    cost = seen[plan.budget_observer]
     promise = f"({float(cost):.3f}, {plan.delta:g})-differential privacy for {words} one client with all its text"
     if plan.trust == "local":
         rest = f"those who see only sums and the model: epsilon {float(seen['public']):.3f}"
         return f"Against the server: {promise}. Against {rest}."
+    if plan.trust == "secure-aggregation":
+        return (
+            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
+            f"{float(seen['server']):.3f}. At least {plan.honest_share:.0%} of the contributors are taken to be honest."
+        )
     return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."

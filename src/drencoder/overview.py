@@ -22,8 +22,9 @@ from drencoder.encoders.sizes import (
 )
 from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
+from drencoder.secure.messages import round_bytes
 
-__all__ = ["Overview", "planned_code_size", "privacy_plan", "survey"]
+__all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "survey"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Overview:
     """What a run will cost, in privacy and in bytes. Public.
 
     `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
-    Bytes are totals of all expected uploads; plain LoRA sends the whole adapter in the same wire
-    type, or in float16 if that has fewer bits.
+    Bytes are totals of all expected uploads; `message_bytes` is a client's in a round, under secure aggregation a node's.
+    Plain LoRA sends the whole adapter, as often, in the same wire type, or in float16 if that has fewer bits.
     """
 
     privacy: PrivacyPlan
@@ -67,6 +68,12 @@ class Overview:
             said.append(
                 "privacy.noise = 'replay': the noise can be computed again, so nothing is private. For tests only."
             )
+        if self.privacy.trust == "secure-aggregation" and self.privacy.share_terms(1).honest < 10:
+            terms = self.privacy.share_terms(1)
+            said.append(
+                f"Of a round's contributors only {terms.honest} are sure and honest, so each client adds {terms.honest**-0.5:.0%} of "
+                "the noise that it would add under local trust: larger cohorts would make secure aggregation worth more."
+            )
         if self.k_star < 1:
             said.append(
                 f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
@@ -89,7 +96,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
     privacy, federation = recipe.privacy, recipe.federation
     private = privacy.trust != "non-private"
     return make_plan(
-        trust="local" if privacy.trust == "local" else "central",
+        trust=privacy.trust if private else "central",  # type: ignore[arg-type]  # checked by the recipe
         epsilon=None if privacy.noise_multiplier or not private else privacy.epsilon,
         noise_multiplier=privacy.noise_multiplier if private and privacy.noise_multiplier else None,
         delta=privacy.delta,
@@ -104,6 +111,8 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         non_private=_non_private(recipe),
         # The public's epsilon rests on seeing nothing but a sum of noised codes. A decoder that takes each code by
         # itself, and rounding each to fewer bits, put something else in its place.
+        dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
+        honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
         decodes_each=recipe.encoder.name == "autoencoder" or recipe.encoder.wire_dtype != "float32",
     )
 
@@ -130,18 +139,25 @@ def survey(recipe: Recipe) -> Overview:
     encoder, prior = recipe.encoder, recipe.prior
     code = planned_code_size(recipe, plan, matrices)
     message = message_bytes(code + (recipe.privacy.clip == "adaptive"), encoder.wire_dtype)
-    uploads = plan.expected_cohort * recipe.federation.rounds
+    rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
+    uploads = plan.expected_cohort * rounds
     epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
     asked = stage1_values(prior.source, size, len(matrices), epochs)
     stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
+    stage2, senders = round(uploads * message), uploads
+    if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
+        message = round_bytes(nodes, code + (recipe.privacy.clip == "adaptive"), modular_bits(plan, 1, code))[0]
+        senders = rounds * nodes
+        stage2 = senders * message
+        stage1 = nodes * round_bytes(nodes, asked, modular_bits(plan, 0, asked))[0] if asked else 0
     return Overview(
         privacy=plan,
         adapter_size=size,
         code_size=code,
         message_bytes=message,
         stage1_bytes=stage1,
-        total_bytes=round(uploads * message) + stage1,
-        plain_lora_bytes=plain_lora_bytes(uploads, size, encoder.wire_dtype),
+        total_bytes=stage2 + stage1,
+        plain_lora_bytes=plain_lora_bytes(senders, size, encoder.wire_dtype),
         code_reason=_reason(size, plan.k_star()) if encoder.sized_by_ratio and not encoder.ratio else "",
     )
 
@@ -152,6 +168,11 @@ def _reason(size: int, k_star: float) -> str:
     if ratio == LARGEST_RATIO:
         return f"1/{ratio:g}, since k* < D/{LARGEST_RATIO:g} = {bound:,.0f}: noise dominates, more values would carry more of it"
     return f"1/{ratio:g}, since k* >= D/{LARGEST_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
+
+
+def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
+    """Secure aggregation: how many bits a value of a slot's sum has."""
+    return plan.share_terms(slot).quantiser(values, 1.0).bits  # the clip is their unit
 
 
 def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequence[int]]) -> int:

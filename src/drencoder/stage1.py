@@ -18,7 +18,7 @@ from drencoder.config import Recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.gate import GateResult, measure_viability, require_viable
-from drencoder.errors import LostError
+from drencoder.errors import LostError, QuorumError
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.rng import derive_seed
@@ -34,17 +34,25 @@ _GATE_CLIENTS = 16  # make-believe ones, of server-held text
 
 
 def ask(live: Live, ledger: Ledger, query: CohortQuery, adapter_D: Tensor, cohort: list[int]) -> tuple[Outcome, Permit]:
-    """Charge, gather, release: the same for both stages, in this order."""
+    """Charge, gather, release: the same for both stages, in this order.
+
+    Raises:
+      QuorumError: too few answered; their answers were thrown away and the charge stays.
+    """
     permit, noise = ledger.charge(query.slot), live.noise()
-    outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
+    try:
+        outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
+    except QuorumError as error:
+        ledger.record_abandoned(query.slot, error.answered if permit.trust == "local" else None)
+        raise
     if outcome.release.contributors is not None:
-        # Local trust: how many noised messages hide each other is public, and makes the public's epsilon.
+        # How many noised codes hide each other is public but under central trust, and makes the epsilon of a sum.
         ledger.record_contributors(query.slot, outcome.release.contributors)
     return outcome, permit
 
 
 def bytes_up(outcome: Outcome, expected: float, query: CohortQuery) -> int:
-    """Bytes of a slot's uploads: counted under local trust, expected where the size of a cohort is secret."""
+    """Bytes of a slot's uploads: counted, or expected where the size of a cohort is secret."""
     if outcome.release.contributors is not None:
         return outcome.bytes_up
     return round(expected * query.wire.message_size)
@@ -68,9 +76,18 @@ def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Pro
         return _real_gradients(live, ledger, now, say)
     if lost:
         say("stage 1 was charged but its result was lost: going on with an uninformed prior")
-        prior = GaussianPrior.isotropic(live.lora.layout.segments)
-        return replace(now, slot=0, prior=prior, stage1={"lost": True}), None
-    return _moments(live, ledger, now, say), None
+        return _uninformed(live, now), None
+    try:
+        return _moments(live, ledger, now, say), None
+    except QuorumError as error:
+        say(f"stage 1 was abandoned, its charge stays: {error} Going on with an uninformed prior.")
+        return _uninformed(live, now), None
+
+
+def _uninformed(live: Live, now: Progress) -> Progress:
+    """Stage 1 charged and nothing had of it."""
+    prior = GaussianPrior.isotropic(live.lora.layout.segments)
+    return replace(now, slot=0, prior=prior, stage1={"lost": True})
 
 
 def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
@@ -124,7 +141,7 @@ def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) 
 
 def _words(live: Live, cohort: list[int]) -> str:
     plan = live.overview.privacy
-    return f"{len(cohort)} clients" if plan.trust == "local" else f"about {plan.stage1_cohort:.0f} clients"
+    return f"{len(cohort)} clients" if plan.capped else f"about {plan.stage1_cohort:.0f} clients"
 
 
 def fit_encoder(live: Live, now: Progress, real: RealGradients | None, say: Say) -> tuple[Progress, Encoder]:

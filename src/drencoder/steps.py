@@ -9,6 +9,7 @@ moments per LoRA tensor in stage 1 (slot 0), the encoded update in stage 2 (slot
              message = noise(clip(encode(update)))      local trust, noise in the code
              message = encode(noise(clip(update)))      local trust, noise in the update (as published)
              message = clip(encode(update))             central trust: the server adds the noise
+             share = round(clip(encode(update))) + noise share, modulo 2^b      secure aggregation: only sums leave
     server   release = sum of messages (+ noise)        nothing un-noised goes beyond this line
              direction = decode(release) / (q N)        post-processing
              adapter, slots = optimiser(adapter, direction)
@@ -19,9 +20,11 @@ server's optimisers are this project's choices (docs/guarantee.md, docs/log.md).
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,10 +43,13 @@ from drencoder.privacy.mechanism import (
     NoiseSource,
     Release,
     clip_rows,
+    quantiser_for,
     received_codes,
     release_codes,
+    release_shares,
     release_sum,
     sum_releases,
+    unmasked_sum,
 )
 from drencoder.rng import derive_seed
 
@@ -51,6 +57,7 @@ __all__ = [
     "CohortQuery",
     "Outcome",
     "ServerState",
+    "Summed",
     "Upload",
     "gradient_query",
     "learning_rate",
@@ -74,14 +81,32 @@ class Upload:
     nonfinite: int
 
 
+@dataclass(frozen=True, eq=False)
+class Summed:
+    """What secure aggregation gives the server: the sum (V,) uint32 modulo 2^b over `clients`, and what it took.
+
+    Bytes are those of all messages of all nodes; `rejected` counts answers that were malformed or forged.
+    """
+
+    clients: tuple[int, ...]
+    sum_V: npt.NDArray[np.uint32] = field(repr=False)
+    bytes_up: int
+    bytes_down: int
+    rejected: int
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """A cohort's answer. Under central trust the three counts are the server's secret: never published."""
+    """A cohort's answer. Under central trust the counts are the server's secret: never published.
+
+    `bytes_down` is what a protocol sends down beside the adapter; only secure aggregation has one.
+    """
 
     release: Release
     bytes_up: int
     rejected: int
     nonfinite: int
+    bytes_down: int = 0
 
 
 @final
@@ -122,6 +147,8 @@ class CohortQuery:
         it is bounded only, and nobody but the trusted server may see it. An update with a NaN or an infinity is
         sent as zero and counted.
         """
+        if permit.shares is not None:
+            raise PrivacyError("Under secure aggregation a client has no message of its own: its node sums shares.")
         update_ND = update_ND.cpu()
         clipped = clip_rows(self.encode(update_ND) if self.noise_in == "code" else update_ND, self.clip_l2)
         values = clipped.values_NV
@@ -133,11 +160,31 @@ class CohortQuery:
         nonfinite = 0 if permit.trust == "local" else clipped.nonfinite
         return Upload(tuple(clients), pack_rows(values, self.wire, self.slot, clients), nonfinite)
 
+    def share(
+        self, update_ND: Tensor, clients: Sequence[int], permit: Permit, noise: NoiseSource
+    ) -> npt.NDArray[np.uint32]:
+        """Secure aggregation: what a node adds up of some clients, (K,) uint32 modulo 2^b. It must not leave unmasked."""
+        if self.noise_in != "code" or not self.linear:
+            raise PrivacyError("Secure aggregation sums codes: it needs noise_in = 'code' and a linear encoder.")
+        return release_shares(clip_rows(self.encode(update_ND.cpu()), self.clip_l2), clients, permit, noise)
+
+    def bits(self, permit: Permit) -> int:
+        """Secure aggregation: b."""
+        return quantiser_for(permit, self.wire.code_size, self.clip_l2).bits
+
     # --- the server's side --------------------------------------------------------------------
 
-    def release(self, uploads: Iterable[Upload], permit: Permit, noise: NoiseSource) -> Outcome:
-        """The sum over a cohort, private from here on. Malformed messages are left out and counted."""
+    def release(self, uploads: Iterable[Upload | Summed], permit: Permit, noise: NoiseSource) -> Outcome:
+        """The sum over a cohort, private from here on. Malformed messages are left out and counted.
+
+        Under secure aggregation there is one `Summed` and no `Upload`.
+        """
         tally = _Tally()
+        if permit.shares is not None:
+            (summed,) = uploads
+            assert isinstance(summed, Summed)
+            released = unmasked_sum(summed.sum_V, summed.clients, permit, self.clip_l2)
+            return Outcome(released, summed.bytes_up, summed.rejected, 0, summed.bytes_down)
         if permit.trust == "local":
             noise_std = permit.noise_multiplier * self.clip_l2
             same_space = self._adds_messages(permit) and self.noise_in == "code"
@@ -155,7 +202,7 @@ class CohortQuery:
             released = release_sum(total, permit, noise)
         return Outcome(released, tally.bytes_up, tally.rejected, tally.nonfinite)
 
-    def rows(self, uploads: Iterable[Upload], permit: Permit) -> tuple[Tensor, int]:
+    def rows(self, uploads: Iterable[Upload | Summed], permit: Permit) -> tuple[Tensor, int]:
         """Every message by itself (N, K), and the bytes they took: for a stage that was charged as non-private.
 
         Raises:
@@ -181,17 +228,18 @@ class CohortQuery:
 
         Central trust with noise in the update sums decoded updates, since that is the space it clips in.
         """
-        return self.linear and (permit.trust == "local" or self.noise_in == "code")
+        return self.linear and (permit.trust != "central" or self.noise_in == "code")
 
     def _sum_size(self, permit: Permit) -> int:
         return self.wire.code_size if self._adds_messages(permit) else self.update_size
 
     def _received(
-        self, uploads: Iterable[Upload], permit: Permit, tally: "_Tally"
+        self, uploads: Iterable[Upload | Summed], permit: Permit, tally: "_Tally"
     ) -> Iterator[tuple[Tensor, list[int]]]:
         """The values that are summed and who sent them, batch by batch; an empty batch first."""
         yield torch.zeros(0, self._sum_size(permit)), []
         for upload in uploads:
+            assert isinstance(upload, Upload)
             received = unpack_rows(upload.messages, self.wire, self.slot)
             tally.bytes_up += sum(map(len, upload.messages))
             tally.rejected += received.rejected

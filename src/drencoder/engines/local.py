@@ -4,23 +4,32 @@ An engine has one verb, `gather`: bring a query to a cohort and bring the upload
 encoder nor epsilon. What crosses the line between a client and the server is bytes, here as on a network.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from drencoder import config
+from drencoder.engines.aggregation import hosted, node_of, round_settings, summed
 from drencoder.examples import Example
 from drencoder.model import LoraModel
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.rng import derive_seed
-from drencoder.steps import CohortQuery, Upload
+from drencoder.secure.crypto import NodeKey
+from drencoder.secure.messages import Stage
+from drencoder.steps import CohortQuery, Summed, Upload
 from drencoder.training import advanced, client_update, cohort_updates, num_steps
 
 __all__ = ["LocalEngine"]
+
+
+def _nobody(slot: int, stage: Stage, node: int) -> bool:
+    return False
 
 
 @final
@@ -29,7 +38,8 @@ class LocalEngine:
     """Trains `parallel` clients as one batch; 1 = one by one through PEFT's own forward.
 
     `examples_of(client, slot)` gives the tokenised examples that one client uses in a slot; they live for one batch of
-    clients.
+    clients. Under secure aggregation the clients are spread over `nodes`, of which `threshold` must stay to the end, and
+    `lost(slot, stage, node)` says which of them do not answer: for tests.
     """
 
     lora: LoraModel
@@ -37,14 +47,43 @@ class LocalEngine:
     local: config.Local
     seed: int
     parallel: int
+    nodes: int = 1
+    threshold: int = 1
+    lost: Callable[[int, Stage, int], bool] = _nobody
 
     def gather(
         self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
-    ) -> Iterator[Upload]:
-        """Asks every client of the cohort; yields what they send, some clients at a time."""
+    ) -> Iterator[Upload | Summed]:
+        """Asks every client of the cohort; yields what they send, some clients at a time.
+
+        Under secure aggregation it yields one sum over all. Raises VoidRoundError there when too few nodes answer.
+        """
+        if permit.shares is not None:
+            yield self._aggregated(query, adapter_D, cohort, permit, noise)
+            return
         for start in range(0, len(cohort), self.parallel):
             clients = cohort[start : start + self.parallel]
             yield query.upload(self._updates(query, adapter_D, clients), clients, permit, noise)
+
+    def _aggregated(
+        self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
+    ) -> Summed:
+        """The real protocol between `nodes` nodes in memory, with keys of this round only."""
+
+        def share_of(clients: Sequence[int]) -> npt.NDArray[np.uint32]:
+            return query.share(self._updates(query, adapter_D, clients), clients, permit, noise)
+
+        keys = [NodeKey.generate() for _ in range(self.nodes)]
+        on_nodes = hosted(cohort, self.nodes)
+        roster = [key.public for key in keys]
+        settings = round_settings(query, permit, list(map(len, on_nodes)), roster, self.threshold)
+        party = [node_of(settings, node, key, on_nodes[node], self.parallel, share_of) for node, key in enumerate(keys)]
+
+        def exchange(stage: Stage, requests: Mapping[int, bytes]) -> dict[int, bytes]:
+            there = [node for node in requests if not self.lost(permit.slot, stage, node)]
+            return {node: party[node].answer(stage, requests[node]) for node in there}
+
+        return summed(settings, on_nodes, exchange)
 
     def _updates(self, query: CohortQuery, adapter_D: Tensor, clients: Sequence[int]) -> Tensor:
         """What the clients compute, (K, epochs * D): the updates of as many epochs as the query asks for, in a row."""

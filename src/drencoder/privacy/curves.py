@@ -121,7 +121,7 @@ class SigmaCurve:
 class PrivacyCurves:
     """Accumulated budgets of a plan for several noise multipliers. Public facts only.
 
-    `staircase`: the budget moves only when a client's next release can happen (local trust).
+    `staircase`: the budget moves only when a client's next release can happen (capped cohorts).
     """
 
     delta: float
@@ -161,7 +161,7 @@ def budget_curves(
         relation=relation,
         observer=observer,
         assumption=plan.guarantee(observer, ()).assumption,
-        staircase=plan.trust == "local",
+        staircase=plan.capped,
         curves=tuple(_curve(_with_sigma(plan, sigma), observer, relation) for sigma in sigmas),
     )
 
@@ -234,18 +234,18 @@ def _curve(plan: PrivacyPlan, observer: str, relation: Relation) -> SigmaCurve:
     closed_form = gdp_mu(whole, relation) is not None
     rounds = _chosen_rounds(plan, _MAX_EXACT_POINTS if closed_form else _MAX_POINTS)
     events = {number: composed_events(plan, observer, number) for number in rounds}
-    epsilons = epsilons_pld(list(events.values()), plan.delta, relation, _INTERVAL)
+    epsilons = epsilons_pld(list(events.values()), plan.gaussian_delta, relation, _INTERVAL)
     error = 0.0
     if not closed_form:
-        coarse = epsilons_pld(list(events.values()), plan.delta, relation, _CHECK_INTERVAL)
+        coarse = epsilons_pld(list(events.values()), plan.gaussian_delta, relation, _CHECK_INTERVAL)
         # The grid's error falls with the square of its interval: the difference is 99 times what is left.
         pairs = [(c, e) for c, e in zip(coarse, epsilons, strict=True) if math.isfinite(c)]
         error = max([0.0, *(c - e for c, e in pairs)]) / 99
-    epsilons[-1] = epsilon_pld(whole, plan.delta, relation)
+    epsilons[-1] = epsilon_pld(whole, plan.gaussian_delta, relation)
     for i in range(len(epsilons) - 2, -1, -1):
         epsilons[i] = min(epsilons[i], epsilons[i + 1])  # a part never costs more than the whole
     points = (
-        _point(number, epsilon, events[number], plan.delta, relation)
+        _point(number, epsilon, events[number], plan.gaussian_delta, relation)
         for number, epsilon in zip(rounds, epsilons, strict=True)
     )
     return SigmaCurve(
@@ -287,12 +287,12 @@ def clt_limit(events: tuple[Event, ...], relation: Relation) -> float | None:
 
 
 def _parts(plan: PrivacyPlan, observer: str, relation: Relation) -> tuple[CompositionPart, ...]:
-    """Stage 1 and the rounds by themselves where both compose; local trust: the blocks, of which each pays once."""
+    """Stage 1 and the rounds by themselves where both compose; capped cohorts: the blocks, of which each pays once."""
 
     def part(name: str, events: tuple[Event, ...]) -> CompositionPart:
         return CompositionPart(name, events_text(events), gdp_mu(events, relation), clt_limit(events, relation))
 
-    if plan.trust == "local":
+    if plan.capped:
         blocks = f"{len(plan.blocks)} blocks of slots" if len(plan.blocks) > 1 else "one block of slots"
         return tuple(part(f"{blocks}, the dearest slot of each", (event,)) for event in composed_events(plan, observer))
     schedule = plan.schedule()

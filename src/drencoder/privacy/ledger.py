@@ -8,7 +8,7 @@ Resuming after a crash, for a slot that is charged but whose result was lost:
 
 - central: charge it again. The new attempt draws a fresh cohort and fresh noise and composes with the first;
   when the budget has no room for it, the run ends that much earlier.
-- local: it must be skipped (`resume_rule` says "skip", `charge` refuses). Its clients may have released once
+- local, secure aggregation: it must be skipped (`resume_rule` says "skip", `charge` refuses). Its clients may have released once
   already; a second release with fresh noise would be one more than the participation cap allows them.
   A lost stage 1 can therefore not be repeated. Local releases are safe to store as soon as they exist, so
   store them at once and little is ever lost.
@@ -35,7 +35,8 @@ from drencoder.privacy.accounting import (
     epsilon_pld,
     event_to_dict,
 )
-from drencoder.privacy.plan import Noise, ObserverGuarantee, PrivacyPlan, Stage, Trust
+from drencoder.privacy.observers import ObserverGuarantee
+from drencoder.privacy.plan import Noise, PrivacyPlan, ShareTerms, Stage, Trust
 from drencoder.privacy.sampling import KEY_BYTES, Sampler
 
 __all__ = ["Ledger", "Permit"]
@@ -51,7 +52,7 @@ class Permit:
     """Leave to release one slot once, made by `Ledger.charge` only (anything else gets a TypeError).
 
     Central: one sum. Local: one code of each client of `cohort`; a client that is not in it, or that comes
-    a second time, is refused.
+    a second time, is refused. Secure aggregation: one share of each client, on the terms of `shares`, and one sum of them.
     """
 
     trust: Trust
@@ -62,6 +63,8 @@ class Permit:
     relation: Relation
     noise: Noise
     cohort: frozenset[int] | None = field(repr=False)
+    run_id: str = ""  # of the ledger: other machines tell this run's questions from another's by it
+    shares: ShareTerms | None = None
     token: InitVar[object] = None
     _spent: set[int] = field(default_factory=set, init=False, repr=False)
 
@@ -76,9 +79,9 @@ class Permit:
 
     def spend_sum(self) -> None:
         """Uses the permit up. Raises PrivacyError the second time and under local trust."""
-        if self.trust != "central":
+        if self.trust == "local":
             raise PrivacyError("Under local trust there is no sum to release: each client releases its own code.")
-        if self._spent:
+        if -1 in self._spent:
             raise PrivacyError(f"Slot {self.slot} was charged for one release; charge again for another.")
         self._spent.add(-1)
 
@@ -229,7 +232,7 @@ class Ledger:
         """What to do about `slot` when its result is not there: see the module's docstring."""
         if slot not in self.charges():
             return "run"
-        return "skip" if self.plan.trust == "local" and self.plan.noise == "secure" else "redo"
+        return "skip" if self.plan.capped and self.plan.noise == "secure" else "redo"
 
     def guarantees(self, interval: float = REPORT_INTERVAL) -> dict[str, ObserverGuarantee]:
         """What was spent so far for "server", "clients" and "public", for the certificate."""
@@ -243,7 +246,7 @@ class Ledger:
         for name in ("server", "clients", "public"):
             events = plan.composition(name, charged)
             events = (NonPrivateEvent(),) if events is None else events
-            spent[name] = epsilon_pld(events, plan.delta, plan.relation)
+            spent[name] = epsilon_pld(events, plan.gaussian_delta, plan.relation)
         return spent
 
     def certificate(self) -> dict[str, Any]:
@@ -274,29 +277,38 @@ class Ledger:
                 f"pass their participation cap of {plan.participation_cap}. Skip it"
                 + ("; a lost stage 1 needs a new run." if slot == 0 else ".")
             )
-        cohort = frozenset(self._sampler.cohort(slot, attempt)) if plan.trust == "local" else None
+        cohort = frozenset(self._sampler.cohort(slot, attempt)) if plan.capped else None
         record = {"stage": plan.stage(slot), "slot": slot, "trust": plan.trust}
         if rule == "redo" and plan.noise == "replay":
             self._append({"kind": "repeat", **record})
         else:
             self._check_budget(slot)
             self._append({"kind": "charge", **record, "attempt": attempt, "event": event_to_dict(event)})
-        return Permit(
-            trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=event,
-            relation=plan.relation, noise=plan.noise, cohort=cohort, token=_TOKEN,
-        )  # fmt: skip
+        return _permit(plan, slot, attempt, cohort, self.run_id)
 
     def record_contributors(self, slot: int, contributors: int) -> None:
-        """Local trust: how many clients' releases the sum of `slot` holds, once it is known.
+        """How many clients' releases the sum of `slot` holds, once it is known.
 
-        It makes the epsilon of the public and of other clients smaller; without it one is assumed.
-        Refused under central trust, where the realised size of a cohort is secret.
+        It makes the epsilon of those who see only sums smaller; without it one is assumed under local trust, and the
+        plan's least under secure aggregation. Refused under central trust, where the realised size of a cohort is secret.
         """
-        if self.plan.trust != "local":
+        if not self.plan.capped:
             raise PrivacyError("The size of a secret cohort is never written: drop this call under central trust.")
         if slot not in self.charges() or not 0 <= contributors <= len(self._sampler.cohort(slot)):
             raise PrivacyError(f"Slot {slot} has no charge, or fewer than {contributors} clients in its cohort.")
         self._append({"kind": "contributors", "slot": slot, "contributors": contributors})
+
+    def record_abandoned(self, slot: int, answered: int | None) -> None:
+        """A charged slot whose answers were thrown away, because too few came. Its charge stays.
+
+        `answered` clients (None: a secret, or a sum that stayed hidden) had released to the server by then; the public saw
+        nothing of it.
+        """
+        if slot not in self.charges():
+            raise PrivacyError(f"Slot {slot} has no charge, so there is nothing to abandon.")
+        if answered is not None:
+            self.record_contributors(slot, answered)
+        self._append({"kind": "note", "slot": slot, "text": f"slot {slot} was abandoned: too few clients answered"})
 
     def _charged(self) -> dict[int, tuple[int, int]]:
         contributors: dict[int, int] = {}
@@ -313,9 +325,9 @@ class Ledger:
         planned = all(count == 1 for count in after.values())
         counted = dict.fromkeys(plan.slots, 1) if planned else after
         interval = None if planned else REPORT_INTERVAL
-        cost = epsilon_pld(plan.budget_events(counted), plan.delta, plan.relation, interval)
+        cost = epsilon_pld(plan.budget_events(counted), plan.gaussian_delta, plan.relation, interval)
         if cost > plan.budget + _ROUNDING:
-            now = epsilon_pld(plan.budget_events(charges), plan.delta, plan.relation)
+            now = epsilon_pld(plan.budget_events(charges), plan.gaussian_delta, plan.relation)
             raise BudgetError(
                 f"Slot {slot} would bring epsilon from {now:.4f} to {cost:.4f}, past the budget of {plan.budget:.4f} "
                 f"at delta {plan.delta:g}: stop here, or plan a run with more noise or fewer rounds."
@@ -337,6 +349,15 @@ class Ledger:
             ) from None
         self._records.append(record)
         self._head = hashlib.sha256(line).hexdigest()
+
+
+def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: frozenset[int] | None, run_id: str) -> Permit:
+    """For whoever has the charge on disk."""
+    return Permit(
+        trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=plan.event(slot),
+        relation=plan.relation, noise=plan.noise, cohort=cohort, run_id=run_id,
+        shares=plan.share_terms(slot) if plan.trust == "secure-aggregation" else None, token=_TOKEN,
+    )  # fmt: skip
 
 
 def _verified(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Clip, noise, release: the only code that turns a client's values into something that may leave.
 
 Shapes: N clients (rows), V values of the joint vector. The types carry trust, and outside code cannot
-make one: `clip_rows` makes `BoundedCodes`, these make a `BoundedSum`, and `release_sum` or
-`release_codes` make a `Release` against a `Permit`, which the ledger wrote down before.
+make one: `clip_rows` makes `BoundedCodes`, these make a `BoundedSum`, and `release_sum`, `release_codes` or
+`release_shares` with `unmasked_sum` make a `Release` against a `Permit`, which the ledger wrote down before.
 
 The noise's standard deviation is `permit.noise_multiplier * clip_l2`, both read from the objects that
 guarantee them. It is one scale for the joint vector.
@@ -23,6 +23,8 @@ from drencoder.privacy.accounting import Relation
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import Noise
 from drencoder.rng import derive_seed
+from drencoder.secure.discrete import Words
+from drencoder.secure.quantise import Quantiser
 
 __all__ = [
     "BoundedCodes",
@@ -33,10 +35,13 @@ __all__ = [
     "ReplayNoise",
     "SecureNoise",
     "clip_rows",
+    "quantiser_for",
     "received_codes",
     "release_codes",
+    "release_shares",
     "release_sum",
     "sum_releases",
+    "unmasked_sum",
 ]
 
 _TOKEN = object()
@@ -99,7 +104,7 @@ class BoundedSum:
 class Release:
     """A noised value that may leave: float32 of V values, with total noise `noise_std` on each.
 
-    `contributors` is None under central trust, where it is secret, and public under local trust.
+    `contributors` is None under central trust, where it is secret, and public otherwise.
     """
 
     value: torch.Tensor = field(repr=False)
@@ -166,6 +171,10 @@ class NoiseSource(Protocol):
         """`size` float64 values. `indices` (slot, client) name the stream of a replayable source."""
         ...
 
+    def words(self, *indices: int) -> Words:
+        """A stream of uniform 64-bit words, for noise on integers."""
+        ...
+
 
 class SecureNoise:
     """Noise from the operating system's generator, never the same twice.
@@ -186,6 +195,9 @@ class SecureNoise:
             out[start : start + count] = _normal(words).sum(0) / 2
         return torch.from_numpy(out)
 
+    def words(self, *indices: int) -> Words:
+        return lambda count: np.frombuffer(os.urandom(8 * count), dtype="<u8").astype(np.uint64, copy=False)
+
 
 class ReplayNoise:
     """Noise that the seed gives again, stream by stream: for tests. A run with it has NO guarantee."""
@@ -198,6 +210,10 @@ class ReplayNoise:
     def normal(self, size: int, *indices: int) -> torch.Tensor:
         generator = np.random.Philox(derive_seed(self._run_seed, "release-noise", *indices))
         return torch.from_numpy(_normal(np.atleast_1d(generator.random_raw(size))))
+
+    def words(self, *indices: int) -> Words:
+        generator = np.random.Philox(derive_seed(self._run_seed, "discrete-noise", *indices))
+        return lambda count: np.atleast_1d(generator.random_raw(count))
 
 
 def _normal(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
@@ -280,6 +296,63 @@ def sum_releases(parts: Iterable[Releases]) -> Release:
         raise PrivacyError("There are no releases to sum: give at least one part, which may have zero rows.")
     noise_std = first.noise_std * len(seen) ** 0.5
     return Release(total_V.to(torch.float32), noise_std, first.slot, first.clip_l2, len(seen), token=_TOKEN)
+
+
+# Secure aggregation: clients make shares, an engine adds them up under masks, the server gets the sum.
+
+
+def quantiser_for(permit: Permit, size: int, clip_l2: float) -> Quantiser:
+    """How codes of `size` values and this clip become integers under a permit: `ShareTerms.quantiser`.
+
+    Raises PrivacyError under another trust.
+    """
+    _check_clip(clip_l2)
+    terms = permit.shares
+    if terms is None:
+        raise PrivacyError(f"Under {permit.trust} trust codes are not quantised for a modular sum: drop this call.")
+    return terms.quantiser(size, clip_l2)
+
+
+def release_shares(
+    codes: BoundedCodes, client_ids: Sequence[int], permit: Permit, noise: NoiseSource
+) -> npt.NDArray[np.uint32]:
+    """Secure aggregation, a node's side: (V,) the sum modulo 2^b of its clients' rounded codes and shares of noise.
+
+    It is private only inside the sum over enough nodes, so it leaves its node under masks and never as it is. Row i is
+    client `client_ids[i]`, which must be in the permit's cohort and not have contributed in it before.
+    """
+    _check_noise(permit, noise)
+    clients = [int(client) for client in client_ids]
+    _check_same("number of clients", len(clients), codes.values_NV.shape[0])
+    quantiser = quantiser_for(permit, codes.values_NV.shape[1], codes.clip_l2)
+    permit.spend_clients(clients)
+    total_V = np.zeros(quantiser.values, dtype=np.uint32)
+    for row, client in zip(codes.values_NV.cpu().numpy(), clients, strict=True):
+        total_V += quantiser.noised(row, noise.words(permit.slot, client))
+    return total_V & np.uint32((1 << quantiser.bits) - 1)
+
+
+def unmasked_sum(sum_V: npt.NDArray[np.uint32], client_ids: Sequence[int], permit: Permit, clip_l2: float) -> Release:
+    """Secure aggregation, the server's side: the sum modulo 2^b over these clients, as it came out of the protocol.
+
+    Nothing is made private here: each contributor has added its share. Raises PrivacyError when there are fewer of them
+    than the plan's least, for one who is not in the cohort or comes twice, and when the permit's sum was taken before.
+    """
+    quantiser, terms = quantiser_for(permit, sum_V.size, clip_l2), permit.shares
+    assert terms is not None
+    assert permit.cohort is not None
+    if strangers := set(client_ids) - permit.cohort:
+        raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {permit.slot}.")
+    count = len(set(client_ids))
+    if not terms.least_contributors <= count == len(client_ids):
+        raise PrivacyError(
+            f"A sum of {count} clients was unmasked in slot {permit.slot} and the plan needs {terms.least_contributors}, "
+            "each once: such a round is void."
+        )
+    permit.spend_sum()
+    value_V = torch.from_numpy(quantiser.values_of(sum_V)).to(torch.float32)
+    noise_std = quantiser.share_std * count**0.5
+    return Release(value_V, noise_std, permit.slot, clip_l2, count, token=_TOKEN)
 
 
 def _check_noise(permit: Permit, noise: NoiseSource) -> None:

@@ -1,12 +1,16 @@
 """The privacy plan: sampler, noise and events of a run, born together from one set of public facts.
 
-The unit is a client. Two trust models:
+The unit is a client. Three trust models:
 
 - `central`: the server is trusted. Cohorts are Poisson and secret; the server adds N(0, sigma^2 C^2) to
   the sum of the clipped codes and divides by the fixed expected size q * N.
 - `local`: the server is not trusted. Each client adds N(0, sigma^2 C^2) to its own clipped code, and nobody
   takes part more often than `participation_cap` times; nothing is amplified. A client that takes part in
   one slot only pays for one release: different clients' releases compose in parallel.
+- `secure-aggregation`: the server sees nothing but the sum of all contributors' codes, each with a share of the noise.
+  Participation is capped as under local trust. A round of fewer than `least_contributors` is void: honest nodes
+  do not unmask it. Of those who contribute `honest_share` are assumed to add their share and to keep it to themselves;
+  the shares are so large that the fewest honest ones together have noise sigma C.
 
 Slot 0 is stage 1 (the prior's query), slots 1..T are the rounds. `docs/guarantee.md` has the theorem.
 """
@@ -14,8 +18,8 @@ Slot 0 is stage 1 (the prior's query), slots 1..T are the rounds. `docs/guarante
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
-from typing import Any, Literal, NoReturn, get_args
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
@@ -25,82 +29,80 @@ from drencoder.privacy.accounting import (
     NonPrivateEvent,
     PoissonGaussianEvent,
     Relation,
-    clt_mu,
-    epsilon_gaussian,
     epsilon_pld,
-    epsilon_rdp,
     gdp_mu,
     merge,
     sigma_for,
     sigma_gaussian,
 )
+from drencoder.privacy.observers import ASSUMPTIONS, ObserverGuarantee, report
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
 
-__all__ = ["EpsilonReport", "ObserverGuarantee", "PrivacyPlan", "make_plan"]
+if TYPE_CHECKING:
+    from drencoder.secure.quantise import Quantiser
 
-Trust = Literal["local", "central"]
+__all__ = ["PrivacyPlan", "ShareTerms", "make_plan"]
+
+Trust = Literal["local", "central", "secure-aggregation"]
 Noise = Literal["secure", "replay"]
 Stage = Literal["stage1", "round"]
 
 _COHORT_RISK = 1e-6  # chance that one round's cohort is smaller than the plan says
-_ASSUMPTIONS = {
-    ("central", "server"): "No guarantee: the server is trusted, it sees the un-noised sum of a round.",
-    ("central", "clients"): "The server adds the noise, keeps cohorts and sums secret, and does not collude.",
-    ("central", "public"): "The server adds the noise, keeps cohorts and sums secret, and does not collude.",
-    ("local", "server"): "No assumption about others: each client adds its full noise itself and keeps to the cap.",
-    ("local", "clients"): "All other contributors of a round add their noise honestly; the observer is one "
-    "client, knows its own noise, and colludes neither with the server nor with another client.",
-    ("local", "public"): "All other contributors of a round add their noise honestly; the observer sees only sums "
-    "and the model, and colludes neither with the server nor with a client.",
-}
+_CROWD_RISK = 1e-12  # and that it is larger than what the modulus of secure aggregation was made for
+_DISCRETE_SHARE = 1e-6  # of delta, set aside for all that keeps discrete shares from being Gaussian noise
+_SURE = 1e-9  # shares of whole numbers: 0.7 of 10 is 7, whatever floating point says
+_SHARE_FIELDS = ("dropout_share", "honest_share")
 
 
 @dataclass(frozen=True)
-class EpsilonReport:
-    """The cost of one composition under one adjacency.
+class ShareTerms:
+    """What secure aggregation has to keep to in one slot, for the epsilon of the plan to hold.
 
-    `epsilon_pld` is the reported number (exact where nothing is sub-sampled). `epsilon_rdp` is a looser bound,
-    None where none is known. `mu` is exact Gaussian DP, None under sub-sampling. `epsilon_clt_approx`
-    is NOT a guarantee: the central limit's approximation, given for comparison with the literature.
+    Args:
+      multiplier: noise std of one client's share, over the sensitivity of its rounded code.
+      least_contributors: of fewer nothing may be unmasked.
+      most_contributors: what the modulus must hold.
+      honest: how many of the least contributors are assumed honest.
+      slack: how far, in total variation, the released sum may be from one with Gaussian noise.
     """
 
-    epsilon_pld: float
-    epsilon_rdp: float | None
-    mu: float | None
-    epsilon_clt_approx: float | None
+    multiplier: float
+    least_contributors: int
+    most_contributors: int
+    honest: int
+    slack: float
 
+    def quantiser(self, values: int, clip_l2: float) -> "Quantiser":
+        """How codes of this size and clip become integers: the same object for whoever asks.
 
-@dataclass(frozen=True)
-class ObserverGuarantee:
-    """What one observer learns at most, under the plan's adjacency; `by_relation` has both."""
+        Raises PrivacyError when they do not fit, or when discrete noise is not near enough to Gaussian noise for the plan.
+        """
+        from drencoder.secure.quantise import Quantiser
 
-    observer: str
-    delta: float
-    relation: Relation
-    epsilon_pld: float
-    epsilon_rdp: float | None
-    mu: float | None
-    epsilon_clt_approx: float | None
-    by_relation: Mapping[Relation, EpsilonReport]
-    events: tuple[Event, ...]
-    assumption: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; an infinite epsilon is the string "inf", which JSON numbers cannot say."""
-        data = {k: v for k, v in asdict(self).items() if k != "events"}
-        data["by_relation"] = {relation: _json_floats(asdict(r)) for relation, r in self.by_relation.items()}
-        return _json_floats(data)
+        made = Quantiser.plan(
+            values=values, clip_l2=clip_l2, share_multiplier=self.multiplier, most_clients=self.most_contributors
+        )
+        distance = made.distance(self.most_contributors)
+        if distance > self.slack:
+            _refuse(
+                f"Discrete noise is within {distance:.1e} of Gaussian noise",
+                f"this plan's largest epsilon needs {self.slack:.1e}",
+                "choose a smaller epsilon",
+            )
+        return made
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
     """Public facts of a run, all checked. Make one with `make_plan`; `from_dict` reads one back.
 
-    `noise_multiplier` is noise std / clip, of the sum (central) or of each client's code (local).
+    `noise_multiplier` is noise std / clip, of the sum (central), of each client's code (local) or of the fewest honest
+    shares together (secure-aggregation, see `share_terms`).
     `noise` = "replay" marks a run whose noise can be computed again: for tests, without any guarantee.
     `non_private` names the stages that are released without noise, of "stage1" and "round".
     `decodes_each`: the rounds' codes pass a non-linear map one by one before they are summed. Such a sum is
     no function of the sum of the codes, so under local trust clients do not hide behind each other's noise.
+    `dropout_share`, `honest_share`: secure aggregation only; see `least_contributors` and `honest`.
     """
 
     trust: Trust
@@ -117,6 +119,8 @@ class PrivacyPlan:
     noise: Noise = "secure"
     non_private: tuple[Stage, ...] = ()
     decodes_each: bool = False
+    dropout_share: float = 0.0
+    honest_share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_facts(self)
@@ -128,10 +132,20 @@ class PrivacyPlan:
                     "it must be positive and finite",
                     f"name '{stage}' in non_private for a run without noise and without a guarantee there",
                 )
-        if self.trust == "local":
+        if self.capped:
             self.sampler(bytes(32))  # checks that each block's rates fit into one
 
     # The schedule and its sampler
+
+    @property
+    def capped(self) -> bool:
+        """Whether cohorts are no secret and each client's releases are capped instead: all trust but central."""
+        return self.trust != "central"
+
+    @property
+    def gaussian_delta(self) -> float:
+        """The delta that epsilons are computed at; secure aggregation sets a millionth aside for its discrete noise."""
+        return self.delta * (1 - _DISCRETE_SHARE) if self.trust == "secure-aggregation" else self.delta
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -140,7 +154,7 @@ class PrivacyPlan:
 
     @property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
-        """Local trust: runs of slots, in each of which a client takes part at most once."""
+        """Where cohorts are capped: runs of slots, in each of which a client takes part at most once."""
         return split_blocks(self.slots, self.participation_cap)
 
     @property
@@ -164,7 +178,7 @@ class PrivacyPlan:
     def sampler(self, key: bytes) -> Sampler:
         """The sampler whose law the events state. `key`: 32 bytes, secret under central trust."""
         rates = {slot: self.rate(slot) for slot in self.slots}
-        if self.trust == "local":
+        if self.capped:
             return CappedSampler(key, self.population, rates, self.blocks)
         return PoissonSampler(key, self.population, rates, fresh_attempts=self.noise == "secure")
 
@@ -174,13 +188,13 @@ class PrivacyPlan:
         return "stage1" if slot == 0 else "round"
 
     def event(self, slot: int) -> Event:
-        """What one release of `slot` is charged as (local: for each client of its cohort)."""
+        """What one release of `slot` is charged as (capped cohorts: for each client of its cohort)."""
         if slot not in self.slots:
             raise PrivacyError(f"Slot {slot} is not in the plan, which has slots {self.slots[0]} to {self.rounds}.")
         if self.stage(slot) in self.non_private:
             return NonPrivateEvent()
         sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
-        return GaussianEvent(sigma) if self.trust == "local" else PoissonGaussianEvent(self.rate(slot), sigma)
+        return GaussianEvent(sigma) if self.capped else PoissonGaussianEvent(self.rate(slot), sigma)
 
     def round_event(self) -> Event:
         return self.event(1)
@@ -190,9 +204,42 @@ class PrivacyPlan:
 
     def cohort_bound(self, slot: int) -> int:
         """How many contributors `slot` has at least, save with chance 1e-6; never below 1."""
-        from scipy.stats import binom
+        return max(1, _binomial_quantile(_COHORT_RISK, self.population, self.rate(slot)))
 
-        return max(1, int(binom.ppf(_COHORT_RISK, self.population, self.rate(slot))))
+    # Secure aggregation's shares of noise
+
+    def least_contributors(self, slot: int) -> int:
+        """How many contributors a release of `slot` has at least: a cohort of the lower bound less the drop-outs.
+
+        Not a chance: honest nodes do not unmask a sum of fewer.
+        """
+        return max(1, math.ceil((1 - self.dropout_share) * self.cohort_bound(slot) - _SURE))
+
+    def honest(self, contributors: int) -> int:
+        """How many of them are assumed to add their share and to tell it to nobody; never below 1, the client itself."""
+        return max(1, math.floor(self.honest_share * contributors + _SURE))
+
+    def share_terms(self, slot: int) -> ShareTerms:
+        """The bounds of `slot`: m honest shares of sigma / sqrt(m) add up to sigma (Kairouz, Liu and Steinke 2021).
+
+        The slack is what (1 + e^epsilon) TV <= a millionth of delta leaves to one of all slots, at the largest epsilon
+        that this plan states.
+        """
+        if self.trust != "secure-aggregation":
+            raise PrivacyError(
+                f"Under {self.trust} trust there are no shares of noise: each release has all of its own."
+            )
+        least = self.least_contributors(slot)
+        honest = self.honest(least)
+        sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
+        most = 1 + _binomial_quantile(1 - _CROWD_RISK, self.population, self.rate(slot))
+        slack = _DISCRETE_SHARE * self.delta / len(self.slots) / (1 + math.exp(min(700.0, self._largest_epsilon)))
+        return ShareTerms(sigma / math.sqrt(honest), least, min(self.population, most), honest, slack)
+
+    @cached_property
+    def _largest_epsilon(self) -> float:
+        """Of the whole plan, any observer and either adjacency: other clients, replace-one."""
+        return epsilon_pld(self.composition("clients", self.schedule()) or (), self.gaussian_delta, "replace_one")
 
     def composition(self, observer: str, charged: Mapping[int, tuple[int, int]]) -> tuple[Event, ...] | None:
         """The worst client's events in the view of `observer`; None where there is no guarantee.
@@ -202,7 +249,8 @@ class PrivacyPlan:
         Central: every charge composes. Local: a client takes part once in a block at most, so each block
         costs its dearest slot. The server sees a client's release with noise sigma; the public sees it
         inside a sum of m independent noises, sigma * sqrt(m); a fellow contributor can take its own noise
-        off, sigma * sqrt(m - 1). Nothing is claimed for not knowing the cohort.
+        off, sigma * sqrt(m - 1). Nothing is claimed for not knowing the cohort. Secure aggregation: everybody sees
+        sums only, with the noise of their honest contributors; a fellow contributor knows one share of it.
         """
         if self.trust == "central":
             if observer == "server":
@@ -217,6 +265,11 @@ class PrivacyPlan:
 
     def _seen(self, slot: int, observer: str, contributors: int) -> Event:
         event = self.event(slot)
+        if self.trust == "secure-aggregation" and isinstance(event, GaussianEvent):
+            least = self.least_contributors(slot)
+            honest = self.honest(max(least, contributors))
+            unknown = max(1, honest - 1 if observer == "clients" else honest)
+            return GaussianEvent(event.noise_multiplier * math.sqrt(unknown / self.honest(least)))
         if isinstance(event, NonPrivateEvent) or observer == "server" or (self.decodes_each and slot > 0):
             return event
         others = contributors - 1 if observer == "clients" else contributors
@@ -227,8 +280,8 @@ class PrivacyPlan:
     ) -> ObserverGuarantee:
         """All epsilons of a composition for one observer; `events` None means no guarantee."""
         events = (NonPrivateEvent(),) if events is None else events
-        reports = {relation: _report(events, self.delta, relation, interval) for relation in RELATIONS}
-        assumption = _ASSUMPTIONS[self.trust, observer]
+        reports = {relation: report(events, self.gaussian_delta, relation, interval) for relation in RELATIONS}
+        assumption = ASSUMPTIONS[self.trust, observer]
         if self.noise == "replay":
             assumption = "NOT PRIVATE, replayable noise: these numbers hold for secure noise only. " + assumption
         if self.non_private:
@@ -239,8 +292,9 @@ class PrivacyPlan:
         )  # fmt: skip
 
     def schedule(self) -> dict[int, tuple[int, int]]:
-        """Every slot once, with the cohort's lower bound: what `composition` takes for the whole plan."""
-        bounds = {stage: self.cohort_bound(slot) for stage, slot in {self.stage(s): s for s in self.slots}.items()}
+        """Every slot once, with the lower bound of contributors: what `composition` takes for the whole plan."""
+        bound = self.least_contributors if self.trust == "secure-aggregation" else self.cohort_bound
+        bounds = {stage: bound(slot) for stage, slot in {self.stage(s): s for s in self.slots}.items()}
         return {slot: (1, bounds[self.stage(slot)]) for slot in self.slots}
 
     def epsilons(self, interval: float | None = None) -> dict[str, ObserverGuarantee]:
@@ -255,8 +309,11 @@ class PrivacyPlan:
 
     @property
     def budget_observer(self) -> str:
-        """Whose epsilon the target bounds: the server's under local trust, the public's under central."""
-        return "server" if self.trust == "local" else "public"
+        """Whose epsilon the target bounds: the server's under local trust, the public's under central.
+
+        Under secure aggregation the other clients': each sees what the server sees, and its own noise besides.
+        """
+        return {"local": "server", "central": "public", "secure-aggregation": "clients"}[self.trust]
 
     def budget_events(self, charges: Mapping[int, int]) -> tuple[Event, ...]:
         """The charges (slot -> count) that count against the budget: all but the ones named non-private.
@@ -272,27 +329,35 @@ class PrivacyPlan:
         """The epsilon no charge may pass: the target, or without one what the schedule costs."""
         if self.target_epsilon is not None:
             return self.target_epsilon
-        return epsilon_pld(self.budget_events(dict.fromkeys(self.slots, 1)), self.delta, self.relation)
+        return epsilon_pld(self.budget_events(dict.fromkeys(self.slots, 1)), self.gaussian_delta, self.relation)
 
     def k_star(self, alignment: float = 0.5) -> float:
         """Coordinates that one round can learn, n^2 |g|^2 / (noise variance of the sum) (METHOD 2.5).
 
         `alignment` is the assumed |mean clipped update|^2 / C^2. The variance is sigma^2 C^2 under central
-        trust, n sigma^2 C^2 under local trust.
+        trust, n sigma^2 C^2 under local trust, n shares' under secure aggregation.
         """
         if self.noise_multiplier == 0:
             return math.inf
         n = self.expected_cohort
+        if self.trust == "secure-aggregation":
+            return alignment * n / self.share_terms(1).multiplier ** 2
         return alignment * (n * n if self.trust == "central" else n) / self.noise_multiplier**2
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` gives an equal plan back."""
-        return {**asdict(self), "non_private": list(self.non_private)}
+        facts = {**asdict(self), "non_private": list(self.non_private)}
+        if self.trust != "secure-aggregation":  # ledgers of the other modes look as they always did
+            for name in _SHARE_FIELDS:
+                del facts[name]
+        return facts
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PrivacyPlan":
         """Inverse of `to_dict`. Raises PrivacyError on missing or unknown fields and on impossible values."""
         names = {field.name for field in fields(cls)}
+        if data.get("trust") != "secure-aggregation":
+            names -= set(_SHARE_FIELDS)
         if set(data) != names:
             raise PrivacyError(f"A privacy plan's fields do not match: {sorted(names ^ set(data))}.")
         return cls(**{**data, "non_private": tuple(data["non_private"])})
@@ -314,11 +379,13 @@ def make_plan(
     noise: Noise = "secure",
     non_private: Iterable[Stage] = (),
     decodes_each: bool = False,
+    dropout_share: float = 0.0,
+    honest_share: float = 1.0,
 ) -> PrivacyPlan:
     """The one place where sampler, noise and events of a run are decided.
 
     Give `epsilon` (then the smallest sigma with PLD epsilon <= `epsilon` is found, over stage 1 and all
-    rounds; local trust: against the server, over the `participation_cap` releases of one client), or
+    rounds; capped cohorts: over the `participation_cap` releases of one client; local trust: against the server), or
     `noise_multiplier`, or both (then it is checked), or neither if every stage is in `non_private`.
     Stage 1 has `stage1_noise_ratio` times the noise multiplier of the rounds. `decodes_each` must be set when the
     encoder's decoder is not linear (see `PrivacyPlan`).
@@ -345,6 +412,7 @@ def make_plan(
             noise_multiplier=0.0 if "round" in silent else sigma,
             stage1_noise_multiplier=0.0 if "stage1" in silent or stage1_rate == 0 else sigma * stage1_noise_ratio,
             target_epsilon=epsilon, noise=noise, non_private=silent, decodes_each=decodes_each,
+            dropout_share=dropout_share, honest_share=honest_share,
         )  # fmt: skip
 
     draft = plan(1.0)  # checks everything else before any search
@@ -355,7 +423,7 @@ def make_plan(
         return draft
     if noise_multiplier is not None:
         made = plan(noise_multiplier)
-        cost = epsilon_pld(made.budget_events(everything), delta, relation)
+        cost = epsilon_pld(made.budget_events(everything), made.gaussian_delta, relation)
         if epsilon is not None and cost > epsilon:
             _refuse(
                 f"noise_multiplier {noise_multiplier} costs epsilon {cost:.4f}",
@@ -367,23 +435,15 @@ def make_plan(
         _refuse("Neither epsilon nor noise_multiplier is given", "one of them is needed", "set epsilon, e.g. 8")
     mu = gdp_mu(draft.budget_events(everything), relation)
     if mu is not None:  # mu scales with 1/sigma: no search
-        return plan(mu * sigma_gaussian(epsilon, delta))
+        return plan(mu * sigma_gaussian(epsilon, draft.gaussian_delta))
     return plan(sigma_for(lambda sigma: plan(sigma).budget_events(everything), epsilon, delta, relation))
 
 
-def _report(events: tuple[Event, ...], delta: float, relation: Relation, interval: float | None) -> EpsilonReport:
-    mu = gdp_mu(events, relation)
-    limit = clt_mu(events) if mu is None and relation == "add_remove" else None
-    return EpsilonReport(
-        epsilon_pld=epsilon_pld(events, delta, relation, interval),
-        epsilon_rdp=epsilon_rdp(events, delta, relation),
-        mu=mu,
-        epsilon_clt_approx=None if limit is None else epsilon_gaussian(limit, delta),
-    )
+@lru_cache(maxsize=64)
+def _binomial_quantile(chance: float, count: int, rate: float) -> int:
+    from scipy.stats import binom
 
-
-def _json_floats(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: "inf" if isinstance(v, float) and math.isinf(v) else v for k, v in data.items()}
+    return int(binom.ppf(chance, count, rate))
 
 
 def _refuse(value: str, bound: str, cure: str) -> NoReturn:
@@ -417,4 +477,26 @@ def _check_facts(plan: PrivacyPlan) -> None:
             f"delta is {plan.delta} with {plan.population} clients",
             "delta must be below 1 / population, else publishing one client's data whole would pass",
             f"use {0.1 / plan.population:.0e} or less",
+        )
+    if plan.trust == "secure-aggregation":
+        _check_shares(plan)
+
+
+def _check_shares(plan: PrivacyPlan) -> None:
+    """Bounds of the fields that only secure aggregation has."""
+    if not 0 <= plan.dropout_share < 0.5:
+        _refuse(f"dropout_share is {plan.dropout_share}", "it must lie in [0, 0.5)", "0.25 is usual")
+    if not 0 < plan.honest_share <= 1:
+        _refuse(f"honest_share is {plan.honest_share}", "it must lie in (0, 1]", "0.75 is usual")
+    if plan.non_private:
+        _refuse(
+            f"{' and '.join(plan.non_private)} would have no noise",
+            "secure aggregation without noise tells the sum as it is",
+            "use prior.source 'moments', or another trust for a baseline",
+        )
+    if plan.decodes_each:
+        _refuse(
+            "Codes would be decoded or rounded one by one",
+            "secure aggregation gives only their sum",
+            "use a linear encoder and float32",
         )

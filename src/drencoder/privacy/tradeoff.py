@@ -93,7 +93,7 @@ def tradeoffs(plan: PrivacyPlan, *, observer: str | None = None, relation: Relat
         observer=observer,
         noise_multiplier=plan.noise_multiplier,
         whole=best_tradeoff(events, relation),
-        point=point_tradeoff(epsilon_pld(events, plan.delta, relation), plan.delta),
+        point=point_tradeoff(epsilon_pld(events, plan.gaussian_delta, relation), plan.delta),
         limit=limit,
     )
 

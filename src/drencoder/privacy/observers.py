@@ -1,0 +1,90 @@
+"""Who looks on, what each one's guarantee rests on, and the epsilons that are stated for it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from drencoder.privacy.accounting import (
+    Event,
+    Relation,
+    clt_mu,
+    epsilon_gaussian,
+    epsilon_pld,
+    epsilon_rdp,
+    gdp_mu,
+)
+
+__all__ = ["ASSUMPTIONS", "EpsilonReport", "ObserverGuarantee", "report"]
+
+ASSUMPTIONS = {
+    ("central", "server"): "No guarantee: the server is trusted, it sees the un-noised sum of a round.",
+    ("central", "clients"): "The server adds the noise, keeps cohorts and sums secret, and does not collude.",
+    ("central", "public"): "The server adds the noise, keeps cohorts and sums secret, and does not collude.",
+    ("local", "server"): "No assumption about others: each client adds its full noise itself and keeps to the cap.",
+    ("local", "clients"): "All other contributors of a round add their noise honestly; the observer is one "
+    "client, knows its own noise, and colludes neither with the server nor with another client.",
+    ("local", "public"): "All other contributors of a round add their noise honestly; the observer sees only sums "
+    "and the model, and colludes neither with the server nor with a client.",
+    ("secure-aggregation", "server"): "The stated share of a round's contributors add their noise and keep it to "
+    "themselves; the others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
+    ("secure-aggregation", "clients"): "The observer is one of the honest contributors, who knows its own noise; the "
+    "others are as against the server.",
+    ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
+}
+
+
+"""(trust, observer) -> what the guarantee rests on."""
+
+
+@dataclass(frozen=True)
+class EpsilonReport:
+    """The cost of one composition under one adjacency.
+
+    `epsilon_pld` is the reported number (exact where nothing is sub-sampled). `epsilon_rdp` is a looser bound,
+    None where none is known. `mu` is exact Gaussian DP, None under sub-sampling. `epsilon_clt_approx`
+    is NOT a guarantee: the central limit's approximation, given for comparison with the literature.
+    """
+
+    epsilon_pld: float
+    epsilon_rdp: float | None
+    mu: float | None
+    epsilon_clt_approx: float | None
+
+
+@dataclass(frozen=True)
+class ObserverGuarantee:
+    """What one observer learns at most, under the plan's adjacency; `by_relation` has both."""
+
+    observer: str
+    delta: float
+    relation: Relation
+    epsilon_pld: float
+    epsilon_rdp: float | None
+    mu: float | None
+    epsilon_clt_approx: float | None
+    by_relation: Mapping[Relation, EpsilonReport]
+    events: tuple[Event, ...]
+    assumption: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; an infinite epsilon is the string "inf", which JSON numbers cannot say."""
+        data = {k: v for k, v in asdict(self).items() if k != "events"}
+        data["by_relation"] = {relation: _json_floats(asdict(r)) for relation, r in self.by_relation.items()}
+        return _json_floats(data)
+
+
+def report(events: tuple[Event, ...], delta: float, relation: Relation, interval: float | None) -> EpsilonReport:
+    """All epsilons of one composition under one adjacency."""
+    mu = gdp_mu(events, relation)
+    limit = clt_mu(events) if mu is None and relation == "add_remove" else None
+    return EpsilonReport(
+        epsilon_pld=epsilon_pld(events, delta, relation, interval),
+        epsilon_rdp=epsilon_rdp(events, delta, relation),
+        mu=mu,
+        epsilon_clt_approx=None if limit is None else epsilon_gaussian(limit, delta),
+    )
+
+
+def _json_floats(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: "inf" if isinstance(v, float) and math.isinf(v) else v for k, v in data.items()}
