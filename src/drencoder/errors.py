@@ -9,6 +9,8 @@
     ├── DeviceError           a device that is not there
     ├── PrivacyError          a privacy statement that cannot be made
     │   └── BudgetError       the next release would exceed the budget
+    ├── EngineError           other machines that cannot be reached, or will not answer
+    │   └── QuorumError       too few clients of a cohort answered
     ├── EncoderError          an encoder that cannot be built or used
     │   ├── CodeError         a received code that is truncated, oversized, foreign or not finite
     │   └── ViabilityError    an encoder that carries nothing, found before any budget was spent
@@ -46,6 +48,18 @@ class PrivacyError(DrencoderError):
 
 class BudgetError(PrivacyError):
     """The next release would exceed the budget."""
+
+
+class EngineError(DrencoderError):
+    """Other machines cannot be reached, or will not answer."""
+
+
+class QuorumError(EngineError):
+    """Too few clients of a cohort answered; `answered` did, or None where that is a secret."""
+
+    def __init__(self, message: str, answered: int | None = None) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class EncoderError(DrencoderError):

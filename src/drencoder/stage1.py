@@ -18,7 +18,7 @@ from drencoder.config import Recipe
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.gate import GateResult, measure_viability, require_viable
-from drencoder.errors import LostError
+from drencoder.errors import LostError, QuorumError
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.rng import derive_seed
@@ -34,9 +34,19 @@ _GATE_CLIENTS = 16  # make-believe ones, of server-held text
 
 
 def ask(live: Live, ledger: Ledger, query: CohortQuery, adapter_D: Tensor, cohort: list[int]) -> tuple[Outcome, Permit]:
-    """Charge, gather, release: the same for both stages, in this order."""
+    """Charge, gather, release: the same for both stages, in this order.
+
+    Raises:
+      EngineError: no clients can be reached; nothing was charged.
+      QuorumError: too few answered; their answers were thrown away and the charge stays.
+    """
+    live.engine.ready()
     permit, noise = ledger.charge(query.slot), live.noise()
-    outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
+    try:
+        outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
+    except QuorumError as error:
+        ledger.record_abandoned(query.slot, error.answered if permit.trust == "local" else None)
+        raise
     if outcome.release.contributors is not None:
         # Local trust: how many noised messages hide each other is public, and makes the public's epsilon.
         ledger.record_contributors(query.slot, outcome.release.contributors)
@@ -68,9 +78,16 @@ def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Pro
         return _real_gradients(live, ledger, now, say)
     if lost:
         say("stage 1 was charged but its result was lost: going on with an uninformed prior")
-        prior = GaussianPrior.isotropic(live.lora.layout.segments)
-        return replace(now, slot=0, prior=prior, stage1={"lost": True}), None
-    return _moments(live, ledger, now, say), None
+        return _uninformed(live, now), None
+    try:
+        return _moments(live, ledger, now, say), None
+    except QuorumError as error:
+        say(f"stage 1 was abandoned, its charge stays: {error} Going on with an uninformed prior.")
+        return _uninformed(live, now), None
+
+
+def _uninformed(live: Live, now: Progress) -> Progress:
+    return replace(now, slot=0, prior=GaussianPrior.isotropic(live.lora.layout.segments), stage1={"lost": True})
 
 
 def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:

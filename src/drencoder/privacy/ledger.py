@@ -62,6 +62,7 @@ class Permit:
     relation: Relation
     noise: Noise
     cohort: frozenset[int] | None = field(repr=False)
+    run_id: str = ""  # of the ledger: other machines tell this run's questions from another's by it
     token: InitVar[object] = None
     _spent: set[int] = field(default_factory=set, init=False, repr=False)
 
@@ -281,10 +282,7 @@ class Ledger:
         else:
             self._check_budget(slot)
             self._append({"kind": "charge", **record, "attempt": attempt, "event": event_to_dict(event)})
-        return Permit(
-            trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=event,
-            relation=plan.relation, noise=plan.noise, cohort=cohort, token=_TOKEN,
-        )  # fmt: skip
+        return _permit(plan, slot, attempt, cohort, self.run_id)
 
     def record_contributors(self, slot: int, contributors: int) -> None:
         """Local trust: how many clients' releases the sum of `slot` holds, once it is known.
@@ -297,6 +295,17 @@ class Ledger:
         if slot not in self.charges() or not 0 <= contributors <= len(self._sampler.cohort(slot)):
             raise PrivacyError(f"Slot {slot} has no charge, or fewer than {contributors} clients in its cohort.")
         self._append({"kind": "contributors", "slot": slot, "contributors": contributors})
+
+    def record_abandoned(self, slot: int, answered: int | None) -> None:
+        """A charged slot whose answers were thrown away, because too few came. Its charge stays.
+
+        `answered` clients (None: a secret) had released to the server by then; the public saw nothing of it.
+        """
+        if slot not in self.charges():
+            raise PrivacyError(f"Slot {slot} has no charge, so there is nothing to abandon.")
+        if answered is not None:
+            self.record_contributors(slot, answered)
+        self._append({"kind": "note", "slot": slot, "text": f"slot {slot} was abandoned: too few clients answered"})
 
     def _charged(self) -> dict[int, tuple[int, int]]:
         contributors: dict[int, int] = {}
@@ -337,6 +346,14 @@ class Ledger:
             ) from None
         self._records.append(record)
         self._head = hashlib.sha256(line).hexdigest()
+
+
+def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: frozenset[int] | None, run_id: str) -> Permit:
+    """For the two ledgers, the run's and a site's, when the charge is on disk."""
+    return Permit(
+        trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=plan.event(slot),
+        relation=plan.relation, noise=plan.noise, cohort=cohort, run_id=run_id, token=_TOKEN,
+    )  # fmt: skip
 
 
 def _verified(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
