@@ -68,6 +68,11 @@ class Site:
         self._encoder: Encoder | None = None
         self._prior: GaussianPrior | None = None
 
+    @property
+    def hosted(self) -> ClientSet:
+        """The clients that this site answers for."""
+        return self._hosted
+
     def answer(self, data: bytes) -> bytes:
         """The answer to any bytes; never raises, and never says more about a failure than its number."""
         nonce = ""
