@@ -1,5 +1,7 @@
 """The commands that span machines: certs, server, client, simulate. Parsing only; Flower is imported where it is needed."""
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,9 @@ RecipeArgument = Annotated[
     str | None, typer.Argument(metavar="[RECIPE]", help="TOML file or shipped recipe; none = the embedded quickstart")
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one knob")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="run folder to make; default runs/NAME, runs/NAME-2, ...")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="run folder to make; default runs/NAME, runs/NAME-2, ...")
+]
 ResumeOption = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with a killed run")]
 QuorumOption = Annotated[
     float, typer.Option("--quorum", help="share of the cohort (central trust: of the population) that must answer")
@@ -34,10 +38,11 @@ def add_flower_commands(app: typer.Typer) -> None:
 
 
 def _needs_flower() -> None:
-    try:
-        import flwr  # noqa: F401
-    except ImportError:
-        raise EngineError("flwr is not installed here: pip install 'drencoder[flower]'.") from None
+    from drencoder.engines.flower.processes import QUIET
+
+    os.environ.update(QUIET)
+    if importlib.util.find_spec("flwr") is None:
+        raise EngineError("flwr is not installed here: pip install 'drencoder[flower]'.")
 
 
 def certs(
@@ -54,16 +59,19 @@ def certs(
     written = make_certificates(folder, nodes, host or [], days=days)
     console = Console()
     console.print(f"{len(written)} files in {escape(str(folder))}.", highlight=False)
-    console.print("Server: ca.crt, server.crt, server.key and nodes/. Site i: node[i]/. Keep ca.key off both.", markup=False)
+    console.print(
+        "Server: ca.crt, server.crt, server.key and nodes/. Site i: node[i]/. Keep ca.key off both.", markup=False
+    )
 
 
 def server(
     recipe: RecipeArgument = None,
-    certs: Annotated[Path, typer.Option("--certs", metavar="DIR", help="folder of ca.crt, server.crt and server.key")] = Path(
-        "certs"
-    ),
+    certs: Annotated[
+        Path, typer.Option("--certs", metavar="DIR", help="folder of ca.crt, server.crt and server.key")
+    ] = Path("certs"),
     nodes: Annotated[
-        Path | None, typer.Option("--nodes", metavar="DIR|KEY", help="public keys (.pub) of the sites; default DIR/nodes")
+        Path | None,
+        typer.Option("--nodes", metavar="DIR|KEY", help="public keys (.pub) of the sites; default DIR/nodes"),
     ] = None,
     set_: SetOption = None,
     out: OutOption = None,
@@ -94,7 +102,9 @@ def server(
         if (folder / "ledger.jsonl").exists():
             Console().print(f"\nInterrupted. Nothing is lost: drencoder server --resume {escape(str(folder))}")
         raise SystemExit(130) from None
-    Console().print(f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)")
+    Console().print(
+        f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)"
+    )
 
 
 def client(
@@ -103,16 +113,21 @@ def client(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="what this site agrees to; none = the embedded quickstart")
     ] = None,
-    root: Annotated[Path | None, typer.Option("--root", metavar="CA", help="the authority; default ca.crt beside the key")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="CA", help="the authority; default ca.crt beside the key")
+    ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="PATH", help="this site's text (.jsonl); default the recipe's")
     ] = None,
     clients: Annotated[
         str | None,
-        typer.Option("--clients", metavar="LIST", help="0-9,12 or 1/3 (every third from 1); default: the file beside the key"),
+        typer.Option(
+            "--clients", metavar="LIST", help="0-9,12 or 1/3 (every third from 1); default: the file beside the key"
+        ),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option("--state", metavar="DIR", help="this site's ledger; one run each; default state/ beside the key")
+        Path | None,
+        typer.Option("--state", metavar="DIR", help="this site's ledger; one run each; default state/ beside the key"),
     ] = None,
     min_noise: Annotated[
         float, typer.Option("--min-noise", min=0.0, help="take no part below this noise multiplier (local trust)")
@@ -159,11 +174,15 @@ def simulate(
     from drencoder.engines.flower.engine import Patience
 
     folder, wanted = _run_of(recipe, set_, out, resume)
+    from drencoder.engines.flower.simulation import alone_on_the_network, run_simulated
+
+    alone_on_the_network()
     from drencoder.engines.flower.server_app import ServerOptions
-    from drencoder.engines.flower.simulation import run_simulated
 
     result = run_simulated(ServerOptions(wanted, folder, Patience(nodes=nodes)), nodes)
-    Console().print(f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)")
+    Console().print(
+        f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)"
+    )
 
 
 def _run_of(
@@ -176,7 +195,9 @@ def _run_of(
         if recipe is not None or set_ or out is not None:
             raise RecipeError("--resume continues a run with its own recipe: give no recipe, --set or --out beside it.")
         if not (resume / "ledger.jsonl").exists():
-            raise ArtifactError(f"{resume} has no ledger: give the folder of a started run, or start anew without --resume.")
+            raise ArtifactError(
+                f"{resume} has no ledger: give the folder of a started run, or start anew without --resume."
+            )
         RunFolder.open(resume)
         return resume, None
     wanted = load_recipe(recipe, set_ or ())

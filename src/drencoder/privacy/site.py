@@ -6,10 +6,11 @@ header (the recipe's digest and plan; the run, once there is one) and one JSON l
 release there is what the plan says, and another run is another consent and needs another file.
 """
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,20 @@ class ForeignRunError(PrivacyError):
 
 
 class SiteLedger:
-    """An open site ledger; one process writes it at a time.
+    """A site's ledger. Several processes of one site may share the file: each charge locks it and reads what is new.
 
     Local trust: a client answers one slot of each of the plan's blocks, once. Central trust: an attempt at a slot is
     answered once; a new attempt is a new charge of the server's, which is trusted there. Replayable noise (tests): the
     answer to the same slot is the same message, so it may be given again.
     """
 
-    def __init__(self, path: Path, descriptor: int, records: list[dict[str, Any]], plan: PrivacyPlan) -> None:
+    def __init__(self, path: Path, descriptor: int, header: dict[str, Any], plan: PrivacyPlan) -> None:
         self.path, self.plan = path, plan
         self._descriptor: int | None = descriptor
-        self._run = next((record["run"] for record in records if record["kind"] == "run"), None)
-        self._answered = {
-            (client, record["slot"], record["attempt"])
-            for record in records
-            if record["kind"] == "answer"
-            for client in record["clients"]
-        }
+        self._header = header
+        self._read = 0  # bytes of the file that are in the fields below
+        self._run: str | None = None
+        self._answered: set[tuple[int, int, int]] = set()  # (client, slot, attempt)
 
     @classmethod
     def open(cls, path: str | Path, recipe: str, plan: PrivacyPlan) -> "SiteLedger":
@@ -56,7 +54,7 @@ class SiteLedger:
         A last line without its end is a crash in mid-write: its answer had not left; it is cut off.
 
         Raises:
-          ArtifactError: it is another recipe's, damaged, in use, or cannot be written.
+          ArtifactError: it is another recipe's, damaged, or cannot be written.
         """
         path = Path(path)
         header = {"kind": "header", "format": _FORMAT, "recipe": recipe, "plan": plan.to_dict()}
@@ -65,32 +63,18 @@ class SiteLedger:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ArtifactError(f"Cannot open the site's ledger {path}: {error.strerror}.") from None
+        ledger = cls(path, descriptor, header, plan)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            whole, _, torn = path.read_bytes().rpartition(b"\n")
-            if torn:
-                os.ftruncate(descriptor, len(whole) + 1 if whole else 0)
-            records = [json.loads(line) for line in whole.split(b"\n")] if whole else []
-            if records and records[0] != header:
-                raise ArtifactError(
-                    f"{path} is the ledger of another recipe or plan: give another --state folder for this one."
-                )
-            ledger = cls(path, descriptor, records, plan)
-            if not records:
-                ledger._append(header)
-            return ledger
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ArtifactError(f"{path} is in use by another process: give each site its own --state folder.") from None
-        except (ValueError, KeyError, TypeError):
-            os.close(descriptor)
-            raise ArtifactError(f"{path} is damaged: restore it from a copy; without it nobody may answer.") from None
-        except ArtifactError:
-            os.close(descriptor)
+            with ledger._locked():
+                if not ledger._read:
+                    ledger._append(header)
+        except BaseException:
+            ledger.close()
             raise
+        return ledger
 
     def close(self) -> None:
-        """Gives the lock back. Closing twice is fine."""
+        """Closing twice is fine."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -105,17 +89,15 @@ class SiteLedger:
           ArtifactError: the line cannot be made durable; nothing may leave.
         """
         self.plan.event(slot)  # refuses slots that are not in the plan
-        if self._run not in (None, run):
-            raise ForeignRunError(f"{self.path} is the ledger of run {self._run} and run {run} asks.")
-        if self.plan.noise == "secure":
-            self._check_fresh(slot, attempt, clients)
-        if self._run is None:
-            self._append({"kind": "run", "run": run})
-            self._run = run
-        answered = {(client, slot, attempt) for client in clients}
-        if not answered <= self._answered:
-            self._append({"kind": "answer", "slot": slot, "attempt": attempt, "clients": list(clients)})
-            self._answered |= answered
+        with self._locked():
+            if self._run not in (None, run):
+                raise ForeignRunError(f"{self.path} is the ledger of run {self._run} and run {run} asks.")
+            if self.plan.noise == "secure":
+                self._check_fresh(slot, attempt, clients)
+            if self._run is None:
+                self._append({"kind": "run", "run": run})
+            if not {(client, slot, attempt) for client in clients} <= self._answered:
+                self._append({"kind": "answer", "slot": slot, "attempt": attempt, "clients": list(clients)})
         cohort = frozenset(clients) if self.plan.trust == "local" else None
         return _permit(self.plan, slot, attempt, cohort, run)
 
@@ -127,16 +109,57 @@ class SiteLedger:
             if client in asked and before in block and (local or tried == attempt):
                 raise AnsweredError(f"Client {client} has answered slot {before}; slot {slot} would be once too often.")
 
-    def _append(self, record: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         if self._descriptor is None:
             raise ArtifactError(f"The site's ledger {self.path} is closed or failed before: start the site again.")
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            self._refresh()
+            yield
+        finally:
+            if self._descriptor is not None:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _refresh(self) -> None:
+        """Takes in the lines that were written since; under the lock, so a torn one is a crash and is cut off."""
+        assert self._descriptor is not None
+        size = os.fstat(self._descriptor).st_size
+        whole, end, torn = os.pread(self._descriptor, size - self._read, self._read).rpartition(b"\n")
+        if torn:
+            os.ftruncate(self._descriptor, size - len(torn))
+        try:
+            for line in whole.split(b"\n") if end else ():
+                self._enter(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(
+                f"{self.path} is damaged: restore it from a copy; without it nobody may answer."
+            ) from None
+        self._read += len(whole) + len(end)
+
+    def _enter(self, record: dict[str, Any]) -> None:
+        match record["kind"]:
+            case "header" if record != self._header:
+                raise ArtifactError(
+                    f"{self.path} is the ledger of another recipe or plan: give another --state folder for this one."
+                )
+            case "run":
+                self._run = record["run"]
+            case "answer":
+                self._answered |= {(client, record["slot"], record["attempt"]) for client in record["clients"]}
+
+    def _append(self, record: dict[str, Any]) -> None:
+        assert self._descriptor is not None
         data = json.dumps(record, sort_keys=True).encode() + b"\n"
         try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
+            rest = data
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
             os.fsync(self._descriptor)
         except OSError as error:
             self.close()  # what is on disk is unknown now; `open` finds out
             raise ArtifactError(
                 f"Cannot write the site's ledger {self.path}: {error.strerror}. Nothing left; free the disk, start again."
             ) from None
+        self._read += len(data)
+        self._enter(record)

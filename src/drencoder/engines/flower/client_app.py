@@ -86,7 +86,7 @@ def _configured(context: Context) -> Site:
     clients = str(settings.get("clients", f"{settings['partition-id']}/{settings['num-partitions']}" if shared else ""))
     if not clients or "state" not in settings:
         raise RecipeError(
-            "the node's configuration lacks clients or state: start it with --node-config 'clients=\"0-9\" state=\"FOLDER\"'."
+            'the node\'s configuration lacks clients or state: start it with --node-config \'clients="0-9" state="FOLDER"\'.'
         )
     recipe, data = settings.get("recipe"), settings.get("data")
     key = (str(recipe), clients, str(data), str(settings["state"]))

@@ -108,7 +108,9 @@ class FlowerEngine:
     def _roll_call(self) -> dict[int, str]:
         """The nodes that can be reached now; new ones are asked which clients they host."""
         online = self._transport.nodes()
-        fresh = {node: name for node, name in sorted(online.items(), key=lambda item: item[1]) if name not in self._known}
+        fresh = {
+            node: name for node, name in sorted(online.items(), key=lambda item: item[1]) if name not in self._known
+        }
         if not fresh:
             return online
         nonces = {node: secrets.token_hex(16) for node in fresh}
@@ -135,7 +137,9 @@ class FlowerEngine:
         taken = [client for client in hosted.clients if self._hosts.setdefault(client, name) != name]
         self._say(f"node {name}: hosts {len(hosted.clients) - len(taken)} clients")
         if taken:
-            self._say(f"node {name}: client {taken[0]} and {len(taken) - 1} more are another node's already: left there")
+            self._say(
+                f"node {name}: client {taken[0]} and {len(taken) - 1} more are another node's already: left there"
+            )
 
     def _why(self, data: bytes) -> str:
         try:

@@ -60,9 +60,7 @@ def pack_frame(frame: Frame) -> bytes:
     head = json.dumps(frame.head, sort_keys=True, allow_nan=False).encode()
     if len(head) > _MAX_HEAD:
         raise CodeError(f"a frame's head has {len(head):,} bytes, more than {_MAX_HEAD:,}: ask fewer clients of a site")
-    prefix = _PREFIX.pack(
-        _MAGIC, _VERSION, frame.kind, 0, frame.recipe, len(head), len(frame.first), len(frame.second)
-    )
+    prefix = _PREFIX.pack(_MAGIC, _VERSION, frame.kind, 0, frame.recipe, len(head), len(frame.first), len(frame.second))
     return b"".join((prefix, frame.first, frame.second, head))
 
 

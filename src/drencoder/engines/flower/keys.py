@@ -46,7 +46,9 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
     if not all(host.strip() for host in hosts):
         raise RecipeError("--host '' names no host: give a DNS name or an IP address of the server.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} is already there: name another folder, or remove it if its keys are in use nowhere.")
+        raise ArtifactError(
+            f"{folder} is already there: name another folder, or remove it if its keys are in use nowhere."
+        )
     authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     root = _root(authority, days)
     issued = _issued(server, root, authority, [*hosts, *_LOOPBACK], days)
@@ -122,7 +124,9 @@ def _issued(
     return (
         _begun(name, root.subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)]), critical=False
+        )
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(issuer, critical=False)

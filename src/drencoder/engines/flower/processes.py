@@ -12,31 +12,34 @@ from pathlib import Path
 
 from drencoder.errors import EngineError
 
-__all__ = ["Child", "die_with_parent", "environment", "free_port"]
+__all__ = ["QUIET", "Child", "die_with_parent", "environment", "free_port"]
 
 _PR_SET_PDEATHSIG = 1
 _PARENT = "DRENCODER_PARENT"
 
+# No telemetry, no look for updates, no installation at run time; a log that does not grow with every message.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_LOG_LEVEL": "WARNING",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "UV_OFFLINE": "1",
+}
+
 
 def environment(home: Path) -> dict[str, str]:
     """Our environment, with Flower's telemetry, update check and run-time installation off, and its files under `home`."""
-    quiet = {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "UV_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-        _PARENT: str(os.getpid()),
-    }
+    own = {"FLWR_HOME": str(home), "PYTHONUNBUFFERED": "1", _PARENT: str(os.getpid())}
     bin_folder = str(Path(sys.executable).parent)  # Flower looks its own programs up on PATH
-    return {**os.environ, **quiet, "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return {**os.environ, **QUIET, **own, "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def die_with_parent(sign: signal.Signals) -> None:
     """Called first in a child: asks Linux for `sign` when the process that started it ends, however it ends."""
-    with contextlib.suppress(AttributeError, OSError):  # other systems have no such thing; there a killed parent leaves it
+    with contextlib.suppress(
+        AttributeError, OSError
+    ):  # other systems have no such thing; there a killed parent leaves it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sign))
     if os.environ.get(_PARENT) not in (None, str(os.getppid())):
         raise SystemExit(0)  # it ended before we could ask
@@ -70,7 +73,9 @@ class Child:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise EngineError(f"{module} cannot be started ({error}): make room or permission at {log.parent}.") from None
+            raise EngineError(
+                f"{module} cannot be started ({error}): make room or permission at {log.parent}."
+            ) from None
 
     @property
     def pid(self) -> int:

@@ -38,7 +38,9 @@ class ServerOptions:
         both; `quorum`, `round-timeout`, `wait`, `nodes`. Raises RecipeError."""
         resumed, out = str(settings.get("resume", "")), str(settings.get("out", ""))
         if bool(resumed) == bool(out):
-            raise RecipeError("a run needs out = a new folder, or resume = the folder of a started run: give one of them.")
+            raise RecipeError(
+                "a run needs out = a new folder, or resume = the folder of a started run: give one of them."
+            )
         patience = Patience(
             quorum=float(settings.get("quorum", Patience.quorum)),
             round_timeout=float(settings.get("round-timeout", Patience.round_timeout)),
@@ -70,7 +72,9 @@ def serve(
     finally:
         display.close()
         sent = carried.traffic
-        display.say(f"payload: {sent.down:,} bytes down, {sent.up:,} up, {sent.answered} of {sent.asked} messages answered")
+        display.say(
+            f"payload: {sent.down:,} bytes down, {sent.up:,} up, {sent.answered} of {sent.asked} messages answered"
+        )
 
 
 app = ServerApp()

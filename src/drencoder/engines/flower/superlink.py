@@ -39,7 +39,9 @@ def check_version() -> None:
     """Raises EngineError unless the installed flwr is the one that this engine was made for."""
     found = version("flwr")
     if not found.startswith(_VERSION):
-        raise EngineError(f"flwr {found} is installed and this engine is made for {_VERSION}x: pip install 'flwr==1.41.0'.")
+        raise EngineError(
+            f"flwr {found} is installed and this engine is made for {_VERSION}x: pip install 'flwr==1.41.0'."
+        )
 
 
 class Guard:
@@ -110,7 +112,9 @@ def main() -> None:
 
     def run(app: Any, **settings: Any) -> None:
         guarded = Guard(app, Path(counts) if counts else None)
-        uvicorn.run(guarded, proxy_headers=False, **{**settings, "access_log": False})  # else the log grows with every poll
+        uvicorn.run(
+            guarded, proxy_headers=False, **{**settings, "access_log": False}
+        )  # else the log grows with every poll
 
     module.uvicorn = types.SimpleNamespace(run=run)  # type: ignore[attr-defined]
     module.flower_superlink()

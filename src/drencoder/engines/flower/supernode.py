@@ -24,7 +24,10 @@ def main() -> None:
     cap = float(os.environ.get(POLL, "0.5"))
     module = importlib.import_module("flwr.supernode.start_client_internal")
     module.time = types.SimpleNamespace(  # type: ignore[attr-defined]
-        time=time.time, monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=lambda s: time.sleep(min(s, cap))
+        time=time.time,
+        monotonic=time.monotonic,
+        perf_counter=time.perf_counter,
+        sleep=lambda s: time.sleep(min(s, cap)),
     )
     importlib.import_module("flwr.supernode.cli.flower_supernode").flower_supernode()
 

@@ -99,7 +99,10 @@ class TaskOffice:
 
     def client_task(self, token: str, app: ClientApp, allowed: frozenset[str]) -> None:
         """Answers one message with `app`; a run whose app has none of the allowed digests is refused by a number."""
-        version, bearer = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)
+        version, bearer = (
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(token),
+        )
         with self._client(version, bearer) as client:
             heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
             heartbeat.start()

@@ -73,9 +73,7 @@ class GridTransport:
 
     def exchange(self, stage: str, payloads: Mapping[int, bytes], timeout: float) -> dict[int, bytes]:
         order = list(payloads)
-        messages = [
-            Message(with_payload(payloads[node]), node, "query", ttl=timeout, group_id=stage) for node in order
-        ]
+        messages = [Message(with_payload(payloads[node]), node, "query", ttl=timeout, group_id=stage) for node in order]
         self.traffic.down += sum(map(len, payloads.values()))
         self.traffic.asked += len(order)
         end = time.monotonic() + timeout + _GRACE
