@@ -8,7 +8,7 @@ message of the right size, encoder and round, with finite values, and under loca
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -36,6 +36,8 @@ from drencoder.steps import CohortQuery, Upload
 __all__ = ["FlowerEngine", "Patience", "engine_maker"]
 
 _HELLO_TIMEOUT = 30.0
+_HELLO_PAUSE = 5.0  # s until a node that did not say who it is is asked again
+_BATCH = 32  # messages that are unpacked at once
 _TAIL = 8.0  # standard deviations: noise that long has a chance of 1e-14
 
 
@@ -82,6 +84,7 @@ class FlowerEngine:
         self._population = live.recipe.federation.population
         self._hosts: dict[int, str] = {}  # client -> node's name
         self._known: set[str] = set()
+        self._ask_again: dict[str, float] = {}
         self._has_encoder: dict[int, str] = {}  # node -> fingerprint
         self._started = False
 
@@ -108,9 +111,9 @@ class FlowerEngine:
     def _roll_call(self) -> dict[int, str]:
         """The nodes that can be reached now; new ones are asked which clients they host."""
         online = self._transport.nodes()
-        fresh = {
-            node: name for node, name in sorted(online.items(), key=lambda item: item[1]) if name not in self._known
-        }
+        now = time.monotonic()
+        unknown = [(name, node) for node, name in online.items() if name not in self._known]
+        fresh = {node: name for name, node in sorted(unknown) if now >= self._ask_again.get(name, 0.0)}
         if not fresh:
             return online
         nonces = {node: secrets.token_hex(16) for node in fresh}
@@ -120,6 +123,8 @@ class FlowerEngine:
             if node in answers:
                 self._known.add(name)
                 self._enter(name, answers[node], nonces[node])
+            else:
+                self._ask_again[name] = time.monotonic() + _HELLO_PAUSE
         return online
 
     def _enter(self, name: str, data: bytes, nonce: str) -> None:
@@ -157,7 +162,7 @@ class FlowerEngine:
     def gather(
         self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
     ) -> Iterator[Upload]:
-        """Asks the nodes of the cohort's clients at the same time and yields each node's messages.
+        """Asks the nodes of the cohort's clients at the same time and yields their messages in the order of the clients.
 
         Under central trust every node is asked whether it is there, so that a node learns nothing from being asked and the
         quorum does not depend on the secret cohort.
@@ -175,7 +180,7 @@ class FlowerEngine:
         else:
             present = sum(len(upload.clients) for upload in uploads.values())
             self._check_quorum(present, len(cohort), present, "of the cohort's clients answered")
-        yield from uploads.values()
+        yield from _in_order(uploads.values())
 
     def _check_quorum(self, present: int, total: int, answered: int | None, words: str) -> None:
         if present < self._patience.quorum * total:
@@ -256,6 +261,16 @@ class FlowerEngine:
             return Refusal.FOREIGN
         nonfinite = 0 if permit.trust == "local" else min(answer.nonfinite, len(asked.clients))
         return Upload(asked.clients, messages, nonfinite)
+
+
+def _in_order(uploads: Iterable[Upload]) -> Iterator[Upload]:
+    """All messages by client number, some at a time: what is trained on them (FedCG) must not depend on who hosts whom."""
+    uploads = list(uploads)
+    messages = {c: message for one in uploads for c, message in zip(one.clients, one.messages, strict=True)}
+    order, nonfinite = sorted(messages), sum(one.nonfinite for one in uploads)
+    for start in range(0, len(order), _BATCH):
+        clients = tuple(order[start : start + _BATCH])
+        yield Upload(clients, [messages[client] for client in clients], 0 if start else nonfinite)
 
 
 def _norms(code_NK: Tensor) -> Tensor:
