@@ -19,7 +19,7 @@ Tamper = Callable[[bytes], bytes]
 
 
 class InProcessGrid(Grid):
-    """`tamper[i]` changes what node i sends back; a node in `dead` is offline, one in `mute` never answers."""
+    """`tamper[i]` changes what node i sends back; a node in `dead` is offline, one in `mute` says hello and no more."""
 
     def __init__(self, apps: list[ClientApp]) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # else no Message outside a run
@@ -51,9 +51,9 @@ class InProcessGrid(Grid):
             identifier, index = secrets.token_hex(8), message.metadata.dst_node_id - 1
             message.metadata.__dict__.update(_message_id=identifier, _run_id=1, _src_node_id=1)
             identifiers.append(identifier)
-            if index in self.mute:
-                continue
             arrived = message_from_proto(message_to_proto(message))
+            if index in self.mute and payload_of(arrived.content)[5] != 1:
+                continue
             self.seen.append((index, payload_of(arrived.content)))
             context = Context(run_id=1, node_id=index + 1, node_config={}, state=RecordDict(), run_config={})
             try:

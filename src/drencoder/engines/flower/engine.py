@@ -36,7 +36,7 @@ from drencoder.steps import CohortQuery, Upload
 __all__ = ["FlowerEngine", "Patience", "engine_maker"]
 
 _HELLO_TIMEOUT = 30.0
-_HELLO_PAUSE = 5.0  # s until a node that did not say who it is is asked again
+_HELLO_PAUSE = 20.0  # s until a node that did not say who it is is asked again
 _BATCH = 32  # messages that are unpacked at once
 _TAIL = 8.0  # standard deviations: noise that long has a chance of 1e-14
 

@@ -76,7 +76,7 @@ class GridTransport:
         messages = [Message(with_payload(payloads[node]), node, "query", ttl=timeout, group_id=stage) for node in order]
         self.traffic.down += sum(map(len, payloads.values()))
         self.traffic.asked += len(order)
-        end = time.monotonic() + timeout + _GRACE
+        end = time.monotonic() + timeout + min(_GRACE, timeout)
         identifiers = list(self.grid.push_messages(messages))
         waiting = {name: node for name, node in zip(identifiers, order, strict=True) if name}
         found: dict[int, bytes] = {}
