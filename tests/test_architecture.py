@@ -115,7 +115,7 @@ DOORS = {
     "flwr": {
         f"engines.flower.{name}" for name in ("transport", "tasks", "client_app", "server_app", "deploy", "simulation")
     },
-    "httpx": {"engines.flower.deploy"},
+    "httpx": {"engines.flower.deploy", "engines.flower.tasks"},
     "uvicorn": {"engines.flower.superlink"},
     "cryptography": {"engines.flower.keys"},
     "tomli_w": {"config"},

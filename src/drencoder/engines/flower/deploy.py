@@ -71,8 +71,13 @@ def run_server(options: ServerOptions, place: ServerPlace) -> experiment.RunResu
         run = _started(place, authority)
         office = TaskOffice(place.local, secret, authority)
         token = _first_task(office, run)
-        with office.server_task(token) as grid:
-            return serve(grid, options)
+        try:
+            with office.server_task(token) as grid:
+                return serve(grid, options)
+        except httpx.HTTPError:
+            raise EngineError(
+                f"the SuperLink ended in the middle of the run (its log is {place.log}): go on with --resume {options.out}."
+            ) from None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from drencoder.engines.flower.superlink import check_version
 
 __all__ = ["POLL"]
 
+_RECONNECT = 5
 POLL = "DRENCODER_POLL"  # environment: seconds between two looks at most
 
 
@@ -29,6 +30,8 @@ def main() -> None:
         perf_counter=time.perf_counter,
         sleep=lambda s: time.sleep(min(s, cap)),
     )
+    # It would wait up to 20 s between two attempts to find a server that comes back.
+    importlib.import_module("flwr.supercore.retry.http_retry").MAX_RETRY_DELAY = _RECONNECT  # type: ignore[attr-defined]
     importlib.import_module("flwr.supernode.cli.flower_supernode").flower_supernode()
 
 

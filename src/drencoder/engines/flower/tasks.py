@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import final
 
+import httpx
 from flwr.app import Context, Error, Message
 from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp import ClientApp
@@ -26,7 +27,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -37,6 +38,8 @@ from drencoder.engines.flower.instruction import Refusal
 __all__ = ["TaskOffice", "app_bundle", "app_digest"]
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_SERVER_PATIENCE = 60.0  # s of trying again
+_SITE_PATIENCE = 10.0
 
 
 def app_bundle() -> bytes:
@@ -64,7 +67,7 @@ class TaskOffice:
     def acquire(self, kind: str) -> str | None:
         """The token of a waiting task, None if there is none. Raises httpx.HTTPError when nobody is there."""
         guard = SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=frozenset({_ACQUIRE}))
-        with self._client(RuntimeVersionHttpInterceptor(component_name="SuperExec"), guard) as client:
+        with self._client(None, RuntimeVersionHttpInterceptor(component_name="SuperExec"), guard) as client:
             found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
             return found.token if found.HasField("task") and found.token else None
 
@@ -74,6 +77,7 @@ class TaskOffice:
         grid = HttpGrid(
             self.address, insecure=self.certificates is None, root_certificates=self.certificates, token=token
         )
+        grid._retry_invoker = _patient(_SERVER_PATIENCE)
         client = grid._runtime_client
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         heartbeat.start()
@@ -87,7 +91,7 @@ class TaskOffice:
             yield grid
             status = SubStatus.COMPLETED
         finally:
-            grid._retry_invoker.max_tries = 1  # the other side may be gone already
+            grid._retry_invoker.max_tries = 1  # the SuperLink may be gone
             with contextlib.suppress(Exception):
                 client.PushTaskOutput(
                     PushTaskOutputRequest(
@@ -103,7 +107,7 @@ class TaskOffice:
             RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
             RuntimeTokenHttpInterceptor(token),
         )
-        with self._client(version, bearer) as client:
+        with self._client(_patient(_SITE_PATIENCE), version, bearer) as client:
             heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
             heartbeat.start()
             try:
@@ -120,14 +124,24 @@ class TaskOffice:
             finally:
                 heartbeat.stop()
 
-    def _client(self, *interceptors: object) -> RuntimeHttpClient:
+    def _client(self, retry: RetryInvoker | None, *interceptors: object) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(
             server_address=self.address,
             insecure=self.certificates is None,
             root_certificates=self.certificates,
             interceptors=list(interceptors),  # type: ignore[arg-type]  # each is one
-            retry_invoker=make_simple_http_retry_invoker(),
+            retry_invoker=retry,
         )
+
+
+def _patient(seconds: float) -> RetryInvoker:
+    """Tries again while nobody listens. Flower's own tries for ever, and sends this process SIGINT when a token has run out."""
+    return RetryInvoker(
+        wait_gen_factory=lambda: exponential(max_delay=2),
+        recoverable_exceptions=httpx.TransportError,
+        max_tries=None,
+        max_time=seconds,
+    )
 
 
 def _answered(app: ClientApp, message: Message, context: Context) -> tuple[Message, str]:
