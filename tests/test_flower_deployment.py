@@ -2,13 +2,11 @@
 
 import http.client
 import json
-import os
 import random
 import signal
 import socket
 import ssl
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,16 +16,15 @@ import pytest
 from safetensors.torch import load_file
 
 from deployment import Deployment, deployed, small_recipe, wait_for
-from drencoder import experiment
+from drencoder import cli, experiment
 from drencoder.engines.flower.agreement import ClientSet, agreement
 from drencoder.engines.flower.keys import make_certificates, node_public_keys
 from drencoder.engines.flower.superlink import Guard
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.verify import verify_run
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_killed_server_and_killed_node_lose_nothing(tmp_path: Path) -> None:
     """kill -9 of the server in mid-run and of a node; then --resume: the ledger goes on, the nodes come back by themselves,
     and with replayable noise the adapter is the one of a run that nobody disturbed."""
@@ -67,17 +64,7 @@ def request(place: Deployment, method: str, path: str, body: bytes = b"", host: 
         connection.close()
 
 
-def own_address() -> str | None:
-    """An address of this machine that is not the loopback's; nothing is sent to find it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return None
-        found = probe.getsockname()[0]
-        return None if found.startswith("127.") else found
-
-
+@pytest.mark.slow
 def test_strangers_and_broken_traffic_are_refused_counted_and_survived(tmp_path: Path) -> None:
     recipe = small_recipe()
     with deployed(tmp_path / "place", recipe, nodes=1) as place:
@@ -204,13 +191,6 @@ def test_the_agreement_covers_what_protects_and_leaves_places_free() -> None:
         assert agreement(small_recipe(change)) != agreement(base), change
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "drencoder", *arguments], cwd=cwd, capture_output=True, text=True, timeout=90, check=False,
-        env={**os.environ, "COLUMNS": "300"},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -227,24 +207,39 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["certs", "new", "--nodes", "1", "--host", ""], "names no host"),
     ],
 )
-def test_refusals_are_one_sentence(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_refusals_are_one_sentence(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     make_certificates(tmp_path / "certs", 1, [])
-    done = command(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["drencoder", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2, said
+    assert words in said
+    assert "Traceback" not in said
 
 
-def test_a_taken_port_is_said(tmp_path: Path) -> None:
+def test_a_taken_port_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_certificates(tmp_path / "certs", 1, [])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = command("server", "--certs", "certs", "--port", str(taken.getsockname()[1]), cwd=tmp_path)
-    assert done.returncode == 2
-    assert "is in use" in done.stderr
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["drencoder", "server", "--port", str(taken.getsockname()[1])])
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert "is in use" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     with deployed(tmp_path / "place", small_recipe(), nodes=1) as place:
         server = place.server()

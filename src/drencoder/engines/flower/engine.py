@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -27,7 +27,7 @@ from drencoder.engines.flower.instruction import (
     encoder_bytes,
     fingerprint,
 )
-from drencoder.engines.flower.transport import Transport
+from drencoder.engines.flower.transport import Traffic, Transport
 from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
@@ -81,7 +81,7 @@ class FlowerEngine:
     def __init__(self, live: Live, transport: Transport, patience: Patience, say: Callable[[str], None]) -> None:
         self._transport, self._patience, self._say = transport, patience, say
         self._recipe = agreement(live.recipe)
-        self._population = live.recipe.federation.population
+        self._plan, self._population = live.overview.privacy, live.recipe.federation.population
         self._hosts: dict[int, str] = {}  # client -> node's name
         self._known: set[str] = set()
         self._ask_again: dict[str, float] = {}
@@ -173,14 +173,24 @@ class FlowerEngine:
         for client in cohort:
             if client in hosts:
                 asked.setdefault(hosts[client], []).append(client)
+        before = replace(self._transport.traffic)
         uploads = self._exchange(query, adapter_D, permit, asked)
         if permit.trust == "central":
             present = sum(1 for node in hosts.values() if node in uploads)
             self._check_quorum(present, self._population, None, "of the population's clients have nodes that answered")
         else:
             present = sum(len(upload.clients) for upload in uploads.values())
+            self._say_bytes(query, before)
             self._check_quorum(present, len(cohort), present, "of the cohort's clients answered")
         yield from _in_order(uploads.values())
+
+    def _say_bytes(self, query: CohortQuery, before: Traffic) -> None:
+        """A slot's payload beside the plan's. Not under central trust, where it would tell the size of a secret cohort."""
+        now, planned = self._transport.traffic, self._plan.denominator(query.slot) * query.wire.message_size
+        self._say(
+            f"slot {query.slot}: {now.down - before.down:,} bytes down, {now.up - before.up:,} up; the plan expects codes of "
+            f"{planned:,.0f} up"
+        )
 
     def _check_quorum(self, present: int, total: int, answered: int | None, words: str) -> None:
         if present < self._patience.quorum * total:
