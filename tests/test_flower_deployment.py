@@ -1,6 +1,8 @@
 """Processes on the loopback with TLS and node keys: kills, strangers, wrong authorities, and traffic that means harm."""
 
 import http.client
+import importlib
+import io
 import json
 import random
 import signal
@@ -9,17 +11,24 @@ import ssl
 import stat
 import sys
 import time
+import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 from safetensors.torch import load_file
 
 from deployment import Deployment, deployed, small_recipe, wait_for
 from drencoder import cli, experiment
 from drencoder.engines.flower.agreement import ClientSet, agreement
+from drencoder.engines.flower.engine import Patience
 from drencoder.engines.flower.keys import make_certificates, node_public_keys
+from drencoder.engines.flower.server_app import ServerOptions
 from drencoder.engines.flower.superlink import Guard
+from drencoder.engines.flower.tasks import app_bundle, app_digest
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.verify import verify_run
 
@@ -247,3 +256,64 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 130
         assert "--resume" in place.log("server").read_text()
+
+
+def test_the_packaged_app_points_at_installed_code_and_is_the_same_each_time() -> None:
+    bundle = app_bundle()
+    assert app_digest(bundle) == app_digest(app_bundle())
+    with zipfile.ZipFile(io.BytesIO(bundle)) as files:
+        assert not [name for name in files.namelist() if name.endswith(".py")]  # no code travels
+        project = tomllib.loads(files.read("pyproject.toml").decode())
+    assert project["project"]["dependencies"] == []  # so that nothing is ever installed at run time
+    app = project["tool"]["flwr"]["app"]
+    for reference, kind in ((app["components"]["serverapp"], ServerApp), (app["components"]["clientapp"], ClientApp)):
+        module, name = reference.split(":")
+        assert isinstance(getattr(importlib.import_module(module), name), kind)
+    options = ServerOptions.of({**app["config"], "out": "runs/x"})
+    assert (options.out, options.patience) == (Path("runs/x"), Patience())
+    with pytest.raises(RecipeError, match="one of them"):
+        ServerOptions.of(app["config"])
+
+
+def test_a_run_with_another_app_is_refused_by_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The site's worker answers only for the digest that it has pinned; what it pushes has no text."""
+    from types import SimpleNamespace
+
+    from flwr.app import Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from drencoder.engines.flower import tasks
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    message = Message(RecordDict({}), 1, "query", group_id="g")
+    message.metadata.__dict__["_message_id"] = "m"
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    pushed, asked = [], []
+
+    class Client:
+        def __enter__(self) -> "Client":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def PushTaskOutput(self, request: object) -> None: ...
+
+    monkeypatch.setattr(tasks.TaskOffice, "_client", lambda self, *_: Client())
+    monkeypatch.setattr(tasks, "HeartbeatSender", lambda _: SimpleNamespace(start=lambda: None, stop=lambda: None))
+    monkeypatch.setattr(tasks, "make_task_heartbeat_fn_http", lambda _: None)
+    monkeypatch.setattr(tasks, "push_message", lambda client, reply, context: pushed.append(reply))
+    made = ClientApp()
+
+    @made.query()
+    def ask(message: Message, context: Context) -> Message:
+        asked.append(message)
+        raise ValueError("the patient in room 12")
+
+    office = tasks.TaskOffice("127.0.0.1:1", b"secret")
+    for content, code in ((b"another app", 1013), (app_bundle(), 2)):
+        given = (message, context, None, SimpleNamespace(content=content))
+        monkeypatch.setattr(tasks, "pull_task_input", lambda client, given=given: given)
+        office.client_task("token", made, frozenset({app_digest(app_bundle())}))
+        assert pushed[-1].error.code == code
+        assert pushed[-1].error.reason == ""
+    assert len(asked) == 1
