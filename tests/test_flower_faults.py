@@ -443,3 +443,17 @@ def test_random_bytes_never_raise(federation: Callable[..., Federation]) -> None
         for data in (noise, b"DRFL\x01\x03" + noise, sound[:place], sound[:place] + noise + sound[place:]):
             refusal(site.answer(data))
     assert [row["kind"] for row in ledger_of(made, 0)] == ["header"]
+
+
+def test_a_sites_own_file_belongs_to_its_clients_alone(tmp_path: Path) -> None:
+    """All records are used, each by one hosted client under its number in the population; nothing is set aside."""
+    recipe, file = small_recipe("data.examples_per_client=12"), tmp_path / "ward.jsonl"
+    file.write_text("".join(json.dumps({"instruction": f"q{i}", "response": f"a{i}"}) + "\n" for i in range(12)))
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    site = open_site(str(tmp_path / "recipe.toml"), "4,17", data=str(file), state=tmp_path / "state")
+    source = site._live.texts.source
+    held = [record["instruction"] for client in (4, 17) for record in source.client(client)]
+    assert sorted(held) == sorted(f"q{i}" for i in range(12))
+    assert source.held_out(5) == []
+    with pytest.raises(ValueError, match="not in"):
+        source.client(5)

@@ -222,17 +222,19 @@ def run_site(site: Site, place: SitePlace) -> None:
             while True:
                 if node.ended() is not None:
                     _say_why(node, place)
-                    starts = 0 if time.monotonic() - since > 120 else starts + 1
-                    time.sleep(_PAUSES[min(starts, len(_PAUSES)) - 1])
+                    starts = 0 if time.monotonic() - since > 120 else min(starts + 1, len(_PAUSES) - 1)
+                    time.sleep(_PAUSES[starts])
                     since, node = time.monotonic(), _supernode(place, work, port)
                 try:
                     token = office.acquire("flwr-clientapp")
                     if token is not None:
                         office.client_task(token, app, allowed)
                         continue
-                except (httpx.HTTPError, RuntimeError, ValueError) as error:
-                    # The SuperNode is starting, or lost the message: what it was is asked again or is late.
-                    print(f"no contact: {type(error).__name__}", file=sys.stderr)
+                except httpx.TransportError:
+                    time.sleep(0.5)  # the SuperNode is starting
+                except Exception as error:
+                    # The run was stopped, or the message is gone: a site outlives both.
+                    print(f"a message was lost: {type(error).__name__}", file=sys.stderr)
                     time.sleep(1.0)
                 time.sleep(_POLL)
         finally:
