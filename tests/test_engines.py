@@ -15,13 +15,18 @@ from drencoder import experiment
 from drencoder.config import Recipe
 from drencoder.engines.flower.client_app import answering, open_site
 from drencoder.engines.flower.engine import Patience, engine_maker
+from drencoder.engines.flower.keys import make_certificates, node_public_keys
+from drencoder.engines.flower.roster import named_keys
 from drencoder.engines.flower.site import Site
 from drencoder.engines.flower.transport import GridTransport
 from flower_grid import InProcessGrid
 
-TRUSTS = {"local": [], "central": ["privacy.trust=central"]}
+SECURE = ["privacy.trust=secure-aggregation", "federation.nodes=3"]
+TRUSTS = {"local": [], "central": ["privacy.trust=central"], "secure-aggregation": SECURE}
 ENCODERS = {
     "adaptive": ["privacy.clip=adaptive"],
+    "refreshed": ["encoder.name=hybrid", "prior.refresh=1", "prior.public_clients=4", "privacy.clip=adaptive", "encoder.ratio=0",
+                  "server.decoding=wiener", "encoder.gate=warn"],
     "kronecker": ["encoder.name=kronecker", "prior.public=embedded", "prior.provenance=made here", "prior.public_clients=4"],
     "published": ["encoder.name=autoencoder", "privacy.noise_in=update", "encoder.gate=warn", "encoder.train_steps=2"],
     "fedcg": [
@@ -43,9 +48,16 @@ def in_process(recipe: Recipe, folder: Path) -> experiment.RunResult:
     def app_of(site: Site):  # type: ignore[no-untyped-def]
         return answering(lambda _: site)
 
-    sites = [open_site(str(folder / "recipe.toml"), f"{i}/3", data=None, state=folder / f"{i}") for i in range(3)]
+    make_certificates(folder / "certs", 3, [])
+    keys = named_keys(recipe, node_public_keys(folder / "certs" / "nodes"))
+    sites = [
+        open_site(
+            str(folder / "recipe.toml"), f"{i}/3", data=None, state=folder / f"{i}", key=folder / f"certs/node{i}/key"
+        )
+        for i in range(3)
+    ]
     grid = InProcessGrid([app_of(site) for site in sites])
-    engine = engine_maker(GridTransport(grid), Patience(quorum=1.0, nodes=3, wait=5))
+    engine = engine_maker(GridTransport(grid), Patience(quorum=1.0, nodes=3, wait=5), keys=keys)
     return experiment.run(recipe, folder / "run", engine=engine)
 
 
@@ -106,6 +118,15 @@ def same(first: experiment.RunResult, second: experiment.RunResult) -> None:
 @pytest.mark.parametrize("trust", TRUSTS)
 def test_in_process_grid(trust: str, reference: Callable[..., experiment.RunResult], tmp_path: Path) -> None:
     recipe = replayed(*TRUSTS[trust])
+    same(reference(recipe), in_process(recipe, tmp_path / "grid"))
+
+
+@pytest.mark.parametrize("encoder", ["adaptive", "refreshed", "kronecker"])
+def test_every_query_that_can_be_summed_is_summed_alike(
+    encoder: str, reference: Callable[..., experiment.RunResult], tmp_path: Path
+) -> None:
+    """Secure aggregation: nodes make the round's query again to the last bit, or their sums would not unmask to the same."""
+    recipe = replayed(*ENCODERS[encoder], *SECURE, "encoder.gate=warn")
     same(reference(recipe), in_process(recipe, tmp_path / "grid"))
 
 

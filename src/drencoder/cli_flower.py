@@ -125,12 +125,19 @@ def client(
             "--clients", metavar="LIST", help="0-9,12 or 1/3 (every third from 1); default: the file beside the key"
         ),
     ] = None,
+    roster: Annotated[
+        Path | None,
+        typer.Option(
+            "--roster", metavar="FILE", help="secure aggregation: all nodes' public keys; default roster beside the key"
+        ),
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option("--state", metavar="DIR", help="this site's ledger; one run each; default state/ beside the key"),
     ] = None,
     min_noise: Annotated[
-        float, typer.Option("--min-noise", min=0.0, help="take no part below this noise multiplier (local trust)")
+        float,
+        typer.Option("--min-noise", min=0.0, help="take no part below this noise multiplier (not under central trust)"),
     ] = 0.0,
     poll: Annotated[float, typer.Option("--poll", min=0.05, max=3.0, help="seconds between two looks for work")] = 0.5,
 ) -> None:
@@ -153,7 +160,9 @@ def client(
         console.print(text, markup=False, highlight=False)
 
     say("loading the model")
-    site = open_site(recipe, clients, data=data, state=place.state, min_noise=min_noise, say=say)
+    site = open_site(
+        recipe, clients, data=data, state=place.state, min_noise=min_noise, key=key, roster=roster, say=say
+    )
     say(f"ready: clients {site.hosted}, ledger {place.state / 'site.jsonl'}")
     try:
         run_site(site, place)

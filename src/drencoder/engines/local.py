@@ -84,14 +84,21 @@ class LocalEngine:
             print(f"client {clients[0]}: {type(error).__name__} in training; it contributes zero", file=sys.stderr)
             return torch.full((1, query.epochs * adapter_D.numel()), torch.nan)
 
-    def _aggregated(
-        self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
-    ) -> Summed:
-        """The real protocol between `nodes` nodes in memory, with keys of this round only."""
+    def share_of(
+        self, query: CohortQuery, adapter_D: Tensor, permit: Permit, noise: NoiseSource
+    ) -> Callable[[Sequence[int]], npt.NDArray[np.uint32]]:
+        """Secure aggregation, a node's side: trains clients and sums their shares; nothing is computed before it is called."""
 
         def share_of(clients: Sequence[int]) -> npt.NDArray[np.uint32]:
             return query.share(self._computed(query, adapter_D, clients), clients, permit, noise)
 
+        return share_of
+
+    def _aggregated(
+        self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
+    ) -> Summed:
+        """The real protocol between `nodes` nodes in memory, with keys of this round only."""
+        share_of = self.share_of(query, adapter_D, permit, noise)
         keys = [NodeKey.generate() for _ in range(self.nodes)]
         on_nodes = hosted(cohort, self.nodes)
         roster = [key.public for key in keys]

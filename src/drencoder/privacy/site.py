@@ -34,7 +34,8 @@ class ForeignRunError(PrivacyError):
 class SiteLedger:
     """A site's ledger. Several processes of one site may share the file: each charge locks it and reads what is new.
 
-    Local trust and secure aggregation: a client answers one slot of each of the plan's blocks, once. Central trust: an attempt at a slot is
+    Secure aggregation: the site takes part in a slot once, with or without clients, since a node that began a round twice could
+    sign two lists of who is in the sum. There and under local trust: a client answers one slot of each of the plan's blocks, once. Central trust: an attempt at a slot is
     answered once; a new attempt is a new charge of the server's, which is trusted there. Replayable noise (tests): the
     answer to the same slot is the same message, so it may be given again.
     """
@@ -46,6 +47,7 @@ class SiteLedger:
         self._read = 0  # bytes of the file that are in the fields below
         self._run: str | None = None
         self._answered: set[tuple[int, int, int]] = set()  # (client, slot, attempt)
+        self._begun: set[int] = set()  # slots
 
     @classmethod
     def open(cls, path: str | Path, recipe: str, plan: PrivacyPlan) -> "SiteLedger":
@@ -96,12 +98,14 @@ class SiteLedger:
                 self._check_fresh(slot, attempt, clients)
             if self._run is None:
                 self._append({"kind": "run", "run": run})
-            if not {(client, slot, attempt) for client in clients} <= self._answered:
+            if slot not in self._begun or not {(client, slot, attempt) for client in clients} <= self._answered:
                 self._append({"kind": "answer", "slot": slot, "attempt": attempt, "clients": list(clients)})
         cohort = frozenset(clients) if self.plan.capped else None
         return _permit(self.plan, slot, attempt, cohort, run)
 
     def _check_fresh(self, slot: int, attempt: int, clients: Sequence[int]) -> None:
+        if self.plan.trust == "secure-aggregation" and slot in self._begun:
+            raise AnsweredError(f"This site has taken part in slot {slot}: a second time would be once too often.")
         capped = self.plan.capped
         block = next((block for block in self.plan.blocks if slot in block), (slot,)) if capped else (slot,)
         asked = set(clients)
@@ -146,6 +150,7 @@ class SiteLedger:
             case "run":
                 self._run = record["run"]
             case "answer":
+                self._begun.add(record["slot"])
                 self._answered |= {(client, record["slot"], record["attempt"]) for client in record["clients"]}
 
     def _append(self, record: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ from drencoder.config import load_recipe
 from drencoder.engines.flower.agreement import ClientSet, agreement
 from drencoder.engines.flower.frames import Frame, Kind, pack_frame
 from drencoder.engines.flower.instruction import Answer, Refusal
+from drencoder.engines.flower.roster import is_secure
+from drencoder.engines.flower.seat import Seat
 from drencoder.engines.flower.site import Site
 from drencoder.engines.flower.transport import payload_of, with_payload
 from drencoder.errors import DrencoderError, RecipeError
@@ -56,18 +58,22 @@ def open_site(
     data: str | None,
     state: str | Path,
     min_noise: float = 0.0,
+    key: Path | None = None,
+    roster: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Site:
-    """Loads a site: base model, its clients' text, its ledger in the folder `state`.
+    """Loads a site: base model, its clients' text, its ledger in the folder `state`. Secure aggregation needs its private `key`
+    and takes the nodes' public keys from `roster` (default: the file of that name beside the key).
 
     Raises:
       DrencoderError: any of them cannot be had.
     """
     wanted = load_recipe(recipe)
     hosted = ClientSet.parse(clients, wanted.federation.population)
+    seat = Seat.open(wanted, key, roster) if is_secure(wanted) else None
     live = _live(wanted.to_toml(), recipe, None if data is None else SiteText(data, hosted.clients))
     ledger = SiteLedger.open(Path(state) / "site.jsonl", agreement(wanted).hex(), live.overview.privacy)
-    return Site(live, hosted, ledger, min_noise=min_noise, say=say)
+    return Site(live, hosted, ledger, min_noise=min_noise, seat=seat, say=say)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -23,6 +23,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from drencoder import experiment
 from drencoder.engines.flower.client_app import answering
 from drencoder.engines.flower.processes import Child, free_port
+from drencoder.engines.flower.roster import named_keys
 from drencoder.engines.flower.server_app import ServerOptions, serve
 from drencoder.engines.flower.site import Site
 from drencoder.engines.flower.superlink import COUNTS, check_version
@@ -67,6 +68,7 @@ def run_server(options: ServerOptions, place: ServerPlace) -> experiment.RunResu
       DrencoderError: the port is taken, a file is missing, too few nodes come, or the run itself is refused.
     """
     check_version()
+    options = replace(options, keys=named_keys(options.wanted, place.nodes))
     with _workplace() as (work, secret), _superlink(place, work, secret) as authority:
         run = _started(place, authority)
         office = TaskOffice(place.local, secret, authority)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from drencoder.build import Live
 from drencoder.encoders.wire import WireFormat, unpack_rows
+from drencoder.engines.aggregation import round_settings, summed
 from drencoder.engines.flower.agreement import ClientSet, agreement
 from drencoder.engines.flower.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.engines.flower.instruction import (
@@ -27,11 +28,14 @@ from drencoder.engines.flower.instruction import (
     encoder_bytes,
     fingerprint,
 )
+from drencoder.engines.flower.roster import is_secure
+from drencoder.engines.flower.rounds import StageMessages, Table, opened
 from drencoder.engines.flower.transport import Traffic, Transport
 from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
-from drencoder.steps import CohortQuery, Upload
+from drencoder.secure.messages import Stage, round_bytes
+from drencoder.steps import CohortQuery, Summed, Upload
 
 __all__ = ["FlowerEngine", "Patience", "engine_maker"]
 
@@ -68,24 +72,37 @@ class Patience:
 
 
 def engine_maker(
-    transport: Transport, patience: Patience, say: Callable[[str], None] = lambda text: None
+    transport: Transport,
+    patience: Patience,
+    say: Callable[[str], None] = lambda text: None,
+    keys: Mapping[str, bytes] | None = None,
 ) -> Callable[[Live], "FlowerEngine"]:
-    """What `experiment.run(engine=...)` takes."""
-    return lambda live: FlowerEngine(live, transport, patience, say)
+    """What `experiment.run(engine=...)` takes. `keys`: name -> public key of each node, for secure aggregation."""
+    return lambda live: FlowerEngine(live, transport, patience, say, keys)
 
 
 @final
 class FlowerEngine:
-    """An engine whose clients live behind a `Transport`. Who hosts whom is fixed when a node first says hello."""
+    """An engine whose clients live behind a `Transport`. Who hosts whom is fixed when a node first says hello.
 
-    def __init__(self, live: Live, transport: Transport, patience: Patience, say: Callable[[str], None]) -> None:
-        if live.overview.privacy.trust == "secure-aggregation":
-            raise EngineError(
-                "secure aggregation does not run over Flower yet: use drencoder run, or privacy.trust = 'local'."
-            )
+    Raises RecipeError under secure aggregation unless there is one key for each of the recipe's nodes.
+    """
+
+    def __init__(
+        self,
+        live: Live,
+        transport: Transport,
+        patience: Patience,
+        say: Callable[[str], None],
+        keys: Mapping[str, bytes] | None = None,
+    ) -> None:
         self._transport, self._patience, self._say = transport, patience, say
         self._recipe = agreement(live.recipe)
         self._plan, self._population = live.overview.privacy, live.recipe.federation.population
+        self._threshold, self._table = live.recipe.threshold, None
+        if is_secure(live.recipe):
+            self._table = Table.of(keys or {})
+            self._table.roster.check(live.recipe, "the server")
         self._hosts: dict[int, str] = {}  # client -> node's name
         self._known: set[str] = set()
         self._ask_again: dict[str, float] = {}
@@ -100,6 +117,8 @@ class FlowerEngine:
         while True:
             online = self._roll_call()
             enough = len(self._reachable(online)) >= max(1.0, self._patience.quorum * self._population)
+            if self._table is not None:
+                enough = enough and len(self._table.seated(online)) >= self._threshold
             complete = self._started or len(online) >= self._patience.nodes
             if enough and (complete or time.monotonic() > end):
                 self._started = True
@@ -165,12 +184,16 @@ class FlowerEngine:
 
     def gather(
         self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
-    ) -> Iterator[Upload]:
+    ) -> Iterator[Upload | Summed]:
         """Asks the nodes of the cohort's clients at the same time and yields their messages in the order of the clients.
 
         Under central trust every node is asked whether it is there, so that a node learns nothing from being asked and the
-        quorum does not depend on the secret cohort.
+        quorum does not depend on the secret cohort. Under secure aggregation there is one sum: the quorum counts who can be
+        reached at its start, and the recipe's `dropout_share` who stays to the end.
         """
+        if self._table is not None:
+            yield self._summed(self._table, query, adapter_D, permit, cohort)
+            return
         online = self._roll_call()
         hosts = self._reachable(online)
         asked: dict[int, list[int]] = {node: [] for node in online.keys() & hosts.values() if permit.trust == "central"}
@@ -184,13 +207,13 @@ class FlowerEngine:
             self._check_quorum(present, self._population, None, "of the population's clients have nodes that answered")
         else:
             present = sum(len(upload.clients) for upload in uploads.values())
-            self._say_bytes(query, before)
+            self._say_bytes(query, before, self._plan.denominator(query.slot) * query.wire.message_size)
             self._check_quorum(present, len(cohort), present, "of the cohort's clients answered")
         yield from _in_order(uploads.values())
 
-    def _say_bytes(self, query: CohortQuery, before: Traffic) -> None:
+    def _say_bytes(self, query: CohortQuery, before: Traffic, planned: float) -> None:
         """A slot's payload beside the plan's. Not under central trust, where it would tell the size of a secret cohort."""
-        now, planned = self._transport.traffic, self._plan.denominator(query.slot) * query.wire.message_size
+        now = self._transport.traffic
         self._say(
             f"slot {query.slot}: {now.down - before.down:,} bytes down, {now.up - before.up:,} up; the plan expects codes of "
             f"{planned:,.0f} up"
@@ -203,78 +226,119 @@ class FlowerEngine:
     def _exchange(
         self, query: CohortQuery, adapter_D: Tensor, permit: Permit, asked: Mapping[int, list[int]]
     ) -> dict[int, Upload]:
-        """Node -> what it sent, for the nodes that answered well. A node that lacks the encoder is asked once more."""
+        """Node -> what it sent, for the nodes that answered well."""
+        questions = {node: _instruction(query, permit, clients) for node, clients in asked.items()}
+        limits = {node: len(clients) * query.wire.message_size for node, clients in asked.items()}
+        answers = self._ask(query, adapter_D, questions, limits)
+        uploads = {}
+        for node, (answer, messages) in answers.items():
+            try:
+                uploads[node] = _checked(answer, messages, query, permit)
+            except CodeError as error:
+                self._say(f"node {node}: answer thrown away: {error}")
+        return uploads
+
+    def _ask(
+        self, query: CohortQuery, adapter_D: Tensor, questions: Mapping[int, Instruction], limits: Mapping[int, int]
+    ) -> dict[int, tuple[Answer, bytes]]:
+        """Node -> its answer of at most `limits[node]` bytes. A node that lacks the encoder is asked once more."""
         shared = encoder_bytes(query.origin) if query.origin.kind == "update" else b""
         name, adapter = fingerprint(shared), adapter_bytes(adapter_D)
-        uploads: dict[int, Upload] = {}
-        todo, full = dict(asked), False
+        answers: dict[int, tuple[Answer, bytes]] = {}
+        todo, full = dict(questions), False
         for _ in range(2):
-            instructions = {node: self._instruction(query, permit, clients, name) for node, clients in todo.items()}
+            todo = {node: replace(one, nonce=secrets.token_hex(16), encoder=name) for node, one in todo.items()}
             frames = {}
-            for node, asking in instructions.items():
-                second = shared if asking.clients and (full or self._has_encoder.get(node) != name) else b""
-                first = adapter if asking.clients else b""
+            for node, asking in todo.items():
+                second = shared if asking.asks and (full or self._has_encoder.get(node) != name) else b""
+                first = adapter if asking.asks else b""
                 frames[node] = pack_frame(Frame(Kind.QUERY, self._recipe, asking.head(), first, second))
             lacking = {}
             for node, data in self._transport.exchange("query", frames, self._patience.round_timeout).items():
-                got = self._checked(data, query, permit, instructions[node], node)
+                asking = todo[node]
+                try:
+                    got = opened(data, self._recipe, asking.nonce, asking.clients, limits[node])
+                except CodeError as error:
+                    self._say(f"node {node}: answer thrown away: {error}")
+                    continue
                 if got == Refusal.ENCODER_NEEDED:
-                    lacking[node] = todo[node]
-                elif isinstance(got, Upload):
-                    uploads[node] = got
-                    if got.clients:
+                    lacking[node] = asking
+                elif isinstance(got, Refusal):
+                    self._say(f"node {node}: {got.words}")
+                else:
+                    answers[node] = got
+                    if asking.asks:
                         self._has_encoder[node] = name
             todo, full = lacking, True
             if not todo:
                 break
-        return uploads
+        return answers
 
-    def _instruction(self, query: CohortQuery, permit: Permit, clients: Sequence[int], encoder: str) -> Instruction:
-        return Instruction(
-            nonce=secrets.token_hex(16),
-            run=permit.run_id,
-            slot=permit.slot,
-            attempt=permit.attempt,
-            kind=query.origin.kind,
-            trust=permit.trust,
-            noise=permit.noise,
-            noise_multiplier=permit.noise_multiplier,
-            clip_l2=query.clip_l2,
-            follower_clip=query.origin.follower_clip or 0.0,
-            clients=tuple(clients),
-            encoder=encoder,
-            wire=(query.wire.dtype, query.wire.code_size, query.wire.encoder_tag),
+    def _summed(
+        self, table: Table, query: CohortQuery, adapter_D: Tensor, permit: Permit, cohort: Sequence[int]
+    ) -> Summed:
+        """Secure aggregation. Raises VoidRoundError, a QuorumError, when the sum cannot be had."""
+        online = self._roll_call()
+        seated = table.seated(online)
+        clients = table.clients(seated, self._reachable(online), cohort)
+        counts = tuple(map(len, clients))
+        self._check_quorum(sum(counts), len(cohort), None, "of the cohort's clients can be reached")
+        settings = round_settings(query, permit, counts, table.roster.keys, self._threshold)
+        plain = _instruction(query, permit, ())
+
+        def opening(asked: Mapping[int, tuple[list[int], bytes]]) -> dict[int, tuple[str, bytes]]:
+            questions = {
+                node: replace(
+                    plain, clients=tuple(own), counts=counts, roster=table.roster.digest, request=request.hex()
+                )
+                for node, (own, request) in asked.items()
+            }
+            limit = settings.largest(Stage.ADVERTISE, answer=True)
+            answers = self._ask(query, adapter_D, questions, dict.fromkeys(questions, limit))
+            return {node: (answer.nonce, data) for node, (answer, data) in answers.items()}
+
+        before = replace(self._transport.traffic)
+        messages = StageMessages(
+            settings, seated, clients, opening, self._transport, self._recipe, self._patience.round_timeout, self._say
         )
+        found = summed(settings, clients, messages.exchange)
+        planned, _ = round_bytes(len(settings.roster), settings.values, settings.bits)
+        self._say_bytes(query, before, len(settings.roster) * planned)
+        return found
 
-    def _checked(
-        self, data: bytes, query: CohortQuery, permit: Permit, asked: Instruction, node: int
-    ) -> Upload | Refusal:
-        """A node's answer, or why there is none. A single bad message spoils the whole answer of its node."""
-        expected = len(asked.clients) * query.wire.message_size
-        try:
-            frame = unpack_frame(data, Kind.QUERY_ANSWER, first=expected, second=0)
-            answer = Answer.of(frame.head)
-            if answer.refusal != Refusal.NONE:
-                refusal = Refusal(answer.refusal)
-                if refusal != Refusal.ENCODER_NEEDED:
-                    self._say(f"node {node}: {refusal.words}")
-                return refusal
-            if frame.recipe != self._recipe or answer.nonce != asked.nonce or answer.clients != asked.clients:
-                raise CodeError("an answer to another question")
-            if len(frame.first) != expected:
-                raise CodeError("messages of another size")
-            size = query.wire.message_size
-            messages = [frame.first[start : start + size] for start in range(0, expected, size)]
-            rows = unpack_rows(messages, query.wire, query.slot)
-            if rows.rejected:
-                raise CodeError(f"{rows.rejected} messages of another encoder or round, or not finite")
-            if permit.trust == "local" and bool((_norms(rows.code_NK) > _longest(query, permit)).any()):
-                raise CodeError("messages longer than clip and noise can make them")
-        except (CodeError, ValueError) as error:
-            self._say(f"node {node}: answer thrown away: {error}")
-            return Refusal.FOREIGN
-        nonfinite = 0 if permit.trust == "local" else min(answer.nonfinite, len(asked.clients))
-        return Upload(asked.clients, messages, nonfinite)
+
+def _instruction(query: CohortQuery, permit: Permit, clients: Sequence[int]) -> Instruction:
+    """The question to some clients; its name and its encoder's are given when it is sent."""
+    return Instruction(
+        nonce="",
+        run=permit.run_id,
+        slot=permit.slot,
+        attempt=permit.attempt,
+        kind=query.origin.kind,
+        trust=permit.trust,
+        noise=permit.noise,
+        noise_multiplier=permit.noise_multiplier,
+        clip_l2=query.clip_l2,
+        follower_clip=query.origin.follower_clip or 0.0,
+        clients=tuple(clients),
+        encoder="",
+        wire=(query.wire.dtype, query.wire.code_size, query.wire.encoder_tag),
+    )
+
+
+def _checked(answer: Answer, data: bytes, query: CohortQuery, permit: Permit) -> Upload:
+    """A node's messages. CodeError if one of them is bad: it spoils the whole answer of its node."""
+    size = query.wire.message_size
+    if len(data) != len(answer.clients) * size:
+        raise CodeError("messages of another size")
+    messages = [data[start : start + size] for start in range(0, len(data), size)]
+    rows = unpack_rows(messages, query.wire, query.slot)
+    if rows.rejected:
+        raise CodeError(f"{rows.rejected} messages of another encoder or round, or not finite")
+    if permit.trust == "local" and bool((_norms(rows.code_NK) > _longest(query, permit)).any()):
+        raise CodeError("messages longer than clip and noise can make them")
+    nonfinite = 0 if permit.trust == "local" else min(answer.nonfinite, len(answer.clients))
+    return Upload(answer.clients, messages, nonfinite)
 
 
 def _in_order(uploads: Iterable[Upload]) -> Iterator[Upload]:

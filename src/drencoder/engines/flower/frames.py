@@ -5,7 +5,8 @@
     offset  bytes  field
     0       4      magic b"DRFL"
     4       1      version, 1
-    5       1      kind: 1 hello, 2 its answer, 3 query, 4 its answer; other protocols may add theirs
+    5       1      kind: 1 hello, 2 its answer, 3 query, 4 its answer and a stage's,
+                     5 a later stage of secure aggregation
     6       2      zero
     8       32     digest of the recipe that both sides must have alike
     40      4      bytes of the head, unsigned little-endian like all below
@@ -41,6 +42,7 @@ class Kind(IntEnum):
     HELLO_ANSWER = 2
     QUERY = 3
     QUERY_ANSWER = 4
+    STAGE = 5
 
 
 @final

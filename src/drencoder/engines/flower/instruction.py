@@ -50,6 +50,10 @@ class Refusal(IntEnum):
     STORAGE = 11
     FAILED = 12
     APP = 13
+    ROSTER = 14
+    ROUND = 15
+    SECURE = 16
+    VOID = 17
 
     @property
     def words(self) -> str:
@@ -72,6 +76,10 @@ _WORDS = {
     Refusal.STORAGE: "cannot write its ledger",
     Refusal.FAILED: "failed",
     Refusal.APP: "allows no other app than drencoder's own",
+    Refusal.ROSTER: "has pinned other node keys: its --roster and the server's --nodes must be the same",
+    Refusal.ROUND: "is not in this round: it was started again, or has refused before",
+    Refusal.SECURE: "found a message of secure aggregation that an honest node must not answer",
+    Refusal.VOID: "counts too few nodes or clients: the round is void",
 }
 
 
@@ -82,6 +90,9 @@ class Instruction:
 
     `nonce` names this message; its answer repeats it. `encoder` is the fingerprint of the second part, which is left out where
     the site has it. `wire` is (value type, code size, encoder tag) of the messages that the server expects.
+
+    Secure aggregation only: `counts` is how many clients of the cohort each node of the roster hosts, `roster` the digest of the
+    nodes' keys, `request` the first stage's in hex.
     """
 
     nonce: str
@@ -97,6 +108,14 @@ class Instruction:
     clients: tuple[int, ...]
     encoder: str
     wire: tuple[str, int, int]
+    counts: tuple[int, ...] = ()
+    roster: str = ""
+    request: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is a question; else the server asks only whether the site is there."""
+        return bool(self.clients or self.counts)
 
     def head(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,10 +123,12 @@ class Instruction:
     @classmethod
     def of(cls, head: Mapping[str, Any]) -> "Instruction":
         """Raises CodeError unless the head has exactly these fields with values of these types."""
-        wire, clients = head.get("wire"), head.get("clients")
+        wire, clients, counts = head.get("wire"), head.get("clients"), head.get("counts")
         if set(head) != {field.name for field in fields(cls)} or not isinstance(wire, list) or len(wire) != 3:
             raise CodeError("a query's head lacks fields or has others")
-        texts = [head[key] for key in ("nonce", "run", "kind", "trust", "noise", "encoder")] + [wire[0]]
+        texts = [head[key] for key in ("nonce", "run", "kind", "trust", "noise", "encoder", "roster", "request")] + [
+            wire[0]
+        ]
         numbers = [head["slot"], head["attempt"], *wire[1:]]
         scales = [head[key] for key in ("noise_multiplier", "clip_l2", "follower_clip")]
         if not (
@@ -117,15 +138,18 @@ class Instruction:
             and isinstance(clients, list)
             and all(map(_is_count, clients))
             and len(set(clients)) == len(clients)
+            and isinstance(counts, list)
+            and all(map(_is_count, counts))
         ):
             raise CodeError("a query's head has a field of the wrong type")
-        return cls(**{**head, "wire": tuple(wire), "clients": tuple(clients)})
+        return cls(**{**head, "wire": tuple(wire), "clients": tuple(clients), "counts": tuple(counts)})
 
 
 @final
 @dataclass(frozen=True)
 class Answer:
-    """A query answer's head. The messages are the frame's first part, one after the other, as many as clients.
+    """A query answer's head. The messages are the frame's first part, one after the other, as many as clients; under secure
+    aggregation the first part is the node's answer to a stage.
 
     `nonfinite` is 0 under local trust, where the server must not learn it.
     """

@@ -5,7 +5,8 @@
     DIR/ca.crt, ca.key           the authority that all of one federation believe; keep ca.key off the server afterwards
     DIR/server.crt, server.key   for the server
     DIR/nodes/node0.pub ...      for the server: whom it lets in
-    DIR/node0/key, key.pub, ca.crt, clients    for the site: its key, whom it believes, which clients it answers for
+    DIR/node0/key, key.pub, ca.crt, clients, roster    for the site: its key, whom it believes, which clients it answers for,
+                                 and all nodes' keys, against which it checks the others under secure aggregation
 
 TLS keys are ECDSA P-256, node keys ECDSA P-384 in OpenSSH's format, which is what Flower takes. Private keys are written with
 mode 0600 and never leave the machine that makes them but by your hand.
@@ -58,9 +59,11 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
         _write(folder / "server.crt", issued.public_bytes(serialization.Encoding.PEM), 0o644),
         _write(folder / "server.key", _pem(server), 0o600),
     ]
-    for node in range(nodes):
-        key = ec.generate_private_key(ec.SECP384R1())
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    keys = [ec.generate_private_key(ec.SECP384R1()) for _ in range(nodes)]
+    openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    roster = b"".join(key.public_key().public_bytes(*openssh) + b"\n" for key in keys)
+    for node, key in enumerate(keys):
+        public = key.public_key().public_bytes(*openssh)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         )
@@ -71,6 +74,7 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
             _write(own / "key.pub", public + b"\n", 0o644),
             _write(own / "ca.crt", root.public_bytes(serialization.Encoding.PEM), 0o644),
             _write(own / "clients", f"{node}/{nodes}\n".encode(), 0o644),
+            _write(own / "roster", roster, 0o644),
         ]
     return written
 

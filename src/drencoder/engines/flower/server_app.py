@@ -26,11 +26,20 @@ __all__ = ["ServerOptions", "app", "serve"]
 @final
 @dataclass(frozen=True)
 class ServerOptions:
-    """A new run of `recipe` into the folder `out`, or (`recipe` None) the run in `out` goes on."""
+    """A new run of `recipe` into the folder `out`, or (`recipe` None) the run in `out` goes on.
+
+    `keys`: name -> public key (49 bytes) of every node, for secure aggregation.
+    """
 
     recipe: Recipe | None
     out: Path
     patience: Patience = field(default_factory=Patience)
+    keys: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> Recipe:
+        """The recipe of the new or the started run."""
+        return self.recipe or load_recipe(RunFolder.open(self.out).recipe)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ServerOptions":
@@ -59,12 +68,12 @@ def serve(
     Raises:
       DrencoderError: as `experiment.run` and `experiment.resume`.
     """
-    wanted = options.recipe or load_recipe(RunFolder.open(options.out).recipe)
+    wanted = options.wanted
     display = RunDisplay(
         console or Console(), rounds=wanted.federation.rounds, encoder=wanted.encoder.name, name=wanted.name
     )
     carried = transport or GridTransport(grid, display.say)
-    engine = engine_maker(carried, options.patience, display.say)
+    engine = engine_maker(carried, options.patience, display.say, options.keys)
     try:
         if options.recipe is None:
             return experiment.resume(options.out, display, engine)

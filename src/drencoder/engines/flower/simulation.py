@@ -17,6 +17,7 @@ from flwr.simulation import run_simulation
 
 from drencoder import experiment
 from drencoder.engines.flower.client_app import answering, open_site
+from drencoder.engines.flower.roster import is_secure
 from drencoder.engines.flower.server_app import ServerOptions, serve
 from drencoder.engines.flower.site import Site
 from drencoder.errors import DrencoderError, EngineError
@@ -35,6 +36,11 @@ def run_simulated(options: ServerOptions, nodes: int, *, cores: int | None = Non
     Raises:
       DrencoderError: as `experiment.run`.
     """
+    if is_secure(options.wanted):
+        raise EngineError(
+            "secure aggregation needs nodes that remember a round from one message to the next, and Ray's workers do not: "
+            "drencoder run has the same protocol in one process, drencoder server and client over the network."
+        )
     cores = cores or os.cpu_count() or 1
     sites = options.out.with_name(f"{options.out.name}.sites")
     sites.mkdir(parents=True, exist_ok=True)

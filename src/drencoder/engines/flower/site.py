@@ -11,18 +11,31 @@ from collections.abc import Callable
 from typing import final
 
 import torch
+from torch import Tensor
 
 from drencoder.adaptive_clip import ClipFollower
 from drencoder.build import Live
 from drencoder.encoders.contract import Encoder
+from drencoder.engines.aggregation import round_settings
 from drencoder.engines.flower.agreement import ClientSet, agreement
 from drencoder.engines.flower.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.engines.flower.instruction import Answer, Instruction, Refusal, adapter_of, encoder_of, fingerprint
-from drencoder.errors import ArtifactError, CodeError, DrencoderError, EngineError, PrivacyError
+from drencoder.engines.flower.seat import Seat
+from drencoder.engines.local import LocalEngine
+from drencoder.errors import (
+    ArtifactError,
+    CodeError,
+    DrencoderError,
+    EngineError,
+    PrivacyError,
+    SecureError,
+    VoidRoundError,
+)
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.site import AnsweredError, ForeignRunError, SiteLedger
+from drencoder.secure.messages import Stage
 from drencoder.steps import CohortQuery, Upload, gradient_query, moment_query, update_query
 
 __all__ = ["Site"]
@@ -40,7 +53,7 @@ class _RefusedError(Exception):
 
 @final
 class Site:
-    """Answers frames. `say` takes lines for the site's own log: slots and counts, never text of a client.
+    """Answers frames. `seat` is for secure aggregation, and needed there. `say` takes lines for the site's own log: slots and counts, never text of a client.
 
     Raises PrivacyError at birth if the recipe's plan has less noise than `min_noise` (all trust but central).
     """
@@ -52,6 +65,7 @@ class Site:
         ledger: SiteLedger,
         *,
         min_noise: float = 0.0,
+        seat: Seat | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         plan = live.overview.privacy
@@ -61,12 +75,10 @@ class Site:
                 f"The recipe's noise multiplier at this site is {weakest:.4g}, below --min-noise {min_noise:.4g}: do not take "
                 "part, or lower --min-noise."
             )
-        if plan.trust == "secure-aggregation":
-            raise EngineError(
-                "secure aggregation does not run over Flower yet: use drencoder run, or privacy.trust = 'local'."
-            )
+        if (plan.trust == "secure-aggregation") != (seat is not None):
+            raise EngineError("secure aggregation needs a seat at its table, and other trust has none: see Seat.open.")
         self._live, self._hosted, self._ledger, self._say = live, hosted, ledger, say
-        self._recipe = agreement(live.recipe)
+        self._recipe, self._seat = agreement(live.recipe), seat
         self._clients = frozenset(hosted.clients)
         self._encoder_name = ""
         self._encoder: Encoder | None = None
@@ -83,6 +95,8 @@ class Site:
         try:
             if data[5:6] == bytes([Kind.HELLO]):
                 return self._hello(data)
+            if data[5:6] == bytes([Kind.STAGE]):
+                return self._staged(data)
             frame = self._frame(data, Kind.QUERY)
             instruction = _instruction(frame)
             nonce = instruction.nonce
@@ -91,6 +105,11 @@ class Site:
             return self._refuse(nonce, refused.code)
         except CodeError:
             return self._refuse(nonce, Refusal.FOREIGN)
+        except VoidRoundError:
+            return self._refuse(nonce, Refusal.VOID)
+        except SecureError as error:
+            self._say(str(error))  # of nodes and keys, never of a client's text
+            return self._refuse(nonce, Refusal.SECURE)
         except Exception as error:
             # The text of an exception may quote a client's: it stays, even out of this site's log.
             self._say(f"failed: {type(error).__name__}")
@@ -116,7 +135,7 @@ class Site:
 
     def _queried(self, frame: Frame, asked: Instruction) -> bytes:
         """Checks everything, charges, and only then lets the clients compute."""
-        if not asked.clients:  # the server only asks whether this site is there
+        if not asked.asks:  # the server only asks whether this site is there
             return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, Answer(asked.nonce, Refusal.NONE).head()))
         self._check_plan(asked)
         if not set(asked.clients) <= self._clients:
@@ -126,6 +145,8 @@ class Site:
         except CodeError:
             raise _RefusedError(Refusal.ADAPTER) from None
         query = self._query(frame, asked)
+        if self._seat is not None:
+            return self._begun(self._seat, query, adapter_D, asked)
         permit = self._charge(asked)
         uploads = []
         for upload in self._live.engine.gather(query, adapter_D, asked.clients, permit, self._live.noise()):
@@ -135,7 +156,47 @@ class Site:
         nonfinite = sum(upload.nonfinite for upload in uploads)
         self._say(f"slot {asked.slot}: {len(asked.clients)} clients answered, {len(messages):,} bytes")
         answer = Answer(asked.nonce, Refusal.NONE, asked.clients, nonfinite)
-        return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, answer.head(), first=messages))
+        return self._sent(answer, messages)
+
+    # --- secure aggregation -------------------------------------------------------------------
+
+    def _begun(self, seat: Seat, query: CohortQuery, adapter_D: Tensor, asked: Instruction) -> bytes:
+        """The first stage. The clients train when their sum is asked for, three stages on."""
+        if asked.roster != seat.roster.digest:
+            raise _RefusedError(Refusal.ROSTER)
+        if len(asked.counts) != len(seat.roster.keys) or asked.counts[seat.number] != len(asked.clients):
+            raise _RefusedError(Refusal.CLIENTS)
+        try:
+            request = bytes.fromhex(asked.request)
+        except ValueError:
+            raise CodeError("a request that is not hexadecimal") from None
+        # First the charge: a node that does not exist cannot sign anything twice.
+        permit, engine = self._charge(asked), self._live.engine
+        assert isinstance(engine, LocalEngine)
+        settings = round_settings(query, permit, asked.counts, seat.roster.keys, seat.threshold)
+        share_of = engine.share_of(query, adapter_D, permit, self._live.noise())
+        answer = seat.begin(asked.nonce, settings, asked.clients, engine.parallel, share_of, request)
+        self._say(f"slot {asked.slot}: takes part with {len(asked.clients)} clients")
+        return self._sent(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
+
+    def _staged(self, data: bytes) -> bytes:
+        """A later stage: bytes of the open round to its node, and the node's answer."""
+        if self._seat is None:
+            raise _RefusedError(Refusal.PLAN)
+        frame = unpack_frame(data, Kind.STAGE, first=self._seat.longest_request, second=0)
+        nonce, number = frame.head.get("nonce"), frame.head.get("stage")
+        if frame.recipe != self._recipe:
+            raise _RefusedError(Refusal.RECIPE)
+        if not isinstance(nonce, str) or not self._seat.knows(nonce):
+            raise _RefusedError(Refusal.ROUND)
+        if number not in tuple(Stage):
+            raise CodeError("a stage that there is none of")
+        return self._sent(Answer(nonce, Refusal.NONE), self._seat.answer(Stage(number), frame.first))
+
+    def _sent(self, answer: Answer, first: bytes) -> bytes:
+        return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, answer.head(), first=first))
+
+    # --- checks -------------------------------------------------------------------------------
 
     def _check_plan(self, asked: Instruction) -> None:
         plan = self._live.overview.privacy
@@ -143,6 +204,8 @@ class Site:
             raise _RefusedError(Refusal.PLAN)
         own = _noise_multiplier(plan, asked.slot)
         if not abs(asked.noise_multiplier - own) <= _SAME * own:
+            raise _RefusedError(Refusal.PLAN)
+        if bool(asked.counts) != (self._seat is not None):
             raise _RefusedError(Refusal.PLAN)
         if not 0 < asked.clip_l2 < math.inf or not 0 <= asked.follower_clip < math.inf:
             raise _RefusedError(Refusal.CLIP)

@@ -80,7 +80,8 @@ class GridTransport:
         identifiers = list(self.grid.push_messages(messages))
         waiting = {name: node for name, node in zip(identifiers, order, strict=True) if name}
         found: dict[int, bytes] = {}
-        while waiting and time.monotonic() < end:
+        while waiting:
+            last = time.monotonic() >= end  # looked at once more, however long the sending took
             for reply in self.grid.pull_messages(list(waiting)):
                 # Not by the reply's sender: an error made on a node's behalf is the SuperLink's.
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
@@ -90,6 +91,8 @@ class GridTransport:
                     self.say(f"node {node}: Flower's error {reply.error.code}")  # its text may quote a client's
                 else:
                     found[node] = payload_of(reply.content)
+            if last:
+                break
             if waiting:
                 time.sleep(_POLL)
         for node in waiting.values():
