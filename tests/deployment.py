@@ -32,7 +32,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(path: Path, words: str, seconds: float = 90.0) -> str:
+def wait_for(path: Path, words: str, seconds: float = 180.0) -> str:
     """The text of a log once it has these words."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -67,7 +67,7 @@ class Deployment:
     def server(self, *arguments: str) -> "subprocess.Popen[bytes]":
         first = [] if "--resume" in arguments else ["recipe.toml", "--out", "run"]
         return self.start(
-            "server", "server", *first, "--certs", "certs", "--port", str(self.port), "--wait", "120", *arguments
+            "server", "server", *first, "--certs", "certs", "--port", str(self.port), "--wait", "200", *arguments
         )
 
     def node(self, number: int, *arguments: str, key: str = "") -> "subprocess.Popen[bytes]":

@@ -27,6 +27,7 @@ class InProcessGrid(Grid):
         self.tamper: dict[int, Tamper] = {}
         self.dead: set[int] = set()
         self.mute: set[int] = set()
+        self.twice = False  # whether every answer is delivered two times
         self.seen: list[tuple[int, bytes]] = []
         self._replies: dict[str, Message] = {}
 
@@ -71,7 +72,8 @@ class InProcessGrid(Grid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(name) for name in list(message_ids) if name in self._replies]
+        found = [self._replies.pop(name) for name in list(message_ids) if name in self._replies]
+        return found * 2 if self.twice else found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         time.sleep(0)

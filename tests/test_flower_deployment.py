@@ -42,14 +42,14 @@ def test_killed_server_and_killed_node_lose_nothing(tmp_path: Path) -> None:
     with deployed(tmp_path / "place", recipe) as place:
         server = place.server("--quorum", "1")
         nodes = [place.node(number) for number in range(3)]
-        wait_for(place.log("server"), "round 1:", 120)
+        wait_for(place.log("server"), "round 1:")
         server.kill()
         server.wait()
         nodes[2].kill()
         nodes[2].wait()
         place.node(2)
         again = place.server("--resume", "run", "--quorum", "1")
-        assert again.wait(150) == 0, place.log("server").read_text()
+        assert again.wait(300) == 0, place.log("server").read_text()
     run = place.folder / "run"
     rows = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert [row["slot"] for row in rows if row["kind"] == "charge"] == [0, 1, 2, 3, 4]
@@ -80,7 +80,7 @@ def test_strangers_and_broken_traffic_are_refused_counted_and_survived(tmp_path:
         other = tmp_path / "other"
         make_certificates(other, 1, [])
         server = place.server("--quorum", "1")
-        wait_for(place.log("server"), "Plan of", 60)
+        wait_for(place.log("server"), "Plan of")
         while request(place, "GET", "/health") != 200:
             assert server.poll() is None
             time.sleep(0.1)
@@ -90,14 +90,14 @@ def test_strangers_and_broken_traffic_are_refused_counted_and_survived(tmp_path:
         )
         # A server that the site's own authority did not sign.
         misled = place.node(8, "--clients", "0-9", "--root", str(other / "ca.crt"), key="certs/node0/key")
-        assert misled.wait(60) == 2
+        assert misled.wait(180) == 2
         assert "did not sign" in place.log("node8").read_text()
         fuzz(place)
-        wait_for(place.log("node7"), "does not let this key in", 60)
+        wait_for(place.log("node7"), "does not let this key in")
         assert stranger.poll() is None
         stranger.terminate()
         place.node(0)  # and the run is unharmed
-        assert server.wait(120) == 0, place.log("server").read_text()
+        assert server.wait(240) == 0, place.log("server").read_text()
         counts = json.loads((place.folder / "run.superlink" / "requests.json").read_text())
     assert counts.get("413", 0) >= 1
     assert counts["401"] + counts.get("400", 0) >= 40
@@ -252,7 +252,7 @@ def test_a_taken_port_is_said(
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     with deployed(tmp_path / "place", small_recipe(), nodes=1) as place:
         server = place.server()
-        wait_for(place.log("server"), "stage 1", 90)
+        wait_for(place.log("server"), "stage 1")
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 130
         assert "--resume" in place.log("server").read_text()

@@ -160,6 +160,19 @@ def test_a_lying_node_is_left_out_and_the_run_goes_on(
     assert not torch.allclose(adapter(run), honest, atol=1e-4)
 
 
+def test_an_answer_that_comes_twice_counts_once(
+    federation: Callable[..., Federation], adapters: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    made = federation("privacy.noise=replay")
+    made.grid.twice = True
+    run = made.run(quorum=1.0)
+    assert torch.allclose(adapter(run), adapters[0], atol=1e-6)
+    counted = [
+        row["contributors"] for row in map(json.loads, run.ledger.read_text().splitlines()) if "contributors" in row
+    ]
+    assert sum(counted) <= 30 * 3
+
+
 def test_central_trust_clips_again(federation: Callable[..., Federation]) -> None:
     """A norm above the bound is no reason to throw a message away there: the server clips it before it sums."""
     made = federation("privacy.trust=central", "privacy.noise=replay", "privacy.clip_l2=1e3", "prior.clip_l2=1e3")

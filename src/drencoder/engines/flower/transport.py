@@ -46,11 +46,11 @@ def with_payload(data: bytes) -> RecordDict:
     return RecordDict({_RECORD: ArrayRecord({_ARRAY: array})})
 
 
-def payload_of(content: RecordDict, limit: int | None = None) -> bytes:
-    """The bytes of `with_payload`; b"" if the content is anything else or longer than `limit`."""
+def payload_of(content: RecordDict) -> bytes:
+    """The bytes of `with_payload`; b"" if the content is anything else."""
     record = content.array_records.get(_RECORD)
     array = record.get(_ARRAY) if record is not None else None
-    if array is None or array.stype != _STYPE or (limit is not None and len(array.data) > limit):
+    if array is None or array.stype != _STYPE:
         return b""
     return array.data
 
