@@ -27,7 +27,7 @@ COHORTS = (8, 64, 512)
 Place = tuple[str, int]  # an adapter and a cohort
 EVERYWHERE: tuple[Place, ...] = tuple((adapter, cohort) for adapter in ADAPTERS for cohort in COHORTS)
 EPSILONS = (1.0, 4.0)
-RATIOS = (4, 16, 64, 256)
+RATIOS = (4, 16, 64, 256, 1024)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 
@@ -113,6 +113,7 @@ def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int 
 _TRUSTED: dict[str, Any] = {"trusts": ("central",)}
 _MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3, "reason": "comparator: the middle cohort"}
 _FEWER: dict[str, Any] = _TRUSTED | {"places": (("small", 8), ("small", 64))}
+_NOISY: tuple[Place, ...] = (("small", 8), ("small", 64), ("large", 8))
 _QUIET: tuple[Place, ...] = (("small", 64), ("small", 512), ("large", 512))
 _SILENT: dict[str, Any] = {"privacy.trust": "non-private", "encoder.name": "identity"}
 
@@ -133,7 +134,8 @@ _ALL = (
     _coded("hybrid-64", 0.48, "hybrid", 64),
     _coded("hybrid-4", 0.48, "hybrid", 4, **_TRUSTED | {"places": _QUIET, "reason": "where noise does not rule"}),
     _coded("hybrid-16", 0.48, "hybrid", 16, **_MIDDLE | {"rank": 2, "reason": "between the two automatic sizes"}),
-    _coded("hybrid-256", 0.48, "hybrid", 256, **_FEWER | {"rank": 2, "reason": "smaller codes"}),
+    _coded("hybrid-256", 0.48, "hybrid", 256, places=_NOISY, reason="where noise rules"),
+    _coded("hybrid-1024", 0.48, "hybrid", 1024, places=_NOISY, reason="where there is little but noise"),
     Arm("lora", _SILENT, 0.48, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
     _variant("preconditioned", 0.96, "a decoding that knows prior and noise", server={"decoding": "precondition"}),
     _variant("wiener-decoding", 0.48, "shrinkage in every round", server={"decoding": "wiener"}),
@@ -158,7 +160,7 @@ COMPARATORS = (
 PARTS = (
     "preconditioned", "wiener-decoding", "adaptive-clip", "self-written", "no-refresh", "kronecker-64",
 )  # fmt: skip
-OURS = ("hybrid-4", "hybrid-16", "hybrid-64", "hybrid-256")
+OURS = ("hybrid-4", "hybrid-16", "hybrid-64", "hybrid-256", "hybrid-1024")
 
 
 @dataclass(frozen=True)

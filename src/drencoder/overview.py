@@ -11,7 +11,7 @@ from typing import Any
 
 from drencoder.config import Recipe
 from drencoder.encoders.sizes import (
-    LARGEST_RATIO,
+    NOISY_RATIO,
     adapted_matrices,
     auto_ratio,
     code_size,
@@ -75,9 +75,10 @@ class Overview:
                 "the noise that it would add under local trust: larger cohorts would make secure aggregation worth more."
             )
         if self.k_star < 1:
+            trust = ", or secure aggregation instead of noise by every client" if self.privacy.trust == "local" else ""
             said.append(
                 f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
-                "learn. More clients a round, fewer rounds, a larger epsilon or central trust would help."
+                f"learn. More clients a round, fewer rounds, a larger epsilon{trust} would help."
             )
         return said
 
@@ -164,10 +165,12 @@ def survey(recipe: Recipe) -> Overview:
 
 def _reason(size: int, k_star: float) -> str:
     """Why `auto_ratio` chose what it did."""
-    bound, ratio = size / LARGEST_RATIO, auto_ratio(size, k_star)
-    if ratio == LARGEST_RATIO:
-        return f"1/{ratio:g}, since k* < D/{LARGEST_RATIO:g} = {bound:,.0f}: noise dominates, more values would carry more of it"
-    return f"1/{ratio:g}, since k* >= D/{LARGEST_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
+    ratio, bound = auto_ratio(size, k_star), size / NOISY_RATIO
+    if k_star >= bound:
+        return f"1/{ratio:g}, since k* >= D/{NOISY_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
+    return (
+        f"1/{ratio:g}, since k* < D/{NOISY_RATIO:g} = {bound:,.0f}: noise dominates, more values would carry more of it"
+    )
 
 
 def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:

@@ -18,7 +18,7 @@ __all__ = [
     "BITS_PER_VALUE",
     "CELL",
     "HEADER_BYTES",
-    "LARGEST_RATIO",
+    "NOISY_RATIO",
     "adapted_matrices",
     "auto_ratio",
     "bytes_text",
@@ -34,7 +34,8 @@ __all__ = [
 ]
 
 BITS_PER_VALUE = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2}
-LARGEST_RATIO, _SMALLEST_RATIO = 64.0, 4.0  # D / K that a plan chooses between
+NOISY_RATIO = 64.0  # noise dominates where k* < D / 64
+_SMALL_CODES, _VALUES_PER_COORDINATE = (NOISY_RATIO, 256.0, 1024.0), 8.0
 HEADER_BYTES = 20  # of every message, see encoders.wire
 _SCALE_BYTES = 4  # of a message of integers
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
@@ -97,12 +98,16 @@ def code_shape(architecture: str, update_size: int) -> tuple[int, ...]:
 
 
 def auto_ratio(update_size: int, k_star: float) -> float:
-    """D / K of the code that a plan can use: 64 where noise dominates (k* < D / 64), 4 where it does not.
+    """D / K of the code that a plan can use, one of 4, 64, 256 and 1024.
 
-    With k* far below K all that more values bring is noise; with k* far above it the code is what limits the run. The
-    two steps are measured (docs/results/utility.md, docs/log.md), not derived.
+    Where noise does not dominate (k* >= D / 64) the code is what limits the run: 4. Where it does, some eight times as many
+    values as coordinates can be learned: the nearest of the others to D / 8 k*. Values beyond that bring noise and little
+    else. The steps and the eight are measured (docs/results/utility.md, docs/log.md), not derived.
     """
-    return LARGEST_RATIO if k_star < update_size / LARGEST_RATIO else _SMALLEST_RATIO
+    if k_star >= update_size / NOISY_RATIO:
+        return 4.0
+    wanted = update_size / (_VALUES_PER_COORDINATE * max(k_star, 1e-9))
+    return min(_SMALL_CODES, key=lambda ratio: abs(math.log(ratio / wanted)))
 
 
 def code_size(
