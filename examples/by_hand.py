@@ -37,8 +37,8 @@ with tempfile.TemporaryDirectory() as folder, Ledger.create(Path(folder) / "ledg
     permit = ledger.charge(1)  # on disk from here on; without a permit nothing is noised and nothing leaves
 
     # A client. Its text and its update stay here; the messages are what leaves.
-    texts = Texts(open_source(recipe.data, population=100, seed=0), base, recipe.data.max_tokens)
-    update_ND = cohort_updates(lora, state.adapter_D, [texts.client(c) for c in cohort], recipe.local, cohort)
+    texts = Texts(open_source(recipe.data, population=100, seed=0), base, recipe.data.max_tokens, d1_share=0.0)
+    update_ND = cohort_updates(lora, state.adapter_D, [texts.client(c, 1) for c in cohort], recipe.local, cohort)
     upload = query.upload(update_ND, cohort, permit, SecureNoise())
     print(f"{len(cohort)} clients sent {len(upload.messages[0])} bytes each, instead of {4 * lora.layout.size}")
 

@@ -16,7 +16,7 @@ from scipy import stats
 from conftest import tiny_overrides
 from drencoder import experiment
 from drencoder.audit.scene import plan_under
-from drencoder.build import Live, build
+from drencoder.build import EngineMaker, Live, build
 from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.wire import WireFormat
 from drencoder.engines.aggregation import hosted, node_of, round_settings, summed
@@ -36,7 +36,7 @@ from drencoder.privacy.mechanism import (
 from drencoder.privacy.plan import PrivacyPlan, make_plan
 from drencoder.secure.crypto import NodeKey
 from drencoder.secure.messages import Stage
-from drencoder.steps import CohortQuery
+from drencoder.steps import CohortQuery, Origin
 from drencoder.verify import verify_run
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def ledger_fn(tmp_path):
 def query_of(values=64, clip=0.5, slot=1):
     return CohortQuery(
         slot=slot, noise_in="code", clip_l2=clip, encode=lambda update: update, decode=lambda code: code, linear=True,
-        update_size=values, wire=WireFormat(values, 7),
+        update_size=values, wire=WireFormat(values, 7), origin=Origin("update"),
     )  # fmt: skip
 
 
@@ -395,8 +395,8 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes nodes of the local engine vanish."""
 
     def lose(lost: Any) -> None:
-        def built(recipe: Recipe) -> Live:
-            live = build(recipe)
+        def built(recipe: Recipe, engine: EngineMaker | None = None) -> Live:
+            live = build(recipe, engine)
             return dataclasses.replace(live, engine=dataclasses.replace(live.engine, lost=lost))
 
         monkeypatch.setattr(experiment, "build", built)

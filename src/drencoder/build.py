@@ -1,6 +1,6 @@
 """Recipe -> live objects. Everything that can be refused is refused here, before a run folder exists."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,12 +10,13 @@ from drencoder import config
 from drencoder.config import Recipe
 from drencoder.data.benchmarks import load_benchmarks
 from drencoder.data.public import PublicText, open_public
-from drencoder.data.source import Source, open_source
+from drencoder.data.source import HostedSource, Source, open_source
 from drencoder.data.template import render
 from drencoder.encoders.autoencoder import AutoencoderOptions, StepCallback
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.fedcg import RealGradients
 from drencoder.encoders.registry import EncoderRequest, build_encoder
+from drencoder.engines.contract import Engine
 from drencoder.engines.local import LocalEngine
 from drencoder.evaluation import question_examples
 from drencoder.examples import Example, make_examples
@@ -27,7 +28,7 @@ from drencoder.rng import derive_seed
 from drencoder.structured import PublicUpdates
 from drencoder.training import cohort_updates
 
-__all__ = ["Live", "build"]
+__all__ = ["EngineMaker", "Live", "SiteText", "build", "build_site"]
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
 
@@ -72,7 +73,7 @@ class Live:
     overview: Overview
     texts: Texts
     lora: LoraModel
-    engine: LocalEngine
+    engine: Engine
 
     @cached_property
     def held_out(self) -> list[Example]:
@@ -157,31 +158,63 @@ class Live:
         return build_encoder(wanted.name, request, state)
 
 
-def build(recipe: Recipe) -> Live:
-    """Plans, loads and checks everything that a run needs.
+EngineMaker = Callable[[Live], Engine]
+
+
+def build(recipe: Recipe, engine: EngineMaker | None = None) -> Live:
+    """Plans, loads and checks everything that a run needs. `engine` makes what reaches the clients (default: this process).
 
     Raises:
       DrencoderError: any part of the recipe cannot be had; nothing has been written.
     """
+    live = _loaded(recipe, None)
+    _ = live.held_out, live.questions  # refuse empty evaluation data now, not after the last round
+    return live if engine is None else replace(live, engine=engine(live))
+
+
+@dataclass(frozen=True)
+class SiteText:
+    """A site's own text, in the schema of `data.source`, and the clients of the population whose text it is."""
+
+    source: str
+    clients: tuple[int, ...]
+
+
+def build_site(recipe: Recipe, own: SiteText | None) -> Live:
+    """What a machine needs to answer for clients: all but what the server evaluates on.
+
+    `own` takes the place of the recipe's data; None = the recipe's own source holds these clients' text.
+
+    Raises:
+      DrencoderError: any part of the recipe, or the site's text, cannot be had.
+    """
+    return _loaded(recipe, own, tolerant=True)
+
+
+def _loaded(recipe: Recipe, own: SiteText | None, *, tolerant: bool = False) -> Live:
     overview = survey(recipe)
     resolve_device(recipe.model.device)
     set_threads(recipe.speed)
-    source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
+    source: Source
+    if own is None:
+        source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
+    else:
+        wanted = replace(recipe.data, source=own.source)
+        held = open_source(wanted, population=len(own.clients), seed=recipe.seed, server_share=False)
+        source = HostedSource(held, own.clients)
     base = load_base(recipe.model)
     d1_share = recipe.prior.d1_share if recipe.prior.source == "gradients" else 0.0
-    public = open_public(
-        recipe.public_text, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed)
-    )
+    # A site gets the encoder from the server, who made it: public text is the server's to have.
+    named = "" if tolerant else recipe.public_text
+    public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     federation = recipe.federation
     engine = LocalEngine(
-        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients,
+        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant,
         nodes=federation.nodes, threshold=recipe.threshold,
     )  # fmt: skip
-    live = Live(recipe, overview, texts, lora, engine)
-    _ = live.held_out, live.questions  # refuse empty evaluation data now, not after the last round
-    return live
+    return Live(recipe, overview, texts, lora, engine)
 
 
 def set_threads(speed: config.Speed) -> None:

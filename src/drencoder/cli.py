@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from drencoder import __version__
+from drencoder.cli_flower import add_flower_commands
 from drencoder.config import Recipe, load_recipe, shipped_recipes
 from drencoder.errors import DrencoderError, RecipeError
 
@@ -324,6 +325,9 @@ def knobs() -> None:
     console = Console()
     console.print(table)
     console.print(f"Shipped recipes: {', '.join(shipped_recipes())}")
+
+
+add_flower_commands(app)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from drencoder import __version__
 from drencoder.adaptive_clip import ClipFollower
 from drencoder.artifacts import RunFolder
-from drencoder.build import Live, build
+from drencoder.build import EngineMaker, Live, build
 from drencoder.checkpoint import Progress, load_checkpoint, save_checkpoint
 from drencoder.config import Recipe, load_recipe
 from drencoder.encoders.contract import Encoder
@@ -62,8 +62,10 @@ class RunResult:
     certificate: dict[str, Any]
 
 
-def run(recipe: Recipe, folder: str | Path, listener: Listener | None = None) -> RunResult:
-    """Runs a recipe into a new folder.
+def run(
+    recipe: Recipe, folder: str | Path, listener: Listener | None = None, engine: EngineMaker | None = None
+) -> RunResult:
+    """Runs a recipe into a new folder; `engine` makes what reaches the clients (default: this process trains them).
 
     Raises:
       DrencoderError: something cannot be had, before the folder exists; or the disk is full, later on.
@@ -71,7 +73,7 @@ def run(recipe: Recipe, folder: str | Path, listener: Listener | None = None) ->
     listener = listener or _Silent()
     path = Path(folder)
     RunFolder.check_free(path)
-    live = _prepare(recipe, listener)
+    live = _prepare(recipe, listener, engine)
     run_folder = RunFolder.create(path)
     run_folder.write(run_folder.recipe, recipe.to_toml().encode())
     plan = live.overview.privacy
@@ -81,7 +83,7 @@ def run(recipe: Recipe, folder: str | Path, listener: Listener | None = None) ->
         return _drive(live, run_folder, ledger, start, listener)
 
 
-def resume(folder: str | Path, listener: Listener | None = None) -> RunResult:
+def resume(folder: str | Path, listener: Listener | None = None, engine: EngineMaker | None = None) -> RunResult:
     """Goes on with a run that was killed, with its own recipe, ledger and checkpoint.
 
     Raises:
@@ -90,7 +92,7 @@ def resume(folder: str | Path, listener: Listener | None = None) -> RunResult:
     listener = listener or _Silent()
     run_folder = RunFolder.open(Path(folder))
     recipe = load_recipe(run_folder.recipe)
-    live = _prepare(recipe, listener)
+    live = _prepare(recipe, listener, engine)
     if not run_folder.ledger.exists():
         raise LostError(f"{folder} has no ledger, so nothing was charged yet: start it anew in another folder.")
     with Ledger.open(run_folder.ledger) as ledger:
@@ -104,8 +106,8 @@ def resume(folder: str | Path, listener: Listener | None = None) -> RunResult:
         return _drive(live, run_folder, ledger, start, listener)
 
 
-def _prepare(recipe: Recipe, listener: Listener) -> Live:
-    live = build(recipe)
+def _prepare(recipe: Recipe, listener: Listener, engine: EngineMaker | None) -> Live:
+    live = build(recipe, engine)
     listener.planned(live.overview)
     return live
 
@@ -147,7 +149,7 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
         listener.say(f"round {slot} was charged but its result was lost: skipped, so that no client releases twice")
         return replace(now, slot=slot)
     follower = _follower(recipe, now)
-    query = update_query(encoder, recipe, slot, follower)
+    query = update_query(encoder, recipe, slot, follower, now.prior)
     outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
     direction_D = query.direction(outcome.release, permit, plan.expected_cohort)
     if recipe.local.upload == "state":

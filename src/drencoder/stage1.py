@@ -37,8 +37,10 @@ def ask(live: Live, ledger: Ledger, query: CohortQuery, adapter_D: Tensor, cohor
     """Charge, gather, release: the same for both stages, in this order.
 
     Raises:
+      EngineError: no clients can be reached; nothing was charged.
       QuorumError: too few answered; their answers were thrown away and the charge stays.
     """
+    live.engine.ready()
     permit, noise = ledger.charge(query.slot), live.noise()
     try:
         outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)

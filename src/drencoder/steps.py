@@ -21,7 +21,7 @@ server's optimisers are this project's choices (docs/guarantee.md, docs/log.md).
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Literal, final
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from drencoder.encoders.contract import Encoder
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.errors import PrivacyError
 from drencoder.layout import Segment
-from drencoder.prior import MomentQuery
+from drencoder.prior import GaussianPrior, MomentQuery
 from drencoder.privacy.accounting import NonPrivateEvent
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import (
@@ -55,6 +55,7 @@ from drencoder.rng import derive_seed
 
 __all__ = [
     "CohortQuery",
+    "Origin",
     "Outcome",
     "ServerState",
     "Summed",
@@ -111,6 +112,20 @@ class Outcome:
 
 @final
 @dataclass(frozen=True)
+class Origin:
+    """What another machine that has the recipe needs to make the same query: its functions cannot travel. All public.
+
+    `follower_clip` is the norm that a `ClipFollower` stands at, None where the clip is fixed.
+    """
+
+    kind: Literal["moments", "gradients", "update"]
+    prior: GaussianPrior | None = None
+    encoder_state: Mapping[str, Tensor] = field(default_factory=dict)
+    follower_clip: float | None = None
+
+
+@final
+@dataclass(frozen=True)
 class CohortQuery:
     """One question to a cohort. Holds public facts only; updates, permits and noise arrive per call.
 
@@ -123,6 +138,7 @@ class CohortQuery:
       linear: whether the decoding of a sum is the sum of the decodings, so that the server may add up messages.
       update_size: D.
       wire: how a message travels.
+      origin: what it was made from, for engines whose clients are on other machines.
       epochs: how many updates, one after the other, a client computes for its message; only stage 1 asks for several.
       filter: what the server does to the released mean of the messages before it decodes it; None: nothing.
     """
@@ -135,6 +151,7 @@ class CohortQuery:
     linear: bool
     update_size: int
     wire: WireFormat
+    origin: Origin
     epochs: int = 1
     filter: Filter | None = None
 
@@ -267,6 +284,7 @@ def moment_query(segments: tuple[Segment, ...], prior: config.Prior) -> CohortQu
         linear=True,
         update_size=moments.size,
         wire=_plain_wire("moments", moments.size),
+        origin=Origin("moments"),
         epochs=prior.epochs,
     )
 
@@ -287,6 +305,7 @@ def gradient_query(update_size: int, prior: config.Prior) -> CohortQuery:
         linear=True,
         update_size=epochs * update_size,
         wire=_plain_wire("gradients", epochs * update_size),
+        origin=Origin("gradients"),
         epochs=epochs,
     )
 
@@ -296,11 +315,16 @@ def _plain_wire(purpose: str, size: int) -> WireFormat:
 
 
 def update_query(
-    encoder: Encoder, recipe: config.Recipe, slot: int, follower: ClipFollower | None = None
+    encoder: Encoder,
+    recipe: config.Recipe,
+    slot: int,
+    follower: ClipFollower | None = None,
+    prior: GaussianPrior | None = None,
 ) -> CohortQuery:
     """Stage 2, round `slot`: the encoded update. The sketch seed is public and new in every round.
 
-    With a `follower`, whose clip takes the place of the recipe's, a message has one more value (`adaptive_clip`).
+    With a `follower`, whose clip takes the place of the recipe's, a message has one more value (`adaptive_clip`). `prior` is the
+    one the encoder was made from.
 
     With noise in the code of an encoder that is not linear, a code is taken relative to the code of a zero update: then a
     client that has nothing to say contributes the zero vector, which is what add/remove adjacency compares with.
@@ -324,6 +348,7 @@ def update_query(
         linear=encoder.linear,
         update_size=encoder.update_size,
         wire=WireFormat.of(encoder, recipe.encoder.wire_dtype),  # type: ignore[arg-type]  # checked by the recipe
+        origin=Origin("update", prior, encoder.state(), follower.clip_l2 if follower else None),
         filter=filter_of(recipe.server.decoding, encoder, follower.clip_l2 if follower else recipe.privacy.clip_l2),
     )
     if follower is None:

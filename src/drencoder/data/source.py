@@ -22,7 +22,7 @@ from drencoder.data.world import World, record_of
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
-__all__ = ["EmbeddedSource", "FileSource", "Record", "Source", "open_source", "read_records"]
+__all__ = ["EmbeddedSource", "FileSource", "HostedSource", "Record", "Source", "open_source", "read_records"]
 
 Record = dict[str, str]
 
@@ -44,8 +44,8 @@ class Source(Protocol):
         ...
 
 
-def open_source(wanted: config.Data, *, population: int, seed: int) -> Source:
-    """Opens the recipe's data.
+def open_source(wanted: config.Data, *, population: int, seed: int, server_share: bool = True) -> Source:
+    """Opens the recipe's data; without `server_share` nothing is set aside for evaluation, as at a site of clients.
 
     Raises:
       DataError: a file is missing, unreadable, empty or ill-shaped, or some client would own nothing.
@@ -55,10 +55,10 @@ def open_source(wanted: config.Data, *, population: int, seed: int) -> Source:
     kind, _, where = wanted.source.partition(":")
     if kind in TAXONOMIES:
         records = _read_benchmark(kind, where, wanted.split)
-        source = FileSource.split(records, wanted, population=population, seed=seed)
+        source = FileSource.split(records, wanted, population=population, seed=seed, server_share=server_share)
         return replace(source, provenance=f"{wanted.source}, split {wanted.split}")
     records = read_records(wanted.source, wanted.split, knob="data.source")
-    return FileSource.split(records, wanted, population=population, seed=seed)
+    return FileSource.split(records, wanted, population=population, seed=seed, server_share=server_share)
 
 
 def read_records(where: str, split: str, *, knob: str) -> list[Record]:
@@ -110,7 +110,15 @@ class FileSource:
     examples_per_client: int
 
     @classmethod
-    def split(cls, records: Sequence[Record], wanted: config.Data, *, population: int, seed: int) -> "FileSource":
+    def split(
+        cls,
+        records: Sequence[Record],
+        wanted: config.Data,
+        *,
+        population: int,
+        seed: int,
+        server_share: bool = True,
+    ) -> "FileSource":
         """Takes the server's share out, then gives every record an owner.
 
         With `client_field` the owners are the file's own; otherwise each category is spread over the clients
@@ -119,7 +127,7 @@ class FileSource:
         chance = random.Random(derive_seed(seed, "split"))
         order = list(range(len(records)))
         chance.shuffle(order)
-        num_server = max(1, round(wanted.held_out_share * len(order)))
+        num_server = max(1, round(wanted.held_out_share * len(order))) if server_share else 0
         server, rest = order[:num_server], order[num_server:]
         if wanted.client_field:
             owned = _by_field(records, rest, wanted.client_field)
@@ -149,6 +157,25 @@ class FileSource:
 
     def held_out(self, count: int) -> list[Record]:
         return [self.records[index] for index in self.server[:count]]
+
+
+@final
+@dataclass(frozen=True)
+class HostedSource:
+    """A site's own text under the numbers that its clients have in the whole population."""
+
+    held: Source
+    clients: Sequence[int]
+
+    @property
+    def provenance(self) -> str:
+        return self.held.provenance
+
+    def client(self, client: int) -> list[Record]:
+        return self.held.client(self.clients.index(client))
+
+    def held_out(self, count: int) -> list[Record]:
+        return []
 
 
 def _by_field(records: Sequence[Record], indices: Sequence[int], key: str) -> list[list[int]]:

@@ -1,9 +1,9 @@
 """The in-process engine: a cohort's clients train on this machine, many at a time.
 
-An engine has one verb, `gather`: bring a query to a cohort and bring the uploads back. It knows neither stage,
-encoder nor epsilon. What crosses the line between a client and the server is bytes, here as on a network.
+What crosses the line between a client and the server is bytes, here as on a network.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -38,8 +38,9 @@ class LocalEngine:
     """Trains `parallel` clients as one batch; 1 = one by one through PEFT's own forward.
 
     `examples_of(client, slot)` gives the tokenised examples that one client uses in a slot; they live for one batch of
-    clients. Under secure aggregation the clients are spread over `nodes`, of which `threshold` must stay to the end, and
-    `lost(slot, stage, node)` says which of them do not answer: for tests.
+    clients. `tolerant` is for sites: a client whose training raises contributes zero, since what it holds must not decide
+    whether the others' contributions arrive (docs/guarantee.md). Under secure aggregation the clients are spread over `nodes`,
+    of which `threshold` must stay to the end, and `lost(slot, stage, node)` says which of them do not answer: for tests.
     """
 
     lora: LoraModel
@@ -47,9 +48,13 @@ class LocalEngine:
     local: config.Local
     seed: int
     parallel: int
+    tolerant: bool = False
     nodes: int = 1
     threshold: int = 1
     lost: Callable[[int, Stage, int], bool] = _nobody
+
+    def ready(self) -> None:
+        """This process is always there."""
 
     def gather(
         self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
@@ -63,16 +68,37 @@ class LocalEngine:
             return
         for start in range(0, len(cohort), self.parallel):
             clients = cohort[start : start + self.parallel]
-            yield query.upload(self._updates(query, adapter_D, clients), clients, permit, noise)
+            yield query.upload(self._computed(query, adapter_D, clients), clients, permit, noise)
+
+    def _computed(self, query: CohortQuery, adapter_D: Tensor, clients: Sequence[int]) -> Tensor:
+        return (self._tolerated if self.tolerant else self._updates)(query, adapter_D, clients)
+
+    def _tolerated(self, query: CohortQuery, adapter_D: Tensor, clients: Sequence[int]) -> Tensor:
+        """As `_updates`, with rows of NaN, which the clip makes zero, for clients whose training raises."""
+        try:
+            return self._updates(query, adapter_D, clients)
+        except Exception as error:
+            if len(clients) > 1:
+                return torch.cat([self._tolerated(query, adapter_D, [client]) for client in clients])
+            # Its type only: the text of an exception may quote the client's.
+            print(f"client {clients[0]}: {type(error).__name__} in training; it contributes zero", file=sys.stderr)
+            return torch.full((1, query.epochs * adapter_D.numel()), torch.nan)
+
+    def share_of(
+        self, query: CohortQuery, adapter_D: Tensor, permit: Permit, noise: NoiseSource
+    ) -> Callable[[Sequence[int]], npt.NDArray[np.uint32]]:
+        """Secure aggregation, a node's side: trains clients and sums their shares; nothing is computed before it is called."""
+
+        def share_of(clients: Sequence[int]) -> npt.NDArray[np.uint32]:
+            return query.share(self._computed(query, adapter_D, clients), clients, permit, noise)
+
+        return share_of
 
     def _aggregated(
         self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
     ) -> Summed:
         """The real protocol between `nodes` nodes in memory, with keys of this round only."""
-
-        def share_of(clients: Sequence[int]) -> npt.NDArray[np.uint32]:
-            return query.share(self._updates(query, adapter_D, clients), clients, permit, noise)
-
+        share_of = self.share_of(query, adapter_D, permit, noise)
         keys = [NodeKey.generate() for _ in range(self.nodes)]
         on_nodes = hosted(cohort, self.nodes)
         roster = [key.public for key in keys]

@@ -352,7 +352,7 @@ class Ledger:
 
 
 def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: frozenset[int] | None, run_id: str) -> Permit:
-    """For whoever has the charge on disk."""
+    """For the two ledgers, the run's and a site's, when the charge is on disk."""
     return Permit(
         trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=plan.event(slot),
         relation=plan.relation, noise=plan.noise, cohort=cohort, run_id=run_id,

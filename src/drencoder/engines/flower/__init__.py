@@ -1,0 +1,1 @@
+"""The Flower engine: the same queries, on other machines. The one door to flwr."""
