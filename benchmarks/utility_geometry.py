@@ -7,9 +7,10 @@ For every task, adapter and seed, at the adapter's start and after some rounds w
 * lambda = g'Cg / |g|^2, D = tr(C) / lambda, D_P = E[d'Cd] / lambda with d the decoding of unit noise in the code;
 * the distortion of `kronecker` on gradients of its own prior, beside the water-filling value.
 
-C is a curvature of the mean loss of held-out examples, twice: the Hessian, which has negative directions (of it |.| is taken, and
-`negative` counts how often that mattered), and the Gauss-Newton matrix, J' (diag(p) - pp') J over the logits, which has none. Both by
-central differences, traces by Hutchinson's probes. Updates are of clients that no run has.
+C is a curvature of the mean loss of held-out examples, three times: the Hessian, which has negative directions (of it |.| is taken, and
+`negative` counts how often that mattered), and the Gauss-Newton matrix, J' (diag(p) - pp') J over the logits, which has none, both by
+central differences; and "finite", the loss's second difference over noise as long as a run's, FINITE in every value, with
+lambda from the Gauss-Newton matrix. Traces by Hutchinson's probes. Updates are of clients that no run has.
 
 Legend: N clients, D adapter values, K code values, M predicted tokens, V vocabulary.
 """
@@ -44,7 +45,8 @@ WARM_ROUNDS = 8
 PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 512
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
 ENCODERS = ("hybrid",)
-KINDS = ("hessian", "gauss-newton")
+FINITE = 0.05  # rms of the noise that a run's rounds add up to in a value, of the order that DP-LoRA's tuned runs have at n = 8
+KINDS = ("hessian", "gauss-newton", "finite")
 
 
 def measure(path: Path, scale: Scale, only: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> None:
@@ -95,6 +97,7 @@ def at_adapter(live: Live, state: ServerState, stage: str) -> dict[str, Any]:
     seed = derive_seed(live.recipe.seed, f"geometry/{stage}")
     size = live.lora.layout.size
     steep = curvature.mean([mean_D / mean_D.norm()])
+    steep["finite"] = steep["gauss-newton"]
     trace = curvature.mean([probe for one in signs(size, PROBES // 2, seed) for probe in curvature.both_signs(one)])
     facts = {
         "alignment": float(clipped_ND.mean(dim=0).square().sum()) / grid.BASE_CLIP**2,
@@ -158,6 +161,8 @@ class Curvature:
         self.examples, self.local = live.held_out[:HELD_OUT], replace(live.recipe.local, batch_size=HELD_OUT)
         self.batch = collate([self.examples], live.lora.base.pad_id).to(live.lora.device)
         self.chance_MV = self._logits(adapter_D).softmax(dim=1)
+        self.wanted_M1 = self.batch.input_ids[self.batch.predicted][:, None].cpu()
+        self.at_rest = self._loss(adapter_D)
         self.sign_D = torch.ones_like(adapter_D)
         for segment in live.lora.layout.segments:
             if is_lora_b(segment):
@@ -171,7 +176,13 @@ class Curvature:
     def mean(self, directions: Sequence[Tensor]) -> dict[str, float]:
         """Kind of curvature -> mean of d'Cd; the Hessian's over the first directions only, for it needs gradients."""
         hessian = mean(self._hessian(direction_D) for direction_D in directions[:HESSIAN_PROBES])
-        return dict(zip(KINDS, (hessian, mean(map(self._gauss_newton, directions))), strict=True))
+        return dict(
+            zip(
+                KINDS,
+                (hessian, mean(map(self._gauss_newton, directions)), mean(map(self._finite, directions))),
+                strict=True,
+            )
+        )
 
     def _ends(self, direction_D: Tensor) -> tuple[Tensor, Tensor, float]:
         step = STEP * float(self.adapter_D.norm()) / float(direction_D.norm())
@@ -186,6 +197,14 @@ class Curvature:
         change_MV = (self._logits(high_D) - self._logits(low_D)) / width
         mean_M1 = (self.chance_MV * change_MV).sum(dim=1, keepdim=True)
         return float((self.chance_MV * (change_MV - mean_M1).square()).sum(dim=1).mean())
+
+    def _finite(self, direction_D: Tensor) -> float:
+        ends = (self._loss(self.adapter_D + sign * FINITE * direction_D) for sign in (-1, 1))
+        return (sum(ends) - 2 * self.at_rest) / FINITE**2
+
+    def _loss(self, at_D: Tensor) -> float:
+        log_MV = self._logits(at_D).log_softmax(dim=1)
+        return -float(log_MV.gather(1, self.wanted_M1).mean())
 
     def _downhill(self, at_D: Tensor) -> Tensor:
         return cohort_updates(self.lora, at_D, [self.examples], self.local, [0])[0].cpu()

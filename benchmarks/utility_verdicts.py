@@ -22,7 +22,7 @@ from drencoder.scores import Difference, paired_over_seeds
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # the code that has to be free where noise dominates
 REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid-auto", "hybrid-64"
-KIND, OTHER_KINDS = "gauss-newton", ("hessian",)  # curvatures: the one that is judged, and what else is shown
+KIND, OTHER_KINDS = "gauss-newton", ("hessian", "finite")  # curvatures: the one that is judged, and what else is shown
 FEW, MANY, EQUAL_BYTES_ARM = 8, 512, "hybrid-64"  # 512 codes of 1/64 are as many values as 8 whole updates
 
 
