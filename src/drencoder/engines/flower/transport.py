@@ -76,10 +76,10 @@ class GridTransport:
         messages = [Message(with_payload(payloads[node]), node, "query", ttl=timeout, group_id=stage) for node in order]
         self.traffic.down += sum(map(len, payloads.values()))
         self.traffic.asked += len(order)
-        end = time.monotonic() + timeout + min(_GRACE, timeout)
         identifiers = list(self.grid.push_messages(messages))
         waiting = {name: node for name, node in zip(identifiers, order, strict=True) if name}
         found: dict[int, bytes] = {}
+        end = time.monotonic() + timeout + min(_GRACE, timeout)  # from here: handing over big messages takes its time
         while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
                 # Not by the reply's sender: an error made on a node's behalf is the SuperLink's.
