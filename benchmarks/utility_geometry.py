@@ -78,11 +78,12 @@ def clients(live: Live, adapter_D: Tensor, first: int) -> Tensor:
 
 
 def trained(live: Live) -> ServerState:
-    """After rounds without clip or noise, with the study's optimiser and the silent arm's first rate."""
+    """After rounds without noise, with the study's clip and optimiser and DP-LoRA's first rate."""
     state = ServerState.start(live.lora.initial_D)
     for number in range(WARM_ROUNDS):
-        mean_D = clients(live, state.adapter_D, (1 + number) * CLIENTS).mean(dim=0)
-        state = server_step(state, mean_D, live.recipe.server, ARMS["lora"].first_rate)
+        update_ND = clients(live, state.adapter_D, (1 + number) * CLIENTS)
+        mean_D = clip_rows(update_ND, grid.BASE_CLIP).values_NV.mean(dim=0)
+        state = server_step(state, mean_D, live.recipe.server, ARMS["dp-lora"].first_rate)
     return state
 
 
