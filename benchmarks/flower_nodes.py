@@ -1,10 +1,11 @@
-"""Seconds and bytes of a round on a loopback deployment, by number of nodes.
+"""Seconds and bytes of a round on a loopback deployment, by number of nodes, with and without secure aggregation.
 
-    python benchmarks/flower_nodes.py [--nodes 3 10 16] [--rounds 6] [--out docs/results/flower-nodes.json]
+    python benchmarks/flower_nodes.py [--nodes 3 10 16] [--rounds 6] [--trust local secure-aggregation] [--out docs/results/flower-nodes.json]
 
 Every node is two processes (drencoder client and its SuperNode) with TLS and a key of its own. A proxy between the nodes and the
 server counts what passes, TLS and HTTP included; the payload is what the server's engine hands over; the estimate is the
-recipe's plan. The first round is left out of the medians: encoders are built in it.
+recipe's plan. The first round is left out of the medians: encoders are built in it. Payload and codes are totals of the run,
+stage 1 included; under secure aggregation `codes_up_total` counts all of the protocol's messages.
 """
 
 import argparse
@@ -70,10 +71,10 @@ def rounds_of(log: Path, count: int, seconds: float = 500.0) -> Iterator[float]:
         time.sleep(0.02)
 
 
-def measure(nodes: int, rounds: int, folder: Path) -> dict[str, object]:
+def measure(nodes: int, rounds: int, trust: str, folder: Path) -> dict[str, object]:
     recipe = small_recipe(
         "privacy.noise=replay", "federation.population=60", f"federation.rounds={rounds}", "adapter.rank=8",
-        "encoder.ratio=64", f"privacy.participation_cap={rounds + 1}", "evaluation.every=0",
+        "encoder.name=random", "encoder.ratio=64", f"privacy.trust={trust}", f"federation.nodes={nodes}", f"privacy.participation_cap={rounds + 1}", "evaluation.every=0",
     )  # fmt: skip
     plan = survey(recipe)
     with deployed(folder, recipe, nodes) as place:
@@ -90,6 +91,7 @@ def measure(nodes: int, rounds: int, folder: Path) -> dict[str, object]:
     assert payload is not None
     steps = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(marks)][1:]
     return {
+        "trust": trust,
         "nodes": nodes,
         "cohort": plan.privacy.expected_cohort,
         "start_s": round(marks[0][0] - start, 1),
@@ -109,16 +111,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--trust", nargs="+", default=["local", "secure-aggregation"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = []
-    print("nodes  start s  round s  wire up/round  wire down/round  payload up  codes up  planned up")
-    for nodes in arguments.nodes:
+    print(
+        "trust               nodes  start s  round s  wire up/round  wire down/round  payload up  codes up  planned up"
+    )
+    for nodes, trust in itertools.product(arguments.nodes, arguments.trust):
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(nodes, arguments.rounds, Path(folder) / "place")
+            row = measure(nodes, arguments.rounds, trust, Path(folder) / "place")
         rows.append(row)
         print(
-            f"{nodes:5d} {row['start_s']:8} {row['round_s']:8} {row['wire_up']:14,} {row['wire_down']:16,} "
+            f"{trust:19} {nodes:5d} {row['start_s']:8} {row['round_s']:8} {row['wire_up']:14,} {row['wire_down']:16,} "
             f"{row['payload_up_total']:11,} {row['codes_up_total']:9,} {row['planned_up_total']:11,}",
             flush=True,
         )

@@ -85,6 +85,8 @@ class Federation:
         patience = Patience(quorum=0.5, round_timeout=30, wait=0.5)
         keys = more.get("keys", self.keys)
         engine = engine_maker(GridTransport(self.grid, self.said.append), patience, self.said.append, keys)
+        if more.get("resume"):
+            return experiment.resume(self.folder / name, Lines(self.said), engine)
         return experiment.run(self.recipe, self.folder / name, Lines(self.said), engine)
 
 
@@ -164,6 +166,37 @@ def test_a_site_that_is_started_again_in_mid_round_has_dropped_out(federation: C
     run = made.run()
     assert any("CONFIRM: is not in this round" in line for line in made.said), made.said
     assert [row["slot"] for row in rows_of(run.folder) if row["kind"] == "contributors"] == [0, 1, 2]
+
+
+class Killed(BaseException):
+    """The server's process ends."""
+
+
+@pytest.mark.parametrize("stage", [Stage.MASK, Stage.UNMASK])
+def test_a_server_that_is_killed_in_mid_round_skips_that_round(
+    stage: Stage, federation: Callable[..., Federation]
+) -> None:
+    """Its round was charged and its answers are gone; nobody answers a second time for it, and the next round is whole."""
+    made = federation()
+    questions: list[int] = []
+
+    def killed(number: int, data: bytes) -> bool:
+        if stage_of(data) == 1:
+            questions.append(unpack_frame(data, Kind.QUERY, first=BIG, second=BIG).head["slot"])
+        if questions[-1:] == [1] and stage_of(data) == stage:
+            raise Killed
+        return False
+
+    made.lost = killed
+    with pytest.raises(Killed):
+        made.run()
+    made.lost = lambda number, data: False
+    run = made.run(resume=True)
+    assert "round 1 was charged but its result was lost: skipped" in "\n".join(made.said)
+    rows = [(row["kind"], row["slot"]) for row in rows_of(run.folder) if row["kind"] in ("charge", "contributors")]
+    assert rows == [("charge", 0), ("contributors", 0), ("charge", 1), ("charge", 2), ("contributors", 2)]
+    assert [[row["slot"] for row in site_rows(made, number)] for number in range(NODES)] == [[0, 1, 2]] * NODES
+    assert verify_run(run.folder).trouble == ""
 
 
 LIES: dict[str, Callable[[bytes], bytes]] = {

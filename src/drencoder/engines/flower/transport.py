@@ -76,12 +76,11 @@ class GridTransport:
         messages = [Message(with_payload(payloads[node]), node, "query", ttl=timeout, group_id=stage) for node in order]
         self.traffic.down += sum(map(len, payloads.values()))
         self.traffic.asked += len(order)
-        end = time.monotonic() + timeout + min(_GRACE, timeout)
         identifiers = list(self.grid.push_messages(messages))
         waiting = {name: node for name, node in zip(identifiers, order, strict=True) if name}
         found: dict[int, bytes] = {}
-        while waiting:
-            last = time.monotonic() >= end  # looked at once more, however long the sending took
+        end = time.monotonic() + timeout + min(_GRACE, timeout)  # from here: handing over big messages takes its time
+        while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
                 # Not by the reply's sender: an error made on a node's behalf is the SuperLink's.
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
@@ -91,8 +90,6 @@ class GridTransport:
                     self.say(f"node {node}: Flower's error {reply.error.code}")  # its text may quote a client's
                 else:
                     found[node] = payload_of(reply.content)
-            if last:
-                break
             if waiting:
                 time.sleep(_POLL)
         for node in waiting.values():
