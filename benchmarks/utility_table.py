@@ -103,6 +103,9 @@ then, at the best, the clip times {", ".join(f"{grid.CLIP_FACTOR**step:g}" for s
 {", ".join(map(str, seeds))}, which no rate was tuned on: the same clients, start and held-out records for all methods, other cohorts and noise. In {edges} of {len(results)}
 tracks the best rate was the smallest or largest tried (marked e below).
 
+Two choices were made after results of the judged seeds had been seen (docs/log.md): plain decoding instead of preconditioning, at n = 8 and 64, and the code
+sizes below 1/{judge.FREE_RATIO}, on the large adapter at n = 8. They favour ours there; other cells were run afterwards.
+
 Held-out loss is nats per token, lower is better; the base model is sure of something else and its loss is high, so that noise alone
 can lower it: read it beside the accuracy. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{judge.FREE_RATIO}.
 
@@ -198,7 +201,8 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
     head = ["setting", "code", "k* measured", *(f"R, {stage}" for stage in stages), "R", "Δ loss / loss", "right"]
     words = (
         "R = ρ²(1 + D/k*) / (ρ + ρ' D_P/k*): above 1, the code should win. D and D_P are of the Gauss-Newton matrix; measures "
-        "between the three ratios are interpolated, and below 1/256 they are those of 1/256."
+        f"between the measured ratios are interpolated, and below 1/{max(grid.RATIOS)} they are those of 1/{max(grid.RATIOS)}. `finite` has D and "
+        "D_P from the loss's second difference over noise as long as a run's instead."
     )
     return "\n\n".join(["## The formula (5)", words, " ".join(said), _table(head, rows)])
 
