@@ -20,7 +20,7 @@ from drencoder.encoders.registry import EncoderRequest, build_encoder
 from drencoder.encoders.sizes import code_size, power_ranks
 from drencoder.encoders.subset import SubsetEncoder
 from drencoder.encoders.wire import WireFormat
-from drencoder.errors import EncoderError, ModelError, RecipeError
+from drencoder.errors import EncoderError, ModelError
 from drencoder.layout import Segment
 from drencoder.methods import METHODS
 from drencoder.model import LoraModel
@@ -285,10 +285,11 @@ def test_states_of_others_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["kronecker", "hybrid", "top-k", "core"])
-def test_encoders_of_public_text_need_some(name: str) -> None:
-    with pytest.raises(RecipeError, match=rf"encoder\.name = '{name}' is made from public text"):
-        load_recipe(None, [f"encoder.name={name}"])
-    assert load_recipe(None, [f"encoder.name={name}", "prior.public=self"]).encoder.needs_public
+def test_encoders_of_public_text_have_the_base_model_write_it_if_none_is_named(name: str) -> None:
+    recipe = load_recipe(None, [f"encoder.name={name}"])
+    assert recipe.encoder.needs_public
+    assert (recipe.prior.public, recipe.public_text) == ("", "self")
+    assert load_recipe(None, [f"encoder.name={name}", "prior.public=embedded"]).public_text == "embedded"
 
 
 def test_methods_of_public_text_take_the_recipes_or_the_embedded_one() -> None:
