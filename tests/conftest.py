@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from drencoder.examples import Example
 from drencoder.model import BaseModel
 
 torch.set_num_threads(1)
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and means to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("encoder_contract")
 
 
