@@ -17,6 +17,7 @@ from utility_cells import GEOMETRY, Row, by_track, loss_of, read_cells
 from utility_grid import COMPARATORS, OURS, RATIOS, Setting, Track
 
 from drencoder.encoders.sizes import auto_ratio
+from drencoder.privacy.plan import ALIGNMENT
 from drencoder.scores import Difference, paired_over_seeds
 
 MARGIN = 0.01  # of DP-LoRA's loss
@@ -267,7 +268,7 @@ def stages(rows: Iterable[Row]) -> list[str]:
 
 def measured_k_star(row: Row, result: Result) -> float:
     """k* with the alignment of this geometry instead of one half."""
-    return result.k_star * row["alignment"] / 0.5
+    return result.k_star * row["alignment"] / ALIGNMENT
 
 
 def gain(row: Row, result: Result, kind: str) -> float:

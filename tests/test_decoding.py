@@ -112,6 +112,7 @@ def test_recipes_say_at_once_what_cannot_be() -> None:
         {"server.decoding": "wiener", "encoder.name": "random"},
         hybrid | {"server.decoding": "precondition", "privacy.noise_in": "update"},
         hybrid | {"server.decoding": "singular"},
+        {"server.decoding": "singular", "encoder.name": "identity", "privacy.noise_in": "update"},
     ):
         with pytest.raises(RecipeError, match=r"server\.decoding"):
             Recipe().changed(changes)

@@ -188,10 +188,10 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Live:
     Raises:
       DrencoderError: any part of the recipe, or the site's text, cannot be had.
     """
-    return _loaded(recipe, own, tolerant=True)
+    return _loaded(recipe, own, site=True)
 
 
-def _loaded(recipe: Recipe, own: SiteText | None, *, tolerant: bool = False) -> Live:
+def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live:
     overview = survey(recipe)
     resolve_device(recipe.model.device)
     set_threads(recipe.speed)
@@ -205,13 +205,13 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, tolerant: bool = False) -> 
     base = load_base(recipe.model)
     d1_share = recipe.prior.d1_share if recipe.prior.source == "gradients" else 0.0
     # A site gets the encoder from the server, who made it: public text is the server's to have.
-    named = "" if tolerant else recipe.public_text
+    named = "" if site else recipe.public_text
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     federation = recipe.federation
     engine = LocalEngine(
-        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant,
+        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site,
         nodes=federation.nodes, threshold=recipe.threshold,
     )  # fmt: skip
     return Live(recipe, overview, texts, lora, engine)

@@ -464,10 +464,11 @@ def _check_together(recipe: Recipe) -> None:
             f"server.decoding = {recipe.server.decoding!r} needs an encoder with a prior of its code, and noise there: set "
             "encoder.name = 'hybrid' or 'kronecker' and privacy.noise_in = 'code', or server.decoding = 'plain'."
         )
-    if recipe.server.decoding == "singular" and encoder.name != "identity":
+    if recipe.server.decoding == "singular" and not (encoder.name == "identity" and privacy.noise_in == "code"):
         raise RecipeError(
-            f"server.decoding = 'singular' shrinks whole LoRA tensors and encoder.name = {encoder.name!r} sends none: set "
-            "encoder.name = 'identity', or server.decoding = 'plain'."
+            f"server.decoding = 'singular' shrinks whole LoRA tensors whose noise it knows, not those of encoder.name = "
+            f"{encoder.name!r} with privacy.noise_in = {privacy.noise_in!r}: set encoder.name = 'identity' and "
+            "privacy.noise_in = 'code', or server.decoding = 'plain'."
         )
     if privacy.clip == "adaptive" and (encoder.name == "autoencoder" or privacy.noise_in == "update"):
         raise RecipeError(

@@ -26,6 +26,7 @@ from torch import Tensor
 from drencoder.encoders.contract import Encoder
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
+from drencoder.privacy.plan import ALIGNMENT
 from drencoder.structured import matrix_shape
 
 __all__ = ["Filter", "Informed", "filter_of", "precondition", "shrink_groups", "shrink_singular_values"]
@@ -33,8 +34,6 @@ __all__ = ["Filter", "Informed", "filter_of", "precondition", "shrink_groups", "
 # (mean_K, noise std of each of its values) -> the same, filtered.
 Filter = Callable[[Tensor, float], Tensor]
 
-# |mean clipped update|^2 / C^2 that plans assume (`PrivacyPlan.k_star`).
-_ALIGNMENT = 0.5
 # Without noise every coordinate would be damped without bound: no signal is taken for more than this many times the noise.
 _LARGEST_SNR = 1e8
 
@@ -84,7 +83,7 @@ def filter_of(name: str, encoder: Encoder, clip_l2: float) -> Filter | None:
 
 def precondition(mean_K: Tensor, share_K: Tensor, clip_l2: float, noise_std: float) -> Tensor:
     """mean_k / sqrt(1 + snr_k) with snr_k = clip_l2^2 share_k / (2 noise_std^2), at most 1e8 (also without noise)."""
-    signal_K = _ALIGNMENT * clip_l2**2 * share_K.to(mean_K.device)
+    signal_K = ALIGNMENT * clip_l2**2 * share_K.to(mean_K.device)
     least = float(signal_K.max()) / _LARGEST_SNR
     damping_K = (1.0 + signal_K / max(noise_std**2, least)).sqrt()
     return (mean_K / damping_K).to(mean_K.dtype)

@@ -41,7 +41,9 @@ from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, s
 if TYPE_CHECKING:
     from drencoder.secure.quantise import Quantiser
 
-__all__ = ["PrivacyPlan", "ShareTerms", "make_plan"]
+__all__ = ["ALIGNMENT", "PrivacyPlan", "ShareTerms", "make_plan"]
+
+ALIGNMENT = 0.5  # |mean clipped update|^2 / C^2, as plans assume it
 
 Trust = Literal["local", "central", "secure-aggregation"]
 Noise = Literal["secure", "replay"]
@@ -331,7 +333,7 @@ class PrivacyPlan:
             return self.target_epsilon
         return epsilon_pld(self.budget_events(dict.fromkeys(self.slots, 1)), self.gaussian_delta, self.relation)
 
-    def k_star(self, alignment: float = 0.5) -> float:
+    def k_star(self, alignment: float = ALIGNMENT) -> float:
         """Coordinates that one round can learn, n^2 |g|^2 / (noise variance of the sum) (METHOD 2.5).
 
         `alignment` is the assumed |mean clipped update|^2 / C^2. The variance is sigma^2 C^2 under central
