@@ -1,10 +1,10 @@
 """Does an encoded, differentially private federated run lose nothing against tuned DP-LoRA? A resumable study (issue 4).
 
     python benchmarks/utility.py --out DIR [--processes 2] [--minutes 60] [--only arms=dp-lora,hybrid-64 cohorts=8,64 ...]
-    python benchmarks/utility.py --out DIR --geometry [--seeds 0 1 2]
+    python benchmarks/utility.py --out DIR --geometry
     python benchmarks/utility.py --out DIR --page [--results docs/results]
     python benchmarks/utility.py --out DIR --status
-    python benchmarks/utility.py --out DIR --rounds 2 --examples 32 --questions 8 --seeds 0 --only ...    (a smoke test)
+    python benchmarks/utility.py --out DIR --rounds 2 --examples 32 --questions 8 --only ...    (a smoke test)
 
 Every cell is one whole run of the product with its ledger and certificate, whose facts become one line of DIR/cells.jsonl; the
 run folder is removed. Killed at any time, the same command goes on with the cells that have no line. What runs where, with which
@@ -32,7 +32,7 @@ from typing import Any, TextIO
 
 import utility_grid as grid
 from utility_cells import CELLS, GEOMETRY, STUDY, Row, by_track, claim, loss_of, other_rates, read_cells, read_study
-from utility_grid import SEEDS, TUNING_SEED, Cell, Scale, Track
+from utility_grid import Cell, Scale, Track
 
 _WATCH_S = 5.0
 
@@ -115,9 +115,7 @@ def facts(certificate: Mapping[str, Any], with_accuracy: bool) -> Row:
 # --- the loop --------------------------------------------------------------------------------------------
 
 
-def study(
-    folder: Path, tracks: Sequence[Track], seeds: Sequence[int], scale: Scale, processes: int, minutes: float
-) -> list[Track]:
+def study(folder: Path, tracks: Sequence[Track], scale: Scale, processes: int, minutes: float) -> list[Track]:
     """Runs what is missing, in order; every finished cell is on disk before the next is asked for.
 
     Returns the tracks that were given up because a run of theirs broke: not a result, so nothing of it is stored.
@@ -128,7 +126,7 @@ def study(
     losses = {cell: loss_of(row) for cell, row in rows.items()}
     running = folder / "running"
     running.mkdir()
-    started, total = time.monotonic(), grid.most_cells(tracks, seeds)
+    started, total = time.monotonic(), grid.most_cells(tracks)
     pending: dict[Future[Row], Cell] = {}
     broken: list[Track] = []
     pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (os.getpid(),))
@@ -137,7 +135,7 @@ def study(
         while True:
             timely = time.monotonic() - started < 60 * minutes
             left = [track for track in tracks if track not in broken] if timely else []
-            for cell in wanted(left, losses, seeds, set(pending.values()))[: processes - len(pending)]:
+            for cell in wanted(left, losses, set(pending.values()))[: processes - len(pending)]:
                 pending[pool.submit(run_cell, cell, scale, running)] = cell
             if not pending:
                 return broken
@@ -173,10 +171,10 @@ def store(lines: TextIO, row: Row) -> None:
     os.fsync(lines.fileno())
 
 
-def wanted(tracks: Sequence[Track], losses: grid.Losses, seeds: Sequence[int], taken: set[Cell]) -> list[Cell]:
+def wanted(tracks: Sequence[Track], losses: grid.Losses, taken: set[Cell]) -> list[Cell]:
     """Cells to run next, first track first."""
     per_track = by_track(losses)
-    found = (cell for track in tracks for cell in grid.next_cells(track, per_track.get(track, {}), seeds))
+    found = (cell for track in tracks for cell in grid.next_cells(track, per_track.get(track, {})))
     return [cell for cell in found if cell not in taken]
 
 
@@ -185,7 +183,7 @@ def done(tracks: Sequence[Track], losses: grid.Losses) -> int:
     return sum(cell.track in here for cell in losses)
 
 
-def print_status(folder: Path, tracks: Sequence[Track], seeds: Sequence[int]) -> None:
+def print_status(folder: Path, tracks: Sequence[Track]) -> None:
     """Finished tracks and seconds per cell, by adapter, cohort and arm."""
     rows = read_cells(folder)
     parts = by_track({cell: loss_of(row) for cell, row in rows.items()})
@@ -194,7 +192,7 @@ def print_status(folder: Path, tracks: Sequence[Track], seeds: Sequence[int]) ->
         setting = track.setting
         groups.setdefault((setting.trust, setting.adapter, setting.cohort, track.arm), []).append(track)
     for (trust, adapter, cohort, arm), group in groups.items():
-        finished = sum(not grid.next_cells(track, parts.get(track, {}), seeds) for track in group)
+        finished = sum(not grid.next_cells(track, parts.get(track, {})) for track in group)
         seconds = [row["seconds"] for cell, row in rows.items() if cell.track in group]
         mean = f"{sum(seconds) / len(seconds):.1f} s a cell" if seconds else "not begun"
         print(f"{trust:12s} {adapter:6s} n{cohort:<4d} {arm:16s} {finished} of {len(group)} tracks done, {mean}")
@@ -211,7 +209,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after this many")
     kinds = "trusts, tasks, adapters, cohorts, epsilons, arms"
     parser.add_argument("--only", nargs="+", default=[], metavar="KIND=VALUE,VALUE", help=f"of {kinds}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     for declared in fields(Scale):
         parser.add_argument(f"--{declared.name.replace('_', '-')}", type=int, default=None, help="of another scale")
     parser.add_argument("--geometry", action="store_true", help="measure rho, rho', D and D_P instead")
@@ -242,23 +239,21 @@ def wanted_scale(args: argparse.Namespace) -> Scale:
 def main() -> None:
     args = arguments()
     os.environ["OMP_NUM_THREADS"] = "1"
-    if TUNING_SEED in args.seeds:
-        sys.exit(f"--seeds holds {TUNING_SEED}, on which rates are tuned: give others.")
     only, scale = filters(args.only), wanted_scale(args)
     tracks = grid.tracks(only)
     if args.status:
-        return print_status(args.out, tracks, args.seeds)
+        return print_status(args.out, tracks)
     if args.page:
         from utility_table import write_page
 
-        return write_page(args.out, args.results, args.seeds)
+        return write_page(args.out, args.results)
     lock = claim(args.out, scale)
     try:
         if args.geometry:
             from utility_geometry import measure
 
-            measure(args.out / GEOMETRY, scale, only, args.seeds)
-        elif broken := study(args.out, tracks, args.seeds, scale, args.processes, args.minutes):
+            measure(args.out / GEOMETRY, scale, only)
+        elif broken := study(args.out, tracks, scale, args.processes, args.minutes):
             sys.exit(f"given up, see above: {', '.join(map(str, broken))}. The same command tries them again.")
     finally:
         os.close(lock)

@@ -26,7 +26,7 @@ import torch
 import utility_grid as grid
 from torch import Tensor
 from utility_cells import replace_text
-from utility_grid import ARMS, RATIOS, Scale, Setting
+from utility_grid import ARMS, Scale, Setting
 
 from drencoder.build import Live, build
 from drencoder.encoders.contract import Encoder
@@ -44,19 +44,21 @@ CLIENTS, HELD_OUT = 64, 64
 WARM_ROUNDS = 8
 PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 512
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
-ENCODERS = ("hybrid",)
+CODES = (("B", 2), ("B", 16), ("B", 64), ("both", 64), ("both", 256), ("both", 1024))  # of hybrid: tensors, D / K
+GEOMETRY_SEEDS = (0, 1, 2)
+DISTORTION_RATIOS = (4, 16, 64, 256, 1024)
 FINITE = 0.05  # rms of the noise that a run's rounds add up to in a value, of the order that DP-LoRA's tuned runs have at n = 8
 KINDS = ("hessian", "gauss-newton", "finite")
 
 
-def measure(path: Path, scale: Scale, only: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> None:
+def measure(path: Path, scale: Scale, only: Mapping[str, Sequence[str]]) -> None:
     """Adds what is missing to the file, a task, adapter and seed at a time."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     known = {(row["task"], row["adapter"], row["seed"]) for row in rows}
     for adapter in only.get("adapters", grid.ADAPTERS):
         for task in only.get("tasks", grid.TASKS):
-            for seed in seeds:
+            for seed in GEOMETRY_SEEDS:
                 if (task, adapter, seed) not in known:
                     rows += geometry(task, adapter, seed, scale)
                     replace_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
@@ -111,19 +113,22 @@ def at_adapter(live: Live, state: ServerState, stage: str) -> dict[str, Any]:
     }
     slot = 1 if stage == "start" else 1 + WARM_ROUNDS
     codes = []
-    for name in ENCODERS:
-        for ratio in RATIOS:
-            encoder = encoder_of(live, state, name, ratio, slot)
-            code = {"encoder": name, "ratio": ratio, "code_size": encoder.code_size}
-            codes.append(code | shares(encoder, update_ND) | noise_curvature(encoder, curvature, steep, seed))
+    for tensors, ratio in CODES:
+        encoder = encoder_of(live, state, tensors, ratio, slot)
+        code = {"tensors": tensors, "ratio": ratio, "code_size": encoder.code_size}
+        codes.append(code | shares(encoder, update_ND) | noise_curvature(encoder, curvature, steep, seed))
     return facts | {"codes": codes, "distortion": distortions(live, state, slot, seed)}
 
 
-def encoder_of(live: Live, state: ServerState, name: str, ratio: int, slot: int) -> Encoder:
-    """The encoder that a run would have at this point."""
-    changes = {"encoder.name": name, "encoder.ratio": float(ratio)}
+def encoder_of(live: Live, state: ServerState, tensors: str, ratio: int, slot: int) -> Encoder:
+    """The hybrid encoder that a run would have at this point."""
+    changes = {"encoder.name": "hybrid", "encoder.ratio": float(ratio), "encoder.tensors": tensors}
     there = replace(live, recipe=live.recipe.changed(changes))
-    return there.encoder(None, public=there.public_updates(state.adapter_D, slot), momentum_D=state.first_D)
+    return there.encoder(
+        None,
+        public=there.public_updates(state.adapter_D, slot),
+        history_JD=torch.stack([state.first_D, state.adapter_D - live.lora.initial_D.cpu()]),
+    )
 
 
 def shares(encoder: Encoder, update_ND: Tensor) -> dict[str, float]:
@@ -233,8 +238,8 @@ def distortions(live: Live, state: ServerState, slot: int, seed: int) -> list[di
     assert public is not None
     prior = public.prior(live.lora.layout.segments, live.recipe.prior.rank)
     variance_D = eigenvalues(prior)
-    encoders = {ratio: KroneckerEncoder.build(prior, live.lora.layout.size // ratio) for ratio in RATIOS}
-    lost = dict.fromkeys(RATIOS, 0.0)
+    encoders = {ratio: KroneckerEncoder.build(prior, live.lora.layout.size // ratio) for ratio in DISTORTION_RATIOS}
+    lost = dict.fromkeys(DISTORTION_RATIOS, 0.0)
     for number in range(DRAWS):
         drawn_1D = prior.draw_row(seed, number)[None]
         for ratio, encoder in encoders.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utility_grid import COHORTS, EPSILONS, Setting, Track
-from utility_verdicts import EQUAL_BYTES_ARM, REFERENCE, Duel, Forecast, Results
+from utility_verdicts import AUTOMATIC, REFERENCE, Duel, Forecast, Results
 
 from drencoder.plots import save_figure
 
@@ -58,10 +58,10 @@ def _legend(axis: "Axes", arm: str) -> None:
 
 
 def loss_against_bytes(results: Results, path: Path) -> Path | None:
-    """Whole updates and codes of 1/64, a line each through the cohorts; the same place on the x axis is the same upload."""
+    """Whole updates and codes of the automatic size, a line each through the cohorts; the same place on the x axis is the same upload."""
     from matplotlib.figure import Figure
 
-    keys = sorted({(t.setting.trust, t.setting.task, t.setting.adapter) for t in results if t.arm == EQUAL_BYTES_ARM})
+    keys = sorted({(t.setting.trust, t.setting.task, t.setting.adapter) for t in results if t.arm == AUTOMATIC})
     if not keys:
         return None
     columns = min(4, len(keys))
@@ -72,7 +72,7 @@ def loss_against_bytes(results: Results, path: Path) -> Path | None:
         axis.set_visible(False)
     for axis, (trust, task, adapter) in zip(grid.flat, keys, strict=False):
         for epsilon, line in zip(EPSILONS, ("-", "--"), strict=True):
-            for arm, colour in ((EQUAL_BYTES_ARM, _OURS), (REFERENCE, _THEIRS)):
+            for arm, colour in ((AUTOMATIC, _OURS), (REFERENCE, _THEIRS)):
                 places = [Track(arm, Setting(trust, task, adapter, cohort, epsilon)) for cohort in COHORTS]
                 known = [results[place] for place in places if place in results and not results[place].failed]
                 sizes = [result.first("bytes_up") for result in known]
@@ -90,7 +90,7 @@ def loss_against_bytes(results: Results, path: Path) -> Path | None:
 def _bytes_legend(figure: Any) -> None:
     from matplotlib.lines import Line2D
 
-    shapes: list[tuple[str, str, Any]] = [(EQUAL_BYTES_ARM, _OURS, "-"), (REFERENCE, _THEIRS, "-")]
+    shapes: list[tuple[str, str, Any]] = [(AUTOMATIC, _OURS, "-"), (REFERENCE, _THEIRS, "-")]
     shapes += [(f"ε {epsilon:g}", _GREY, line) for epsilon, line in zip(EPSILONS, ("-", "--"), strict=True)]
     handles = [Line2D([], [], color=colour, linestyle=line, label=label) for label, colour, line in shapes]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)

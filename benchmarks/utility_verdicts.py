@@ -11,18 +11,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import utility_grid as grid
 from utility_cells import GEOMETRY, Row, by_track, loss_of, read_cells
-from utility_grid import COMPARATORS, OURS, RATIOS, Setting, Track
+from utility_grid import COMPARATORS, OURS, Setting, Track
 
-from drencoder.encoders.sizes import auto_ratio
+from drencoder.encoders.sizes import few_coordinates
 from drencoder.privacy.plan import ALIGNMENT
 from drencoder.scores import Difference, paired_over_seeds
 
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # the code that has to be free where noise dominates
-REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid-auto", "hybrid-64"
+REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid", "hybrid-64"
 KIND, OTHER_KINDS = "gauss-newton", ("hessian", "finite")  # curvatures: the one that is judged, and what else is shown
 FEW, MANY, EQUAL_BYTES_ARM = 8, 512, "hybrid-64"  # 512 codes of 1/64 are as many values as 8 whole updates
 
@@ -34,7 +33,7 @@ class Result:
     track: Track
     rows: tuple[Row, ...]
     edge: bool  # whether the best learning rate was the smallest or largest that was tried
-    tuning: Mapping[str, float]  # "rate step, clip step" -> loss on the tuning seed
+    tuning: Mapping[str, float]  # "rate step, clip step" -> mean loss on the tuning seeds
 
     @property
     def losses(self) -> list[float]:
@@ -81,10 +80,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Duel:
-    """Two results of equal seeds; `gain` > 0: `ours` has the lower loss."""
+    """Two results, on the seeds that both were judged on."""
 
     ours: Result
     theirs: Result
+
+    @classmethod
+    def of(cls, ours: Result, theirs: Result) -> "Duel":
+        """Small cohorts have more seeds than large ones: the first ones of each are paired."""
+        common = min(len(ours.rows), len(theirs.rows))
+        return cls(replace(ours, rows=ours.rows[:common]), replace(theirs, rows=theirs.rows[:common]))
 
     @property
     def differences(self) -> list[float]:
@@ -150,34 +155,24 @@ class Verdict:
 Results = Mapping[Track, Result]
 
 
-def load_results(folder: Path, seeds: Sequence[int]) -> tuple[dict[Track, Result], list[Row]]:
+def load_results(folder: Path) -> tuple[dict[Track, Result], list[Row]]:
     """Finished tracks in the study's order, and the lines of runs that failed."""
     rows = read_cells(folder)
     parts = by_track({cell: loss_of(row) for cell, row in rows.items()})
     results = {}
     for track in grid.tracks({}):
         losses = parts.get(track, {})
-        if not losses or grid.next_cells(track, losses, seeds):
+        if not losses or grid.next_cells(track, losses):
             continue
         rate_step, clip_step = grid.tuned(track, losses)
-        final = tuple(rows[grid.Cell(track, seed, rate_step, clip_step)] for seed in seeds)
-        tried = {f"{c.rate_step:+g}, {c.clip_step:+d}": v for c, v in losses.items() if c.seed == grid.TUNING_SEED}
-        results[track] = Result(track, final, grid.at_edge(track, losses), tried)
-    return results | automatic(results), [row for row in rows.values() if "error" in row]
-
-
-def automatic(results: Results) -> dict[Track, Result]:
-    """`encoder.ratio = 0` in every setting: the hybrid arm of the size that the plan would choose there, under another name."""
-    found = {}
-    for track, reference in results.items():
-        if track.arm != REFERENCE or math.isinf(reference.k_star):
-            continue
-        ratio = auto_ratio(track.setting.adapter_size, reference.k_star)
-        chosen = results.get(Track(f"hybrid-{ratio:g}", track.setting))
-        if chosen is not None:
-            renamed = Track(AUTOMATIC, track.setting)
-            found[renamed] = replace(chosen, track=renamed)
-    return found
+        final = tuple(rows[grid.Cell(track, seed, rate_step, clip_step)] for seed in track.setting.seeds)
+        tried: dict[str, list[float]] = {}
+        for cell, loss in losses.items():
+            if cell.seed in track.setting.tuning_seeds:
+                tried.setdefault(f"{cell.rate_step:+g}, {cell.clip_step:+d}", []).append(loss)
+        mean = {step: fmean(found) for step, found in tried.items()}
+        results[track] = Result(track, final, grid.at_edge(track, losses), mean)
+    return results, [row for row in rows.values() if "error" in row]
 
 
 def duels(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> list[Duel]:
@@ -187,7 +182,7 @@ def duels(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> 
         for track, ours in results.items():
             theirs = results.get(Track(reference, track.setting))
             if track.arm == arm and theirs is not None and not theirs.failed:
-                found.append(Duel(ours, theirs))
+                found.append(Duel.of(ours, theirs))
     return found
 
 
@@ -201,7 +196,7 @@ def equal_bytes(results: Results) -> list[Duel]:
         few = Setting(setting.trust, setting.task, setting.adapter, FEW, setting.epsilon)
         theirs = results.get(Track(REFERENCE, few))
         if theirs is not None and not theirs.failed:
-            found.append(Duel(ours, theirs))
+            found.append(Duel.of(ours, theirs))
     return found
 
 
@@ -214,7 +209,7 @@ def against_comparators(results: Results) -> list[Duel]:
         mine = [results[other] for arm in OURS if (other := Track(arm, track.setting)) in results]
         fitting = [ours for ours in mine if ours.code_size and ours.code_size <= (theirs.code_size or 0)]
         if fitting:
-            found.append(Duel(max(fitting, key=lambda ours: ours.code_size or 0), theirs))
+            found.append(Duel.of(max(fitting, key=lambda ours: ours.code_size or 0), theirs))
     return found
 
 
@@ -251,7 +246,7 @@ def forecasts(results: Results, geometry: Sequence[Row]) -> list[Forecast]:
     for duel in duels(results, OURS):
         setting = duel.ours.track.setting
         here = [row for row in geometry if (row["task"], row["adapter"]) == (setting.task, setting.adapter)]
-        if not here or duel.ours.failed or not math.isfinite(duel.ours.k_star):
+        if not here or duel.ours.failed or not math.isfinite(duel.ours.k_star) or code_of(here[0], duel.ours) is None:
             continue
         gains = {}
         for kind in (KIND, *OTHER_KINDS):
@@ -272,19 +267,22 @@ def measured_k_star(row: Row, result: Result) -> float:
 
 
 def gain(row: Row, result: Result, kind: str) -> float:
-    """R = rho^2 (1 + D/k*) / (rho + rho' D_P/k*), with the code's measures at its own ratio."""
-    k_star = measured_k_star(row, result)
-    rho, rho_client, inside = (at_ratio(row, key, kind, result.ratio) for key in ("rho", "rho_client", "D_P"))
-    return rho**2 * (1 + row["D"][kind] / k_star) / (rho + rho_client * inside / k_star)
+    """R = rho^2 (1 + D/k*) / (rho + rho' D_P/k*), with the measures of the code that ran."""
+    k_star, code = measured_k_star(row, result), code_of(row, result)
+    assert code is not None
+    rho, inside = code["rho"], code["rho_client"] * code["D_P"][kind]
+    return rho**2 * (1 + row["D"][kind] / k_star) / (rho + inside / k_star)
 
 
-def at_ratio(row: Row, key: str, kind: str, ratio: float) -> float:
-    """A measure of hybrid between the ratios that were measured: straight lines in the logarithms; everything at ratio 1."""
-    values = [row["D"][kind] if key == "D_P" else 1.0]
-    for measured in RATIOS:
-        code = next(one for one in row["codes"] if (one["encoder"], one["ratio"]) == ("hybrid", measured))
-        values.append(code["D_P"][kind] if key == "D_P" else code[key])
-    return math.exp(float(np.interp(math.log(ratio), np.log([1.0, *RATIOS]), np.log(np.maximum(values, 1e-30)))))
+def code_of(row: Row, result: Result) -> Row | None:
+    """The measures of a hybrid code of this size and these tensors; None if they were not measured."""
+    tensors = "both" if result.track.arm == AUTOMATIC and few_coordinates(result.k_star) else "B"
+    fitting = [
+        one
+        for one in row["codes"]
+        if one["tensors"] == tensors and math.isclose(one["ratio"], result.ratio, rel_tol=0.05)
+    ]
+    return fitting[0] if fitting else None
 
 
 # --- verdicts --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.registry import EncoderRequest, build_encoder
 from drencoder.encoders.sketch import RandomSketch
 from drencoder.errors import EncoderError
+from drencoder.layout import Segment
 from drencoder.structured import PublicUpdates
 from encoder_contract import some_codes, some_updates
 from encoder_toys import SEGMENTS, SIZE, tile
@@ -73,11 +74,8 @@ def test_no_code_is_longer_than_its_update() -> None:
 def test_decode_is_the_transpose() -> None:
     encoder = hybrid(rows(2, 1))
     update_ND, code_NK = some_updates(encoder, 4), some_codes(encoder, 4)
-    level_NK = code_NK.clone()
-    # Which makes tensors equal that the sketch looks at unequally.
-    level_NK[:, HEAD_SIZE + 2 :] /= SKETCH.decode_weight_K
     left = (encoder.encode(update_ND, 5) * code_NK).sum(1)
-    assert torch.allclose(left, (update_ND * encoder.decode(level_NK, 5)).sum(1), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(left, (update_ND * encoder.decode(code_NK, 5)).sum(1), rtol=1e-3, atol=1e-3)
 
 
 def test_the_random_block_sees_what_is_left_over_in_the_long_run() -> None:
@@ -88,9 +86,11 @@ def test_the_random_block_sees_what_is_left_over_in_the_long_run() -> None:
     count = 400
     mean_ND = sum(encoder.decode(encoder.encode(rest_ND, seed), seed) for seed in range(count)) / count
     share = float((mean_ND * rest_ND).sum() / rest_ND.square().sum())
-    assert share == pytest.approx(SKETCH_SIZE / SIZE, rel=0.15)
+    energy_S = torch.stack([rest_ND[:, s.start : s.stop].double().square().sum() for s in SEGMENTS])
+    assert share == pytest.approx(SKETCH.expected_capture(energy_S), rel=0.15)
     # And along nothing else: what remains is the spread of 400 rounds.
-    assert float(torch.cosine_similarity(mean_ND, rest_ND)) > 0.8
+    rate_D = torch.cat([torch.full((s.size,), k / s.size) for s, k in zip(SEGMENTS, SKETCH.code_S, strict=True)])
+    assert float(torch.cosine_similarity(mean_ND, rate_D * rest_ND)) > 0.8
 
 
 def test_a_plan_is_kept_whatever_the_momentum_is() -> None:
@@ -102,6 +102,48 @@ def test_a_plan_is_kept_whatever_the_momentum_is() -> None:
     request = EncoderRequest(SEGMENTS, 100, public=PUBLIC, rank=8, explore=0.4, history_JD=rows(1, 1))
     facts = build_encoder("hybrid", request).describe()
     assert (facts["head"], facts["directions"], facts["random"]) == (59, 1, 40)
+
+
+def lora(*, outs: tuple[int, ...] = (24, 40)) -> tuple[Segment, ...]:
+    """Pairs of rank 4 over 32 inputs, as PEFT names them."""
+    segments, start = [], 0
+    for number, out in enumerate(outs):
+        for side, shape in (("A", (4, 32)), ("B", (out, 4))):
+            segments.append(Segment(f"layers.{number}.q_proj.lora_{side}.weight", start, shape))
+            start = segments[-1].stop
+    return tuple(segments)
+
+
+@pytest.mark.parametrize("size", [1, 2, 40, 255, 256])
+def test_a_code_of_b_alone_says_nothing_about_a(size: int) -> None:
+    segments = lora()
+    total = segments[-1].stop
+    generator = torch.Generator().manual_seed(0)
+    public_ND, history_JD = torch.randn(2, total, generator=generator), torch.randn(2, total, generator=generator)
+    public_ND[:, segments[3].start : segments[3].stop] = 0  # of one B the public text says nothing: still before any A
+    is_b = torch.cat([torch.full((s.size,), "lora_B" in s.name) for s in segments])
+    request = EncoderRequest(
+        segments, size, public=PublicUpdates(public_ND, "noise"), rank=4, history_JD=history_JD, only_b=True
+    )
+    encoder = build_encoder("hybrid", request)
+    assert encoder.code_size == size
+    update_ND, code_NK = torch.randn(3, total, generator=generator), torch.randn(3, size, generator=generator)
+    a_only_ND = update_ND.masked_fill(is_b, 0.0)
+    assert encoder.encode(a_only_ND, 5).abs().max() < 1e-5
+    decoded_ND = encoder.decode(code_NK, 5)
+    assert decoded_ND[:, ~is_b].abs().max() < 1e-5
+    assert decoded_ND[:, is_b].abs().max() > 0.01
+    if size == 256:  # all of B: carried exactly
+        back_ND = encoder.decode(encoder.encode(update_ND, 5), 5)
+        assert torch.allclose(back_ND[:, is_b], update_ND[:, is_b], atol=1e-5)
+
+
+def test_b_alone_is_refused_where_it_cannot_be() -> None:
+    request = EncoderRequest(lora(), 257, public=PublicUpdates(torch.ones(2, 512), "noise"), rank=4, only_b=True)
+    with pytest.raises(EncoderError, match="have 256 values"):
+        build_encoder("hybrid", request)
+    with pytest.raises(EncoderError, match=r"set encoder\.tensors = 'both'"):
+        build_encoder("hybrid", EncoderRequest(SEGMENTS, 10, public=PUBLIC, rank=8, only_b=True))
 
 
 @pytest.mark.parametrize("sketch", [SKETCH, None])

@@ -169,14 +169,19 @@ def test_the_plan_chooses_the_code_by_what_its_noise_lets_a_round_learn() -> Non
     chosen = [auto_ratio(6400, 6400 / 8 / ratio) for ratio in (64, 127, 129, 511, 513, 1e9)]
     assert chosen == [64.0, 64.0, 256.0, 256.0, 1024.0, 1024.0]
     assert auto_ratio(6400, 0.0) == 1024.0
-    assert auto_ratio(6400, 100.0) == auto_ratio(6400, float("inf")) == 4.0
+    assert auto_ratio(6400, 100.0) == auto_ratio(6400, float("inf")) == 2.0
     automatic = ["encoder.name=hybrid", "encoder.ratio=0", "privacy.trust=central"]
     few = survey(load_recipe("quickstart", [*automatic, "federation.sampling_rate=0.001"]))
     many = survey(load_recipe("quickstart", automatic))
-    for overview, ratio, words in ((few, 64, "noise dominates"), (many, 4, "would limit the run")):
+    for overview, ratio, words in ((few, 64, "noise dominates"), (many, 2, "would limit the run")):
         assert overview.adapter_size == ratio * (overview.code_size or 0)
         assert overview.code_reason.startswith(f"1/{ratio}, since k* ")
         assert words in overview.code_reason
         assert "512" in overview.code_reason  # D / 64
     assert few.k_star < 512 <= many.k_star
+    assert few.code_reason.endswith("about A and B, since k* < 512")
+    assert many.code_reason.endswith("about LoRA's B alone, since k* >= 512")
+    said = [*automatic, "federation.sampling_rate=0.001", "encoder.tensors=B", "encoder.ratio=1"]
+    whole = survey(load_recipe("quickstart", said))  # B has half of the values, whatever the ratio
+    assert (whole.code_size, whole.code_reason) == (16_384, "")
     assert survey(load_recipe("quickstart")).code_reason == ""

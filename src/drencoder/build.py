@@ -21,7 +21,7 @@ from drencoder.engines.local import LocalEngine
 from drencoder.evaluation import question_examples
 from drencoder.examples import Example, make_examples
 from drencoder.model import BaseModel, LoraModel, load_base, resolve_device
-from drencoder.overview import Overview, planned_code_size, survey
+from drencoder.overview import Overview, planned_code_size, sends_only_b, survey
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.rng import derive_seed
@@ -129,11 +129,11 @@ class Live:
         *,
         real: RealGradients | None = None,
         public: PublicUpdates | None = None,
-        momentum_D: torch.Tensor | None = None,
+        history_JD: torch.Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Encoder:
         """The recipe's encoder, made from the prior (FedCG: from real gradients; others: from public updates
-        and the released momentum), or restored from saved tensors."""
+        and directions of what was released), or restored from saved tensors."""
         wanted, layout = self.recipe.encoder, self.lora.layout
         matrices = [(pair.B.shape[0], pair.A.shape[1]) for pair in layout.pairs(self.lora.initial_D)]
         request = EncoderRequest(
@@ -153,7 +153,8 @@ class Live:
             public=public,
             rank=self.recipe.prior.rank,
             explore=wanted.explore,
-            history_JD=None if momentum_D is None else momentum_D[None],
+            only_b=sends_only_b(self.recipe, self.overview.privacy),
+            history_JD=history_JD,
         )
         return build_encoder(wanted.name, request, state)
 

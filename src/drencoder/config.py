@@ -152,6 +152,12 @@ class Encoder(Checked):
         "plan, by how many coordinates its noise lets a round learn (k*)",
         low=0,
     )
+    tensors: str = knob(
+        "auto",
+        "hybrid: what a code is about; B: LoRA's B alone, A stays as it started; both; auto: from the privacy plan, both where "
+        "its noise lets a round learn few coordinates (k* < 512), else B",
+        choices=("auto", "both", "B"),
+    )
     explore: float = knob(
         0.25, "hybrid, power: share of the code that looks at fresh random directions", low=0, below=1
     )

@@ -3,7 +3,7 @@
 Legend: D adapter values, K code values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import Any
 
 from drencoder.config import Recipe
 from drencoder.encoders.sizes import (
+    FEW_COORDINATES,
     NOISY_RATIO,
     adapted_matrices,
     auto_ratio,
     code_size,
+    few_coordinates,
     known_matrices,
     message_bytes,
+    noise_dominates,
     plain_lora_bytes,
     stage1_values,
 )
@@ -24,7 +27,7 @@ from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.secure.messages import round_bytes
 
-__all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "survey"]
+__all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "sends_only_b", "survey"]
 
 
 @dataclass(frozen=True)
@@ -159,14 +162,24 @@ def survey(recipe: Recipe) -> Overview:
         stage1_bytes=stage1,
         total_bytes=stage2 + stage1,
         plain_lora_bytes=plain_lora_bytes(senders, size, encoder.wire_dtype),
-        code_reason=_reason(size, plan.k_star()) if encoder.sized_by_ratio and not encoder.ratio else "",
+        code_reason="; ".join(_reasons(recipe, plan, size)),
     )
 
 
-def _reason(size: int, k_star: float) -> str:
+def _reasons(recipe: Recipe, plan: PrivacyPlan, size: int) -> Iterator[str]:
+    """Why the code is as the plan chose it; nothing of what the recipe says itself."""
+    encoder = recipe.encoder
+    if encoder.sized_by_ratio and not encoder.ratio:
+        yield _size_reason(size, plan.k_star())
+    if encoder.name == "hybrid" and encoder.tensors == "auto":
+        few, bound = few_coordinates(plan.k_star()), f"{FEW_COORDINATES:g}"
+        yield f"about A and B, since k* < {bound}" if few else f"about LoRA's B alone, since k* >= {bound}"
+
+
+def _size_reason(size: int, k_star: float) -> str:
     """Why `auto_ratio` chose what it did."""
     ratio, bound = auto_ratio(size, k_star), size / NOISY_RATIO
-    if k_star >= bound:
+    if not noise_dominates(size, k_star):
         return f"1/{ratio:g}, since k* >= D/{NOISY_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
     return (
         f"1/{ratio:g}, since k* < D/{NOISY_RATIO:g} = {bound:,.0f}: noise dominates, more values would carry more of it"
@@ -183,7 +196,15 @@ def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequ
     encoder, rank = recipe.encoder, recipe.adapter.rank
     size = rank * sum(sum(shape) for shape in matrices)
     ratio = encoder.ratio or auto_ratio(size, plan.k_star())
-    return code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
+    code = code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
+    return min(code, rank * sum(out for out, _ in matrices)) if sends_only_b(recipe, plan) else code
+
+
+def sends_only_b(recipe: Recipe, plan: PrivacyPlan) -> bool:
+    """Whether the recipe's code is about LoRA's B tensors alone (`encoder.tensors`)."""
+    wanted = recipe.encoder.tensors
+    automatic = wanted == "auto" and not few_coordinates(plan.k_star())
+    return recipe.encoder.name == "hybrid" and (wanted == "B" or automatic)
 
 
 def _adapted(recipe: Recipe) -> list[list[int]] | None:

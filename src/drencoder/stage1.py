@@ -192,7 +192,9 @@ def refreshed(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[P
         return now, encoder
     public = live.public_updates(now.state.adapter_D, slot)
     # Without stage 1's moments: they are of the start, where LoRA's A has no gradient.
-    encoder = live.encoder(None, public=public, momentum_D=now.state.first_D)
+    # Where the momentum points, and where the whole run has led so far: noise averages out of the second.
+    history_JD = torch.stack([now.state.first_D, now.state.adapter_D - live.lora.initial_D.cpu()])
+    encoder = live.encoder(None, public=public, history_JD=history_JD)
     return replace(now, encoder_state=encoder.state()), encoder
 
 

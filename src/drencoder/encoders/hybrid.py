@@ -4,8 +4,11 @@ Legend: N clients, D adapter values, K code values; of these H of the head, J di
 
 A fixed subspace has a ceiling: what lies outside is never learned. A random sketch has none, but sees K / D of everything. A
 hybrid code is [head | directions | sketch]: the head is the Kronecker encoder's leading coordinates; the directions are those of the
-momentum of aggregates that were released before (post-processing, so they cost nothing), made orthogonal to
-the head; the sketch is a new random part, in each round, of what both leave over.
+server's momentum and of all that it has moved so far (made of released aggregates: post-processing, so they cost nothing), made
+orthogonal to the head; the sketch is a new random part, in each round, of what both leave over.
+
+All of it may be about LoRA's B tensors alone (`encoder.tensors`): A then stays as it started, as in FFA-LoRA (Sun et al. 2024,
+https://arxiv.org/abs/2403.12313), and the server can take longer steps (measured: docs/log.md).
 """
 
 import hashlib
@@ -34,7 +37,7 @@ _LEAST = 1e-3
 class HybridEncoder:
     """code = [H u | M R_h u | S R u], R_h = I - H'H, R = R_h - M'M; decode(c) = H'c_h + M'c_m + R S'c_s.
 
-    H and M have orthonormal rows and S (`RandomSketch` of even allocation, without its scale) has them in each round, so that
+    H and M have orthonormal rows and S (`RandomSketch.project`) has them in each round, so that
     |code| <= |update|. The random block is projected, not blown up by the inverse of its share: that would make it unbiased,
     and its noise as many times louder. direction_JD float32.
     """
@@ -94,7 +97,7 @@ class HybridEncoder:
         parts = [head_NH, along_NJ]
         if self.sketch is not None:
             rest_ND = rest_ND - along_NJ @ direction_JD
-            parts.append(self.sketch.encode(rest_ND, seed) / self.sketch.scale)
+            parts.append(self.sketch.project(rest_ND, seed))
         return mark_non_finite(torch.cat(parts, dim=1), update_ND)
 
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
@@ -104,7 +107,7 @@ class HybridEncoder:
         known_ND = self.head.decode(code_NK[:, :head], seed) + code_NK[:, head : head + directions] @ direction_JD
         if self.sketch is None:
             return known_ND
-        looked_ND = self.sketch.decode(code_NK[:, head + directions :] * self.sketch.scale, seed)
+        looked_ND = self.sketch.lift(code_NK[:, head + directions :], seed)
         looked_ND = looked_ND - self.head.decode(self.head.encode(looked_ND, seed), seed)
         looked_ND = looked_ND - (looked_ND @ direction_JD.T) @ direction_JD
         return known_ND.add_(looked_ND)

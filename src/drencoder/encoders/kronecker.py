@@ -11,7 +11,7 @@ A code is thus a staircase cut out of each rotated tensor P' G Q. Encoding costs
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, final
@@ -187,15 +187,17 @@ class _Levels:
     shape_S: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, prior: MatrixNormalPrior) -> "_Levels":
+    def of(cls, prior: MatrixNormalPrior, sent: Sequence[bool] | None = None) -> "_Levels":
+        """Coordinates of tensors that are not `sent` come after all others, also after those that the prior never saw move."""
         if prior.mean_D is not None:
             raise EncoderError(
                 "the kronecker encoder is linear and needs second moments about zero, but this prior has a mean taken "
                 "out; estimate it with centred=False"
             )
         variances, sizes, shapes = [], [], []
-        for segment, row, column, energy in zip(
-            prior.segments, prior.rows, prior.columns, prior.spread_S.tolist(), strict=True
+        taken = sent or [True] * len(prior.segments)
+        for segment, row, column, energy, take in zip(
+            prior.segments, prior.rows, prior.columns, prior.spread_S.tolist(), taken, strict=True
         ):
             short, long = (column, row) if _turned(segment) else (row, column)
             unknown = short.length - len(short.values_Q)
@@ -203,7 +205,8 @@ class _Levels:
             long_J = torch.cat([long.values_Q, long.values_Q.new_tensor([long.floor])])
             size_J = torch.ones(len(long_J), dtype=torch.int64)
             size_J[-1] = long.length - len(long.values_Q)
-            variances.append((energy * torch.outer(short_A, long_J)).flatten())
+            variance_AJ = energy * torch.outer(short_A, long_J)
+            variances.append((variance_AJ if take else torch.full_like(variance_AJ, -1.0)).flatten())
             sizes.append(size_J.repeat(len(short_A)))
             shapes.append((len(short_A), len(long_J)))
         return cls(torch.cat(variances), torch.cat(sizes), tuple(shapes))
@@ -256,15 +259,22 @@ class KroneckerEncoder:
     linear: ClassVar[bool] = True
 
     @classmethod
-    def build(cls, prior: MatrixNormalPrior, code_size: int) -> "KroneckerEncoder":
+    def build(cls, prior: MatrixNormalPrior, code_size: int, sent: Sequence[bool] | None = None) -> "KroneckerEncoder":
         """The best `code_size` coordinates under the prior; ties go to the earlier tensor, row and direction.
 
-        EncoderError unless 1 <= code_size <= D, or if a mean was taken out of the prior.
+        Args:
+          sent: which of the tensors a code may be about; None: all.
+
+        EncoderError unless 1 <= code_size <= D, the values of what is sent, or if a mean was taken out of the prior.
         """
-        size = check_segments(prior.segments)
+        check_segments(prior.segments)
+        taken = sent or [True] * len(prior.segments)
+        size = sum(segment.size for segment, take in zip(prior.segments, taken, strict=True) if take)
         if not 1 <= code_size <= size:
-            raise EncoderError(f"code_size is {code_size}, expected 1 to {size}, the size of the adapter")
-        levels = _Levels.of(prior)
+            raise EncoderError(
+                f"code_size is {code_size}, expected 1 to {size}, the size of the adapter's tensors that are sent"
+            )
+        levels = _Levels.of(prior, sent)
         taken_G = levels.taken(code_size)
         parts, variances, at = [], [], 0
         for segment, row, column, shape in zip(prior.segments, prior.rows, prior.columns, levels.shape_S, strict=True):
@@ -275,7 +285,7 @@ class KroneckerEncoder:
                 bases = _Basis.of(short, int((count_A > 0).sum())), _Basis.of(long, int(count_A.max()))
                 parts.append(_Part(segment, count_A, *bases))
                 variances.append(levels.variance_G[group].repeat_interleave(taken_G[group]))
-        energy = float((levels.size_G * levels.variance_G).sum())
+        energy = float((levels.size_G * levels.variance_G.clamp(min=0.0)).sum())
         return cls(prior.segments, tuple(parts), torch.cat(variances), energy, prior.origin.sentence)
 
     @cached_property

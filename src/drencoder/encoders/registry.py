@@ -16,7 +16,7 @@ from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.lowrank import LowRankEncoder
 from drencoder.encoders.sizes import code_size
-from drencoder.encoders.sketch import RandomSketch
+from drencoder.encoders.sketch import RandomSketch, allocate_code
 from drencoder.encoders.subset import SubsetEncoder, is_lora_b
 from drencoder.errors import EncoderError
 from drencoder.layout import Segment
@@ -43,6 +43,7 @@ class EncoderRequest:
     rank: int = 64  # "kronecker", "hybrid": directions known per side of a tensor
     explore: float = 0.25  # "hybrid", "power": share of the code for fresh random directions
     history_JD: Tensor | None = None  # "hybrid", "power": directions of aggregates that were released before
+    only_b: bool = False  # "hybrid": a code about LoRA's B tensors alone
 
 
 State = Mapping[str, Tensor] | None
@@ -130,14 +131,39 @@ def _hybrid(request: EncoderRequest, state: State) -> Encoder:
     if state:
         return HybridEncoder.from_state(request.segments, state)
     segments, size = request.segments, _code_size(request, "hybrid")
+    size_S, sent_S = _sent(request)
+    most = int((size_S * sent_S).sum())
+    if size > most:
+        raise EncoderError(
+            f"code_size is {size}, but the tensors that the hybrid encoder sends have {most} values; lower it"
+        )
     prior = _structured(request, "hybrid")
-    random = min(size - 1, round(request.explore * size))
-    history_JD = _history(request)[: size - 1 - random]
-    head = KroneckerEncoder.build(prior, size - random - len(history_JD))
+    random = min(size - 1, round(request.explore * size)) if size < most else 0
+    # A whole rotated B is no code about a part of it: head and nothing else.
+    history_JD = (_history(request) * sent_S.repeat_interleave(size_S))[: size - 1 - random if size < most else 0]
+    head = KroneckerEncoder.build(prior, size - random - len(history_JD), sent_S.tolist())
     known = HybridEncoder.build(head, history_JD, None)
     # The sketch also takes the place of directions that the head explains, so that the code has the size of the plan.
     random = size - known.code_size
-    return replace(known, sketch=RandomSketch.build(segments, random) if random else None)
+    if not random:
+        return known
+    code_S = torch.zeros_like(size_S)
+    looked_at = tuple(segment for segment, sent in zip(segments, sent_S.tolist(), strict=True) if sent)
+    code_S[sent_S] = allocate_code(looked_at, random, None, request.floor)
+    return replace(known, sketch=RandomSketch(segments, tuple(code_S.tolist())))
+
+
+def _sent(request: EncoderRequest) -> tuple[Tensor, Tensor]:
+    """Sizes (S,) of the tensors, and which of them the hybrid encoder sends (S,) bool."""
+    size_S = torch.tensor([segment.size for segment in request.segments])
+    if not request.only_b:
+        return size_S, torch.ones_like(size_S, dtype=torch.bool)
+    sent_S = torch.tensor([is_lora_b(segment) for segment in request.segments])
+    if not bool(sent_S.any()):
+        raise EncoderError(
+            f"none of the {len(size_S)} adapter tensors is the B of a LoRA pair; set encoder.tensors = 'both'"
+        )
+    return size_S, sent_S
 
 
 def _history(request: EncoderRequest) -> Tensor:

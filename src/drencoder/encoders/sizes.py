@@ -17,6 +17,7 @@ from drencoder.errors import EncoderError, ModelError
 __all__ = [
     "BITS_PER_VALUE",
     "CELL",
+    "FEW_COORDINATES",
     "HEADER_BYTES",
     "NOISY_RATIO",
     "adapted_matrices",
@@ -24,10 +25,12 @@ __all__ = [
     "bytes_text",
     "code_shape",
     "code_size",
+    "few_coordinates",
     "image_shape",
     "input_shape",
     "known_matrices",
     "message_bytes",
+    "noise_dominates",
     "plain_lora_bytes",
     "power_ranks",
     "stage1_values",
@@ -35,6 +38,7 @@ __all__ = [
 
 BITS_PER_VALUE = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2}
 NOISY_RATIO = 64.0  # noise dominates where k* < D / 64
+FEW_COORDINATES = 512.0
 _SMALL_CODES, _VALUES_PER_COORDINATE = (NOISY_RATIO, 256.0, 1024.0), 8.0
 HEADER_BYTES = 20  # of every message, see encoders.wire
 _SCALE_BYTES = 4  # of a message of integers
@@ -97,15 +101,28 @@ def code_shape(architecture: str, update_size: int) -> tuple[int, ...]:
     return _SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL
 
 
-def auto_ratio(update_size: int, k_star: float) -> float:
-    """D / K of the code that a plan can use, one of 4, 64, 256 and 1024.
+def noise_dominates(update_size: int, k_star: float) -> bool:
+    """Whether noise, and not the size of a code, limits a run: k* < D / 64."""
+    return k_star < update_size / NOISY_RATIO
 
-    Where noise does not dominate (k* >= D / 64) the code is what limits the run: 4. Where it does, some eight times as many
+
+def few_coordinates(k_star: float) -> bool:
+    """Whether a round learns so few coordinates that codes of both LoRA tensors learn faster than codes of B alone: k* < 512.
+
+    Measured on both sides of it (73 and 148; 1,698 and more, adapters of 32,768 and 315,392 values; docs/log.md), not derived.
+    """
+    return k_star < FEW_COORDINATES
+
+
+def auto_ratio(update_size: int, k_star: float) -> float:
+    """D / K of the code that a plan can use, one of 2, 64, 256 and 1024.
+
+    Where noise does not dominate the code is what limits the run: 2, as many values as LoRA's B tensors have. Where it does, some eight times as many
     values as coordinates can be learned: the nearest of the others to D / 8 k*. Values beyond that bring noise and little
     else. The steps and the eight are measured (docs/results/utility.md, docs/log.md), not derived.
     """
-    if k_star >= update_size / NOISY_RATIO:
-        return 4.0
+    if not noise_dominates(update_size, k_star):
+        return 2.0
     wanted = update_size / (_VALUES_PER_COORDINATE * max(k_star, 1e-9))
     return min(_SMALL_CODES, key=lambda ratio: abs(math.log(ratio / wanted)))
 

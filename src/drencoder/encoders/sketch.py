@@ -235,16 +235,25 @@ class RandomSketch:
         return float((rate_S * energy_S).sum() / energy_S.sum())
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
+        return self.project(update_ND, seed).mul_(self.scale)
+
+    def decode(self, code_NK: Tensor, seed: int) -> Tensor:
+        weighted_NK = check_code(self, code_NK) * (self.decode_weight_K.to(code_NK.device) / self.scale)
+        return self.lift(weighted_NK, seed)
+
+    def project(self, update_ND: Tensor, seed: int) -> Tensor:
+        """P u: `encode` without its scale."""
         update_ND = check_update(self, update_ND)
         code_NK = update_ND.new_empty(update_ND.shape[0], self.code_size)
         for piece in self._pieces(seed, update_ND.device):
             for rows in piece.rows(len(update_ND)):
                 mixed = _transform(update_ND[rows, piece.start : piece.stop] * piece.sign, piece.log_size)
                 code_NK[rows, piece.first : piece.last] = mixed.index_select(1, piece.index)
-        return mark_non_finite(code_NK.mul_(self.scale), update_ND)
+        return mark_non_finite(code_NK, update_ND)
 
-    def decode(self, code_NK: Tensor, seed: int) -> Tensor:
-        code_NK = check_code(self, code_NK) * (self.decode_weight_K.to(code_NK.device) / self.scale)
+    def lift(self, code_NK: Tensor, seed: int) -> Tensor:
+        """P^T c: lift(project(u)) is the orthogonal projection, whatever the allocation."""
+        code_NK = check_code(self, code_NK)
         update_ND = code_NK.new_empty(code_NK.shape[0], self.update_size)
         for piece in self._pieces(seed, code_NK.device):
             for rows in piece.rows(len(code_NK)):
