@@ -33,7 +33,7 @@ EVERYWHERE: tuple[Place, ...] = tuple(
 )
 EPSILONS = (1.0, 4.0)
 # How many seeds are judged, and on how many others rates and clips are tuned: small cohorts differ more from run to run, and
-# take less time. Chosen by the time of a run, before any result of them.
+# take less time. One tuning seed is little; it is what two cores had the time for.
 SEEDS = {("small", 8): 12, ("small", 64): 6, ("small", 512): 3, ("large", 8): 6, ("large", 64): 3}
 TUNING_SEEDS = {("small", 8): 4, ("small", 64): 2, ("small", 512): 1, ("large", 8): 2, ("large", 64): 1}
 FIRST_TUNING_SEED = 100

@@ -102,14 +102,22 @@ def forecast_against_outcome(found: Sequence[Forecast], path: Path) -> Path | No
 
     if not found:
         return None
-    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
-    axis: Any = figure.subplots()
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    axes: Any = figure.subplots(1, 2, sharey=True)
+    _forecast_panel(axes[0], found, [one.gain for one in found], "R of METHOD 2.6, the predicted gain per round")
+    _forecast_panel(axes[1], found, [one.mended for one in found], "R mended: curvature over noise as long as a run's")
+    axes[0].set_ylabel("measured: loss below DP-LoRA's (%)")
+    figure.suptitle("blue: names the winner; orange: does not", fontsize=9)
+    return save_figure(figure, path)
+
+
+def _forecast_panel(axis: Any, found: Sequence[Forecast], gains: Sequence[float], words: str) -> None:
     arms = list(dict.fromkeys(one.duel.ours.track.arm for one in found))
     for arm, marker in zip(arms, "os^D", strict=False):
-        mine = [one for one in found if one.duel.ours.track.arm == arm]
-        colours = [_OURS if one.right(one.gain) else _THEIRS for one in mine]
-        lower = [-100 * one.duel.relative for one in mine]
-        axis.scatter([one.gain for one in mine], lower, marker=marker, c=colours, s=26, label=arm, alpha=0.8)
+        mine = [(one, gain) for one, gain in zip(found, gains, strict=True) if one.duel.ours.track.arm == arm]
+        colours = [_OURS if one.right(gain) else _THEIRS for one, gain in mine]
+        lower = [-100 * one.duel.relative for one, _ in mine]
+        axis.scatter([gain for _, gain in mine], lower, marker=marker, c=colours, s=26, label=arm, alpha=0.8)
     axis.axhline(0, color=_GREY, linewidth=0.8)
     axis.axvline(1, color=_GREY, linewidth=0.8)
     axis.set_xscale("log")
@@ -117,9 +125,8 @@ def forecast_against_outcome(found: Sequence[Forecast], path: Path) -> Path | No
     for part in (axis.xaxis, axis.yaxis):
         part.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axis.set_xlabel("R, the predicted gain per round (blue: names the winner)")
-    axis.set_ylabel("measured: loss below DP-LoRA's (%)")
+    axis.tick_params(axis="x", which="both", labelsize=7)
+    axis.set_xlabel(words)
     for handle in axis.legend(fontsize=8).legend_handles:
         handle.set_color(_GREY)
     axis.grid(alpha=0.3)
-    return save_figure(figure, path)

@@ -116,7 +116,7 @@ can lower it: read it beside the accuracy. k* has half of the clip's energy shar
 
 def _where(arm: grid.Arm) -> str:
     if arm.places == grid.EVERYWHERE:
-        places = "both adapters, all n"
+        places = "everywhere"
     else:
         places = "; ".join(f"{adapter}, n {cohort}" for adapter, cohort in arm.places)
     return f"{' and '.join(arm.trusts)}; {places}"
@@ -226,7 +226,8 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
         "D_P from the loss's second difference over noise as long as a run's instead. Codes whose geometry was not measured are left out. "
         "Why R fails: at the start B is zero, so that no derivative sees noise on A; over a run both are noised, and the product of A's noise and B's moves the "
         "loss. `mended` is R with `finite` at the start, which sees it. It was picked after the fact from the eight below, the best of them also in the first "
-        "round of this study (18 of 28; docs/log.md): a hypothesis for other tasks, not a confirmed law."
+        "round of this study (18 of 28; docs/log.md): a hypothesis for other tasks, not a confirmed law; where all of B is sent it is above 1 by so little "
+        "that it says which way and not how much."
     )
     return "\n\n".join(["## The formula (5)", words, " ".join(said), _table(head, rows)])
 
