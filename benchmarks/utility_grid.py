@@ -13,7 +13,7 @@ from typing import Any
 from drencoder.config import Encoder, Recipe, load_recipe
 
 TRUSTS = ("central", "local")
-# Without trust 8 clients a round leave k* below 1, of which the plan says that it cannot learn; and each draws its own secure
+# Without trust 8 clients a round leave k* at 0.3 and 3, with which next to nothing is learned; and each draws its own secure
 # noise: too slow here for 512 clients, or for the large adapter.
 LOCAL_PLACES = (("small", 64),)
 TASKS = ("letters", "facts")
@@ -27,7 +27,7 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 ADAPTER_SIZES = {"small": 32_768, "large": 315_392}
 COHORTS = (8, 64, 512)
 Place = tuple[str, int]  # an adapter and a cohort
-# Of the large adapter 512 clients take one and a half minutes a run, a day of two cores for the two methods alone.
+# 512 clients with the large adapter are left out: some 80 s a run (an estimate), an hour and a half for the two methods alone.
 EVERYWHERE: tuple[Place, ...] = tuple(
     (adapter, cohort) for adapter in ADAPTERS for cohort in COHORTS if (adapter, cohort) != ("large", 512)
 )
@@ -47,6 +47,7 @@ RATE_RUNS = 4  # learning rates that every track tries: 0, -1, +1, then beyond t
 # smaller one would be the same run; a larger one shortens the steps as the updates do.
 CLIP_STEPS = (1,)
 BASE_CLIP = 1.0
+MOMENTUM = 0.25  # of 0, 1/4, 1/2, 0.8 and 0.9 the best for DP-LoRA on seeds 100 to 102 (docs/log.md)
 
 # Noise asks for smaller steps: a quadratic with the curvature of this many equal directions has its best rate at
 # 1 / (1 + directions / k*) of the noiseless one; 100 fits what exploratory runs found best at k* of 73 and 1,698. The same
@@ -218,9 +219,7 @@ def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
     privacy: dict[str, Any] = {"privacy.trust": setting.trust, "privacy.clip_l2": BASE_CLIP}
     if setting.epsilon is not None:
         privacy["privacy.epsilon"] = setting.epsilon
-    return load_recipe(
-        "paper/embedded-crowd"
-    ).changed(
+    return load_recipe("paper/embedded-crowd").changed(
         {
             "name": "utility",
             "seed": seed,
@@ -230,7 +229,7 @@ def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
             "federation.sampling_rate": setting.cohort / population,
             "federation.rounds": scale.rounds,
             "server.optimizer": "fedavgm",
-            "server.momentum": 0.25,  # of 0, 1/4, 1/2, 0.8 and 0.9 the best for DP-LoRA on seeds 100 to 102 (docs/log.md)
+            "server.momentum": MOMENTUM,
             "server.final_share": 0.05,
             "encoder.gate": "warn",
             "prior.source": "none",
@@ -331,7 +330,7 @@ def next_cells(track: Track, losses: Losses) -> list[Cell]:
         cells = [Cell(track, seed, rate, clip) for rate, clip in steps for seed in of]
         return [cell for cell in cells if cell not in losses]
 
-    tuning_seeds, rates = track.setting.tuning_seeds, _tried(track, losses)
+    tuning_seeds, rates = track.setting.tuning_seeds, tried(track, losses)
     if len(rates) < RATE_RUNS:
         opening = [step for step in (0.0, -1.0, 1.0)[:RATE_RUNS] if step not in rates]
         return missing([(step, 0) for step in opening or [_next_step(rates)]], tuning_seeds)
@@ -343,32 +342,24 @@ def next_cells(track: Track, losses: Losses) -> list[Cell]:
 
 def tuned(track: Track, losses: Losses) -> tuple[float, int]:
     """(rate step, clip step) with the lowest mean held-out loss on the tuning seeds; ties: the smaller step."""
-    best = _best(_tried(track, losses))
-    clips = {step: _tried(track, losses, step).get(best, math.inf) for step in (0, *CLIP_STEPS)}
+    best = _best(tried(track, losses))
+    clips = {step: tried(track, losses, step).get(best, math.inf) for step in (0, *CLIP_STEPS)}
     return best, min(clips, key=lambda step: clips[step])
 
 
 def at_edge(track: Track, losses: Losses) -> bool:
     """Whether the best learning rate is the smallest or largest that was tried."""
-    rates = _tried(track, losses)
+    rates = tried(track, losses)
     return _best(rates) in (min(rates), max(rates))
 
 
-def _tried(track: Track, losses: Losses, clip_step: int = 0) -> dict[float, float]:
+def tried(track: Track, losses: Losses, clip_step: int = 0) -> dict[float, float]:
     """Rate step -> mean loss over the tuning seeds, where all of them are done."""
-    first = {
-        cell.rate_step
-        for cell in losses
-        if cell.track == track and cell.seed == FIRST_TUNING_SEED and cell.clip_step == clip_step
-    }
-    known = {
-        step: [losses.get(Cell(track, seed, step, clip_step)) for seed in track.setting.tuning_seeds] for step in first
-    }
-    return {
-        step: fmean(found)
-        for step, tried in known.items()
-        if len(found := [x for x in tried if x is not None]) == len(tried)
-    }
+    seeds, found = track.setting.tuning_seeds, dict[float, list[float]]()
+    for cell, loss in losses.items():
+        if cell.track == track and cell.seed in seeds and cell.clip_step == clip_step:
+            found.setdefault(cell.rate_step, []).append(loss)
+    return {step: fmean(values) for step, values in found.items() if len(values) == len(seeds)}
 
 
 def _best(rates: Mapping[float, float]) -> float:
@@ -389,10 +380,5 @@ def _next_step(rates: Mapping[float, float]) -> float:
 
 def most_cells(found: Iterable[Track]) -> int:
     """Cells of these tracks, done or not."""
-    return sum(cells_of(track) for track in found)
-
-
-def cells_of(track: Track) -> int:
-    """Runs of one track."""
-    setting = track.setting
-    return len(setting.tuning_seeds) * (RATE_RUNS + len(CLIP_STEPS)) + len(setting.seeds)
+    settings_of = [track.setting for track in found]
+    return sum(len(one.tuning_seeds) * (RATE_RUNS + len(CLIP_STEPS)) + len(one.seeds) for one in settings_of)

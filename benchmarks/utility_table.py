@@ -93,7 +93,7 @@ core. **{finished} of {planned} tracks are finished** and stand here; a track is
 A setting is a trust model, a task of the embedded world, an adapter (small: rank 8 on q, k, v, o, {grid.ADAPTER_SIZES["small"]:,} values; large:
 rank 32 on those and the MLP's three, {grid.ADAPTER_SIZES["large"]:,}), an expected cohort n and an ε (δ = 1e-5, add/remove). Under central trust
 {grid.POPULATIONS["central"]:,} clients exist and a trusted server adds the noise; under local trust {grid.POPULATIONS["local"]:,}, of whom each answers once and adds its own
-({"; ".join(f"{adapter} adapter, n {cohort}" for adapter, cohort in grid.LOCAL_PLACES)} only: smaller cohorts cannot learn, larger ones take too long here).
+({"; ".join(f"{adapter} adapter, n {cohort}" for adapter, cohort in grid.LOCAL_PLACES)} only: smaller cohorts learn next to nothing, larger ones take too long here).
 {scale.rounds} rounds, {scale.examples_per_client} records per client, mean gradients, FedAvgM, {scale.examples} held-out records, {scale.questions} questions per benchmark (task letters only: the
 other tasks teach what the benchmarks do not ask). Every cell is one whole run with its ledger and certificate.
 

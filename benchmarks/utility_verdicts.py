@@ -15,7 +15,7 @@ import utility_grid as grid
 from utility_cells import GEOMETRY, Row, by_track, loss_of, read_cells
 from utility_grid import COMPARATORS, OURS, Setting, Track
 
-from drencoder.encoders.sizes import few_coordinates
+from drencoder.encoders.sizes import few_coordinates, noise_dominates
 from drencoder.privacy.plan import ALIGNMENT
 from drencoder.scores import Difference, paired_over_seeds
 
@@ -76,7 +76,7 @@ class Result:
     @property
     def noisy(self) -> bool:
         """Whether noise dominates: k* < D / 64."""
-        return self.k_star < self.track.setting.adapter_size / FREE_RATIO
+        return noise_dominates(self.track.setting.adapter_size, self.k_star)
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ def load_results(folder: Path) -> tuple[dict[Track, Result], list[Row]]:
             continue
         rate_step, clip_step = grid.tuned(track, losses)
         final = tuple(rows[grid.Cell(track, seed, rate_step, clip_step)] for seed in track.setting.seeds)
-        tried: dict[str, list[float]] = {}
-        for cell, loss in losses.items():
-            if cell.seed in track.setting.tuning_seeds:
-                tried.setdefault(f"{cell.rate_step:+g}, {cell.clip_step:+d}", []).append(loss)
-        mean = {step: fmean(found) for step, found in tried.items()}
+        mean = {
+            f"{rate:+g}, {clip:+d}": loss
+            for clip in (0, *grid.CLIP_STEPS)
+            for rate, loss in grid.tried(track, losses, clip).items()
+        }
         results[track] = Result(track, final, grid.at_edge(track, losses), mean)
     return results, [row for row in rows.values() if "error" in row]
 
@@ -282,7 +282,7 @@ def gain(row: Row, result: Result, kind: str) -> float:
 
 def code_of(row: Row, result: Result) -> Row | None:
     """The measures of a hybrid code of this size and these tensors; None if they were not measured."""
-    tensors = "both" if result.track.arm == AUTOMATIC and few_coordinates(result.k_star) else "B"
+    tensors = "both" if few_coordinates(result.k_star) else "B"
     fitting = [
         one
         for one in row["codes"]

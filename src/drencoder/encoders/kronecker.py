@@ -268,13 +268,12 @@ class KroneckerEncoder:
         EncoderError unless 1 <= code_size <= D, the values of what is sent, or if a mean was taken out of the prior.
         """
         check_segments(prior.segments)
-        taken = sent or [True] * len(prior.segments)
-        size = sum(segment.size for segment, take in zip(prior.segments, taken, strict=True) if take)
+        levels = _Levels.of(prior, sent)
+        size = int(levels.size_G[levels.variance_G >= 0].sum())
         if not 1 <= code_size <= size:
             raise EncoderError(
                 f"code_size is {code_size}, expected 1 to {size}, the size of the adapter's tensors that are sent"
             )
-        levels = _Levels.of(prior, sent)
         taken_G = levels.taken(code_size)
         parts, variances, at = [], [], 0
         for segment, row, column, shape in zip(prior.segments, prior.rows, prior.columns, levels.shape_S, strict=True):

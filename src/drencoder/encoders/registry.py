@@ -138,9 +138,10 @@ def _hybrid(request: EncoderRequest, state: State) -> Encoder:
             f"code_size is {size}, but the tensors that the hybrid encoder sends have {most} values; lower it"
         )
     prior = _structured(request, "hybrid")
-    random = min(size - 1, round(request.explore * size)) if size < most else 0
-    # A whole rotated B is no code about a part of it: head and nothing else.
-    history_JD = (_history(request) * sent_S.repeat_interleave(size_S))[: size - 1 - random if size < most else 0]
+    random = min(size - 1, round(request.explore * size))
+    history_JD = (_history(request) * sent_S.repeat_interleave(size_S))[: size - 1 - random]
+    if size == most:  # everything that is sent, in the prior's coordinates: nothing is left for directions or a sketch
+        random, history_JD = 0, history_JD[:0]
     head = KroneckerEncoder.build(prior, size - random - len(history_JD), sent_S.tolist())
     known = HybridEncoder.build(head, history_JD, None)
     # The sketch also takes the place of directions that the head explains, so that the code has the size of the plan.

@@ -117,9 +117,9 @@ def few_coordinates(k_star: float) -> bool:
 def auto_ratio(update_size: int, k_star: float) -> float:
     """D / K of the code that a plan can use, one of 2, 64, 256 and 1024.
 
-    Where noise does not dominate the code is what limits the run: 2, as many values as LoRA's B tensors have. Where it does, some eight times as many
-    values as coordinates can be learned: the nearest of the others to D / 8 k*. Values beyond that bring noise and little
-    else. The steps and the eight are measured (docs/results/utility.md, docs/log.md), not derived.
+    Where noise does not dominate the code is what limits the run: 2, about as many values as LoRA's B tensors have. Where it
+    does, some eight times as many values as coordinates can be learned: the nearest of the others to D / 8 k*. Values beyond
+    that bring noise and little else. The steps and the eight are measured (docs/results/utility.md, docs/log.md), not derived.
     """
     if not noise_dominates(update_size, k_star):
         return 2.0
