@@ -39,7 +39,6 @@ __all__ = [
 BITS_PER_VALUE = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2}
 NOISY_RATIO = 64.0  # noise dominates where k* < D / 64
 FEW_COORDINATES = 512.0
-_SMALL_CODES, _VALUES_PER_COORDINATE = (NOISY_RATIO, 256.0, 1024.0), 8.0
 HEADER_BYTES = 20  # of every message, see encoders.wire
 _SCALE_BYTES = 4  # of a message of integers
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
@@ -115,16 +114,12 @@ def few_coordinates(k_star: float) -> bool:
 
 
 def auto_ratio(update_size: int, k_star: float) -> float:
-    """D / K of the code that a plan can use, one of 2, 64, 256 and 1024.
+    """D / K of the code that a plan can use: 2 or 64.
 
     Where noise does not dominate the code is what limits the run: 2, about as many values as LoRA's B tensors have. Where it
-    does, some eight times as many values as coordinates can be learned: the nearest of the others to D / 8 k*. Values beyond
-    that bring noise and little else. The steps and the eight are measured (docs/results/utility.md, docs/log.md), not derived.
+    does, 64 loses nothing; smaller codes did, and larger ones gained nothing (docs/results/utility.md, docs/log.md).
     """
-    if not noise_dominates(update_size, k_star):
-        return 2.0
-    wanted = update_size / (_VALUES_PER_COORDINATE * max(k_star, 1e-9))
-    return min(_SMALL_CODES, key=lambda ratio: abs(math.log(ratio / wanted)))
+    return NOISY_RATIO if noise_dominates(update_size, k_star) else 2.0
 
 
 def code_size(
