@@ -105,7 +105,7 @@ tracks the best rate was the smallest or largest tried (marked e below).
 Not blind (docs/log.md): plain decoding was chosen in an earlier round of this study, which had momentum 0.9 for all and had seen seeds 0 to 2; momentum 1/4 was then
 chosen for DP-LoRA on tuning seeds. Codes of B alone, the second direction and their thresholds were chosen on tuning seeds, but a first, broken version of them (it left a part of B
 out) had been judged at n = 64 before it was mended. Codes below 1/{judge.FREE_RATIO} were given up for the large adapter at n = 8 after they had lost there on judged seeds 0 to 5;
-the number of seeds at n = 8 was then doubled, before the run that stands here. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
+the number of seeds at n = 8 was then doubled, and runs of before that were the same cell were kept. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
 
 {_table(["adapter", "n", "tuning seeds", "judged seeds"], [[adapter, str(n), str(grid.TUNING_SEEDS[adapter, n]), str(grid.SEEDS[adapter, n])] for adapter, n in grid.SEEDS])}
 

@@ -117,7 +117,8 @@ def auto_ratio(update_size: int, k_star: float) -> float:
     """D / K of the code that a plan can use: 2 or 64.
 
     Where noise does not dominate the code is what limits the run: 2, about as many values as LoRA's B tensors have. Where it
-    does, 64 loses nothing; smaller codes did, and larger ones gained nothing (docs/results/utility.md, docs/log.md).
+    does, 64: as good as DP-LoRA in some settings and not in others (docs/results/utility.md); smaller codes were worse, and
+    larger ones of both tensors no better (docs/log.md).
     """
     return NOISY_RATIO if noise_dominates(update_size, k_star) else 2.0
 
