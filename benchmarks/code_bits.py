@@ -9,7 +9,7 @@ the stated noise multiplier, as under local trust; "un-noised" is what travels u
     length      |decoded| / |code|: above 1, a server that clips again cuts the message by as much
     kept        <clip(decoded), code> / |code|^2: the share of the client's contribution that is left after that clip
                 (un-noised codes only: under local trust nothing is clipped after the noise)
-    entropy     bits per value of the integer codes, order 0, and the bytes that an ideal coder would send
+    entropy     bits per value of the codes in levels, order 0, and the bytes that an ideal coder would send
 
 With `--runs`, one run per wire type and seed of `paper/embedded-crowd` (2,000 clients, central trust, epsilon 8, 20 rounds,
 random sketch 1/64). The noise is replayed, so that all types of a seed have the same clients, cohorts, sketches and
@@ -82,7 +82,7 @@ def distortion(size: int, dtype: WireDtype, noise_multiplier: float) -> dict[str
     }
     if not noise_multiplier:
         row["kept"] = float((clip_rows(got_NK, CLIP_L2).values_NV * code_NK).sum()) / energy
-    if dtype.startswith("int"):
+    if not dtype.startswith("float"):
         row["entropy"] = code_entropy(torch.stack([unpack_levels(message, wire_format, 0) for message in messages]))
         row["ideal_bytes"] = round(message_bytes(0, dtype) + size * row["entropy"] / 8)  # header and scale as they are
     return row

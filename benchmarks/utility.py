@@ -62,8 +62,7 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> Row:
     started = time.monotonic()
     plan = privacy_plan(grid.base_recipe(cell.track.setting, cell.seed, scale))
     k_star = math.inf if plan.non_private else plan.k_star()
-    slower = grid.noise_scale(k_star)
-    rate, clip = grid.rate_and_clip(cell, slower)
+    rate, clip = grid.rate_and_clip(cell, k_star)
     row: Row = {
         "key": cell.key,
         "setting": asdict(cell.track.setting),
@@ -79,7 +78,7 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> Row:
     }
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            recipe = grid.recipe_of(cell, scale, slower)
+            recipe = grid.recipe_of(cell, scale, k_star)
             row |= facts(
                 experiment.run(recipe, Path(temporary) / "run").certificate, grid.asks_letters(cell.track.setting)
             )

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from utility_grid import ARMS, Cell, Losses, Scale, Setting, Track, noise_scale, rate_and_clip
+from utility_grid import ARMS, Cell, Losses, Scale, Setting, Track, rate_and_clip
 
 CELLS, STUDY, GEOMETRY = "cells.jsonl", "study.json", "geometry.json"
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ def other_rates(rows: Mapping[Cell, Row]) -> list[str]:
         if cell.track.arm not in ARMS:
             continue
         k_star = math.inf if row["k_star"] is None else row["k_star"]
-        now = rate_and_clip(cell, noise_scale(k_star))
+        now = rate_and_clip(cell, k_star)
         if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(now, (row["rate"], row["clip"]), strict=True)):
             changed.append(cell.key)
     return changed

@@ -44,7 +44,7 @@ CLIENTS, HELD_OUT = 64, 64
 WARM_ROUNDS = 8
 PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 512
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
-CODES = (("B", 2), ("B", 16), ("B", 64), ("both", 64))  # of hybrid: tensors, D / K
+CODES = (("B", 2), ("B", 8), ("B", 32), ("B", 64), ("both", 32))  # of hybrid: tensors, D / K
 GEOMETRY_SEEDS = (0, 1, 2)
 DISTORTION_RATIOS = (4, 16, 64, 256, 1024)
 FINITE = 0.05  # rms of the noise that a run's rounds add up to in a value, of the order that DP-LoRA's tuned runs have at n = 8

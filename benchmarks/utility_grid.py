@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from drencoder.config import Encoder, Recipe, load_recipe
+from drencoder.encoders.sizes import few_coordinates
 
 TRUSTS = ("central", "local")
 # Without trust 8 clients a round leave k* at 0.3 and 3, with which next to nothing is learned; and each draws its own secure
@@ -36,8 +37,8 @@ EVERYWHERE: tuple[Place, ...] = tuple(
 EPSILONS = (1.0, 4.0)
 # How many seeds are judged, and on how many others rates and clips are tuned: small cohorts differ more from run to run, and
 # take less time. One tuning seed is little; it is what two cores had the time for.
-SEEDS = {("small", 8): 24, ("small", 64): 6, ("small", 512): 3, ("large", 8): 12, ("large", 64): 3}
-TUNING_SEEDS = {("small", 8): 8, ("small", 64): 2, ("small", 512): 1, ("large", 8): 4, ("large", 64): 1}
+SEEDS = {("small", 8): 48, ("small", 64): 6, ("small", 512): 3, ("large", 8): 12, ("large", 64): 6}
+TUNING_SEEDS = {("small", 8): 8, ("small", 64): 2, ("small", 512): 1, ("large", 8): 4, ("large", 64): 2}
 FIRST_TUNING_SEED = 100
 
 # A trusted server samples from few clients; without trust a client answers once, so there must be more than rounds x cohort.
@@ -105,7 +106,7 @@ class Arm:
 
     Args:
       first_rate: the learning rate that tuning starts from at n = 64; found in exploratory runs on other seeds.
-      ratio: D / K if it is chosen.
+      first_rate_both: the same where the plan sends A as well as B (k* < 512), if the arm leaves that to it.
       rank: settings of a smaller one come first.
       reason: why these cohorts and adapters and not all.
     """
@@ -113,51 +114,52 @@ class Arm:
     name: str
     knobs: Mapping[str, Any]
     first_rate: float
-    ratio: int | None = None
     public: bool = False
     places: tuple[Place, ...] = EVERYWHERE
     trusts: tuple[str, ...] = TRUSTS
     rank: int = 0
     reason: str = "decides the study: everywhere"
+    first_rate_both: float | None = None
 
     def runs_in(self, setting: Setting) -> bool:
         if setting.task == HELD_BACK and self.rank:
             return False
         return (setting.adapter, setting.cohort) in self.places and setting.trust in self.trusts
 
+    def first_rate_at(self, k_star: float) -> float:
+        """The learning rate that tuning starts from under this much noise."""
+        both = self.first_rate_both if few_coordinates(k_star) else None
+        return (both or self.first_rate) * noise_scale(k_star)
+
 
 def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int | None = None, **where: Any) -> Arm:
     encoder = encoder or name
     knobs = {"encoder.name": encoder} | ({} if ratio is None else {"encoder.ratio": float(ratio)})
-    return Arm(name, knobs, first_rate, ratio, Encoder(name=encoder).needs_public, **where)
+    return Arm(name, knobs, first_rate, Encoder(name=encoder).needs_public, **where)
 
 
 _TRUSTED: dict[str, Any] = {"trusts": ("central",)}
 _MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3, "reason": "comparator: the middle cohort"}
 _FEWER: dict[str, Any] = _MIDDLE | {"places": (("small", 8), ("small", 64)), "reason": "comparator: two cohorts"}
+_SMALL_CODE: dict[str, Any] = _TRUSTED | {"places": (("small", 64), ("small", 512)), "rank": 1}
 _PART: dict[str, Any] = _MIDDLE | {"rank": 2}
+# Four bits a value: as many bytes as 1/64 of the values in float32.
+_SMALL: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": 8.0, "encoder.wire_dtype": "rotated4"}
 _SILENT: dict[str, Any] = {"privacy.trust": "non-private", "encoder.name": "identity"}
 
 
 def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
-    """The default encoder at 1/64 with one thing changed."""
+    """The default encoder at 1/64 of the bytes with one thing changed."""
     changed = {f"{section}.{key}": value for section, part in knobs.items() for key, value in part.items()}
-    fixed = {"encoder.name": "hybrid", "encoder.ratio": 64.0} | changed
-    return Arm(name, fixed, first_rate, 64, public=True, **_PART | {"reason": reason})
+    return Arm(name, _SMALL | changed, first_rate, public=True, **_PART | {"reason": reason})
 
 
 _ALL = (
     Arm("dp-lora", {"encoder.name": "identity"}, 0.75),
-    _coded("hybrid", 3.0, ratio=0),  # the size from the plan
-    _coded(
-        "hybrid-64",
-        3.0,
-        "hybrid",
-        64,
-        **_TRUSTED | {"places": (("small", 64), ("small", 512)), "rank": 1, "reason": "equal bytes"},
-    ),
-    _coded("hybrid-16", 3.0, "hybrid", 16, **_PART | {"reason": "between the automatic sizes"}),
-    _coded("hybrid-256", 3.0, "hybrid", 256, **_PART | {"reason": "between the automatic sizes"}),
+    # Size, tensors and bits from the plan.
+    Arm("hybrid", {"encoder.name": "hybrid", "encoder.wire_dtype": "auto"}, 3.0, public=True, first_rate_both=1.5),
+    Arm("hybrid-8", _SMALL, 3.0, public=True, **_SMALL_CODE | {"reason": "equal bytes"}),
+    _coded("hybrid-64", 3.0, "hybrid", 64, **_SMALL_CODE | {"reason": "equal bytes, in float32"}),
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
     _variant("both-tensors", 1.5, "LoRA's A sent as well", encoder={"tensors": "both"}),
     _variant("self-written", 3.0, "public text by the base model itself", prior={"public": "self"}),
@@ -178,17 +180,18 @@ _ALL = (
         0.016,
         **_MIDDLE,
     ),
+    Arm("dp-lora-4-bits", {"encoder.name": "identity", "encoder.wire_dtype": "rotated4"}, 0.75, **_FEWER),
     Arm("dp-lora-singular", {"encoder.name": "identity", "server.decoding": "singular"}, 3.0, **_MIDDLE),
     _coded("scalars-2048", 32.0, "random", 2048, **_MIDDLE),  # FedKSeed's idea without its finite differences
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ALL}
 COMPARATORS = (
-    "random-64", "dp-lora-adam", "dp-lora-singular", "ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048",
+    "random-64", "dp-lora-4-bits", "dp-lora-adam", "dp-lora-singular", "ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048",
 )  # fmt: skip
 PARTS = (
     "both-tensors", "self-written", "no-refresh", "adaptive-clip", "preconditioned", "wiener-decoding", "kronecker-64",
 )  # fmt: skip
-OURS = ("hybrid", "hybrid-16", "hybrid-64", "hybrid-256")
+OURS = ("hybrid", "hybrid-8", "hybrid-64")
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Cell:
-    """Rate: first guess x scale x RATE_FACTOR ** rate_step / CLIP_FACTOR ** clip_step; clip: x CLIP_FACTOR ** clip_step."""
+    """Rate: `Arm.first_rate_at` x RATE_FACTOR ** rate_step / CLIP_FACTOR ** clip_step; clip: x CLIP_FACTOR ** clip_step."""
 
     track: Track
     seed: int
@@ -236,6 +239,7 @@ def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
             "server.momentum": MOMENTUM,
             "server.final_share": 0.05,
             "encoder.gate": "warn",
+            "encoder.wire_dtype": "float32",
             "prior.source": "none",
             "prior.public_clients": scale.public_clients,
             "privacy.participation_cap": 1,
@@ -262,17 +266,17 @@ def noise_scale(k_star: float) -> float:
     return max(SMALLEST_SCALE, 2.0 ** round(math.log2(exact)))
 
 
-def rate_and_clip(cell: Cell, scale_of_rate: float) -> tuple[float, float]:
+def rate_and_clip(cell: Cell, k_star: float) -> tuple[float, float]:
     """The server's learning rate and the clip of a cell."""
     longer = CLIP_FACTOR**cell.clip_step
-    first = ARMS[cell.track.arm].first_rate * scale_of_rate
+    first = ARMS[cell.track.arm].first_rate_at(k_star)
     return first * RATE_FACTOR**cell.rate_step / longer, BASE_CLIP * longer
 
 
-def recipe_of(cell: Cell, scale: Scale, scale_of_rate: float) -> Recipe:
+def recipe_of(cell: Cell, scale: Scale, k_star: float) -> Recipe:
     """The recipe of one cell."""
     arm = ARMS[cell.track.arm]
-    rate, clip = rate_and_clip(cell, scale_of_rate)
+    rate, clip = rate_and_clip(cell, k_star)
     changes = {**arm.knobs, "server.learning_rate": rate, "privacy.clip_l2": clip}
     if arm.public:
         changes["prior.public"] = "embedded"

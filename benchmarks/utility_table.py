@@ -76,7 +76,7 @@ def _opening(folder: Path, results: Results, failures: Sequence[Row]) -> str:
     planned = len(grid.tracks({}))
     finished, edges = len(results), sum(result.edge for result in results.values())
     runs = grid.RATE_RUNS + len(grid.CLIP_STEPS)
-    where = [[arm.name, _where(arm), f"{arm.first_rate:g}", arm.reason] for arm in ARMS.values()]
+    where = [[arm.name, _where(arm), _first_rates(arm), arm.reason] for arm in ARMS.values()]
     return f"""# Encoded and private against tuned DP-LoRA
 
 Does an encoded, differentially private federated run lose anything against DP-LoRA that sends whole updates? Made by
@@ -115,6 +115,11 @@ can lower it: read it beside the accuracy. k* has half of the clip's energy shar
 {_table(["method", "runs in", "first rate", "why there"], where)}"""
 
 
+def _first_rates(arm: grid.Arm) -> str:
+    both = f"; {arm.first_rate_both:g} where A is sent, too" if arm.first_rate_both else ""
+    return f"{arm.first_rate:g}{both}"
+
+
 def _where(arm: grid.Arm) -> str:
     if arm.places == grid.EVERYWHERE:
         places = "everywhere"
@@ -138,27 +143,30 @@ def _no_loss_part(results: Results) -> str:
         return ""
     rows = []
     for duel in found:
-        fewer = f"{duel.ours.ratio:.0f}"
         word = "better" if duel.better else "within 1 %" if duel.no_worse else "**worse**"
         right = " / ".join(_right_share(result) for result in (duel.ours, duel.theirs))
-        rows.append([*_duel_cells(duel), right, f"1/{fewer}", word])
-    head = [*_duel_head(judge.AUTOMATIC, judge.REFERENCE), "right, ours / theirs", "values sent", "verdict"]
+        rows.append([*_duel_cells(duel), right, f"1/{duel.ours.ratio:.0f}", f"1/{duel.fewer_bytes:.0f}", word])
+    head = [
+        *_duel_head(judge.AUTOMATIC, judge.REFERENCE),
+        "right, ours / theirs",
+        "values sent",
+        "bytes sent",
+        "verdict",
+    ]
     spread = _spread([duel for duel in found if not judge.held_back(duel)])
     return f"## No loss, and equal clients (1, 3; held back: 7)\n\n{spread}\n\n{_table(head, rows)}"
 
 
 def _equal_part(results: Results) -> str:
-    found = judge.equal_bytes(results)
-    if not found:
-        return ""
-    rows = []
-    for duel in found:
-        sent = [bytes_text(result.first("bytes_up") or 0) for result in (duel.ours, duel.theirs)]
-        rows.append([*_duel_cells(duel), " / ".join(sent), "better" if duel.better else "**worse**"])
-    head = [*_duel_head(f"{judge.EQUAL_BYTES_ARM}, n {judge.MANY}", f"DP-LoRA, n {judge.FEW}"), "bytes up, ours / theirs", "verdict"]  # fmt: skip
-    return (
-        f"## Equal bytes (2)\n\nBytes are of all rounds, headers included.\n\n{_spread(found)}\n\n{_table(head, rows)}"
-    )
+    parts = ["## Equal bytes (2)", "Bytes are of all rounds, headers included."]
+    for arm in judge.EQUAL_BYTES_ARMS:
+        rows, found = [], judge.equal_bytes(results, arm)
+        for duel in found:
+            sent = [bytes_text(result.bytes_up) for result in (duel.ours, duel.theirs)]
+            rows.append([*_duel_cells(duel), " / ".join(sent), "better" if duel.better else "**worse**"])
+        head = [*_duel_head(f"{arm}, n {judge.MANY}", f"DP-LoRA, n {judge.FEW}"), "bytes up, ours / theirs", "verdict"]
+        parts += [_spread(found), _table(head, rows)] if found else []
+    return "\n\n".join(parts) if len(parts) > 2 else ""
 
 
 def _comparator_part(results: Results) -> str:
@@ -168,13 +176,13 @@ def _comparator_part(results: Results) -> str:
         return ""
     rows = []
     for duel in found:
-        sizes = f"{duel.ours.code_size:,} / {duel.theirs.code_size:,}"
+        sizes = " / ".join(bytes_text(result.bytes_up) for result in (duel.ours, duel.theirs))
         word = "better" if duel.better else "**worse**"
         rows.append([duel.theirs.track.arm, duel.ours.track.arm, *_duel_cells(duel), sizes, word])
-    head = ["comparator", "ours", *_duel_head("ours", "theirs"), "values, ours / theirs", "verdict"]
+    head = ["comparator", "ours", *_duel_head("ours", "theirs"), "bytes up, ours / theirs", "verdict"]
     parts = [
         "## Comparators (4)",
-        "Each against the largest of our codes that is no larger than its own.",
+        "Each against the largest of our codes that takes no more bytes than its own.",
         _table(head, rows),
     ]
     if extra:

@@ -20,11 +20,13 @@ from drencoder.privacy.plan import ALIGNMENT
 from drencoder.scores import Difference, paired_over_seeds
 
 MARGIN = 0.01  # of DP-LoRA's loss
-FREE_RATIO = 64  # the code that has to be free where noise dominates
-REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid", "hybrid-64"
+FREE_RATIO = 64  # of DP-LoRA's bytes: the code that has to be free where noise dominates
+SAME_BYTES = 1.01  # headers and scales
+REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid", "hybrid-8"
 KIND, OTHER_KINDS = "gauss-newton", ("hessian", "finite")  # curvatures: the one that is judged, and what else is shown
 MENDED = ("finite", "start")  # kind and stage
-FEW, MANY, EQUAL_BYTES_ARM = 8, 512, "hybrid-64"  # 512 codes of 1/64 are as many values as 8 whole updates
+FEW, MANY = 8, 512  # 512 codes of 1/64 are as many bytes as 8 whole updates
+EQUAL_BYTES_ARMS = ("hybrid-8", "hybrid-64")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Result:
         return self.track.setting.adapter_size / self.code_size if self.code_size else math.nan
 
     @property
+    def bytes_up(self) -> int:
+        """All uploads of a run, headers included; 0 if every seed failed."""
+        return self.first("bytes_up") or 0
+
+    @property
     def noisy(self) -> bool:
         """Whether noise dominates: k* < D / 64."""
         return noise_dominates(self.track.setting.adapter_size, self.k_star)
@@ -121,6 +128,11 @@ class Duel:
     @property
     def surely_no_worse(self) -> bool:
         return self.interval is not None and self.interval.high <= MARGIN * self.theirs.loss
+
+    @property
+    def fewer_bytes(self) -> float:
+        """How many times as many bytes theirs send."""
+        return self.theirs.bytes_up / self.ours.bytes_up if self.ours.bytes_up else math.nan
 
     @property
     def clear(self) -> bool:
@@ -192,12 +204,12 @@ def held_back(duel: Duel) -> bool:
     return duel.ours.track.setting.task == grid.HELD_BACK
 
 
-def equal_bytes(results: Results) -> list[Duel]:
-    """Ours with 64 times the clients of DP-LoRA: the same number of values goes up."""
+def equal_bytes(results: Results, arm: str) -> list[Duel]:
+    """Ours with 64 times the clients of DP-LoRA: the same number of bytes goes up."""
     found = []
     for track, ours in results.items():
         setting = track.setting
-        if track.arm != EQUAL_BYTES_ARM or setting.cohort != MANY:
+        if track.arm != arm or setting.cohort != MANY:
             continue
         few = Setting(setting.trust, setting.task, setting.adapter, FEW, setting.epsilon)
         theirs = results.get(Track(REFERENCE, few))
@@ -207,15 +219,15 @@ def equal_bytes(results: Results) -> list[Duel]:
 
 
 def against_comparators(results: Results) -> list[Duel]:
-    """Each comparator against the largest of our codes that is no larger than its own."""
+    """Each comparator against the largest of our codes that takes no more bytes than its own."""
     found = []
     for track, theirs in results.items():
         if track.arm not in COMPARATORS or theirs.failed:
             continue
         mine = [results[other] for arm in OURS if (other := Track(arm, track.setting)) in results]
-        fitting = [ours for ours in mine if ours.code_size and ours.code_size <= (theirs.code_size or 0)]
+        fitting = [ours for ours in mine if 0 < ours.bytes_up <= SAME_BYTES * theirs.bytes_up]
         if fitting:
-            found.append(Duel.of(max(fitting, key=lambda ours: ours.code_size or 0), theirs))
+            found.append(Duel.of(max(fitting, key=lambda ours: (ours.bytes_up, ours.code_size or 0)), theirs))
     return found
 
 
@@ -305,7 +317,8 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
     both = duels(results, [AUTOMATIC])
     main, main_there = [duel for duel in both if not held_back(duel)], [duel for duel in both if held_back(duel)]
     noisy = [duel for duel in main if duel.ours.noisy]
-    equal, others = equal_bytes(results), against_comparators(results)
+    equal = {name: equal_bytes(results, name) for name in EQUAL_BYTES_ARMS}
+    others = against_comparators(results)
     foreseen = forecasts(results, geometry)
     known = [one for one in foreseen if not held_back(one.duel)]
     known_there = [one for one in foreseen if held_back(one.duel)]
@@ -315,7 +328,7 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
         return sum(map(test, items)), len(items), whole
 
     all_main, all_ours = _judged_everywhere(results), _finished(results, [*OURS, REFERENCE])
-    all_equal, all_others = _finished(results, [EQUAL_BYTES_ARM, REFERENCE]), _finished(results, [*OURS, *COMPARATORS])
+    all_others = _finished(results, [*OURS, *COMPARATORS])
     places = {(row["task"], row["adapter"]) for row in geometry}
     all_places = places >= {(task, adapter) for task in grid.TASKS for adapter in grid.ADAPTERS}
     return [
@@ -323,13 +336,14 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
                 *count(main, lambda duel: duel.no_worse, all_main)),
         Verdict("1b", "the same with the whole 95 % interval within the margin (stricter than asked)",
                 *count(main, lambda duel: duel.surely_no_worse, all_main)),
-        Verdict("1c", f"{arm}: at 1/64 of DP-LoRA's values or fewer where noise dominates (k* < D/64)",
-                *count(noisy, lambda duel: duel.ours.ratio >= FREE_RATIO, all_main)),
-        Verdict("2", f"equal bytes: {EQUAL_BYTES_ARM} with n = {MANY} better than DP-LoRA with n = {FEW}",
-                *count(equal, lambda duel: duel.better, all_equal)),
+        Verdict("1c", f"{arm}: at 1/64 of DP-LoRA's bytes or fewer where noise dominates (k* < D/64)",
+                *count(noisy, lambda duel: duel.fewer_bytes >= FREE_RATIO / SAME_BYTES, all_main)),
+        *(Verdict(number, f"equal bytes: {name} with n = {MANY} better than DP-LoRA with n = {FEW}",
+                  *count(equal[name], lambda duel: duel.better, _finished(results, [name, REFERENCE])))
+          for number, name in zip(("2", "2b"), EQUAL_BYTES_ARMS, strict=True)),
         Verdict("3", f"equal clients: {arm} better than tuned DP-LoRA in half of the cells where noise dominates",
                 *count(noisy, lambda duel: duel.better, all_main), needed=0.5),
-        Verdict("4", "better than each comparator with no more values, in most cells",
+        Verdict("4", "better than each comparator with no more bytes, in most cells",
                 *count(others, lambda duel: duel.better, all_others), needed=0.5, strictly=True),
         Verdict("5", "R of METHOD 2.6 names the winner in 80 % of the cells",
                 *count(known, lambda one: one.right(one.gain), all_ours and all_places), needed=0.8),

@@ -14,6 +14,7 @@ from drencoder.encoders.architectures import ARCHITECTURES
 from drencoder.encoders.autoencoder import AutoencoderOptions
 from drencoder.encoders.registry import EncoderRequest, build_encoder
 from drencoder.encoders.sizes import (
+    BITS_PER_VALUE,
     adapted_matrices,
     auto_ratio,
     code_size,
@@ -30,7 +31,7 @@ from drencoder.overview import survey
 from drencoder.prior import GaussianPrior, MomentQuery
 from drencoder.steps import moment_query
 
-DTYPES = ["float32", "float16", "int8", "int4", "int2"]
+DTYPES = list(BITS_PER_VALUE)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("gate_proj", "o_proj", "down_proj")])
@@ -68,7 +69,7 @@ def test_message_bytes_are_the_bytes_of_a_message(dtype: WireDtype) -> None:
 
 
 def test_plain_lora_is_counted_at_sixteen_bits_or_more() -> None:
-    assert [plain_lora_bytes(2.5, 100, dtype) for dtype in DTYPES] == [1000, 500, 500, 500, 500]
+    assert [plain_lora_bytes(2.5, 100, dtype) for dtype in DTYPES] == [1000] + 7 * [500]
 
 
 def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:
@@ -165,19 +166,52 @@ def test_stage_1_values_are_what_its_query_asks(tiny_folder: Path) -> None:
 
 def test_the_plan_chooses_the_code_by_what_its_noise_lets_a_round_learn() -> None:
     assert auto_ratio(6400, 0.0) == auto_ratio(6400, 99.9) == 64.0
-    assert auto_ratio(6400, 100.0) == auto_ratio(6400, float("inf")) == 2.0
+    assert auto_ratio(6400, 100.0) == auto_ratio(6400, float("inf")) == auto_ratio(6400, 100.0, "rotated4") == 2.0
+    assert [auto_ratio(6400, 9.0, dtype) for dtype in ("int8", "int4", "rotated4", "rotated1")] == [
+        64.0,
+        32.0,
+        32.0,
+        32.0,
+    ]
     automatic = ["encoder.name=hybrid", "encoder.ratio=0", "privacy.trust=central"]
     few = survey(load_recipe("quickstart", [*automatic, "federation.sampling_rate=0.001"]))
     many = survey(load_recipe("quickstart", automatic))
-    for overview, ratio, words in ((few, 64, "noise dominates"), (many, 2, "would limit the run")):
+    exact = survey(
+        load_recipe("quickstart", [*automatic, "federation.sampling_rate=0.001", "encoder.wire_dtype=float32"])
+    )
+    for overview, ratio, words in (
+        (few, 32, "noise dominates"),
+        (exact, 64, "noise dominates"),
+        (many, 2, "would limit the run"),
+    ):
         assert overview.adapter_size == ratio * (overview.code_size or 0)
         assert overview.code_reason.startswith(f"1/{ratio}, since k* ")
         assert words in overview.code_reason
         assert "512" in overview.code_reason  # D / 64
     assert few.k_star < 512 <= many.k_star
-    assert few.code_reason.endswith("about A and B, since k* < 512")
-    assert many.code_reason.endswith("about LoRA's B alone, since k* >= 512")
+    assert few.code_reason.endswith("about A and B, since k* < 512; in 4 bits a value")
+    assert exact.code_reason.endswith("about A and B, since k* < 512")
+    assert many.code_reason.endswith("about LoRA's B alone, since k* >= 512; in 4 bits a value")
+    assert [one.message_bytes for one in (few, exact, many)] == [24 + 1_024 // 2, 20 + 4 * 512, 24 + 16_384 // 2]
     said = [*automatic, "federation.sampling_rate=0.001", "encoder.tensors=B", "encoder.ratio=1"]
     whole = survey(load_recipe("quickstart", said))  # B has half of the values, whatever the ratio
-    assert (whole.code_size, whole.code_reason) == (16_384, "")
+    assert (whole.code_size, whole.code_reason) == (16_384, "in 4 bits a value")
     assert survey(load_recipe("quickstart")).code_reason == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "wire_dtype"),
+    [
+        ([], "rotated4"),
+        (["privacy.trust=local"], "float32"),
+        (["privacy.trust=secure-aggregation"], "float32"),
+        (["privacy.trust=non-private"], "float32"),
+        (["encoder.name=identity"], "float32"),
+        (["encoder.wire_dtype=float16"], "float16"),
+        (["privacy.trust=local", "encoder.wire_dtype=rotated2"], "rotated2"),
+    ],
+)
+def test_four_bits_are_automatic_for_hybrid_with_a_trusted_server(said: list[str], wire_dtype: str) -> None:
+    recipe = load_recipe("quickstart", ["encoder.name=hybrid", "privacy.trust=central", *said])
+    assert recipe.wire_dtype == wire_dtype
+    assert survey(recipe).privacy.decodes_each == (wire_dtype != "float32")

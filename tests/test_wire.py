@@ -6,6 +6,7 @@ Legend: N messages, K code values.
 import math
 import struct
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ SEGMENTS = (Segment("a", 0, (8, 16)),)
 SKETCH = RandomSketch.build(SEGMENTS, 6)
 FORMATS = [WireFormat.of(SKETCH, "float16"), WireFormat.of(SKETCH, "float32")]
 INTEGERS = [WireFormat.of(SKETCH, "int8"), WireFormat.of(SKETCH, "int4"), WireFormat.of(SKETCH, "int2")]
-EVERY_FORMAT = pytest.mark.parametrize("wire_format", [*FORMATS, *INTEGERS], ids=lambda f: f.dtype)
+ROTATED = [WireFormat.of(SKETCH, dtype) for dtype in ("rotated4", "rotated2", "rotated1")]
+EVERY_FORMAT = pytest.mark.parametrize("wire_format", [*FORMATS, *INTEGERS, *ROTATED], ids=lambda f: f.dtype)
 EVERY_INTEGER = pytest.mark.parametrize("wire_format", INTEGERS, ids=lambda f: f.dtype)
 CODE = torch.tensor([0.0, -1.5, 3.25, 1e-3, 0.1, -1234.5])
 
@@ -166,7 +168,7 @@ def test_no_messages(wire_format: WireFormat) -> None:
 
 
 @settings(max_examples=300)
-@given(data=st.binary(max_size=64), dtype=st.sampled_from(["float16", "float32", "int8", "int4", "int2"]))
+@given(data=st.binary(max_size=64), dtype=st.sampled_from(get_args(WireDtype)))
 def test_arbitrary_bytes_never_crash(data: bytes, dtype: WireDtype) -> None:
     wire_format = WireFormat.of(SKETCH, dtype)
     with pytest.raises(CodeError, match="rejected"):
@@ -215,7 +217,7 @@ def test_tags_tell_encoders_apart() -> None:
 
 
 def test_impossible_formats_and_rounds() -> None:
-    with pytest.raises(CodeError, match="float32, float16, int8, int4 or int2, not 'float64'"):
+    with pytest.raises(CodeError, match=r"float32, .* int2, rotated4, rotated2 or rotated1, not 'float64'"):
         WireFormat(6, 1, "float64")  # type: ignore[arg-type]
     with pytest.raises(CodeError, match="code_size is 0, expected 1"):
         WireFormat(0, 1)

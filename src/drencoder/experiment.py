@@ -224,7 +224,7 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
     secure = plan.trust == "secure-aggregation"
     senders = recipe.federation.nodes if secure else plan.expected_cohort
     uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
-    wire = WireFormat.of(encoder, recipe.encoder.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
+    wire = WireFormat.of(encoder, recipe.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
     return {
         "version": 1,
         "drencoder": __version__,
@@ -238,7 +238,7 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
             "downloaded": now.bytes_down,
             "stage1": (now.stage1 or {}).get("bytes", 0),
             "counted": "counted" if plan.capped else "expected: the size of a secret cohort is not published",
-            "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.encoder.wire_dtype),
+            "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.wire_dtype),
             "bits_per_value": modular_bits(plan, 1, encoder.code_size)
             if plan.trust == "secure-aggregation"
             else wire.bits,

@@ -11,6 +11,7 @@ from typing import Any
 
 from drencoder.config import Recipe
 from drencoder.encoders.sizes import (
+    BITS_PER_VALUE,
     FEW_COORDINATES,
     NOISY_RATIO,
     adapted_matrices,
@@ -117,7 +118,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         # itself, and rounding each to fewer bits, put something else in its place.
         dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
         honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
-        decodes_each=recipe.encoder.name == "autoencoder" or recipe.encoder.wire_dtype != "float32",
+        decodes_each=recipe.encoder.name == "autoencoder" or recipe.wire_dtype != "float32",
     )
 
 
@@ -140,9 +141,9 @@ def survey(recipe: Recipe) -> Overview:
     if matrices is None:
         return Overview(plan, None, None, None, None, None, None)
     size = recipe.adapter.rank * sum(sum(shape) for shape in matrices)
-    encoder, prior = recipe.encoder, recipe.prior
+    prior = recipe.prior
     code = planned_code_size(recipe, plan, matrices)
-    message = message_bytes(code + (recipe.privacy.clip == "adaptive"), encoder.wire_dtype)
+    message = message_bytes(code + (recipe.privacy.clip == "adaptive"), recipe.wire_dtype)
     rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
     uploads = plan.expected_cohort * rounds
     epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
@@ -161,7 +162,7 @@ def survey(recipe: Recipe) -> Overview:
         message_bytes=message,
         stage1_bytes=stage1,
         total_bytes=stage2 + stage1,
-        plain_lora_bytes=plain_lora_bytes(senders, size, encoder.wire_dtype),
+        plain_lora_bytes=plain_lora_bytes(senders, size, recipe.wire_dtype),
         code_reason="; ".join(_reasons(recipe, plan, size)),
     )
 
@@ -170,15 +171,17 @@ def _reasons(recipe: Recipe, plan: PrivacyPlan, size: int) -> Iterator[str]:
     """Why the code is as the plan chose it; nothing of what the recipe says itself."""
     encoder = recipe.encoder
     if encoder.sized_by_ratio and not encoder.ratio:
-        yield _size_reason(size, plan.k_star())
+        yield _size_reason(size, plan.k_star(), recipe.wire_dtype)
     if encoder.name == "hybrid" and encoder.tensors == "auto":
         few, bound = few_coordinates(plan.k_star()), f"{FEW_COORDINATES:g}"
         yield f"about A and B, since k* < {bound}" if few else f"about LoRA's B alone, since k* >= {bound}"
+    if encoder.wire_dtype == "auto" and recipe.wire_dtype != "float32":
+        yield f"in {BITS_PER_VALUE[recipe.wire_dtype]} bits a value"
 
 
-def _size_reason(size: int, k_star: float) -> str:
+def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
     """Why `auto_ratio` chose what it did."""
-    ratio, bound = auto_ratio(size, k_star), size / NOISY_RATIO
+    ratio, bound = auto_ratio(size, k_star, wire_dtype), size / NOISY_RATIO
     if not noise_dominates(size, k_star):
         return f"1/{ratio:g}, since k* >= D/{NOISY_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
     return (
@@ -195,7 +198,7 @@ def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequ
     """K of the recipe's encoder under this plan, for adapted matrices of these shapes (out, in)."""
     encoder, rank = recipe.encoder, recipe.adapter.rank
     size = rank * sum(sum(shape) for shape in matrices)
-    ratio = encoder.ratio or auto_ratio(size, plan.k_star())
+    ratio = encoder.ratio or auto_ratio(size, plan.k_star(), recipe.wire_dtype)
     code = code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
     return min(code, rank * sum(out for out, _ in matrices)) if sends_only_b(recipe, plan) else code
 

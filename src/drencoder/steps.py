@@ -347,7 +347,7 @@ def update_query(
         decode=decode if origin_1K is None else lambda code_NK: decode(code_NK + origin_1K),
         linear=encoder.linear,
         update_size=encoder.update_size,
-        wire=WireFormat.of(encoder, recipe.encoder.wire_dtype),  # type: ignore[arg-type]  # checked by the recipe
+        wire=WireFormat.of(encoder, recipe.wire_dtype),  # type: ignore[arg-type]  # checked by the recipe
         origin=Origin("update", prior, encoder.state(), follower.clip_l2 if follower else None),
         filter=filter_of(recipe.server.decoding, encoder, follower.clip_l2 if follower else recipe.privacy.clip_l2),
     )

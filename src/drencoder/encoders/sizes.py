@@ -36,11 +36,13 @@ __all__ = [
     "stage1_values",
 ]
 
-BITS_PER_VALUE = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2}
+BITS_PER_VALUE = {
+    "float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2, "rotated4": 4, "rotated2": 2, "rotated1": 1,
+}  # fmt: skip
 NOISY_RATIO = 64.0  # noise dominates where k* < D / 64
 FEW_COORDINATES = 512.0
 HEADER_BYTES = 20  # of every message, see encoders.wire
-_SCALE_BYTES = 4  # of a message of integers
+_SCALE_BYTES = 4  # of a message of levels
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
 _IMAGE_CODE = {"resnet": 64, "unet": 64}  # channels of a code cell
 _SIGNAL_CELL, _SIGNAL_CHANNELS = 256, 8  # cnn1d: signal values behind one cell of the code, and its channels
@@ -113,14 +115,16 @@ def few_coordinates(k_star: float) -> bool:
     return k_star < FEW_COORDINATES
 
 
-def auto_ratio(update_size: int, k_star: float) -> float:
-    """D / K of the code that a plan can use: 2 or 64.
+def auto_ratio(update_size: int, k_star: float, wire_dtype: str = "float32") -> float:
+    """D / K of the code that a plan can use: 2, 32 or 64.
 
     Where noise does not dominate the code is what limits the run: 2, about as many values as LoRA's B tensors have. Where it
-    does, 64: as good as DP-LoRA in some settings and not in others (docs/results/utility.md); smaller codes were worse, and
-    larger ones of both tensors no better (docs/log.md).
+    does, 64, or 32 in four bits and fewer, a quarter of the bytes and no worse. All measured (docs/results/utility.md, docs/log.md),
+    not derived.
     """
-    return NOISY_RATIO if noise_dominates(update_size, k_star) else 2.0
+    if not noise_dominates(update_size, k_star):
+        return 2.0
+    return NOISY_RATIO / 2 if BITS_PER_VALUE[wire_dtype] <= 4 else NOISY_RATIO
 
 
 def code_size(
@@ -199,7 +203,7 @@ def stage1_values(source: str, update_size: int, num_matrices: int, epochs: int)
 
 def message_bytes(size: int, wire_dtype: str) -> int:
     """Bytes of one message of `size` values, header and scale included."""
-    scale = _SCALE_BYTES if wire_dtype.startswith("int") else 0
+    scale = 0 if wire_dtype.startswith("float") else _SCALE_BYTES
     return HEADER_BYTES + scale + -(-size * BITS_PER_VALUE[wire_dtype] // 8)
 
 
