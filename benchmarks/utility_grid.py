@@ -143,6 +143,8 @@ _MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3, "re
 _FEWER: dict[str, Any] = _MIDDLE | {"places": (("small", 8), ("small", 64)), "reason": "comparator: two cohorts"}
 _SMALL_CODE: dict[str, Any] = _TRUSTED | {"places": (("small", 64), ("small", 512)), "rank": 1}
 _PART: dict[str, Any] = _MIDDLE | {"rank": 2}
+# Size, tensors and bits from the plan; the base recipe has a size.
+_PLANNED: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": 0.0, "encoder.wire_dtype": "auto"}
 # Four bits a value: as many bytes as 1/64 of the values in float32.
 _SMALL: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": 8.0, "encoder.wire_dtype": "rotated4"}
 _SILENT: dict[str, Any] = {"privacy.trust": "non-private", "encoder.name": "identity"}
@@ -156,8 +158,7 @@ def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
 
 _ALL = (
     Arm("dp-lora", {"encoder.name": "identity"}, 0.75),
-    # Size, tensors and bits from the plan.
-    Arm("hybrid", {"encoder.name": "hybrid", "encoder.wire_dtype": "auto"}, 3.0, public=True, first_rate_both=1.5),
+    Arm("hybrid", _PLANNED, 3.0, public=True, first_rate_both=1.5),
     Arm("hybrid-8", _SMALL, 3.0, public=True, **_SMALL_CODE | {"reason": "equal bytes"}),
     _coded("hybrid-64", 3.0, "hybrid", 64, **_SMALL_CODE | {"reason": "equal bytes, in float32"}),
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),

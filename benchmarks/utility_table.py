@@ -18,6 +18,7 @@ from utility_verdicts import Duel, Forecast, Result, Results, Verdict
 from drencoder.encoders.sizes import bytes_text
 
 NAME = "utility"
+FEW_SEEDS = 6  # whose losses a table can show one by one; utility.json has all
 Line = Sequence[str]
 
 
@@ -105,12 +106,14 @@ tracks the best rate was the smallest or largest tried (marked e below).
 Not blind (docs/log.md): plain decoding was chosen in an earlier round of this study, which had momentum 0.9 for all and had seen seeds 0 to 2; momentum 1/4 was then
 chosen for DP-LoRA on tuning seeds. Codes of B alone, the second direction and their thresholds were chosen on tuning seeds, but a first, broken version of them (it left a part of B
 out) had been judged at n = 64 before it was mended. Codes below 1/{judge.FREE_RATIO} were given up for the large adapter at n = 8 after they had lost there on judged seeds 0 to 5;
-the number of seeds at n = 8 was then doubled, and runs of before that were the same cell were kept. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
+the number of seeds at n = 8 was then doubled, and runs of before that were the same cell were kept. A third round had whole floats, 1/{judge.FREE_RATIO} where noise
+dominates and one first rate for codes of B and of both tensors. After it, on seeds 400 to 421: four bits a value, 1/32 with them, and half of that rate where A is sent. Seeds were added once more
+(small adapter n = 8, large n = 64) before any of this was judged. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
 
 {_table(["adapter", "n", "tuning seeds", "judged seeds"], [[adapter, str(n), str(grid.TUNING_SEEDS[adapter, n]), str(grid.SEEDS[adapter, n])] for adapter, n in grid.SEEDS])}
 
 Held-out loss is nats per token, lower is better; the base model is sure of something else and its loss is high, so that noise alone
-can lower it: read it beside the accuracy. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{judge.FREE_RATIO}.
+can lower it: read it beside the accuracy. Of more than {FEW_SEEDS} seeds the tables show the least loss, the quartiles and the most (how many); utility.json has all. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{judge.FREE_RATIO}.
 
 {_table(["method", "runs in", "first rate", "why there"], where)}"""
 
@@ -130,8 +133,9 @@ def _where(arm: grid.Arm) -> str:
 
 def _verdict_part(found: Sequence[Verdict], results: Results) -> str:
     note = (
-        f"\n\n`{judge.AUTOMATIC}` is the default encoder: its size and its tensors are from the plan. Where k* >= D/{judge.FREE_RATIO} it sends all of LoRA's B, which is "
-        "FFA-LoRA's update in other coordinates, and differs from the arm `ffa` by chance and by what was tuned."
+        f"\n\n`{judge.AUTOMATIC}` is the default encoder: its size, its tensors and its four bits a value are from the plan; all others but `hybrid-8` and "
+        f"`dp-lora-4-bits` send float32. Where k* >= D/{judge.FREE_RATIO} it sends all of LoRA's B, which is "
+        "FFA-LoRA's update in other coordinates, and differs from the arm `ffa` by bits, chance and what was tuned."
     )
     rows = [[one.number, one.claim, one.count, f"**{one.word}**"] for one in found]
     return f"## The finish line\n\n{_table(['', 'claim', 'cells', 'verdict'], rows)}{note}"
@@ -367,10 +371,14 @@ def _right_share(result: Result) -> str:
 
 
 def _losses(values: Sequence[float]) -> list[str]:
-    """Mean, and every seed."""
+    """Mean, and every seed; of more than FEW_SEEDS the least, the quartiles and the most."""
     if not values:
         return ["-", "-"]
-    return [f"{fmean(values):.3f}", " ".join(f"{value:.3f}" if math.isfinite(value) else "failed" for value in values)]
+    ordered = sorted(values)
+    few = len(values) <= FEW_SEEDS
+    shown = values if few else [ordered[round(share * (len(values) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
+    texts = [f"{value:.3f}" if math.isfinite(value) else "failed" for value in shown]
+    return [f"{fmean(values):.3f}", " ".join(texts) if few else f"{' / '.join(texts)} ({len(values)})"]
 
 
 def _accuracies(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -42,7 +42,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, final, get_args
 
 import numpy as np
@@ -148,7 +148,7 @@ class WireFormat:
 
     def rotation(self, round_index: int) -> Rotation:
         """How all codes of a round are turned. Public."""
-        return Rotation(self.code_size, derive_seed(self.encoder_tag, "rotation", round_index))
+        return _rotation(self.code_size, derive_seed(self.encoder_tag, "rotation", round_index))
 
     def header(self, round_index: int) -> bytes:
         """The one header that a message of this format and round can have; CodeError unless 0 <= round < 2^32."""
@@ -156,6 +156,12 @@ class WireFormat:
             raise CodeError(f"round is {round_index}, expected 0 to {_MAX_UINT32}")
         kind = _VALUE_TYPE[self.dtype]
         return _HEADER.pack(_MAGIC, _VERSION, kind, 0, self.encoder_tag, round_index, self.code_size)
+
+
+@lru_cache(maxsize=1)
+def _rotation(code_size: int, seed: int) -> Rotation:
+    """Of the current round: a site packs its clients' codes one batch after another."""
+    return Rotation(code_size, seed)
 
 
 class UnpackedRows(NamedTuple):
