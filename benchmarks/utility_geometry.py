@@ -42,7 +42,7 @@ from drencoder.training import cohort_updates
 FIRST_CLIENT = 100_000  # the largest population has 10,000
 CLIENTS, HELD_OUT = 64, 64
 WARM_ROUNDS = 8
-PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 512
+PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 2048
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
 CODES = (("B", 2), ("B", 8), ("B", 32), ("B", 64), ("both", 32))  # of hybrid: tensors, D / K
 GEOMETRY_SEEDS = (0, 1, 2)
@@ -249,8 +249,9 @@ def distortions(live: Live, state: ServerState, slot: int, seed: int) -> list[di
     for ratio, encoder in encoders.items():
         least = float(variance_D[encoder.code_size :].sum())
         closed = encoder.distortion / least - 1
+        error = lost[ratio] / least - 1
         rows.append(
-            {"ratio": ratio, "water_filling": least, "error": lost[ratio] / least - 1, "closed_form_error": closed}
+            {"ratio": ratio, "draws": DRAWS, "water_filling": least, "error": error, "closed_form_error": closed}
         )
     return rows
 

@@ -181,7 +181,7 @@ _ALL = (
         0.016,
         **_MIDDLE,
     ),
-    Arm("dp-lora-4-bits", {"encoder.name": "identity", "encoder.wire_dtype": "rotated4"}, 0.75, **_FEWER),
+    Arm("dp-lora-4-bits", {"encoder.name": "identity", "encoder.wire_dtype": "rotated4"}, 0.75, **_MIDDLE),
     Arm("dp-lora-singular", {"encoder.name": "identity", "server.decoding": "singular"}, 3.0, **_MIDDLE),
     _coded("scalars-2048", 32.0, "random", 2048, **_MIDDLE),  # FedKSeed's idea without its finite differences
 )

@@ -276,16 +276,17 @@ def _geometry_part(geometry: Sequence[Row]) -> str:
     for ratio in dict.fromkeys(place["ratio"] for row in geometry for place in row["distortion"]):
         places = [place for row in geometry for place in row["distortion"] if place["ratio"] == ratio]
         largest = [f"{max(abs(place[key]) for place in places):.2%}" for key in ("error", "closed_form_error")]
-        errors.append([f"1/{ratio}", *largest, str(len(places))])
+        draws = ", ".join(f"{count:,}" for count in sorted({place["draws"] for place in places}))
+        errors.append([f"1/{ratio}", *largest, str(len(places)), draws])
     return "\n\n".join(
         [
             "## Geometry, and distortion of the closed form (5, 6)",
             "a: |mean of clipped updates|² / C². Means over seeds. D and D_P: Gauss-Newton / Hessian, by random probes and central differences on "
             "64 held-out records. Where a Hessian's value came out negative its absolute value was taken (last column: how often).",
             _table(head, rows),
-            "What is lost of 1,024 gradients drawn from the prior, encoded and decoded, against the sum of the eigenvalues left out; and what the "
+            "What is lost of gradients drawn from the prior, encoded and decoded, against the sum of the eigenvalues left out; and what the "
             "encoder itself states, against the same sum. Largest deviation over tasks, adapters, stages and seeds:",
-            _table(["code", "measured", "stated", "measurements"], errors),
+            _table(["code", "measured", "stated", "measurements", "gradients drawn for each"], errors),
         ]
     )
 
