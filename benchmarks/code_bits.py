@@ -177,7 +177,11 @@ def main() -> None:
     print_distortion(report["distortion"])
     report["timings"] = timings(SIZES[-1], args.repeats)
     print_timings(report["timings"])
-    report |= {"overrides": RUN, "runs": []} if args.runs else {}
+    if args.runs:
+        report |= {"overrides": RUN, "runs": []}
+    elif args.json and args.json.is_file():  # the runs of an earlier call stay
+        known = json.loads(args.json.read_text())
+        report |= {key: known[key] for key in ("overrides", "runs") if key in known}
     for seed in args.seeds if args.runs else ():
         for dtype in TYPES:
             report["runs"].append(loss_of(dtype, seed))
