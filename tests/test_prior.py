@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,6 +39,7 @@ def test_statistics_are_the_two_moments() -> None:
     assert torch.allclose(stats_NV[:, 4], part_ND.norm(dim=1), rtol=1e-5)
 
 
+@example(seed=0, mean=4.0, scale=2.3231111552485574e-25, hollow=1)
 @settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**62), mean=st.floats(-100, 100), scale=st.floats(0, 1e6), hollow=st.sampled_from([0, 1, 2])
@@ -47,8 +48,8 @@ def test_statistics_are_bounded_by_the_update(seed: int, mean: float, scale: flo
     update_ND = scale * drawn(2, seed, (mean, 0.0, -mean), (1.0, 0.1, 0.0))
     update_ND[:, SEGMENTS[hollow].start : SEGMENTS[hollow].stop] = 0.0
     stats_NV = MomentQuery(SEGMENTS).statistics(update_ND)
-    bound_N = MomentQuery(SEGMENTS).gain * update_ND.norm(dim=1)
-    assert (stats_NV.norm(dim=1) <= bound_N * (1 + 1e-5)).all()
+    bound_N = MomentQuery(SEGMENTS).gain * update_ND.double().norm(dim=1)  # float32's squares vanish below 1e-23
+    assert (stats_NV.double().norm(dim=1) <= bound_N * (1 + 1e-5)).all()
     joined = MomentQuery(SEGMENTS, 2).statistics(torch.cat((update_ND, 0.1 * update_ND), dim=1))
     assert (joined.norm(dim=1) <= bound_N * math.hypot(1.0, 0.1) * (1 + 1e-5)).all()
 
