@@ -164,9 +164,9 @@ class Encoder(Checked):
     floor: float = knob(0.6, "share of the code spread evenly whatever the prior says", low=0, high=1)
     wire_dtype: str = knob(
         "auto",
-        "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; int8, int4 and int2 have that many bits a value and are rounded at random; rotated4, "
-        "rotated2 and rotated1 turn a code at random first and keep its length, which costs less; under local trust all "
-        "but float32 leave the public no better epsilon than the server",
+        "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; int8, int4 and int2 have "
+        "that many bits a value and are rounded at random; rotated4, rotated2 and rotated1 turn a code at random first and keep "
+        "its length, which costs less; under local trust all but float32 leave the public no better epsilon than the server",
         choices=("auto", "float32", "float16", "int8", "int4", "int2", "rotated4", "rotated2", "rotated1"),
     )
     gate: str = knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))

@@ -90,9 +90,8 @@ def quantise(code_NK: Tensor, bits: int, rotation: Rotation) -> tuple[Tensor, Te
     """
     half, table = 2 ** (bits - 1), torch.tensor(levels(bits))
     largest_N1 = code_NK.abs().amax(dim=1, keepdim=True)
-    unit_NK = torch.where(
-        largest_N1 > 0, code_NK / largest_N1, 0.0
-    )  # squares of the smallest and largest floats are none
+    # Before anything is squared: squares of the smallest and largest floats are none.
+    unit_NK = torch.where(largest_N1 > 0, code_NK / largest_N1, 0.0)
     norm_N1 = unit_NK.double().norm(dim=1, keepdim=True)
     spread_NK = rotation.turn((unit_NK / norm_N1.clamp(min=1.0)).float()) * math.sqrt(code_NK.shape[1])
     level_NK = torch.bucketize(spread_NK, (table[1:] + table[:-1]) / 2) - half

@@ -119,8 +119,8 @@ def auto_ratio(update_size: int, k_star: float, wire_dtype: str = "float32") -> 
     """D / K of the code that a plan can use: 2, 32 or 64.
 
     Where noise does not dominate the code is what limits the run: 2, about as many values as LoRA's B tensors have. Where it
-    does, 64, or 32 in four bits and fewer, a quarter of the bytes and no worse. All measured (docs/results/utility.md, docs/log.md),
-    not derived.
+    does, 64, or 32 in four bits and fewer, a quarter of the bytes: as good as DP-LoRA in some settings and not in others. Measured
+    (docs/results/utility.md, docs/log.md), not derived.
     """
     if not noise_dominates(update_size, k_star):
         return 2.0

@@ -52,6 +52,7 @@ from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.rotated import Rotation, quantise, unit
+from drencoder.encoders.sizes import BITS_PER_VALUE
 from drencoder.errors import CodeError
 from drencoder.rng import derive_seed
 
@@ -77,9 +78,7 @@ _VALUE_TYPE = {
     "float16": 1, "float32": 2, "int8": 3, "int4": 4, "int2": 5, "rotated4": 6, "rotated2": 7, "rotated1": 8,
 }  # fmt: skip
 _FLOATS: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-_INTEGER_BITS = {"int8": 8, "int4": 4, "int2": 2}
-_ROTATED_BITS = {"rotated4": 4, "rotated2": 2, "rotated1": 1}
-_BITS = _INTEGER_BITS | _ROTATED_BITS
+_BITS = {dtype: bits for dtype, bits in BITS_PER_VALUE.items() if dtype not in _FLOATS}  # of those that have levels
 _SCALE = np.dtype("<f4")
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _LARGEST_LENGTH = _MAX_FLOAT32 / 2**12  # of a rotated code: turning it back adds up as many values
@@ -127,7 +126,7 @@ class WireFormat:
     @property
     def bits(self) -> int:
         """Bits of one value, without its share of header and scale."""
-        return _BITS[self.dtype] if self.dtype in _BITS else 8 * _FLOATS[self.dtype].itemsize
+        return BITS_PER_VALUE[self.dtype]
 
     @property
     def top(self) -> int:
@@ -139,12 +138,12 @@ class WireFormat:
     @property
     def bottom(self) -> int:
         """The smallest level: integers leave out the one that has no counterpart above zero."""
-        return -self.top if self.dtype in _INTEGER_BITS else -self.top - 1
+        return -self.top - 1 if self.rotated else -self.top
 
     @property
     def rotated(self) -> bool:
         """Whether codes are turned before they are rounded."""
-        return self.dtype in _ROTATED_BITS
+        return self.dtype.startswith("rotated")
 
     def rotation(self, round_index: int) -> Rotation:
         """How all codes of a round are turned. Public."""
