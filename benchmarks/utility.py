@@ -3,6 +3,7 @@
     python benchmarks/utility.py --out DIR [--processes 2] [--minutes 60] [--only arms=dp-lora,hybrid-64 cohorts=8,64 ...]
     python benchmarks/utility.py --out DIR --geometry
     python benchmarks/utility.py --out DIR --page [--results docs/results]
+    python benchmarks/utility.py --out DIR --from docs/results [--page]    (a new folder out of what a page keeps)
     python benchmarks/utility.py --out DIR --status
     python benchmarks/utility.py --out DIR --rounds 2 --examples 32 --questions 8 --only ...    (a smoke test)
 
@@ -31,7 +32,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import utility_grid as grid
-from utility_cells import CELLS, GEOMETRY, STUDY, Row, by_track, claim, loss_of, other_rates, read_cells, read_study
+from utility_cells import (
+    CELLS,
+    GEOMETRY,
+    STUDY,
+    Row,
+    by_track,
+    claim,
+    loss_of,
+    other_rates,
+    read_cells,
+    read_study,
+    restore,
+)
 from utility_grid import Cell, Scale, Track
 
 _WATCH_S = 5.0
@@ -212,6 +225,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{declared.name.replace('_', '-')}", type=int, default=None, help="of another scale")
     parser.add_argument("--geometry", action="store_true", help="measure rho, rho', D and D_P instead")
     parser.add_argument("--page", action="store_true", help="write utility.md, utility.json and plots instead")
+    parser.add_argument("--from", dest="origin", type=Path, help="begin with the cells kept beside a results page")
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--status", action="store_true", help="say what is done, and start nothing")
     return parser.parse_args()
@@ -238,6 +252,8 @@ def wanted_scale(args: argparse.Namespace) -> Scale:
 def main() -> None:
     args = arguments()
     os.environ["OMP_NUM_THREADS"] = "1"
+    if args.origin:
+        restore(args.origin, args.out)
     only, scale = filters(args.only), wanted_scale(args)
     tracks = grid.tracks(only)
     if args.status:

@@ -1,7 +1,11 @@
-"""The folder of a utility study: one process at a time, one line per finished cell, safe against a kill at any moment. No torch."""
+"""The folder of a utility study: one process at a time, one line per finished cell, safe against a kill at any moment. No torch.
+
+Beside the results page lies an archive of every line, from which a folder can be made again on another machine.
+"""
 
 import fcntl
 import json
+import lzma
 import math
 import os
 import platform
@@ -15,6 +19,7 @@ from typing import Any
 from utility_grid import ARMS, Cell, Losses, Scale, Setting, Track, rate_and_clip
 
 CELLS, STUDY, GEOMETRY = "cells.jsonl", "study.json", "geometry.json"
+ARCHIVE, COMPACT = "utility-cells.jsonl.xz", "utility.json"  # among the results
 Row = dict[str, Any]
 
 
@@ -63,6 +68,28 @@ def mend(path: Path) -> None:
     if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
+
+
+def archive(folder: Path, results: Path) -> None:
+    """Keeps every line among the results; the same lines give the same bytes."""
+    lines = sorted((folder / CELLS).read_bytes().splitlines(keepends=True))
+    temporary = results / f"{ARCHIVE}.new"
+    temporary.write_bytes(lzma.compress(b"".join(lines), preset=9))
+    temporary.replace(results / ARCHIVE)
+
+
+def restore(results: Path, folder: Path) -> None:
+    """Makes a study's folder out of an archive; refuses a folder that has cells already."""
+    if (folder / CELLS).exists():
+        sys.exit(f"{folder} has cells already: leave --from out to go on with them, or give another --out.")
+    if missing := [name for name in (ARCHIVE, COMPACT) if not (results / name).is_file()]:
+        sys.exit(f"{results} has no {' and no '.join(missing)}: give the folder that --page wrote.")
+    known = json.loads((results / COMPACT).read_text("utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / STUDY, json.dumps({key: known[key] for key in ("scale", "machine")}, indent=1) + "\n")
+    if known["geometry"]:
+        replace_text(folder / GEOMETRY, json.dumps({"rows": known["geometry"]}) + "\n")
+    replace_text(folder / CELLS, lzma.decompress((results / ARCHIVE).read_bytes()).decode("utf-8"))
 
 
 def read_cells(folder: Path) -> dict[Cell, Row]:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from drencoder.config import Encoder, Recipe, load_recipe
-from drencoder.encoders.sizes import few_coordinates
+from drencoder.encoders.sizes import SMALL_RATIO, few_coordinates
 
 TRUSTS = ("central", "local")
 # Without trust 8 clients a round leave k* at 0.3 and 3, with which next to nothing is learned; and each draws its own secure
@@ -39,13 +39,17 @@ EPSILONS = (1.0, 4.0)
 # take less time. One tuning seed is little; it is what two cores had the time for.
 SEEDS = {("small", 8): 48, ("small", 64): 6, ("small", 512): 3, ("large", 8): 12, ("large", 64): 6}
 TUNING_SEEDS = {("small", 8): 8, ("small", 64): 2, ("small", 512): 1, ("large", 8): 4, ("large", 64): 2}
-FIRST_TUNING_SEED = 100
+FIRST_TUNING_SEED, FIRST_JUDGED_SEED = 100, 1000
 
 # A trusted server samples from few clients; without trust a client answers once, so there must be more than rounds x cohort.
 POPULATIONS = {"central": 2_000, "local": 10_000, "non-private": 2_000}
 
 RATE_FACTOR, CLIP_FACTOR = 2.0, 4.0
-RATE_RUNS = 4  # learning rates that every track tries: 0, -1, +1, then beyond the better edge or a half step inside
+# Learning rates that a track tries: 0, -1, +1, then a half step inside, or on beyond the edge while that is the better side.
+LEAST_RATES, MOST_RATES = 4, 6
+# A larger rate, or another clip, has to be better by more than this: of two that are alike the larger rate is the one whose
+# seeds diverge.
+CLEARLY = 0.01
 # Clips tried at the best rate, with the rate the other way. At the base clip all clients' updates are longer than it, and a
 # smaller one would be the same run; a larger one shortens the steps as the updates do.
 CLIP_STEPS = (1,)
@@ -87,7 +91,7 @@ class Setting:
     @property
     def seeds(self) -> range:
         """Those that are judged."""
-        return range(SEEDS[self.adapter, self.cohort])
+        return range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + SEEDS[self.adapter, self.cohort])
 
     @property
     def tuning_seeds(self) -> range:
@@ -145,13 +149,13 @@ _SMALL_CODE: dict[str, Any] = _TRUSTED | {"places": (("small", 64), ("small", 51
 _PART: dict[str, Any] = _MIDDLE | {"rank": 2}
 # Size, tensors and bits from the plan; the base recipe has a size.
 _PLANNED: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": 0.0, "encoder.wire_dtype": "auto"}
-# Four bits a value: as many bytes as 1/64 of the values in float32.
-_SMALL: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": 8.0, "encoder.wire_dtype": "rotated4"}
+# Four bits a value: a little fewer bytes than 1/64 of the values in float32, so that headers have room.
+_SMALL: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": SMALL_RATIO, "encoder.wire_dtype": "rotated4"}
 _SILENT: dict[str, Any] = {"privacy.trust": "non-private", "encoder.name": "identity"}
 
 
 def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
-    """The default encoder at 1/64 of the bytes with one thing changed."""
+    """The default encoder at 1/80 of the bytes with one thing changed."""
     changed = {f"{section}.{key}": value for section, part in knobs.items() for key, value in part.items()}
     return Arm(name, _SMALL | changed, first_rate, public=True, **_PART | {"reason": reason})
 
@@ -159,7 +163,7 @@ def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
 _ALL = (
     Arm("dp-lora", {"encoder.name": "identity"}, 0.75),
     Arm("hybrid", _PLANNED, 3.0, public=True, first_rate_both=1.5),
-    Arm("hybrid-8", _SMALL, 3.0, public=True, **_SMALL_CODE | {"reason": "equal bytes"}),
+    Arm("hybrid-10", _SMALL, 3.0, public=True, **_SMALL_CODE | {"reason": "equal bytes"}),
     _coded("hybrid-64", 3.0, "hybrid", 64, **_SMALL_CODE | {"reason": "equal bytes, in float32"}),
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
     _variant("both-tensors", 1.5, "LoRA's A sent as well", encoder={"tensors": "both"}),
@@ -192,7 +196,7 @@ COMPARATORS = (
 PARTS = (
     "both-tensors", "self-written", "no-refresh", "adaptive-clip", "preconditioned", "wiener-decoding", "kronecker-64",
 )  # fmt: skip
-OURS = ("hybrid", "hybrid-8", "hybrid-64")
+OURS = ("hybrid", "hybrid-10", "hybrid-64")
 
 
 @dataclass(frozen=True)
@@ -334,7 +338,7 @@ Losses = Mapping[Cell, float]
 def next_cells(track: Track, losses: Losses) -> list[Cell]:
     """The cells that a track needs next, given the losses of those that are done; empty when it is done.
 
-    Tuning, on seeds of its own: RATE_RUNS learning rates, then CLIP_STEPS at the best of them. Every track has as many runs.
+    Tuning, on seeds of its own: LEAST_RATES to MOST_RATES learning rates, then CLIP_STEPS at the best of them.
     """
 
     def missing(steps: Iterable[tuple[float, int]], of: Sequence[int]) -> list[Cell]:
@@ -342,9 +346,10 @@ def next_cells(track: Track, losses: Losses) -> list[Cell]:
         return [cell for cell in cells if cell not in losses]
 
     tuning_seeds, rates = track.setting.tuning_seeds, tried(track, losses)
-    if len(rates) < RATE_RUNS:
-        opening = [step for step in (0.0, -1.0, 1.0)[:RATE_RUNS] if step not in rates]
-        return missing([(step, 0) for step in opening or [_next_step(rates)]], tuning_seeds)
+    if opening := [step for step in (0.0, -1.0, 1.0) if step not in rates]:
+        return missing([(step, 0) for step in opening], tuning_seeds)
+    if len(rates) < LEAST_RATES or (len(rates) < MOST_RATES and at_edge(track, losses)):
+        return missing([(_next_step(rates), 0)], tuning_seeds)
     best = _best(rates)
     return missing([(best, step) for step in CLIP_STEPS], tuning_seeds) or missing(
         [tuned(track, losses)], track.setting.seeds
@@ -352,10 +357,10 @@ def next_cells(track: Track, losses: Losses) -> list[Cell]:
 
 
 def tuned(track: Track, losses: Losses) -> tuple[float, int]:
-    """(rate step, clip step) with the lowest mean held-out loss on the tuning seeds; ties: the smaller step."""
+    """(rate step, clip step): the smallest of those whose mean held-out loss on the tuning seeds is within CLEARLY of the least."""
     best = _best(tried(track, losses))
     clips = {step: tried(track, losses, step).get(best, math.inf) for step in (0, *CLIP_STEPS)}
-    return best, min(clips, key=lambda step: clips[step])
+    return best, _best(clips)
 
 
 def at_edge(track: Track, losses: Losses) -> bool:
@@ -373,8 +378,10 @@ def tried(track: Track, losses: Losses, clip_step: int = 0) -> dict[float, float
     return {step: fmean(values) for step, values in found.items() if len(values) == len(seeds)}
 
 
-def _best(rates: Mapping[float, float]) -> float:
-    return min(sorted(rates), key=lambda step: rates[step])
+def _best(means: Mapping[Any, float]) -> Any:
+    """The smallest step whose mean is within CLEARLY of the least."""
+    least = min(means.values())
+    return min(step for step, mean in means.items() if mean <= (1 + CLEARLY) * least)
 
 
 def _next_step(rates: Mapping[float, float]) -> float:
@@ -390,6 +397,6 @@ def _next_step(rates: Mapping[float, float]) -> float:
 
 
 def most_cells(found: Iterable[Track]) -> int:
-    """Cells of these tracks, done or not."""
+    """The most cells that these tracks can need."""
     settings_of = [track.setting for track in found]
-    return sum(len(one.tuning_seeds) * (RATE_RUNS + len(CLIP_STEPS)) + len(one.seeds) for one in settings_of)
+    return sum(len(one.tuning_seeds) * (MOST_RATES + len(CLIP_STEPS)) + len(one.seeds) for one in settings_of)

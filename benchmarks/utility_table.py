@@ -11,7 +11,7 @@ from typing import Any
 import utility_grid as grid
 import utility_plots as plots
 import utility_verdicts as judge
-from utility_cells import Row, read_cells, read_study, replace_text
+from utility_cells import Row, archive, read_cells, read_study, replace_text
 from utility_grid import ARMS, PARTS, Scale, Setting
 from utility_verdicts import Duel, Forecast, Result, Results, Verdict
 
@@ -46,6 +46,7 @@ def write_page(folder: Path, results_folder: Path) -> None:
     replace_text(results_folder / f"{NAME}.md", "\n\n".join(part for part in parts if part) + "\n")
     whole = _compact(folder, results, failures, geometry, found)
     replace_text(results_folder / f"{NAME}.json", json.dumps(whole, separators=(",", ":"), allow_nan=False) + "\n")
+    archive(folder, results_folder)
     for verdict in found:
         print(f"{verdict.number:3s} {verdict.word:12s} {verdict.count:10s} {verdict.claim}")
     print(f"{len(results)} finished tracks -> {results_folder / NAME}.md")
@@ -76,7 +77,6 @@ def _opening(folder: Path, results: Results, failures: Sequence[Row]) -> str:
     versions = ", ".join(sorted({row["version"] for row in rows.values()}))
     planned = len(grid.tracks({}))
     finished, edges = len(results), sum(result.edge for result in results.values())
-    runs = grid.RATE_RUNS + len(grid.CLIP_STEPS)
     where = [[arm.name, _where(arm), _first_rates(arm), arm.reason] for arm in ARMS.values()]
     return f"""# Encoded and private against tuned DP-LoRA
 
@@ -98,10 +98,10 @@ rank 32 on those and the MLP's three, {grid.ADAPTER_SIZES["large"]:,}), an expec
 {scale.rounds} rounds, {scale.examples_per_client} records per client, mean gradients, FedAvgM, {scale.examples} held-out records, {scale.questions} questions per benchmark (task letters only: the
 other tasks teach what the benchmarks do not ask). Every cell is one whole run with its ledger and certificate.
 
-**Tuning.** Every track has {runs} runs on each of its tuning seeds ({grid.FIRST_TUNING_SEED} and on; the mean decides): {grid.RATE_RUNS} learning rates, a factor of {grid.RATE_FACTOR:g} apart, climbing from the method's first guess;
-then, at the best, the clip times {", ".join(f"{grid.CLIP_FACTOR**step:g}" for step in grid.CLIP_STEPS)} with the rate the other way. First guesses are from exploratory runs on tuning seeds. Judged on seeds
-from 0 on, which no rate was tuned on (how many of each is in the table below): the same clients, start and held-out records for all methods, other cohorts and noise. In {edges} of {len(results)}
-tracks the best rate was the smallest or largest tried (marked e below).
+**Tuning.** Every track has runs on each of its tuning seeds ({grid.FIRST_TUNING_SEED} and on; the mean decides) at {grid.LEAST_RATES} learning rates, a factor of {grid.RATE_FACTOR:g} apart and at last {grid.RATE_FACTOR**0.5:.2g}, from the method's first guess, and at up to
+{grid.MOST_RATES} while the best is the smallest or the largest; then, at the best, with the clip times {", ".join(f"{grid.CLIP_FACTOR**step:g}" for step in grid.CLIP_STEPS)} and the rate the other way. The smallest rate within {grid.CLEARLY:.0%} of the least loss is taken, and the first clip unless the other is better by more than that. First
+guesses are from exploratory runs on tuning seeds. Judged on seeds from {grid.FIRST_JUDGED_SEED} on, which no rate was tuned on (how many of each is in the table below): the same clients, start and held-out records
+for all methods, other cohorts and noise. In {edges} of {len(results)} tracks the best rate was the smallest or largest tried (marked e below).
 
 Not blind (docs/log.md): plain decoding was chosen in an earlier round of this study, which had momentum 0.9 for all and had seen seeds 0 to 2; momentum 1/4 was then
 chosen for DP-LoRA on tuning seeds. Codes of B alone, the second direction and their thresholds were chosen on tuning seeds, but a first, broken version of them (it left a part of B
@@ -133,7 +133,7 @@ def _where(arm: grid.Arm) -> str:
 
 def _verdict_part(found: Sequence[Verdict], results: Results) -> str:
     note = (
-        f"\n\n`{judge.AUTOMATIC}` is the default encoder: its size, its tensors and its four bits a value are from the plan; all others but `hybrid-8` and "
+        f"\n\n`{judge.AUTOMATIC}` is the default encoder: its size, its tensors and its four bits a value are from the plan; all others but `hybrid-10` and "
         f"`dp-lora-4-bits` send float32. Where k* >= D/{judge.FREE_RATIO} it sends all of LoRA's B, which is "
         "FFA-LoRA's update in other coordinates, and differs from the arm `ffa` by bits, chance and what was tuned."
     )

@@ -22,11 +22,11 @@ from drencoder.scores import Difference, paired_over_seeds
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # of DP-LoRA's bytes: the code that has to be free where noise dominates
 SAME_BYTES = 1.01  # headers and scales
-REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid", "hybrid-8"
+REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid", "hybrid-10"
 KIND, OTHER_KINDS = "gauss-newton", ("hessian", "finite")  # curvatures: the one that is judged, and what else is shown
 MENDED = ("finite", "start")  # kind and stage
 FEW, MANY = 8, 512  # 512 codes of 1/64 are as many bytes as 8 whole updates
-EQUAL_BYTES_ARMS = ("hybrid-8", "hybrid-64")
+EQUAL_BYTES_ARMS = ("hybrid-10", "hybrid-64")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from drencoder.encoders.autoencoder import AutoencoderOptions
 from drencoder.encoders.registry import EncoderRequest, build_encoder
 from drencoder.encoders.sizes import (
     BITS_PER_VALUE,
+    SMALL_RATIO,
     adapted_matrices,
     auto_ratio,
     code_size,
@@ -167,12 +168,10 @@ def test_stage_1_values_are_what_its_query_asks(tiny_folder: Path) -> None:
 def test_the_plan_chooses_the_code_by_what_its_noise_lets_a_round_learn() -> None:
     assert auto_ratio(6400, 0.0) == auto_ratio(6400, 99.9) == 64.0
     assert auto_ratio(6400, 100.0) == auto_ratio(6400, float("inf")) == auto_ratio(6400, 100.0, "rotated4") == 2.0
-    assert [auto_ratio(6400, 9.0, dtype) for dtype in ("int8", "int4", "rotated4", "rotated1")] == [
-        64.0,
-        32.0,
-        32.0,
-        32.0,
-    ]
+    dtypes = ("float32", "int8", "int4", "rotated4", "rotated1")
+    assert [auto_ratio(64_000, 511.9, dtype) for dtype in dtypes] == [64.0] * 5
+    assert [auto_ratio(64_000, 512.0, dtype) for dtype in dtypes] == [64.0, 64.0, 10.0, 10.0, 10.0]
+    assert 64 * message_bytes(round(32_768 / SMALL_RATIO), "rotated4") < message_bytes(32_768, "float32")
     automatic = ["encoder.name=hybrid", "encoder.ratio=0", "privacy.trust=central"]
     few = survey(load_recipe("quickstart", [*automatic, "federation.sampling_rate=0.001"]))
     many = survey(load_recipe("quickstart", automatic))
@@ -180,7 +179,7 @@ def test_the_plan_chooses_the_code_by_what_its_noise_lets_a_round_learn() -> Non
         load_recipe("quickstart", [*automatic, "federation.sampling_rate=0.001", "encoder.wire_dtype=float32"])
     )
     for overview, ratio, words in (
-        (few, 32, "noise dominates"),
+        (few, 64, "noise dominates"),
         (exact, 64, "noise dominates"),
         (many, 2, "would limit the run"),
     ):
@@ -192,7 +191,7 @@ def test_the_plan_chooses_the_code_by_what_its_noise_lets_a_round_learn() -> Non
     assert few.code_reason.endswith("about A and B, since k* < 512; in 4 bits a value")
     assert exact.code_reason.endswith("about A and B, since k* < 512")
     assert many.code_reason.endswith("about LoRA's B alone, since k* >= 512; in 4 bits a value")
-    assert [one.message_bytes for one in (few, exact, many)] == [24 + 1_024 // 2, 20 + 4 * 512, 24 + 16_384 // 2]
+    assert [one.message_bytes for one in (few, exact, many)] == [24 + 512 // 2, 20 + 4 * 512, 24 + 16_384 // 2]
     said = [*automatic, "federation.sampling_rate=0.001", "encoder.tensors=B", "encoder.ratio=1"]
     whole = survey(load_recipe("quickstart", said))  # B has half of the values, whatever the ratio
     assert (whole.code_size, whole.code_reason) == (16_384, "in 4 bits a value")

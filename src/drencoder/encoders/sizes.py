@@ -20,6 +20,7 @@ __all__ = [
     "FEW_COORDINATES",
     "HEADER_BYTES",
     "NOISY_RATIO",
+    "SMALL_RATIO",
     "adapted_matrices",
     "auto_ratio",
     "bytes_text",
@@ -40,6 +41,7 @@ BITS_PER_VALUE = {
     "float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2, "rotated4": 4, "rotated2": 2, "rotated1": 1,
 }  # fmt: skip
 NOISY_RATIO = 64.0  # noise dominates where k* < D / 64
+SMALL_RATIO = 10.0  # of a code in four bits: fewer bytes than 1/64 of the values take in 32, header included
 FEW_COORDINATES = 512.0
 HEADER_BYTES = 20  # of every message, see encoders.wire
 _SCALE_BYTES = 4  # of a message of levels
@@ -116,15 +118,15 @@ def few_coordinates(k_star: float) -> bool:
 
 
 def auto_ratio(update_size: int, k_star: float, wire_dtype: str = "float32") -> float:
-    """D / K of the code that a plan can use: 2, 32 or 64.
+    """D / K of the code that a plan can use: 2, 10 or 64.
 
     Where noise does not dominate the code is what limits the run: 2, about as many values as LoRA's B tensors have. Where it
-    does, 64, or 32 in four bits and fewer, a quarter of the bytes: as good as DP-LoRA in some settings and not in others. Measured
+    does, 64; or, for codes of B alone in four bits and fewer, 10: a fifth of B in 1/80 of DP-LoRA's bytes. Measured
     (docs/results/utility.md, docs/log.md), not derived.
     """
     if not noise_dominates(update_size, k_star):
         return 2.0
-    return NOISY_RATIO / 2 if BITS_PER_VALUE[wire_dtype] <= 4 else NOISY_RATIO
+    return SMALL_RATIO if BITS_PER_VALUE[wire_dtype] <= 4 and not few_coordinates(k_star) else NOISY_RATIO
 
 
 def code_size(
