@@ -44,7 +44,7 @@ CLIENTS, HELD_OUT = 64, 64
 WARM_ROUNDS = 8
 PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 2048
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
-CODES = (("B", 2), ("B", 8), ("B", 32), ("B", 64), ("both", 32))  # of hybrid: tensors, D / K
+CODES = (("B", 2), ("B", 10), ("B", 64), ("both", 64))  # of hybrid: tensors, D / K
 GEOMETRY_SEEDS = (0, 1, 2)
 DISTORTION_RATIOS = (4, 16, 64, 256, 1024)
 FINITE = 0.05  # rms of the noise that a run's rounds add up to in a value, of the order that DP-LoRA's tuned runs have at n = 8
@@ -52,27 +52,38 @@ KINDS = ("hessian", "gauss-newton", "finite")
 
 
 def measure(path: Path, scale: Scale, only: Mapping[str, Sequence[str]]) -> None:
-    """Adds what is missing to the file, a task, adapter and seed at a time."""
+    """Adds what is missing to the file, a task, adapter and seed at a time: whole rows, or codes that they lack."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    known = {(row["task"], row["adapter"], row["seed"]) for row in rows}
     for adapter in only.get("adapters", grid.ADAPTERS):
         for task in only.get("tasks", grid.TASKS):
             for seed in GEOMETRY_SEEDS:
-                if (task, adapter, seed) not in known:
-                    rows += geometry(task, adapter, seed, scale)
-                    replace_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
-                    print(f"geometry of {task}, {adapter}, seed {seed}: done", flush=True)
+                known = [row for row in rows if (row["task"], row["adapter"], row["seed"]) == (task, adapter, seed)]
+                if known and not any(map(lacking, known)):
+                    continue
+                found = geometry(task, adapter, seed, scale, {row["stage"]: row for row in known})
+                rows = [row for row in rows if row not in known] + found
+                replace_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
+                print(f"geometry of {task}, {adapter}, seed {seed}: done", flush=True)
 
 
-def geometry(task: str, adapter: str, seed: int, scale: Scale) -> list[dict[str, Any]]:
-    """One row per stage of training."""
+def lacking(row: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The codes that a row does not have."""
+    there = {(code["tensors"], code["ratio"]) for code in row["codes"]}
+    return [code for code in CODES if code not in there]
+
+
+def geometry(
+    task: str, adapter: str, seed: int, scale: Scale, known: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row per stage of training; of a stage that is known only its missing codes are measured."""
     setting = Setting("non-private", task, adapter, CLIENTS, None)
     enough = replace(scale, examples=max(scale.examples, HELD_OUT), questions=1)
     live = build(grid.base_recipe(setting, seed, enough).changed({"prior.public": "embedded"}))
     rows = []
     for stage, state in (("start", ServerState.start(live.lora.initial_D)), ("trained", trained(live))):
-        rows.append({"task": task, "adapter": adapter, "seed": seed, "stage": stage} | at_adapter(live, state, stage))
+        place = {"task": task, "adapter": adapter, "seed": seed, "stage": stage}
+        rows.append(at_adapter(live, state, stage, known.get(stage) or place))
     return rows
 
 
@@ -91,17 +102,31 @@ def trained(live: Live) -> ServerState:
     return state
 
 
-def at_adapter(live: Live, state: ServerState, stage: str) -> dict[str, Any]:
+def at_adapter(live: Live, state: ServerState, stage: str, known: dict[str, Any]) -> dict[str, Any]:
+    """`known` with everything that it lacks."""
     update_ND = clients(live, state.adapter_D, 0)
+    curvature = Curvature(live, state.adapter_D)
+    seed, slot = derive_seed(live.recipe.seed, f"geometry/{stage}"), 1 if stage == "start" else 1 + WARM_ROUNDS
+    if "codes" not in known:
+        distortion = distortions(live, state, slot, seed)
+        known = known | shape(live, update_ND, curvature, seed) | {"codes": [], "distortion": distortion}
+    codes = list(known["codes"])
+    for tensors, ratio in lacking(known):
+        encoder = encoder_of(live, state, tensors, ratio, slot)
+        code = {"tensors": tensors, "ratio": ratio, "code_size": encoder.code_size}
+        codes.append(code | shares(encoder, update_ND) | noise_curvature(encoder, curvature, known["lambda"], seed))
+    return known | {"codes": codes}
+
+
+def shape(live: Live, update_ND: Tensor, curvature: "Curvature", seed: int) -> dict[str, Any]:
+    """What does not depend on a code: how long and alike updates are, and how curved the loss is."""
     mean_D = update_ND.mean(dim=0)
     clipped_ND = clip_rows(update_ND, grid.BASE_CLIP).values_NV
-    curvature = Curvature(live, state.adapter_D)
-    seed = derive_seed(live.recipe.seed, f"geometry/{stage}")
     size = live.lora.layout.size
     steep = curvature.mean([mean_D / mean_D.norm()])
     steep["finite"] = steep["gauss-newton"]
     trace = curvature.mean([probe for one in signs(size, PROBES // 2, seed) for probe in curvature.both_signs(one)])
-    facts = {
+    return {
         "alignment": float(clipped_ND.mean(dim=0).square().sum()) / grid.BASE_CLIP**2,
         "mean_norm": float(mean_D.norm()),
         "client_norm": float(update_ND.norm(dim=1).mean()),
@@ -111,13 +136,6 @@ def at_adapter(live: Live, state: ServerState, stage: str) -> dict[str, Any]:
         "D": {kind: abs(trace[kind] / steep[kind]) for kind in KINDS},
         "negative": sum(value <= 0 for value in (*steep.values(), *trace.values())),
     }
-    slot = 1 if stage == "start" else 1 + WARM_ROUNDS
-    codes = []
-    for tensors, ratio in CODES:
-        encoder = encoder_of(live, state, tensors, ratio, slot)
-        code = {"tensors": tensors, "ratio": ratio, "code_size": encoder.code_size}
-        codes.append(code | shares(encoder, update_ND) | noise_curvature(encoder, curvature, steep, seed))
-    return facts | {"codes": codes, "distortion": distortions(live, state, slot, seed)}
 
 
 def encoder_of(live: Live, state: ServerState, tensors: str, ratio: int, slot: int) -> Encoder:

@@ -182,7 +182,7 @@ def load_results(folder: Path) -> tuple[dict[Track, Result], list[Row]]:
         mean = {
             f"{rate:+g}, {clip:+d}": loss
             for clip in (0, *grid.CLIP_STEPS)
-            for rate, loss in grid.tried(track, losses, clip).items()
+            for rate, loss in sorted(grid.tried(track, losses, clip).items())
         }
         results[track] = Result(track, final, grid.at_edge(track, losses), mean)
     return results, [row for row in rows.values() if "error" in row]

@@ -1,0 +1,165 @@
+"""The utility study's own logic: how rates are tuned, which cells come next, what is judged, and what a page keeps."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import utility_cells
+    import utility_grid
+
+    utility_cells.grid = utility_grid  # type: ignore[attr-defined]
+    yield utility_cells
+    for name in [name for name in sys.modules if name.startswith("utility")]:
+        del sys.modules[name]
+
+
+Loss = Callable[[float, int], float]
+
+
+def finished(study: Any, track: Any, loss: Loss) -> tuple[dict[Any, float], list[list[Any]]]:
+    """Runs a track to its end with a made-up loss of (rate step, clip step); the cells in the order of the waves."""
+    losses: dict[Any, float] = {}
+    waves = []
+    while cells := study.grid.next_cells(track, losses):
+        waves.append(cells)
+        losses |= {cell: loss(cell.rate_step, cell.clip_step) for cell in cells}
+        assert len(waves) < 20
+    return losses, waves
+
+
+def track_of(study: Any, arm: str = "dp-lora", place: tuple[str, int] = ("small", 64)) -> Any:
+    return study.grid.Track(arm, study.grid.Setting("central", "facts", *place, 4.0))
+
+
+def rates_of(waves: list[list[Any]]) -> list[float]:
+    return list(dict.fromkeys(cell.rate_step for wave in waves for cell in wave if cell.clip_step == 0))
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.2, [0.0, -1.0, 1.0, 0.5]),  # inside: half a step towards the better neighbour
+        (-0.2, [0.0, -1.0, 1.0, -0.5]),
+        (2.1, [0.0, -1.0, 1.0, 2.0, 3.0]),  # on while the best is at the edge, until it is inside
+        (-1.9, [0.0, -1.0, 1.0, -2.0, -3.0]),
+        (9.0, [0.0, -1.0, 1.0, 2.0, 3.0, 4.0]),  # and no further than six rates
+    ],
+)
+def test_a_rate_is_looked_for_until_it_lies_inside(study: Any, best: float, tried: list[float]) -> None:
+    track = track_of(study)
+    losses, waves = finished(study, track, lambda rate, clip: 1.0 + (rate - best) ** 2 + clip)
+    assert rates_of(waves) == tried
+    nearest = min(tried, key=lambda rate: abs(rate - best))
+    assert study.grid.tuned(track, losses) == (nearest, 0)
+    assert study.grid.at_edge(track, losses) == (best == 9.0)
+    assert len(losses) <= study.grid.most_cells([track])
+
+
+def test_of_two_that_are_alike_the_smaller_rate_and_the_first_clip_are_taken(study: Any) -> None:
+    track = track_of(study)
+    flat = {-1.0: 1.3, 0.0: 1.009, 0.5: 1.0, 1.0: 1.0, 2.0: 1.5}
+    losses, _ = finished(study, track, lambda rate, clip: flat[rate] - 0.009 * clip)
+    assert study.grid.tuned(track, losses) == (0.0, 0)
+    clearer, _ = finished(study, track, lambda rate, clip: flat[rate] - 0.02 * clip)
+    assert study.grid.tuned(track, clearer) == (0.0, 1)
+    clearly = {**flat, 0.0: 1.011}
+    losses, _ = finished(study, track, lambda rate, clip: clearly[rate])
+    assert study.grid.tuned(track, losses)[0] == 1.0
+
+
+def test_a_rate_that_diverged_is_never_taken(study: Any) -> None:
+    track = track_of(study)
+    losses, waves = finished(study, track, lambda rate, clip: math.inf if rate > -1 else 5.0 - rate)
+    assert study.grid.tuned(track, losses)[0] == -1.0
+    assert rates_of(waves) == [0.0, -1.0, 1.0, -2.0]
+
+
+def test_no_judged_seed_is_tuned_on_and_all_of_them_are_run(study: Any) -> None:
+    for place in study.grid.SEEDS:
+        setting = track_of(study, place=place).setting
+        assert not set(setting.seeds) & set(setting.tuning_seeds)
+        assert not set(setting.seeds) & set(range(400, 450))  # those that the encoder's sizes were chosen on
+        losses, waves = finished(study, track_of(study, place=place), lambda rate, clip: 1.0 + rate**2 + clip)
+        assert [cell.seed for cell in waves[-1]] == list(setting.seeds)
+        assert {cell.seed for wave in waves[:-1] for cell in wave} == set(setting.tuning_seeds)
+        assert {(cell.rate_step, cell.clip_step) for cell in waves[-1]} == {(0.0, 0)}
+        assert len(losses) == sum(map(len, waves))
+
+
+def test_what_a_code_sends_decides_its_first_rate(study: Any) -> None:
+    hybrid, plain = study.grid.ARMS["hybrid"], study.grid.ARMS["dp-lora"]
+    assert hybrid.first_rate_at(math.inf) == 3.0
+    assert hybrid.first_rate_at(148.0) * 2 == 3.0 * study.grid.noise_scale(148.0)
+    assert plain.first_rate_at(148.0) == plain.first_rate * study.grid.noise_scale(148.0)
+    cell = study.grid.Cell(track_of(study), 100, 1.0, 1)
+    assert study.grid.rate_and_clip(cell, math.inf) == (0.75 * 2 / 4, 4.0)
+
+
+def row_of(study: Any, cell: Any, loss: float, sent: int) -> dict[str, Any]:
+    rate, clip = study.grid.rate_and_clip(cell, 4809.0)
+    setting = cell.track.setting
+    return {
+        "key": cell.key, "setting": asdict(setting), "arm": cell.track.arm, "seed": cell.seed, "rate_step": cell.rate_step,
+        "clip_step": cell.clip_step, "rate": rate, "clip": clip, "version": "0", "k_star": 4809.0, "noise_multiplier": 1.0,
+        "loss": {"value": loss}, "accuracy": {}, "base": {"loss": 9.0, "accuracy": {}}, "zero": {"loss": 9.0, "accuracy": {}},
+        "bytes_up": sent, "rounds": 16, "epsilon": {"public": 4.0}, "seconds": 1.0,
+        "encoder": {"name": "hybrid", "code_size": 16_384, "update_size": 32_768},
+    }  # fmt: skip
+
+
+def filled(study: Any, folder: Path, losses: dict[str, float]) -> None:
+    """A study in which every run of an arm ended at that arm's loss, and a rate away from its first is worse."""
+    folder.mkdir()
+    scale = asdict(study.grid.Scale())
+    (folder / study.STUDY).write_text(json.dumps({"scale": scale, "machine": study.machine()}))
+    sent = {"dp-lora": 1000, "hybrid": 10}
+    with (folder / study.CELLS).open("w") as lines:
+        for arm, loss in losses.items():
+            track = track_of(study, arm)
+            cells, _ = finished(study, track, lambda rate, clip, loss=loss: loss + rate**2 + clip)
+            lines.writelines(json.dumps(row_of(study, cell, value, sent[arm])) + "\n" for cell, value in cells.items())
+
+
+@pytest.mark.parametrize(("ours", "good"), [(2.9, 1), (3.02, 1), (3.04, 0)])
+def test_verdicts_count_what_the_lines_say(study: Any, tmp_path: Path, ours: float, good: int) -> None:
+    import utility_verdicts as judge
+
+    filled(study, tmp_path / "study", {"dp-lora": 3.0, "hybrid": ours})
+    results, failures = judge.load_results(tmp_path / "study")
+    found = {one.number: one for one in judge.verdicts(results, [])}
+    assert (found["1a"].good, found["1a"].of) == (good, 1)
+    assert found["1a"].word == ("met so far" if good else "NOT met so far")  # one of many settings
+    assert (found["5"].of, found["5"].word) == (0, "not measured")
+    (duel,) = judge.duels(results, [judge.AUTOMATIC])
+    assert duel.better == (ours < 3.0)
+    assert duel.fewer_bytes == 100
+    assert failures == []
+
+
+def test_a_page_keeps_every_line_and_a_folder_can_be_made_of_it(study: Any, tmp_path: Path) -> None:
+    from utility_table import write_page
+
+    filled(study, tmp_path / "study", {"dp-lora": 3.0, "hybrid": 2.9})
+    write_page(tmp_path / "study", tmp_path / "results")
+    first = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir() if path.suffix != ".png"}
+    study.restore(tmp_path / "results", tmp_path / "again")
+    assert study.read_cells(tmp_path / "again") == study.read_cells(tmp_path / "study")
+    write_page(tmp_path / "again", tmp_path / "results")
+    assert {name: (tmp_path / "results" / name).read_bytes() for name in first} == first
+    with pytest.raises(SystemExit, match="has cells already"):
+        study.restore(tmp_path / "results", tmp_path / "again")
+    with pytest.raises(SystemExit, match="give the folder that --page wrote"):
+        study.restore(tmp_path / "study", tmp_path / "new")
