@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "drencoder"
 # Modules of one level are strangers, except that inside a row an entry may import entries left of it.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "rng"),
-    ("knobs",),
+    ("knobs", "sections"),
     ("config", "artifacts", "layout", "examples", "encoders.sizes"),
     (
         "secure.discrete",
@@ -106,7 +106,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("cli_flower", "cli"),
 )
-ORDERED = {3, 4, 5, 6, 7, 8, 9, 11, 14, 15, 16, 17}  # rows in which "left of it" is allowed
+ORDERED = {1, 3, 4, 5, 6, 7, 8, 9, 11, 14, 15, 16, 17}  # rows in which "left of it" is allowed
 EVERYWHERE = {"drencoder"}  # only for __version__
 
 DOORS = {
@@ -135,7 +135,7 @@ DOORS = {
     "tomli_w": {"config"},
 }
 TORCH_FREE = {
-    "errors", "rng", "knobs", "config", "artifacts", "encoders.sizes", "overview", "report", "console", "cli", "verify",
+    "errors", "rng", "knobs", "sections", "config", "artifacts", "encoders.sizes", "overview", "report", "console", "cli", "verify",
     "privacy.sampling", "privacy.accounting", "privacy.observers", "privacy.plan", "privacy.ledger",
     "privacy.site", "cli_flower", "engines.flower.agreement", "engines.flower.frames", "engines.flower.keys",
     "engines.flower.processes", "engines.flower.superlink", "engines.flower.supernode", "engines.flower.roster",
