@@ -2,7 +2,7 @@
 
     python benchmarks/utility.py --out DIR [--processes 2] [--minutes 60] [--only arms=dp-lora,hybrid-64 cohorts=8,64 ...]
     python benchmarks/utility.py --out DIR --geometry
-    python benchmarks/utility.py --out DIR --page [--results docs/results]
+    python benchmarks/utility.py --out DIR --page [--results docs/results] [--readme README.md]
     python benchmarks/utility.py --out DIR --from docs/results [--page]    (a new folder out of what a page keeps)
     python benchmarks/utility.py --out DIR --status
     python benchmarks/utility.py --out DIR --rounds 2 --examples 32 --questions 8 --only ...    (a smoke test)
@@ -227,6 +227,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--page", action="store_true", help="write utility.md, utility.json and plots instead")
     parser.add_argument("--from", dest="origin", type=Path, help="begin with the cells kept beside a results page")
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--readme", type=Path, help="with --page: put the study's table into this README, too")
     parser.add_argument("--status", action="store_true", help="say what is done, and start nothing")
     return parser.parse_args()
 
@@ -261,7 +262,12 @@ def main() -> None:
     if args.page:
         from utility_table import write_page
 
-        return write_page(args.out, args.results)
+        write_page(args.out, args.results)
+        if args.readme:
+            from utility_readme import refresh
+
+            refresh(args.readme, args.out)
+        return None
     lock = claim(args.out, scale)
     try:
         if args.geometry:

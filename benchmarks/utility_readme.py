@@ -1,0 +1,68 @@
+"""The study's table in the README, between two marks, so that no figure is typed by hand. No torch."""
+
+import math
+import sys
+from pathlib import Path
+
+import utility_verdicts as judge
+from utility_cells import replace_text
+from utility_grid import HELD_BACK
+from utility_plots import name
+from utility_table import right_share, table
+from utility_verdicts import Duel, Results
+
+BEGIN, END = "<!-- benchmarks/utility.py: begin -->", "<!-- benchmarks/utility.py: end -->"
+HEAD = ["setting (*: noise dominates)", "k*", "values, bytes sent", "hybrid", "DP-LoRA", "Δ loss", "right, hybrid / DP-LoRA"]  # fmt: skip
+
+
+def refresh(readme: Path, study: Path) -> None:
+    """Writes the table and the counts anew; everything outside of the marks stays as it is."""
+    text = readme.read_text("utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        sys.exit(f"{readme} must have {BEGIN} and {END} once each: put them where the table belongs.")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    results, _ = judge.load_results(study)
+    found = [duel for duel in judge.duels(results, [judge.AUTOMATIC]) if not duel.ours.failed]
+    body = f"{BEGIN}\n{table(HEAD, list(map(_row, found)))}\n\n{_counts(found, results)}\n{END}"
+    replace_text(readme, before + body + after)
+    print(f"{len(found)} settings -> {readme}")
+
+
+def _row(duel: Duel) -> list[str]:
+    ours, theirs = duel.ours, duel.theirs
+    digits = 3 if theirs.loss < 0.5 else 2
+    sizes = f"1/{ours.ratio:.0f}, 1/{duel.fewer_bytes:.0f}"
+    losses = [f"{result.loss:.{digits}f}" for result in (ours, theirs)]
+    right = " / ".join(right_share(result) for result in (ours, theirs))
+    setting = name(duel).replace(HELD_BACK, f"{HELD_BACK} (held back)")
+    return [setting, f"{ours.k_star:,.0f}", sizes, *losses, f"{duel.relative:+.0%}", right]
+
+
+def _counts(found: list[Duel], results: Results) -> str:
+    main = [duel for duel in found if not judge.held_back(duel)]
+    said = []
+    for words, some in (
+        ("Where noise does not dominate", [duel for duel in main if not duel.ours.noisy]),
+        (f"Where it does (k* < D/{judge.FREE_RATIO})", [duel for duel in main if duel.ours.noisy]),
+        (f"On `{HELD_BACK}`, by which nothing was chosen,", [duel for duel in found if judge.held_back(duel)]),
+    ):
+        if some:
+            said.append(
+                f"{words} {sum(duel.no_worse for duel in some)} of {len(some)} settings lose nothing beyond 1 % and "
+                f"{sum(duel.better for duel in some)} win ({_range(some)}; the interval leaves zero out in "
+                f"{sum(duel.clear and duel.better for duel in some)} that win and {sum(duel.clear and not duel.better for duel in some)} that lose), at 1/"
+                f"{min(duel.fewer_bytes for duel in some):.0f} of the bytes or less."
+            )
+    for arm in judge.EQUAL_BYTES_ARMS:
+        if equal := judge.equal_bytes(results, arm):
+            good = sum(duel.better for duel in equal)
+            said.append(
+                f"For equal bytes, {judge.MANY} clients with `{arm}` against {judge.FEW} with whole updates, it is better in {good} of {len(equal)} settings ({_range(equal)})."
+            )
+    return "\n".join(said)
+
+
+def _range(found: list[Duel]) -> str:
+    gains = [duel.relative for duel in found if math.isfinite(duel.relative)]
+    return f"Δ {min(gains):+.0%} to {max(gains):+.0%}"
