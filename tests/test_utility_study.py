@@ -163,3 +163,22 @@ def test_a_page_keeps_every_line_and_a_folder_can_be_made_of_it(study: Any, tmp_
         study.restore(tmp_path / "results", tmp_path / "again")
     with pytest.raises(SystemExit, match="give the folder that --page wrote"):
         study.restore(tmp_path / "study", tmp_path / "new")
+
+
+def test_the_readmes_table_is_written_between_its_marks(study: Any, tmp_path: Path) -> None:
+    from utility_readme import BEGIN, END, refresh
+
+    filled(study, tmp_path / "study", {"dp-lora": 3.0, "hybrid": 2.7})
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    refresh(readme, tmp_path / "study")
+    once = readme.read_text()
+    assert once.startswith(f"before\n{BEGIN}\n| setting")
+    assert once.endswith(f"{END}\nafter\n")
+    assert "| central, facts, small, n 64, ε 4 | 4,809 | 1/2, 1/100 | 2.70 | 3.00 | -10% | - / - |" in once
+    assert "1 of 1 settings lose nothing beyond 1 % and 1 win" in once
+    refresh(readme, tmp_path / "study")
+    assert readme.read_text() == once
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit, match="put them where the table belongs"):
+        refresh(readme, tmp_path / "study")

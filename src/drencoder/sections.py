@@ -108,7 +108,12 @@ class Server(Checked):
     optimizer: str = knob("fedadam", "the server's step", choices=("fedavg", "fedavgm", "fedadam"))
     learning_rate: float = knob(0.02, "server learning rate", above=0)
     final_share: float = knob(1.0, "the last round's share of the learning rate; falls linearly to it", low=0, high=1)
-    momentum: float = knob(0.9, "momentum, or beta1 of fedadam; with fedavgm 0.5 or less suits runs of few rounds (docs/log.md)", low=0, below=1)
+    momentum: float = knob(
+        0.9,
+        "momentum, or beta1 of fedadam; with fedavgm 0.5 or less suits runs of few rounds (docs/log.md)",
+        low=0,
+        below=1,
+    )
     beta2: float = knob(0.99, "beta2 of fedadam", low=0, below=1)
     tau: float = knob(1e-8, "adaptivity floor of fedadam", above=0)
     decoding: str = knob(
