@@ -24,7 +24,9 @@ def refresh(readme: Path, study: Path) -> None:
     after = rest.split(END)[1]
     results, _ = judge.load_results(study)
     found = [duel for duel in judge.duels(results, [judge.AUTOMATIC]) if not duel.ours.failed]
-    body = f"{BEGIN}\n{table(HEAD, list(map(_row, found)))}\n\n{_counts(found, results)}\n{END}"
+    body = (
+        f"{BEGIN}\n{table(HEAD, list(map(_row, found)))}\n\n{_counts(found, results)}{_formula(results, study)}\n{END}"
+    )
     replace_text(readme, before + body + after)
     print(f"{len(found)} settings -> {readme}")
 
@@ -61,6 +63,17 @@ def _counts(found: list[Duel], results: Results) -> str:
                 f"For equal bytes, {judge.MANY} clients with `{arm}` against {judge.FEW} with whole updates, it is better in {good} of {len(equal)} settings ({_range(equal)})."
             )
     return "\n".join(said)
+
+
+def _formula(results: Results, study: Path) -> str:
+    """How often R named the winner; nothing where no geometry was measured."""
+    counts = {one.number: one for one in judge.verdicts(results, judge.load_geometry(study))}
+    if not counts["5"].of:
+        return ""
+    return (
+        f"\nThe formula that was to name the winner is right in {counts['5'].count} settings, with a curvature that sees what A's noise "
+        f"does in {counts['5b'].count}, and on the held-back task in {counts['7b'].count}."
+    )
 
 
 def _range(found: list[Duel]) -> str:
