@@ -182,3 +182,22 @@ def test_the_readmes_table_is_written_between_its_marks(study: Any, tmp_path: Pa
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="put them where the table belongs"):
         refresh(readme, tmp_path / "study")
+
+
+def test_the_first_order_forecast_is_rho_times_the_ratio_of_the_steps(study: Any, tmp_path: Path) -> None:
+    import utility_verdicts as judge
+
+    filled(study, tmp_path / "study", {"dp-lora": 3.0, "hybrid": 2.7})
+    results, _ = judge.load_results(tmp_path / "study")
+    curvature = dict.fromkeys(("hessian", "gauss-newton", "finite"), 10.0)
+    code = {"tensors": "B", "ratio": 2, "rho": 0.25, "rho_client": 0.5, "D_P": curvature, "negative": 0}
+    place = {"task": "facts", "adapter": "small", "alignment": 0.5, "D": curvature, "codes": [code], "distortion": []}
+    geometry = [place | {"stage": stage, "seed": 0} for stage in ("start", "trained")]
+    (forecast,) = judge.forecasts(results, geometry)
+    assert forecast.progress == pytest.approx(0.25 * 3.0 / 0.75)  # hybrid's first rate over DP-LoRA's, at clips alike
+    d, k_star = 10.0, 4809.0
+    assert forecast.gain == pytest.approx(0.25**2 * (1 + d / k_star) / (0.25 + 0.5 * d / k_star))
+    found = {one.number: one for one in judge.verdicts(results, geometry)}
+    assert [found[number].good for number in ("5", "5b", "5c")] == [0, 0, 0]  # 0.06 and 1.0 name DP-LoRA
+    code["rho"] = 0.26
+    assert {one.number: one for one in judge.verdicts(results, geometry)}["5c"].good == 1
