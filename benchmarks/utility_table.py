@@ -212,7 +212,8 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
     said.append(
         f"Mended: {_right(found, lambda one: one.mended)}. First order: {_right(found, lambda one: one.progress)}."
     )
-    said.append(f"Always naming DP-LoRA would be right in {sum(not one.duel.better for one in found)} of {len(found)}.")
+    theirs = sum(not one.duel.better for one in found)
+    said.append(f"Always naming DP-LoRA would be right in {theirs} of {len(found)}, the code in {len(found) - theirs}.")
     rows = []
     for one in everything:
         result, gains = one.duel.ours, [*(one.gains[judge.KIND, stage] for stage in stages), one.gain]
