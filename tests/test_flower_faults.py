@@ -175,7 +175,9 @@ def test_an_answer_that_comes_twice_counts_once(
 
 def test_central_trust_clips_again(federation: Callable[..., Federation]) -> None:
     """A norm above the bound is no reason to throw a message away there: the server clips it before it sums."""
-    made = federation("privacy.trust=central", "privacy.noise=replay", "privacy.clip_l2=1e3", "prior.clip_l2=1e3")
+    # Gentle steps: along long ones the tiny model turns rounding into differences of its own.
+    loud = ["privacy.clip_l2=1e3", "prior.clip_l2=1e3", "server.learning_rate=0.01"]
+    made = federation("privacy.trust=central", "privacy.noise=replay", *loud)
     found = []
     for name, factor in (("honest", 1.0), ("long", 1e8), ("longer", 1e12)):
         made.grid.tamper[1] = values(lambda code, factor=factor: code.mul_(factor))
