@@ -252,6 +252,8 @@ def wanted_scale(args: argparse.Namespace) -> Scale:
 
 def main() -> None:
     args = arguments()
+    if args.readme and not args.page:
+        sys.exit("--readme is written together with the page: give --page, too.")
     os.environ["OMP_NUM_THREADS"] = "1"
     if args.origin:
         restore(args.origin, args.out)
@@ -267,7 +269,7 @@ def main() -> None:
             from utility_readme import refresh
 
             refresh(args.readme, args.out)
-        return None
+        return
     lock = claim(args.out, scale)
     try:
         if args.geometry:

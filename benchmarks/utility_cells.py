@@ -43,8 +43,13 @@ def claim(folder: Path, scale: Scale) -> int:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file at once or not at all."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Writes a file at once or not at all."""
     temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(text, "utf-8")
+    temporary.write_bytes(data)
     temporary.replace(path)
 
 
@@ -73,9 +78,7 @@ def mend(path: Path) -> None:
 def archive(folder: Path, results: Path) -> None:
     """Keeps every line among the results; the same lines give the same bytes."""
     lines = sorted((folder / CELLS).read_bytes().splitlines(keepends=True))
-    temporary = results / f"{ARCHIVE}.new"
-    temporary.write_bytes(lzma.compress(b"".join(lines), preset=9))
-    temporary.replace(results / ARCHIVE)
+    replace_bytes(results / ARCHIVE, lzma.compress(b"".join(lines), preset=9))
 
 
 def restore(results: Path, folder: Path) -> None:
@@ -84,12 +87,16 @@ def restore(results: Path, folder: Path) -> None:
         sys.exit(f"{folder} has cells already: leave --from out to go on with them, or give another --out.")
     if missing := [name for name in (ARCHIVE, COMPACT) if not (results / name).is_file()]:
         sys.exit(f"{results} has no {' and no '.join(missing)}: give the folder that --page wrote.")
-    known = json.loads((results / COMPACT).read_text("utf-8"))
+    try:
+        known = json.loads((results / COMPACT).read_text("utf-8"))
+        lines = lzma.decompress((results / ARCHIVE).read_bytes())
+    except (ValueError, lzma.LZMAError) as error:
+        sys.exit(f"{results} cannot be read ({error}): restore the files that --page wrote.")
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / STUDY, json.dumps({key: known[key] for key in ("scale", "machine")}, indent=1) + "\n")
     if known["geometry"]:
         replace_text(folder / GEOMETRY, json.dumps({"rows": known["geometry"]}) + "\n")
-    replace_text(folder / CELLS, lzma.decompress((results / ARCHIVE).read_bytes()).decode("utf-8"))
+    replace_bytes(folder / CELLS, lines)
 
 
 def read_cells(folder: Path) -> dict[Cell, Row]:

@@ -17,7 +17,7 @@ HEAD = ["setting (*: noise dominates)", "k*", "values, bytes sent", "hybrid", "D
 
 def refresh(readme: Path, study: Path) -> None:
     """Writes the table and the counts anew; everything outside of the marks stays as it is."""
-    text = readme.read_text("utf-8")
+    text = readme.read_text("utf-8") if readme.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         sys.exit(f"{readme} must have {BEGIN} and {END} once each: put them where the table belongs.")
     before, rest = text.split(BEGIN)

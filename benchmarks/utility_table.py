@@ -11,7 +11,7 @@ from typing import Any
 import utility_grid as grid
 import utility_plots as plots
 import utility_verdicts as judge
-from utility_cells import Row, archive, read_cells, read_study, replace_text
+from utility_cells import COMPACT, Row, archive, read_cells, read_study, replace_text
 from utility_grid import ARMS, PARTS, Scale, Setting
 from utility_verdicts import Duel, Forecast, Result, Results, Verdict
 
@@ -45,7 +45,7 @@ def write_page(folder: Path, results_folder: Path) -> None:
     ]
     replace_text(results_folder / f"{NAME}.md", "\n\n".join(part for part in parts if part) + "\n")
     whole = _compact(folder, results, failures, geometry, found)
-    replace_text(results_folder / f"{NAME}.json", json.dumps(whole, separators=(",", ":"), allow_nan=False) + "\n")
+    replace_text(results_folder / COMPACT, json.dumps(whole, separators=(",", ":"), allow_nan=False) + "\n")
     archive(folder, results_folder)
     for verdict in found:
         print(f"{verdict.number:3s} {verdict.word:12s} {verdict.count:10s} {verdict.claim}")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +15,13 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """What `utility_cells` has, and `grid`."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import utility_cells
     import utility_grid
 
-    utility_cells.grid = utility_grid  # type: ignore[attr-defined]
-    yield utility_cells
+    yield SimpleNamespace(**vars(utility_cells), grid=utility_grid)
     for name in [name for name in sys.modules if name.startswith("utility")]:
         del sys.modules[name]
 
@@ -163,6 +163,9 @@ def test_a_page_keeps_every_line_and_a_folder_can_be_made_of_it(study: Any, tmp_
         study.restore(tmp_path / "results", tmp_path / "again")
     with pytest.raises(SystemExit, match="give the folder that --page wrote"):
         study.restore(tmp_path / "study", tmp_path / "new")
+    (tmp_path / "results" / study.ARCHIVE).write_bytes(b"cut")
+    with pytest.raises(SystemExit, match=r"cannot be read .*restore the files that --page wrote"):
+        study.restore(tmp_path / "results", tmp_path / "new")
 
 
 def test_the_readmes_table_is_written_between_its_marks(study: Any, tmp_path: Path) -> None:
@@ -180,8 +183,9 @@ def test_the_readmes_table_is_written_between_its_marks(study: Any, tmp_path: Pa
     refresh(readme, tmp_path / "study")
     assert readme.read_text() == once
     readme.write_text("no marks")
-    with pytest.raises(SystemExit, match="put them where the table belongs"):
-        refresh(readme, tmp_path / "study")
+    for bad in (readme, tmp_path / "missing.md"):
+        with pytest.raises(SystemExit, match="put them where the table belongs"):
+            refresh(bad, tmp_path / "study")
 
 
 def test_the_first_order_forecast_is_rho_times_the_ratio_of_the_steps(study: Any, tmp_path: Path) -> None:

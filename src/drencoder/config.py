@@ -33,24 +33,7 @@ from drencoder.sections import (
     Speed,
 )
 
-__all__ = [
-    "Adapter",
-    "Compare",
-    "Data",
-    "Encoder",
-    "Evaluation",
-    "Federation",
-    "Local",
-    "Model",
-    "Prior",
-    "Privacy",
-    "Recipe",
-    "Server",
-    "Speed",
-    "describe_knobs",
-    "load_recipe",
-    "shipped_recipes",
-]
+__all__ = ["Recipe", "describe_knobs", "load_recipe", "shipped_recipes"]
 
 
 _SECTIONS: dict[str, type] = {
