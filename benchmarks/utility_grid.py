@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from drencoder.config import Encoder, Recipe, load_recipe
-from drencoder.encoders.sizes import SMALL_RATIO, few_coordinates
+from drencoder.encoders.sizes import SMALL_RATIO
 
 TRUSTS = ("central", "local")
 # Without trust 8 clients a round leave k* at 0.3 and 3, with which next to nothing is learned; and each draws its own secure
@@ -110,7 +110,6 @@ class Arm:
 
     Args:
       first_rate: the learning rate that tuning starts from at n = 64; found in exploratory runs on other seeds.
-      first_rate_both: the same where the plan sends A as well as B (k* < 512), if the arm leaves that to it.
       rank: settings of a smaller one come first.
       reason: why these cohorts and adapters and not all.
     """
@@ -123,7 +122,6 @@ class Arm:
     trusts: tuple[str, ...] = TRUSTS
     rank: int = 0
     reason: str = "decides the study: everywhere"
-    first_rate_both: float | None = None
 
     def runs_in(self, setting: Setting) -> bool:
         if setting.task == HELD_BACK and self.rank:
@@ -132,8 +130,7 @@ class Arm:
 
     def first_rate_at(self, k_star: float) -> float:
         """The learning rate that tuning starts from under this much noise."""
-        both = self.first_rate_both if few_coordinates(k_star) else None
-        return (both or self.first_rate) * noise_scale(k_star)
+        return self.first_rate * noise_scale(k_star)
 
 
 def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int | None = None, **where: Any) -> Arm:
@@ -147,7 +144,7 @@ _MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3, "re
 _FEWER: dict[str, Any] = _MIDDLE | {"places": (("small", 8), ("small", 64)), "reason": "comparator: two cohorts"}
 _SMALL_CODE: dict[str, Any] = _TRUSTED | {"places": (("small", 64), ("small", 512)), "rank": 1}
 _PART: dict[str, Any] = _MIDDLE | {"rank": 2}
-# Size, tensors and bits from the plan; the base recipe has a size.
+# Size, start and bits from the plan; the base recipe has a size.
 _PLANNED: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": 0.0, "encoder.wire_dtype": "auto"}
 # Four bits a value: a little fewer bytes than 1/64 of the values in float32, so that headers have room.
 _SMALL: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": SMALL_RATIO, "encoder.wire_dtype": "rotated4"}
@@ -162,7 +159,7 @@ def _variant(name: str, first_rate: float, reason: str, **knobs: Any) -> Arm:
 
 _ALL = (
     Arm("dp-lora", {"encoder.name": "identity"}, 0.75),
-    Arm("hybrid", _PLANNED, 3.0, public=True, first_rate_both=1.5),
+    Arm("hybrid", _PLANNED, 3.0, public=True),
     Arm("hybrid-10", _SMALL, 3.0, public=True, **_SMALL_CODE | {"reason": "equal bytes"}),
     _coded("hybrid-64", 3.0, "hybrid", 64, **_SMALL_CODE | {"reason": "equal bytes, in float32"}),
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),

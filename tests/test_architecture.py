@@ -69,7 +69,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("encoders.architectures", "encoders.fitting", "encoders.autoencoder", "encoders.registry"),
     ("adaptive_clip", "decoding", "steps"),
-    ("checkpoint", "engines.contract", "engines.aggregation", "engines.local", "evaluation"),
+    ("checkpoint", "engines.contract", "engines.aggregation", "engines.local", "evaluation", "starts"),
     ("build", "report", "verify"),
     (
         "engines.flower.agreement",

@@ -74,11 +74,12 @@ def test_runs_send_what_the_plan_says(tiny_folder: Path, tmp_path: Path, name: s
     assert done.certificate["bytes"]["uploaded"] % (plan.message_bytes or 0) == 0
     if name in ("core", "top-k", "kronecker", "hybrid"):
         assert "general part of the embedded world" in facts["provenance"]
+    assert done.certificate["adapter_start"].startswith("public" if name == "hybrid" else "peft")
     adapter, start = load_file(done.adapter / "adapter_model.safetensors"), build(recipe).lora
     initial = start.layout.unflatten(start.initial_D)
     assert all(not torch.equal(adapter[key], initial[key]) for key in initial if "lora_B" in key)
     frozen = [torch.equal(adapter[key], initial[key]) for key in initial if "lora_A" in key]
-    assert all(frozen) if name in ("ffa", "core") else not all(frozen)
+    assert all(frozen) if name in ("ffa", "core", "hybrid") else not all(frozen)
 
 
 # --- top-k ------------------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ from drencoder.engines.local import LocalEngine
 from drencoder.evaluation import question_examples
 from drencoder.examples import Example, make_examples
 from drencoder.model import BaseModel, LoraModel, load_base, resolve_device
-from drencoder.overview import Overview, planned_code_size, sends_only_b, survey
+from drencoder.overview import Overview, planned_code_size, starts_public, survey
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.rng import derive_seed
+from drencoder.starts import START_TEXTS, public_start
 from drencoder.structured import PublicUpdates
 from drencoder.training import cohort_updates
 
@@ -74,6 +75,13 @@ class Live:
     texts: Texts
     lora: LoraModel
     engine: Engine
+
+    @property
+    def start(self) -> str:
+        """Where A started, in words for the certificate; of public text, whose it is."""
+        if self.texts.public is None or not starts_public(self.recipe, self.overview.privacy):
+            return {"auto": "peft"}.get(self.recipe.adapter.start, self.recipe.adapter.start)
+        return f"public: leading inputs of {START_TEXTS} texts; {self.texts.public.declared}"
 
     @cached_property
     def held_out(self) -> list[Example]:
@@ -153,7 +161,7 @@ class Live:
             public=public,
             rank=self.recipe.prior.rank,
             explore=wanted.explore,
-            only_b=sends_only_b(self.recipe, self.overview.privacy),
+            only_b=wanted.only_b,
             history_JD=history_JD,
         )
         return build_encoder(wanted.name, request, state)
@@ -210,6 +218,9 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    if public is not None and starts_public(recipe, overview.privacy):
+        groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
+        lora.initial_D = public_start(lora, [example for group in groups for example in group])
     federation = recipe.federation
     engine = LocalEngine(
         lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site,

@@ -87,8 +87,8 @@ class Recipe:
 
     @property
     def public_text(self) -> str:
-        """`prior.public`; for an encoder that is made from public text and a recipe that names none, the base model writes it."""
-        return self.prior.public or ("self" if self.encoder.needs_public else "")
+        """`prior.public`; for a recipe that needs public text and names none, the base model writes it."""
+        return self.prior.public or ("self" if self.encoder.needs_public or self.adapter.start == "public" else "")
 
     @property
     def wire_dtype(self) -> str:

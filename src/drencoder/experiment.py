@@ -246,6 +246,7 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
         },
         "encoder": encoder.describe() | _flat(now.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},
+        "adapter_start": live.start,
         "data": live.texts.source.provenance,
         "model": recipe.model.source,
     }

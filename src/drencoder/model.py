@@ -31,7 +31,7 @@ from drencoder.examples import Batch
 from drencoder.layout import AdapterLayout
 from drencoder.rng import derive_seed
 
-__all__ = ["BaseModel", "LoraModel", "embedded_folder", "load_base", "resolve_device"]
+__all__ = ["BaseModel", "LoraModel", "embedded_folder", "load_base", "orthonormal_rows", "resolve_device"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class LoraModel:
 
     def __init__(self, base: BaseModel, wanted: config.Adapter, *, seed: int) -> None:
         self.base = base
-        self.dropout = wanted.dropout
+        self.dropout, self.rank = wanted.dropout, wanted.rank
         self._peft = _attach(base, wanted, seed)
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -214,6 +214,24 @@ class LoraModel:
             return output + delta_KTO.reshape(output.shape).to(output.dtype)
 
         return add_delta
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[dict[str, Tensor]]:
+        """Gives what the adapted layers get in the passes inside: name of the layer's A -> its last input (rows, L, I)."""
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            return lambda _module, inputs: seen.__setitem__(name, inputs[0].detach())
+
+        layers = [(name, layer) for name, layer in self._peft.named_modules() if isinstance(layer, LoraLayer)]
+        hooks = [
+            layer.get_base_layer().register_forward_pre_hook(watch(f"{name}.lora_A.weight")) for name, layer in layers
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextlib.contextmanager
     def stacked(self, stack: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Iterator[None]:
@@ -288,20 +306,20 @@ def _attach(base: BaseModel, wanted: config.Adapter, seed: int) -> Any:
         if ".lora_" in name:
             parameter.data = parameter.data.float()
         if ".lora_A." in name and wanted.start == "orthonormal":
-            parameter.data = _with_orthonormal_rows(parameter.data)
+            parameter.data = orthonormal_rows(parameter.data, float(parameter.data.norm()))
     return attached
 
 
-def _with_orthonormal_rows(A_rI: Tensor) -> Tensor:
-    """Rows that span the same space and are orthogonal, all of one length; the Frobenius norm stays.
+def orthonormal_rows(A_rI: Tensor, norm: float) -> Tensor:
+    """Rows that span the same spaces, one by one, and are orthogonal, all of one length; `norm` is the Frobenius norm.
 
     ModelError if there are more rows than a space of I dimensions can have.
     """
     rank, width = A_rI.shape
     if rank > width:
         raise ModelError(
-            f"adapter.start = 'orthonormal' cannot give {rank} orthogonal rows of {width} values: lower adapter.rank to "
+            f"adapter.start = 'orthonormal' or 'public' cannot give {rank} orthogonal rows of {width} values: lower adapter.rank to "
             f"{width} or set adapter.start = 'peft'."
         )
     rows_rI = torch.linalg.qr(A_rI.T).Q.T
-    return rows_rI * (A_rI.norm() / rank**0.5)
+    return rows_rI * (norm / rank**0.5)

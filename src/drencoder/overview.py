@@ -28,7 +28,7 @@ from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.secure.messages import round_bytes
 
-__all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "sends_only_b", "survey"]
+__all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "starts_public", "survey"]
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ def _reasons(recipe: Recipe, plan: PrivacyPlan, size: int) -> Iterator[str]:
     encoder = recipe.encoder
     if encoder.sized_by_ratio and not encoder.ratio:
         yield _size_reason(size, plan.k_star(), recipe.wire_dtype)
-    if encoder.name == "hybrid" and encoder.tensors == "auto":
+    if encoder.name == "hybrid" and recipe.adapter.start == "auto":
         few, bound = few_coordinates(plan.k_star()), f"{FEW_COORDINATES:g}"
-        yield f"about A and B, since k* < {bound}" if few else f"about LoRA's B alone, since k* >= {bound}"
+        yield f"A from public text, since k* < {bound}" if few else f"A at random, since k* >= {bound}"
     if encoder.wire_dtype == "auto" and recipe.wire_dtype != "float32":
         yield f"in {BITS_PER_VALUE[recipe.wire_dtype]} bits a value"
 
@@ -200,14 +200,13 @@ def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequ
     size = rank * sum(sum(shape) for shape in matrices)
     ratio = encoder.ratio or auto_ratio(size, plan.k_star(), recipe.wire_dtype)
     code = code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
-    return min(code, rank * sum(out for out, _ in matrices)) if sends_only_b(recipe, plan) else code
+    return min(code, rank * sum(out for out, _ in matrices)) if recipe.encoder.only_b else code
 
 
-def sends_only_b(recipe: Recipe, plan: PrivacyPlan) -> bool:
-    """Whether the recipe's code is about LoRA's B tensors alone (`encoder.tensors`)."""
-    wanted = recipe.encoder.tensors
-    automatic = wanted == "auto" and not few_coordinates(plan.k_star())
-    return recipe.encoder.name == "hybrid" and (wanted == "B" or automatic)
+def starts_public(recipe: Recipe, plan: PrivacyPlan) -> bool:
+    """Whether A starts at directions of public text (`adapter.start`)."""
+    automatic = recipe.adapter.start == "auto" and recipe.encoder.name == "hybrid" and few_coordinates(plan.k_star())
+    return automatic or recipe.adapter.start == "public"
 
 
 def _adapted(recipe: Recipe) -> list[list[int]] | None:

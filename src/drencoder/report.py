@@ -53,7 +53,9 @@ def _page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], 
         "<h2>Rounds</h2>",
         _plot([row for row in metrics if row.get("loss") is not None]),
         "<h2>Encoder and stage 1</h2>",
-        _facts(certificate["encoder"] | certificate["stage1"]),
+        _facts(
+            certificate["encoder"] | certificate["stage1"] | {"adapter_start": certificate.get("adapter_start", "peft")}
+        ),
         "<h2>Recipe</h2>",
         f"<pre>{html.escape(recipe)}</pre>",
     ]

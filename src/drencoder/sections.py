@@ -44,10 +44,12 @@ class Adapter(Checked):
     )
     layers: tuple[int, ...] = knob((), "indices of the layers that get one; empty = all")
     start: str = knob(
-        "peft",
-        "A's random start: PEFT's, or with orthonormal rows of the same total length (as FedSVD's first round, Lee et al. "
-        "2025, https://arxiv.org/abs/2505.12805)",
-        choices=("peft", "orthonormal"),
+        "auto",
+        "where A starts; peft: PEFT's random values; orthonormal: their rows made orthonormal, of the same total length (as "
+        "FedSVD's first round, Lee et al. 2025, https://arxiv.org/abs/2505.12805); public: the leading directions of a layer's "
+        "inputs over public text (`prior.public`; as EVA, Paischer et al. 2024, https://arxiv.org/abs/2410.07170); auto: peft, "
+        "but public for hybrid where the plan's noise lets a round learn few coordinates (k* < 512)",
+        choices=("auto", "peft", "orthonormal", "public"),
     )
 
 
@@ -141,10 +143,9 @@ class Encoder(Checked):
         low=0,
     )
     tensors: str = knob(
-        "auto",
-        "hybrid: what a code is about; B: LoRA's B alone, A stays as it started; both; auto: from the privacy plan, both where "
-        "its noise lets a round learn few coordinates (k* < 512), else B",
-        choices=("auto", "both", "B"),
+        "B",
+        "hybrid: what a code is about; B: LoRA's B alone, A stays as it started; both: A as well",
+        choices=("B", "both"),
     )
     explore: float = knob(
         0.25, "hybrid, power: share of the code that looks at fresh random directions", low=0, below=1
@@ -174,6 +175,11 @@ class Encoder(Checked):
     def needs_public(self) -> bool:
         """Whether it is made from updates of public text."""
         return self.name in ("kronecker", "hybrid", "top-k", "core")
+
+    @property
+    def only_b(self) -> bool:
+        """Whether its code is about LoRA's B tensors alone, by choice (`ffa` has none)."""
+        return self.name == "hybrid" and self.tensors == "B"
 
     @property
     def sized_by_ratio(self) -> bool:

@@ -27,7 +27,7 @@ from drencoder.errors import EncoderError
 from drencoder.layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["MatrixNormalPrior", "Origin", "PublicUpdates", "SecondMoment", "matrix_shape"]
+__all__ = ["MatrixNormalPrior", "Origin", "PublicUpdates", "SecondMoment", "matrix_shape", "top_directions"]
 
 # Values of the stacked updates that one singular value decomposition sees at most: 512 rows of 4,096.
 _BLOCK_VALUES = 1 << 21
@@ -80,7 +80,7 @@ class SecondMoment:
         total = float(torch.linalg.vector_norm(rows_XL, dtype=torch.float64)) ** 2
         if total == 0.0:
             return cls.isotropic(length)
-        vectors_LQ, second_Q = _top_directions(rows_XL, min(rank, length))
+        vectors_LQ, second_Q = top_directions(rows_XL, min(rank, length))
         values_Q = (1.0 - shrinkage) * second_Q / total + shrinkage / length
         rest = length - len(values_Q)
         floor = max(0.0, 1.0 - float(values_Q.sum())) / rest if rest else 0.0
@@ -100,7 +100,7 @@ class SecondMoment:
         return known @ self.vectors_LQ.T + math.sqrt(self.floor) * values
 
 
-def _top_directions(rows_XL: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def top_directions(rows_XL: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(vectors_LQ float32, second_Q float64): the first Q <= rank eigenvectors and eigenvalues of rows' rows.
 
     Thin decompositions of the rows, block by block, each together with the best of those before (incremental SVD: Brand

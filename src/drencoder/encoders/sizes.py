@@ -110,7 +110,7 @@ def noise_dominates(update_size: int, k_star: float) -> bool:
 
 
 def few_coordinates(k_star: float) -> bool:
-    """Whether a round learns so few coordinates that codes of both LoRA tensors learn faster than codes of B alone: k* < 512.
+    """Whether a round learns so few coordinates that LoRA's A had better start at directions of public text: k* < 512.
 
     Measured on both sides of it (73 and 148; 1,698 and more, adapters of 32,768 and 315,392 values; docs/log.md), not derived.
     """
@@ -126,7 +126,7 @@ def auto_ratio(update_size: int, k_star: float, wire_dtype: str = "float32") -> 
     """
     if not noise_dominates(update_size, k_star):
         return 2.0
-    return SMALL_RATIO if BITS_PER_VALUE[wire_dtype] <= 4 and not few_coordinates(k_star) else NOISY_RATIO
+    return SMALL_RATIO if BITS_PER_VALUE[wire_dtype] <= 4 else NOISY_RATIO
 
 
 def code_size(
