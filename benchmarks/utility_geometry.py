@@ -5,6 +5,7 @@ For every task, adapter and seed, at the adapter's start and after some rounds w
 * a: |mean of clipped updates|^2 / C^2, with which k* = a n^2 / sigma^2 (a trusted server) or a n / sigma^2 (none);
 * rho, rho': share of the energy inside the code, of the clients' mean and of a client by itself;
 * lambda = g'Cg / |g|^2, D = tr(C) / lambda, D_P = E[d'Cd] / lambda with d the decoding of unit noise in the code;
+* the sharpest direction after one round's step with its noise, of whole updates and inside the codes of each setting;
 * the distortion of `kronecker` on gradients of its own prior, beside the water-filling value.
 
 C is a curvature of the mean loss of held-out examples, three times: the Hessian, which has negative directions (of it |.| is taken, and
@@ -16,8 +17,10 @@ Legend: N clients, D adapter values, K code values, M predicted tokens, V vocabu
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,9 +34,12 @@ from utility_grid import ARMS, Scale, Setting
 from drencoder.build import Live, build
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.kronecker import KroneckerEncoder
+from drencoder.encoders.sizes import SMALL_RATIO, auto_ratio, few_coordinates
 from drencoder.encoders.subset import is_lora_b
 from drencoder.examples import collate
+from drencoder.overview import privacy_plan
 from drencoder.privacy.mechanism import clip_rows
+from drencoder.privacy.plan import ALIGNMENT
 from drencoder.rng import derive_seed
 from drencoder.steps import ServerState, server_step
 from drencoder.structured import MatrixNormalPrior
@@ -44,7 +50,10 @@ CLIENTS, HELD_OUT = 64, 64
 WARM_ROUNDS = 8
 PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 2048
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
-CODES = (("B", 2), ("B", 10), ("B", 64), ("both", 64))  # of hybrid: tensors, D / K
+POWER_STEPS, NOISES = 10, 2
+STAGES = ("start", "trained")
+# Where A starts -> D / K of the hybrid codes that are sent from there; the public start is for small k*.
+STARTS: Mapping[str, tuple[float, ...]] = {"peft": (2.0, 10.0, 64.0), "public": (10.0, 64.0)}
 GEOMETRY_SEEDS = (0, 1, 2)
 DISTORTION_RATIOS = (4, 16, 64, 256, 1024)
 FINITE = 0.05  # rms of the noise that a run's rounds add up to in a value, of the order that DP-LoRA's tuned runs have at n = 8
@@ -52,38 +61,57 @@ KINDS = ("hessian", "gauss-newton", "finite")
 
 
 def measure(path: Path, scale: Scale, only: Mapping[str, Sequence[str]]) -> None:
-    """Adds what is missing to the file, a task, adapter and seed at a time: whole rows, or codes that they lack."""
+    """Adds what is missing to the file, a task, adapter, start and seed at a time: whole rows, or parts that they lack."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    for adapter in only.get("adapters", grid.ADAPTERS):
-        for task in only.get("tasks", grid.TASKS):
-            for seed in GEOMETRY_SEEDS:
-                known = [row for row in rows if (row["task"], row["adapter"], row["seed"]) == (task, adapter, seed)]
-                if known and not any(map(lacking, known)):
-                    continue
-                found = geometry(task, adapter, seed, scale, {row["stage"]: row for row in known})
-                rows = [row for row in rows if row not in known] + found
-                replace_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
-                print(f"geometry of {task}, {adapter}, seed {seed}: done", flush=True)
+    adapters, tasks = only.get("adapters", grid.ADAPTERS), only.get("tasks", grid.TASKS)
+    for adapter, task, seed, start in product(adapters, tasks, GEOMETRY_SEEDS, STARTS):
+        place = {"task": task, "adapter": adapter, "seed": seed, "start": start}
+        known = [row for row in rows if place.items() <= row.items()]
+        settings = noisy_settings(task, adapter, start, scale)
+        if len(known) == len(STAGES) and not any(lacking(row, settings) for row in known):
+            continue
+        found = geometry(place, settings, scale, {row["stage"]: row for row in known})
+        rows = [row for row in rows if row not in known] + found
+        replace_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
+        print(f"geometry of {task}, {adapter}, seed {seed}, A {start}: done", flush=True)
 
 
-def lacking(row: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """The codes that a row does not have."""
-    there = {(code["tensors"], code["ratio"]) for code in row["codes"]}
-    return [code for code in CODES if code not in there]
+def noisy_settings(task: str, adapter: str, start: str, scale: Scale) -> list[tuple[Setting, float]]:
+    """The study's settings with noise in which DP-LoRA or hybrid has this start, and their k*."""
+    found = []
+    for setting in grid.settings():
+        if (setting.task, setting.adapter) == (task, adapter) and setting.epsilon is not None:
+            k_star = privacy_plan(grid.base_recipe(setting, 0, scale)).k_star()
+            if start == "peft" or few_coordinates(k_star):
+                found.append((setting, k_star))
+    return found
+
+
+def lacking(row: Mapping[str, Any], settings: Sequence[tuple[Setting, float]]) -> list[str]:
+    """What a row does not have."""
+    codes = {code["ratio"] for code in row["codes"]}
+    steps = {step["setting"] for step in row.get("steps", ())}
+    wanted = [str(setting) for setting, _ in settings] if row["stage"] == "start" else []
+    return [
+        *(str(ratio) for ratio in STARTS[row["start"]] if ratio not in codes),
+        *(one for one in wanted if one not in steps),
+    ]
 
 
 def geometry(
-    task: str, adapter: str, seed: int, scale: Scale, known: Mapping[str, dict[str, Any]]
+    place: dict[str, Any], settings: Sequence[tuple[Setting, float]], scale: Scale, known: Mapping[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One row per stage of training; of a stage that is known only its missing codes are measured."""
-    setting = Setting("non-private", task, adapter, CLIENTS, None)
+    """One row per stage of training; of a stage that is known only what it lacks is measured."""
+    setting = Setting("non-private", place["task"], place["adapter"], CLIENTS, None)
     enough = replace(scale, examples=max(scale.examples, HELD_OUT), questions=1)
-    live = build(grid.base_recipe(setting, seed, enough).changed({"prior.public": "embedded"}))
+    changes = {"prior.public": "embedded", "adapter.start": place["start"]}
+    live = build(grid.base_recipe(setting, place["seed"], enough).changed(changes))
     rows = []
-    for stage, state in (("start", ServerState.start(live.lora.initial_D)), ("trained", trained(live))):
-        place = {"task": task, "adapter": adapter, "seed": seed, "stage": stage}
-        rows.append(at_adapter(live, state, stage, known.get(stage) or place))
+    for stage in STAGES:
+        state = ServerState.start(live.lora.initial_D) if stage == "start" else trained(live)
+        row = at_adapter(live, state, stage, known.get(stage) or place | {"stage": stage})
+        rows.append(row | {"steps": noisy_steps(live, settings, row)} if stage == "start" else row)
     return rows
 
 
@@ -103,19 +131,65 @@ def trained(live: Live) -> ServerState:
 
 
 def at_adapter(live: Live, state: ServerState, stage: str, known: dict[str, Any]) -> dict[str, Any]:
-    """`known` with everything that it lacks."""
+    """`known` with everything that it lacks but the steps."""
     update_ND = clients(live, state.adapter_D, 0)
     curvature = Curvature(live, state.adapter_D)
     seed, slot = derive_seed(live.recipe.seed, f"geometry/{stage}"), 1 if stage == "start" else 1 + WARM_ROUNDS
     if "codes" not in known:
-        distortion = distortions(live, state, slot, seed)
+        # One start is enough for what the prior loses of its own draws.
+        distortion = distortions(live, state, slot, seed) if known["start"] == "peft" else []
         known = known | shape(live, update_ND, curvature, seed) | {"codes": [], "distortion": distortion}
     codes = list(known["codes"])
-    for tensors, ratio in lacking(known):
-        encoder = encoder_of(live, state, tensors, ratio, slot)
-        code = {"tensors": tensors, "ratio": ratio, "code_size": encoder.code_size}
+    for ratio in STARTS[known["start"]]:
+        if ratio in {code["ratio"] for code in codes}:
+            continue
+        encoder = encoder_of(live, state, ratio, slot)
+        code = {"ratio": ratio, "code_size": encoder.code_size}
         codes.append(code | shares(encoder, update_ND) | noise_curvature(encoder, curvature, known["lambda"], seed))
     return known | {"codes": codes}
+
+
+def noisy_steps(
+    live: Live, settings: Sequence[tuple[Setting, float]], known: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What a round's first step, noise included, makes of the curvature: per setting and code (None: whole updates).
+
+    A step is as long as DP-LoRA's first rate there makes it, for all alike. `energy`: of the mean gradient, or of its code;
+    `sharpest`: the largest eigenvalue of the Gauss-Newton matrix there (inside the code), each the mean over noises.
+    """
+    steps = list(known.get("steps", ()))
+    there = {step["setting"] for step in steps}
+    update_ND = clients(live, live.lora.initial_D, 0)
+    state = ServerState.start(live.lora.initial_D)
+    for setting, k_star in settings:
+        if str(setting) in there:
+            continue
+        noise_std = math.sqrt(ALIGNMENT / k_star) * grid.BASE_CLIP  # of a value of a round's mean
+        for ratio in sent_in(setting, k_star, known["start"]):
+            encoder = None if ratio is None else encoder_of(live, state, ratio, 1)
+            sent_NK = update_ND if encoder is None else encoder.encode(update_ND, 0)
+            mean_K = clip_rows(sent_NK, grid.BASE_CLIP).values_NV.mean(dim=0)
+            sharpest = []
+            for draw in range(NOISES):
+                generator = torch.Generator().manual_seed(derive_seed(known["seed"], "noisy-step", draw))
+                step_K = mean_K + noise_std * torch.randn(mean_K.shape, generator=generator)
+                step_D = step_K if encoder is None else encoder.decode(step_K[None], 0)[0]
+                there_D = state.adapter_D + ARMS["dp-lora"].first_rate_at(k_star) * step_D
+                sharpest.append(Curvature(live, there_D).sharpest(encoder, draw))
+            energy = float(sent_NK.mean(dim=0).square().sum())
+            steps.append({"setting": str(setting), "ratio": ratio, "energy": energy, "sharpest": mean(sharpest)})
+    return steps
+
+
+def sent_in(setting: Setting, k_star: float, start: str) -> list[float | None]:
+    """What is sent from this start in a setting: whole updates, and the codes of hybrid."""
+    found: list[float | None] = [None] if start == "peft" else []
+    if (start == "public") == few_coordinates(k_star):
+        bits = "rotated4" if setting.trust == "central" else "float32"
+        found.append(auto_ratio(setting.adapter_size, k_star, bits))
+        if ARMS["hybrid-10"].runs_in(setting) and SMALL_RATIO not in found:
+            found.append(SMALL_RATIO)
+    return found
 
 
 def shape(live: Live, update_ND: Tensor, curvature: "Curvature", seed: int) -> dict[str, Any]:
@@ -138,9 +212,9 @@ def shape(live: Live, update_ND: Tensor, curvature: "Curvature", seed: int) -> d
     }
 
 
-def encoder_of(live: Live, state: ServerState, tensors: str, ratio: int, slot: int) -> Encoder:
+def encoder_of(live: Live, state: ServerState, ratio: float, slot: int) -> Encoder:
     """The hybrid encoder that a run would have at this point."""
-    changes = {"encoder.name": "hybrid", "encoder.ratio": float(ratio), "encoder.tensors": tensors}
+    changes = {"encoder.name": "hybrid", "encoder.ratio": ratio}
     there = replace(live, recipe=live.recipe.changed(changes))
     return there.encoder(
         None,
@@ -207,6 +281,18 @@ class Curvature:
             )
         )
 
+    def sharpest(self, encoder: Encoder | None, seed: int) -> float:
+        """The largest eigenvalue of the Gauss-Newton matrix G, or of P'GP in an encoder's code, by power iteration. A step that is
+        longer than 2 / this goes up along that direction, whatever the noise."""
+        size = len(self.adapter_D) if encoder is None else encoder.code_size
+        value, at_K = 0.0, torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        for _ in range(POWER_STEPS):
+            unit_K = at_K / at_K.norm().clamp(min=1e-30)
+            turned_D = self._gauss_newton_times(unit_K if encoder is None else encoder.decode(unit_K[None], 0)[0])
+            at_K = turned_D if encoder is None else encoder.encode(turned_D[None], 0)[0]
+            value = float(unit_K @ at_K)
+        return value
+
     def _ends(self, direction_D: Tensor) -> tuple[Tensor, Tensor, float]:
         step = STEP * float(self.adapter_D.norm()) / float(direction_D.norm())
         return self.adapter_D - step * direction_D, self.adapter_D + step * direction_D, 2 * step
@@ -216,10 +302,24 @@ class Curvature:
         return float(direction_D @ (self._downhill(low_D) - self._downhill(high_D))) / width
 
     def _gauss_newton(self, direction_D: Tensor) -> float:
+        change_MV = self._change(direction_D)
+        return float((self.chance_MV * change_MV.square()).sum(dim=1).mean())
+
+    def _gauss_newton_times(self, direction_D: Tensor) -> Tensor:
+        """G d: how the logits change along d, weighted by the softmax's curvature, pulled back through the model."""
+        weight_MV = self.chance_MV * self._change(direction_D) / len(self.chance_MV)
+        at_D = self.adapter_D.to(self.lora.device).clone().requires_grad_()
+        stack = {name: tensor[None] for name, tensor in self.lora.layout.unflatten(at_D).items()}
+        with self.lora.stacked(stack):
+            logits_MV = self.lora.logits_before(self.batch.input_ids, self.batch.predicted)
+        (found_D,) = torch.autograd.grad(logits_MV, at_D, weight_MV.to(logits_MV))
+        return found_D.cpu()
+
+    def _change(self, direction_D: Tensor) -> Tensor:
+        """How the logits (M, V) change along a direction, without the part that softmax does not see."""
         low_D, high_D, width = self._ends(direction_D)
         change_MV = (self._logits(high_D) - self._logits(low_D)) / width
-        mean_M1 = (self.chance_MV * change_MV).sum(dim=1, keepdim=True)
-        return float((self.chance_MV * (change_MV - mean_M1).square()).sum(dim=1).mean())
+        return change_MV - (self.chance_MV * change_MV).sum(dim=1, keepdim=True)
 
     def _finite(self, direction_D: Tensor) -> float:
         ends = (self._loss(self.adapter_D + sign * FINITE * direction_D) for sign in (-1, 1))

@@ -37,7 +37,7 @@ EVERYWHERE: tuple[Place, ...] = tuple(
 EPSILONS = (1.0, 4.0)
 # How many seeds are judged, and on how many others rates and clips are tuned: small cohorts differ more from run to run, and
 # take less time. One tuning seed is little; it is what two cores had the time for.
-SEEDS = {("small", 8): 48, ("small", 64): 6, ("small", 512): 3, ("large", 8): 12, ("large", 64): 6}
+SEEDS = {("small", 8): 48, ("small", 64): 6, ("small", 512): 3, ("large", 8): 24, ("large", 64): 6}
 TUNING_SEEDS = {("small", 8): 8, ("small", 64): 2, ("small", 512): 1, ("large", 8): 4, ("large", 64): 2}
 FIRST_TUNING_SEED, FIRST_JUDGED_SEED = 100, 1000
 

@@ -77,7 +77,7 @@ def _opening(folder: Path, results: Results, failures: Sequence[Row]) -> str:
     versions = ", ".join(sorted({row["version"] for row in rows.values()}))
     planned = len(grid.tracks({}))
     finished, edges = len(results), sum(result.edge for result in results.values())
-    where = [[arm.name, _where(arm), _first_rates(arm), arm.reason] for arm in ARMS.values()]
+    where = [[arm.name, _where(arm), f"{arm.first_rate:g}", arm.reason] for arm in ARMS.values()]
     return f"""# Encoded and private against tuned DP-LoRA
 
 Does an encoded, differentially private federated run lose anything against DP-LoRA that sends whole updates? Made by
@@ -113,11 +113,6 @@ Held-out loss is nats per token, lower is better; the base model is sure of some
 can lower it: read it beside the accuracy. Of more than {FEW_SEEDS} seeds the tables show the least loss, the quartiles and the most (how many); utility.json has all. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{judge.FREE_RATIO}.
 
 {table(["method", "runs in", "first rate", "why there"], where)}"""
-
-
-def _first_rates(arm: grid.Arm) -> str:
-    both = f"; {arm.first_rate_both:g} where A is sent, too" if arm.first_rate_both else ""
-    return f"{arm.first_rate:g}{both}"
 
 
 def _where(arm: grid.Arm) -> str:
@@ -210,7 +205,8 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
     for kind in judge.OTHER_KINDS:
         said.append(f"{kind}, both stages: {_right(found, lambda one, k=kind: one.over_stages(k))}.")
     said.append(
-        f"Mended: {_right(found, lambda one: one.mended)}. First order: {_right(found, lambda one: one.progress)}."
+        f"Mended: {_right(found, lambda one: one.mended)}. First order: {_right(found, lambda one: one.progress)}. "
+        f"Longest stable step: {_right(found, lambda one: one.stable)}."
     )
     theirs = sum(not one.duel.better for one in found)
     said.append(f"Always naming DP-LoRA would be right in {theirs} of {len(found)}, the code in {len(found) - theirs}.")
@@ -225,6 +221,7 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
             *(f"{gain:.2f}" for gain in gains),
             f"{one.mended:.2f}",
             f"{one.progress:.2f}",
+            f"{one.stable:.2f}",
         ]
         rows.append([*cells, f"{one.duel.relative:+.1%}", word])
     head = [
@@ -235,8 +232,9 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
         "R",
         "R mended",
         "first order",
+        "stable",
         "Δ loss / loss",
-        "right",
+        "R right",
     ]
     words = (
         "R = ρ²(1 + D/k*) / (ρ + ρ' D_P/k*): above 1, the code should win. D and D_P are of the Gauss-Newton matrix; `finite` has D and "
@@ -256,7 +254,11 @@ def _right(found: Sequence[Forecast], gain_of: Any) -> str:
 
 def _mean_k_star(result: Result, geometry: Sequence[Row]) -> float:
     setting = result.track.setting
-    here = [row for row in geometry if (row["task"], row["adapter"]) == (setting.task, setting.adapter)]
+    here = [
+        row
+        for row in geometry
+        if (row["task"], row["adapter"], row["start"]) == (setting.task, setting.adapter, "peft")
+    ]
     return fmean(judge.measured_k_star(row, result) for row in here)
 
 
@@ -264,17 +266,18 @@ def _geometry_part(geometry: Sequence[Row]) -> str:
     if not geometry:
         return ""
     kinds, rows = (judge.KIND, *judge.OTHER_KINDS), []
-    for task, adapter, stage in dict.fromkeys((row["task"], row["adapter"], row["stage"]) for row in geometry):
-        here = [row for row in geometry if (row["task"], row["adapter"], row["stage"]) == (task, adapter, stage)]
+    keys = ("task", "adapter", "start", "stage")
+    for place in dict.fromkeys(tuple(row[key] for key in keys) for row in geometry):
+        here = [row for row in geometry if tuple(row[key] for key in keys) == place]
         facts = [_number(fmean(row[key] for row in here)) for key in ("alignment", "agreement")]
         facts.append(" / ".join(_number(fmean(row["D"][kind] for row in here)) for kind in kinds))
-        for place, code in enumerate(here[0]["codes"]):
-            measured = [row["codes"][place] for row in here]
+        for number, code in enumerate(here[0]["codes"]):
+            measured = [row["codes"][number] for row in here]
             values = [_number(fmean(one[key] for one in measured)) for key in ("rho", "rho_client")]
             values.append(" / ".join(_number(fmean(one["D_P"][kind] for one in measured)) for kind in kinds))
             negative = sum(row["negative"] for row in here) + sum(one["negative"] for one in measured)
-            rows.append([task, adapter, stage, *facts, f"{code['tensors']} 1/{code['ratio']}", *values, str(negative)])
-    head = ["task", "adapter", "at", "a", "cos(client, mean)", "D", "code", "ρ", "ρ'", "D_P", "negative"]
+            rows.append([*place, *facts, f"1/{code['ratio']:g}", *values, str(negative)])
+    head = ["task", "adapter", "A", "at", "a", "cos(client, mean)", "D", "code", "ρ", "ρ'", "D_P", "negative"]
     errors = []
     for ratio in dict.fromkeys(place["ratio"] for row in geometry for place in row["distortion"]):
         places = [place for row in geometry for place in row["distortion"] if place["ratio"] == ratio]

@@ -240,11 +240,16 @@ def against_comparators(results: Results) -> list[Duel]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """R of METHOD 2.6 for one duel: `gains` by curvature and stage, each the geometric mean over seeds; `rho` that over stages, too."""
+    """R of METHOD 2.6 for one duel: `gains` by curvature and stage, each the geometric mean over seeds; `rho` that over stages, too.
+
+    `stable`: the decrease of the loss along the longest stable step, to first order, over DP-LoRA's. A gradient (or its code) of energy
+    E and a sharpest direction L, after one round's step with its noise, make it 2 E / L; geometric mean over seeds.
+    """
 
     duel: Duel
     gains: Mapping[tuple[str, str], float]
     rho: float
+    stable: float
 
     @property
     def gain(self) -> float:
@@ -282,19 +287,39 @@ def forecasts(results: Results, geometry: Sequence[Row]) -> list[Forecast]:
     """R for every hybrid arm against DP-LoRA; none for a task and adapter whose geometry is not measured."""
     found = []
     for duel in duels(results, OURS):
-        setting = duel.ours.track.setting
-        here = [row for row in geometry if (row["task"], row["adapter"]) == (setting.task, setting.adapter)]
-        if not here or duel.ours.failed or not math.isfinite(duel.ours.k_star) or code_of(here[0], duel.ours) is None:
+        ours, setting = duel.ours, duel.ours.track.setting
+        pairs = _paired_rows(geometry, ours)
+        if not pairs or ours.failed or not math.isfinite(ours.k_star):
             continue
-        gains = {}
-        for kind in (KIND, *OTHER_KINDS):
-            for stage in stages(here):
-                logs = [math.log(gain(row, duel.ours, kind)) for row in here if row["stage"] == stage]
-                gains[kind, stage] = math.exp(fmean(logs))
-        codes = [code_of(row, duel.ours) for row in here]
-        rho = math.exp(fmean(math.log(code["rho"]) for code in codes if code is not None))
-        found.append(Forecast(duel, gains, rho))
+        logs: dict[tuple[str, str], list[float]] = {}
+        for mine, whole in pairs:
+            for kind in (KIND, *OTHER_KINDS):
+                logs.setdefault((kind, mine["stage"]), []).append(math.log(gain(mine, whole, ours, kind)))
+        rho = math.exp(fmean(math.log(code_of(mine, ours)["rho"]) for mine, _ in pairs))
+        steps = [_steps(mine, whole, setting, ours.ratio) for mine, whole in pairs if mine["stage"] == "start"]
+        if not all(steps):
+            continue
+        stable = math.exp(fmean(math.log(_decrease(mine) / _decrease(whole)) for mine, whole in steps))
+        gains = {place: math.exp(fmean(values)) for place, values in logs.items()}
+        found.append(Forecast(duel, gains, rho, stable))
     return found
+
+
+def _paired_rows(geometry: Sequence[Row], ours: Result) -> list[tuple[Row, Row]]:
+    """(where the code's run starts, where DP-LoRA's does) per stage and seed; those that have the code."""
+    setting = ours.track.setting
+    here = {
+        (row["start"], row["stage"], row["seed"]): row
+        for row in geometry
+        if (row["task"], row["adapter"]) == (setting.task, setting.adapter)
+    }
+    start = "public" if few_coordinates(ours.k_star) else "peft"
+    pairs = [
+        (row, here["peft", stage, seed])
+        for (where, stage, seed), row in here.items()
+        if where == start and ("peft", stage, seed) in here
+    ]
+    return [(mine, whole) for mine, whole in pairs if code_of(mine, ours)]
 
 
 def stages(rows: Iterable[Row]) -> list[str]:
@@ -306,23 +331,36 @@ def measured_k_star(row: Row, result: Result) -> float:
     return result.k_star * row["alignment"] / ALIGNMENT
 
 
-def gain(row: Row, result: Result, kind: str) -> float:
-    """R = rho^2 (1 + D/k*) / (rho + rho' D_P/k*), with the measures of the code that ran."""
-    k_star, code = measured_k_star(row, result), code_of(row, result)
-    assert code is not None
+def gain(mine: Row, whole: Row, result: Result, kind: str) -> float:
+    """R = rho^2 (1 + D/k*) / (rho + rho' D_P/k*), with the measures of the code that ran; times what another start of A makes of
+    |g|^2 / lambda, the gain of a noiseless step."""
+    code, k_star = code_of(mine, result), measured_k_star(mine, result)
     rho, inside = code["rho"], code["rho_client"] * code["D_P"][kind]
-    return rho**2 * (1 + row["D"][kind] / k_star) / (rho + inside / k_star)
+    ours = rho**2 / (rho + inside / k_star)
+    theirs = 1 / (1 + whole["D"][kind] / measured_k_star(whole, result))
+    starts = (mine["mean_norm"] / whole["mean_norm"]) ** 2 * abs(whole["lambda"][kind] / mine["lambda"][kind])
+    return starts * ours / theirs
 
 
-def code_of(row: Row, result: Result) -> Row | None:
-    """The measures of a hybrid code of this size and these tensors; None if they were not measured."""
-    tensors = "both" if few_coordinates(result.k_star) else "B"
-    fitting = [
-        one
-        for one in row["codes"]
-        if one["tensors"] == tensors and math.isclose(one["ratio"], result.ratio, rel_tol=0.05)
+def code_of(row: Row, result: Result) -> Row:
+    """The measures of a hybrid code of this size; empty if they were not taken."""
+    fitting = [one for one in row["codes"] if math.isclose(one["ratio"], result.ratio, rel_tol=0.05)]
+    return fitting[0] if fitting else {}
+
+
+def _steps(mine: Row, whole: Row, setting: Setting, ratio: float) -> tuple[Row, Row] | None:
+    """The code's step and DP-LoRA's in this setting; None if one was not measured."""
+    ours = [
+        step
+        for step in mine["steps"]
+        if step["setting"] == str(setting) and step["ratio"] and math.isclose(step["ratio"], ratio, rel_tol=0.05)
     ]
-    return fitting[0] if fitting else None
+    theirs = [step for step in whole["steps"] if step["setting"] == str(setting) and step["ratio"] is None]
+    return (ours[0], theirs[0]) if ours and theirs else None
+
+
+def _decrease(step: Row) -> float:
+    return 2 * step["energy"] / step["sharpest"]
 
 
 # --- verdicts --------------------------------------------------------------------------------------------
@@ -370,6 +408,8 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
                 *count(known, lambda one: one.right(one.mended), all_ours and all_places), needed=0.8),
         Verdict("5c", "first order, with the steps that tuning allowed: rho x our step / theirs (chosen after the fact)",
                 *count(known, lambda one: one.right(one.progress), all_ours and all_places), needed=0.8),
+        Verdict("5d", "the longest stable step: |g|^2 over the sharpest curvature after one noisy step, ours / theirs (chosen after the fact)",
+                *count(known, lambda one: one.right(one.stable), all_ours and all_places), needed=0.8),
         Verdict("6", "distortion of kronecker on its own prior within 1 % of the water-filling value",
                 *count(errors, lambda error: error <= 0.01, all_places)),
         Verdict("7a", f"{arm} on the held-back task: no worse than tuned DP-LoRA, 1 % margin",
@@ -378,6 +418,8 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
                 *count(known_there, lambda one: one.right(one.mended), all_main), needed=0.8),
         Verdict("7c", "5c on the held-back task",
                 *count(known_there, lambda one: one.right(one.progress), all_main), needed=0.8),
+        Verdict("7d", "5d on the held-back task",
+                *count(known_there, lambda one: one.right(one.stable), all_main), needed=0.8),
     ]  # fmt: skip
 
 

@@ -99,11 +99,12 @@ def test_no_judged_seed_is_tuned_on_and_all_of_them_are_run(study: Any) -> None:
         assert len(losses) == sum(map(len, waves))
 
 
-def test_what_a_code_sends_decides_its_first_rate(study: Any) -> None:
+def test_noise_shortens_every_first_rate_alike(study: Any) -> None:
     hybrid, plain = study.grid.ARMS["hybrid"], study.grid.ARMS["dp-lora"]
     assert hybrid.first_rate_at(math.inf) == 3.0
-    assert hybrid.first_rate_at(148.0) * 2 == 3.0 * study.grid.noise_scale(148.0)
-    assert plain.first_rate_at(148.0) == plain.first_rate * study.grid.noise_scale(148.0)
+    for k_star in (73.0, 148.0, 1698.0):
+        assert hybrid.first_rate_at(k_star) / 3.0 == plain.first_rate_at(k_star) / 0.75 == study.grid.noise_scale(k_star)
+    assert study.grid.noise_scale(73.0) == 0.5
     cell = study.grid.Cell(track_of(study), 100, 1.0, 1)
     assert study.grid.rate_and_clip(cell, math.inf) == (0.75 * 2 / 4, 4.0)
 
@@ -188,20 +189,32 @@ def test_the_readmes_table_is_written_between_its_marks(study: Any, tmp_path: Pa
             refresh(bad, tmp_path / "study")
 
 
-def test_the_first_order_forecast_is_rho_times_the_ratio_of_the_steps(study: Any, tmp_path: Path) -> None:
+def test_the_forecasts_are_what_their_words_say(study: Any, tmp_path: Path) -> None:
     import utility_verdicts as judge
 
     filled(study, tmp_path / "study", {"dp-lora": 3.0, "hybrid": 2.7})
     results, _ = judge.load_results(tmp_path / "study")
     curvature = dict.fromkeys(("hessian", "gauss-newton", "finite"), 10.0)
-    code = {"tensors": "B", "ratio": 2, "rho": 0.25, "rho_client": 0.5, "D_P": curvature, "negative": 0}
-    place = {"task": "facts", "adapter": "small", "alignment": 0.5, "D": curvature, "codes": [code], "distortion": []}
+    code = {"ratio": 2.0, "rho": 0.25, "rho_client": 0.5, "D_P": curvature, "negative": 0}
+    setting = next(str(track.setting) for track in results)
+    whole = {"setting": setting, "ratio": None, "energy": 8.0, "sharpest": 10.0}
+    steps = [
+        whole,
+        whole | {"ratio": 2.0, "energy": 4.0, "sharpest": 4.0},
+        whole | {"setting": "another", "energy": 1.0},
+    ]
+    place = {
+        "task": "facts", "adapter": "small", "start": "peft", "alignment": 0.5, "mean_norm": 2.0, "lambda": curvature,
+        "D": curvature, "codes": [code], "distortion": [], "steps": steps,
+    }  # fmt: skip
     geometry = [place | {"stage": stage, "seed": 0} for stage in ("start", "trained")]
+    geometry += [row | {"start": "public", "mean_norm": 9.0} for row in geometry]  # of no setting with so large a k*
     (forecast,) = judge.forecasts(results, geometry)
     assert forecast.progress == pytest.approx(0.25 * 3.0 / 0.75)  # hybrid's first rate over DP-LoRA's, at clips alike
     d, k_star = 10.0, 4809.0
     assert forecast.gain == pytest.approx(0.25**2 * (1 + d / k_star) / (0.25 + 0.5 * d / k_star))
+    assert forecast.stable == pytest.approx((4.0 / 4.0) / (8.0 / 10.0))
     found = {one.number: one for one in judge.verdicts(results, geometry)}
-    assert [found[number].good for number in ("5", "5b", "5c")] == [0, 0, 0]  # 0.06 and 1.0 name DP-LoRA
+    assert [found[number].good for number in ("5", "5b", "5c", "5d")] == [0, 0, 0, 1]  # 0.06 and 1.0 name DP-LoRA
     code["rho"] = 0.26
     assert {one.number: one for one in judge.verdicts(results, geometry)}["5c"].good == 1
