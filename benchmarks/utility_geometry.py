@@ -50,7 +50,13 @@ CLIENTS, HELD_OUT = 64, 64
 WARM_ROUNDS = 8
 PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 2048
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
-POWER_STEPS, NOISES = 10, 2
+POWER_STEPS = 10
+STEP_LENGTHS = (
+    0.75,
+    1.5,
+    3.0,
+    6.0,
+)  # learning rates at n = 64 that tuning tries first, of DP-LoRA and of hybrid together
 STAGES = ("start", "trained")
 # Where A starts -> D / K of the hybrid codes that are sent from there; the public start is for small k*.
 STARTS: Mapping[str, tuple[float, ...]] = {"peft": (2.0, 10.0, 64.0), "public": (10.0, 64.0)}
@@ -154,8 +160,8 @@ def noisy_steps(
 ) -> list[dict[str, Any]]:
     """What a round's first step, noise included, makes of the curvature: per setting and code (None: whole updates).
 
-    A step is as long as DP-LoRA's first rate there makes it, for all alike. `energy`: of the mean gradient, or of its code;
-    `sharpest`: the largest eigenvalue of the Gauss-Newton matrix there (inside the code), each the mean over noises.
+    `energy`: of the mean gradient, or of its code; `sharpest`: the largest eigenvalue of the Gauss-Newton matrix there (inside the
+    code), one for each of STEP_LENGTHS, which are the same for all and have a noise of their own.
     """
     steps = list(known.get("steps", ()))
     there = {step["setting"] for step in steps}
@@ -170,14 +176,14 @@ def noisy_steps(
             sent_NK = update_ND if encoder is None else encoder.encode(update_ND, 0)
             mean_K = clip_rows(sent_NK, grid.BASE_CLIP).values_NV.mean(dim=0)
             sharpest = []
-            for draw in range(NOISES):
+            for draw, rate in enumerate(STEP_LENGTHS):
                 generator = torch.Generator().manual_seed(derive_seed(known["seed"], "noisy-step", draw))
                 step_K = mean_K + noise_std * torch.randn(mean_K.shape, generator=generator)
                 step_D = step_K if encoder is None else encoder.decode(step_K[None], 0)[0]
-                there_D = state.adapter_D + ARMS["dp-lora"].first_rate_at(k_star) * step_D
+                there_D = state.adapter_D + rate * grid.noise_scale(k_star) * step_D
                 sharpest.append(Curvature(live, there_D).sharpest(encoder, draw))
             energy = float(sent_NK.mean(dim=0).square().sum())
-            steps.append({"setting": str(setting), "ratio": ratio, "energy": energy, "sharpest": mean(sharpest)})
+            steps.append({"setting": str(setting), "ratio": ratio, "energy": energy, "sharpest": sharpest})
     return steps
 
 

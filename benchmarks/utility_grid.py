@@ -182,13 +182,20 @@ _ALL = (
         0.016,
         **_MIDDLE,
     ),
+    Arm(
+        "dp-lora-public",
+        {"encoder.name": "identity", "adapter.start": "public"},
+        0.75,
+        public=True,
+        **_MIDDLE | {"places": (("small", 8),), "reason": "comparator: whole updates from hybrid's start"},
+    ),
     Arm("dp-lora-4-bits", {"encoder.name": "identity", "encoder.wire_dtype": "rotated4"}, 0.75, **_MIDDLE),
     Arm("dp-lora-singular", {"encoder.name": "identity", "server.decoding": "singular"}, 3.0, **_MIDDLE),
     _coded("scalars-2048", 32.0, "random", 2048, **_MIDDLE),  # FedKSeed's idea without its finite differences
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ALL}
 COMPARATORS = (
-    "random-64", "dp-lora-4-bits", "dp-lora-adam", "dp-lora-singular", "ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048",
+    "random-64", "dp-lora-public", "dp-lora-4-bits", "dp-lora-adam", "dp-lora-singular", "ffa", "ffa-orthonormal", "core", "top-k-64", "power-64", "scalars-2048",
 )  # fmt: skip
 PARTS = (
     "both-tensors", "self-written", "no-refresh", "adaptive-clip", "preconditioned", "wiener-decoding", "kronecker-64",

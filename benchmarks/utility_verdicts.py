@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import utility_grid as grid
@@ -25,6 +25,7 @@ SAME_BYTES = 1.01  # headers and scales
 REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid", "hybrid-10"
 KIND, OTHER_KINDS = "gauss-newton", ("hessian", "finite")  # curvatures: the one that is judged, and what else is shown
 MENDED = ("finite", "start")  # kind and stage
+FLAT = 1e-6  # of a curvature
 FEW, MANY = 8, 512  # 512 codes of 1/64 are as many bytes as 8 whole updates
 EQUAL_BYTES_ARMS = ("hybrid-10", "hybrid-64")
 
@@ -243,7 +244,7 @@ class Forecast:
     """R of METHOD 2.6 for one duel: `gains` by curvature and stage, each the geometric mean over seeds; `rho` that over stages, too.
 
     `stable`: the decrease of the loss along the longest stable step, to first order, over DP-LoRA's. A gradient (or its code) of energy
-    E and a sharpest direction L, after one round's step with its noise, make it 2 E / L; geometric mean over seeds.
+    E and a sharpest direction L, after one round's step with its noise, make it 2 E / L; median over seeds and step lengths.
     """
 
     duel: Duel
@@ -299,7 +300,7 @@ def forecasts(results: Results, geometry: Sequence[Row]) -> list[Forecast]:
         steps = [_steps(mine, whole, setting, ours.ratio) for mine, whole in pairs if mine["stage"] == "start"]
         if not all(steps):
             continue
-        stable = math.exp(fmean(math.log(_decrease(mine) / _decrease(whole)) for mine, whole in steps))
+        stable = median(ratio for mine, whole in steps for ratio in _decreases(mine, whole))
         gains = {place: math.exp(fmean(values)) for place, values in logs.items()}
         found.append(Forecast(duel, gains, rho, stable))
     return found
@@ -359,8 +360,10 @@ def _steps(mine: Row, whole: Row, setting: Setting, ratio: float) -> tuple[Row, 
     return (ours[0], theirs[0]) if ours and theirs else None
 
 
-def _decrease(step: Row) -> float:
-    return 2 * step["energy"] / step["sharpest"]
+def _decreases(mine: Row, whole: Row) -> list[float]:
+    """Ours over theirs at each step length. A sharpness that rounding has made negative counts as flat."""
+    pairs = zip(mine["sharpest"], whole["sharpest"], strict=True)
+    return [mine["energy"] * max(theirs, FLAT) / (whole["energy"] * max(ours, FLAT)) for ours, theirs in pairs]
 
 
 # --- verdicts --------------------------------------------------------------------------------------------

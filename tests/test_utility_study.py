@@ -197,10 +197,10 @@ def test_the_forecasts_are_what_their_words_say(study: Any, tmp_path: Path) -> N
     curvature = dict.fromkeys(("hessian", "gauss-newton", "finite"), 10.0)
     code = {"ratio": 2.0, "rho": 0.25, "rho_client": 0.5, "D_P": curvature, "negative": 0}
     setting = next(str(track.setting) for track in results)
-    whole = {"setting": setting, "ratio": None, "energy": 8.0, "sharpest": 10.0}
+    whole = {"setting": setting, "ratio": None, "energy": 8.0, "sharpest": [10.0, -1.0, 20.0]}
     steps = [
         whole,
-        whole | {"ratio": 2.0, "energy": 4.0, "sharpest": 4.0},
+        whole | {"ratio": 2.0, "energy": 4.0, "sharpest": [4.0, 5.0, 4.0]},
         whole | {"setting": "another", "energy": 1.0},
     ]
     place = {
@@ -213,7 +213,7 @@ def test_the_forecasts_are_what_their_words_say(study: Any, tmp_path: Path) -> N
     assert forecast.progress == pytest.approx(0.25 * 3.0 / 0.75)  # hybrid's first rate over DP-LoRA's, at clips alike
     d, k_star = 10.0, 4809.0
     assert forecast.gain == pytest.approx(0.25**2 * (1 + d / k_star) / (0.25 + 0.5 * d / k_star))
-    assert forecast.stable == pytest.approx((4.0 / 4.0) / (8.0 / 10.0))
+    assert forecast.stable == pytest.approx((4.0 / 4.0) / (8.0 / 10.0))  # between (4/5) / (8/0) and (4/4) / (8/20)
     found = {one.number: one for one in judge.verdicts(results, geometry)}
     assert [found[number].good for number in ("5", "5b", "5c", "5d")] == [0, 0, 0, 1]  # 0.06 and 1.0 name DP-LoRA
     code["rho"] = 0.26
