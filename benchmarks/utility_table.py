@@ -241,10 +241,13 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
         "R = ρ²(1 + D/k*) / (ρ + ρ' D_P/k*): above 1, the code should win. D and D_P are of the Gauss-Newton matrix; `finite` has D and "
         "D_P from the loss's second difference over noise as long as a run's instead. Codes whose geometry was not measured are left out. "
         "`mended` is R with `finite` at the start, which sees what noise on A does to noise on B; it was picked after the fact in the second round, when it was right in "
-        "17 of 19, and this round's runs are its first fair test. Why R fails: it takes the best step of a quadratic, in which noise alone shortens steps. Rates that "
+        "17 of 19; the fifth round's runs were its first fair test (8 of 14). Another start of A multiplies R by what it makes of |g|²/λ. Why R fails: it takes the best step of a quadratic, in which noise alone shortens steps. Rates that "
         "tuning found are not so: DP-LoRA's are held back by the product of A's noise and B's, and by steep directions across which steps go to and fro (docs/log.md), so that a code "
         "takes steps up to eight times as long along what it carries. `first order` is ρ times the ratio of the steps (rate x clip) that tuning chose on its own seeds: "
-        "the decrease of the loss in a round to first order. It explains and does not forecast, since it needs both methods tuned; it, too, was chosen after the fact."
+        "the decrease of the loss in a round to first order. It explains and does not forecast, since it needs both methods tuned; it, too, was chosen after the fact. "
+        "`stable` forecasts: a step across the sharpest direction can be no longer than 2/Λ, and a gradient of energy E then lowers the loss by 2E/Λ to first order. Λ, the largest eigenvalue of "
+        "the Gauss-Newton matrix (in the code's coordinates), is measured where one round's step with its noise has put the adapter, at the four rates that tuning tries first; ours over theirs, the median "
+        "over rates and seeds. It sees that DP-LoRA sharpens its own way, since A's curvature grows with B. What it is to be measured at was settled on this round's letters and one seed of facts: chosen after the fact, too."
     )
     return "\n\n".join(["## The formula (5)", words, " ".join(said), table(head, rows)])
 

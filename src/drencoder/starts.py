@@ -41,13 +41,17 @@ def public_start(lora: LoraModel, examples: Sequence[Example]) -> Tensor:
         real_RL = torch.arange(batch.input_ids.shape[1], device=lora.device) < length_R1
         with torch.no_grad(), lora.watched() as inputs:
             lora.logits_before(batch.input_ids, batch.predicted)
-        for name, input_RLI in inputs.items():
-            known[name] = _leading(known.get(name), input_RLI[real_RL].float().cpu(), lora.rank)
+        for (
+            name,
+            values,
+        ) in inputs.items():  # (R, L, I); an expert of a mixture gets its own tokens, with padding among them
+            row_TI = values[real_RL] if values.shape[:-1] == real_RL.shape else values.reshape(-1, values.shape[-1])
+            known[name] = _leading(known.get(name), row_TI.float().cpu(), lora.rank)
     tensors = dict(lora.layout.unflatten(lora.initial_D.cpu()))
     for name, direction_QI in known.items():
         A_rI = tensors[name]
-        rows_rI = torch.cat([direction_QI[: lora.rank] / direction_QI[: lora.rank].norm(dim=1, keepdim=True), A_rI])
-        tensors[name] = orthonormal_rows(rows_rI[: lora.rank], float(A_rI.norm()))
+        unit_QI = direction_QI / direction_QI.norm(dim=1, keepdim=True)
+        tensors[name] = orthonormal_rows(torch.cat([unit_QI, A_rI])[: lora.rank], float(A_rI.norm()))
     return lora.layout.flatten(tensors).to(lora.initial_D)
 
 
