@@ -103,7 +103,9 @@ def test_noise_shortens_every_first_rate_alike(study: Any) -> None:
     hybrid, plain = study.grid.ARMS["hybrid"], study.grid.ARMS["dp-lora"]
     assert hybrid.first_rate_at(math.inf) == 3.0
     for k_star in (73.0, 148.0, 1698.0):
-        assert hybrid.first_rate_at(k_star) / 3.0 == plain.first_rate_at(k_star) / 0.75 == study.grid.noise_scale(k_star)
+        assert (
+            hybrid.first_rate_at(k_star) / 3.0 == plain.first_rate_at(k_star) / 0.75 == study.grid.noise_scale(k_star)
+        )
     assert study.grid.noise_scale(73.0) == 0.5
     cell = study.grid.Cell(track_of(study), 100, 1.0, 1)
     assert study.grid.rate_and_clip(cell, math.inf) == (0.75 * 2 / 4, 4.0)
