@@ -411,7 +411,7 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
                 *count(known, lambda one: one.right(one.mended), all_ours and all_places), needed=0.8),
         Verdict("5c", "first order, with the steps that tuning allowed: rho x our step / theirs (chosen after the fact)",
                 *count(known, lambda one: one.right(one.progress), all_ours and all_places), needed=0.8),
-        Verdict("5d", "the longest stable step: |g|^2 over the sharpest curvature after one noisy step, ours / theirs (chosen after the fact)",
+        Verdict("5d", "the longest stable step: the gradient's energy over the sharpest curvature after one noisy step, ours / theirs (chosen after the fact)",
                 *count(known, lambda one: one.right(one.stable), all_ours and all_places), needed=0.8),
         Verdict("6", "distortion of kronecker on its own prior within 1 % of the water-filling value",
                 *count(errors, lambda error: error <= 0.01, all_places)),
