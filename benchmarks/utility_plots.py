@@ -102,10 +102,11 @@ def forecast_against_outcome(found: Sequence[Forecast], path: Path) -> Path | No
 
     if not found:
         return None
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    axes: Any = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
+    axes: Any = figure.subplots(1, 3, sharey=True)
     _forecast_panel(axes[0], found, [one.gain for one in found], "R of METHOD 2.6, the predicted gain per round")
     _forecast_panel(axes[1], found, [one.mended for one in found], "R mended: curvature over noise as long as a run's")
+    _forecast_panel(axes[2], found, [one.stable for one in found], "the longest stable step's gain, ours / DP-LoRA's")
     axes[0].set_ylabel("measured: loss below DP-LoRA's (%)")
     figure.suptitle("blue: names the winner; orange: does not", fontsize=9)
     return save_figure(figure, path)
@@ -124,7 +125,7 @@ def _forecast_panel(axis: Any, found: Sequence[Forecast], gains: Sequence[float]
     axis.set_yscale("symlog", linthresh=10)
     for part in (axis.xaxis, axis.yaxis):
         part.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.tick_params(axis="x", which="both", labelsize=7)
     axis.set_xlabel(words)
     for handle in axis.legend(fontsize=8).legend_handles:
