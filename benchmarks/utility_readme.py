@@ -67,13 +67,15 @@ def _counts(found: list[Duel], results: Results) -> str:
 
 def _formula(results: Results, study: Path) -> str:
     """How often R named the winner; nothing where no geometry was measured."""
-    counts = {one.number: one for one in judge.verdicts(results, judge.load_geometry(study))}
+    geometry = judge.load_geometry(study)
+    counts = {one.number: one for one in judge.verdicts(results, geometry)}
     if not counts["5"].of:
         return ""
+    ours = sum(one.duel.better for one in judge.forecasts(results, geometry) if not judge.held_back(one.duel))
     return (
         f"\nThe formula that was to name the winner is right in {counts['5'].count} settings, with a curvature that sees what A's noise "
         f"does in {counts['5b'].count} (held-back task {counts['7b'].count}), and with steps as long as sharpness after a noisy step allows in {counts['5d'].count} "
-        f"(held-back task {counts['7d'].count}; a choice after the fact)."
+        f"(held-back task {counts['7d'].count}; a choice after the fact; always naming the code would be right in {ours})."
     )
 
 

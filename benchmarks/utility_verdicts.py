@@ -15,7 +15,7 @@ import utility_grid as grid
 from utility_cells import GEOMETRY, Row, by_track, loss_of, read_cells
 from utility_grid import COMPARATORS, OURS, Setting, Track
 
-from drencoder.encoders.sizes import few_coordinates, noise_dominates
+from drencoder.encoders.sizes import few_coordinates, message_bytes, noise_dominates
 from drencoder.privacy.plan import ALIGNMENT
 from drencoder.scores import Difference, paired_over_seeds
 
@@ -82,6 +82,13 @@ class Result:
         return self.first("bytes_up") or 0
 
     @property
+    def message(self) -> int:
+        """Bytes of one upload, header included, which chance has no part in; without trust who was drawn decides `bytes_up`. 0 if every
+        seed failed."""
+        recipe = grid.base_recipe(self.track.setting, 0, grid.Scale()).changed(dict(grid.ARMS[self.track.arm].knobs))
+        return message_bytes(self.code_size, recipe.wire_dtype) if self.code_size else 0
+
+    @property
     def noisy(self) -> bool:
         """Whether noise dominates: k* < D / 64."""
         return noise_dominates(self.track.setting.adapter_size, self.k_star)
@@ -136,8 +143,8 @@ class Duel:
 
     @property
     def fewer_bytes(self) -> float:
-        """How many times as many bytes theirs send."""
-        return self.theirs.bytes_up / self.ours.bytes_up if self.ours.bytes_up else math.nan
+        """How many times as many bytes one upload of theirs has."""
+        return self.theirs.message / self.ours.message if self.ours.message else math.nan
 
     @property
     def clear(self) -> bool:
