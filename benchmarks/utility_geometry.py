@@ -51,12 +51,8 @@ WARM_ROUNDS = 8
 PROBES, HESSIAN_PROBES, SKETCHES, DRAWS = 16, 8, 8, 2048
 STEP = 1e-3  # length of a finite difference, over the length of the adapter
 POWER_STEPS = 10
-STEP_LENGTHS = (
-    0.75,
-    1.5,
-    3.0,
-    6.0,
-)  # learning rates at n = 64 that tuning tries first, of DP-LoRA and of hybrid together
+# Learning rates at n = 64 that tuning tries first, of DP-LoRA and of hybrid together.
+STEP_LENGTHS = (0.75, 1.5, 3.0, 6.0)
 STAGES = ("start", "trained")
 # Where A starts -> D / K of the hybrid codes that are sent from there; the public start is for small k*.
 STARTS: Mapping[str, tuple[float, ...]] = {"peft": (2.0, 10.0, 64.0), "public": (10.0, 64.0)}

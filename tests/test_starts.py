@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_base
 from drencoder import config, starts
-from drencoder.build import build
+from drencoder.build import Texts, build
 from drencoder.config import load_recipe
 from drencoder.errors import ModelError
 from drencoder.examples import Example, collate
@@ -93,6 +93,17 @@ def test_the_plan_says_where_a_starts(tiny_folder: Path) -> None:
     assert torch.equal(starts_of["few"], starts_of["again"])
     assert torch.equal(starts_of["many"], starts_of["peft"])
     assert not torch.equal(starts_of["few"], starts_of["many"])
+
+
+def test_the_start_reads_no_clients_text(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A from clients' text would be an answer about them that nothing charges."""
+    read: list[int] = []
+    monkeypatch.setattr(Texts, "client", lambda self, client, slot: read.append(client))
+    live = build(recipe_of(tiny_folder, "hybrid", "adapter.start=public"))
+    assert live.start.startswith("public: leading inputs of 64 texts; general part of the embedded world")
+    assert read == []
+    other = build(recipe_of(tiny_folder, "hybrid", "adapter.start=public", "data.task=facts"))
+    assert torch.equal(live.lora.initial_D, other.lora.initial_D)  # whatever the clients hold
 
 
 def test_whole_updates_can_start_there_too() -> None:

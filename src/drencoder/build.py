@@ -21,7 +21,7 @@ from drencoder.engines.local import LocalEngine
 from drencoder.evaluation import question_examples
 from drencoder.examples import Example, make_examples
 from drencoder.model import BaseModel, LoraModel, load_base, resolve_device
-from drencoder.overview import Overview, planned_code_size, starts_public, survey
+from drencoder.overview import Overview, planned_code_size, planned_start, survey
 from drencoder.prior import GaussianPrior
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.rng import derive_seed
@@ -79,9 +79,10 @@ class Live:
     @property
     def start(self) -> str:
         """Where A started, in words for the certificate; of public text, whose it is."""
-        if self.texts.public is None or not starts_public(self.recipe, self.overview.privacy):
-            return {"auto": "peft"}.get(self.recipe.adapter.start, self.recipe.adapter.start)
-        return f"public: leading inputs of {START_TEXTS} texts; {self.texts.public.declared}"
+        start, public = planned_start(self.recipe, self.overview.privacy), self.texts.public
+        if start != "public" or public is None:
+            return start
+        return f"public: leading inputs of {START_TEXTS} texts; {public.declared}"
 
     @cached_property
     def held_out(self) -> list[Example]:
@@ -218,7 +219,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
-    if public is not None and starts_public(recipe, overview.privacy):
+    if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
     federation = recipe.federation

@@ -28,7 +28,7 @@ from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.secure.messages import round_bytes
 
-__all__ = ["Overview", "modular_bits", "planned_code_size", "privacy_plan", "starts_public", "survey"]
+__all__ = ["Overview", "modular_bits", "planned_code_size", "planned_start", "privacy_plan", "survey"]
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def _reasons(recipe: Recipe, plan: PrivacyPlan, size: int) -> Iterator[str]:
     if encoder.sized_by_ratio and not encoder.ratio:
         yield _size_reason(size, plan.k_star(), recipe.wire_dtype)
     if encoder.name == "hybrid" and recipe.adapter.start == "auto":
-        few, bound = few_coordinates(plan.k_star()), f"{FEW_COORDINATES:g}"
-        yield f"A from public text, since k* < {bound}" if few else f"A at random, since k* >= {bound}"
+        public, bound = planned_start(recipe, plan) == "public", f"{FEW_COORDINATES:g}"
+        yield f"A from public text, since k* < {bound}" if public else f"A at random, since k* >= {bound}"
     if encoder.wire_dtype == "auto" and recipe.wire_dtype != "float32":
         yield f"in {BITS_PER_VALUE[recipe.wire_dtype]} bits a value"
 
@@ -203,10 +203,11 @@ def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequ
     return min(code, rank * sum(out for out, _ in matrices)) if recipe.encoder.only_b else code
 
 
-def starts_public(recipe: Recipe, plan: PrivacyPlan) -> bool:
-    """Whether A starts at directions of public text (`adapter.start`)."""
-    automatic = recipe.adapter.start == "auto" and recipe.encoder.name == "hybrid" and few_coordinates(plan.k_star())
-    return automatic or recipe.adapter.start == "public"
+def planned_start(recipe: Recipe, plan: PrivacyPlan) -> str:
+    """`adapter.start`, `auto` resolved: directions of public text for `hybrid` where a round learns few coordinates."""
+    if recipe.adapter.start != "auto":
+        return recipe.adapter.start
+    return "public" if recipe.encoder.name == "hybrid" and few_coordinates(plan.k_star()) else "peft"
 
 
 def _adapted(recipe: Recipe) -> list[list[int]] | None:
