@@ -34,6 +34,7 @@ from flower_grid import InProcessGrid
 
 BIG = 1 << 24
 NODES = 4  # of which three must stay to the end
+EVERY_NODE = "federation.sampling_rate=0.9"  # 15 clients on each: a cohort misses a node once in 10^15 draws
 
 
 def secure_recipe(*overrides: str) -> Recipe:
@@ -117,7 +118,7 @@ def adapter(run: experiment.RunResult) -> torch.Tensor:
 @pytest.mark.parametrize("stage", Stage)
 def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: Stage, federation: Callable[..., Federation]) -> None:
     """In round 1; in round 2 it is back. The sum has its clients exactly if its masked vector had come."""
-    made = federation()
+    made = federation(EVERY_NODE)
     slots: list[int] = []
 
     def lost(number: int, data: bytes) -> bool:
@@ -133,6 +134,17 @@ def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: Stage, federati
     in_sum = [c for c in cohorts[1] if stage > Stage.MASK or c % NODES != 1]
     assert counts == {0: len(cohorts[0]), 1: len(in_sum), 2: len(cohorts[2])}
     assert any(client % NODES == 1 for client in cohorts[1])
+    assert verify_run(run.folder).trouble == ""
+
+
+def test_idle_nodes_take_part_in_the_sum(federation: Callable[..., Federation]) -> None:
+    """Few clients, the same in every run of this test: some nodes have nobody in a cohort, and the masks cancel all the same."""
+    run = federation("federation.sampling_rate=0.05", "privacy.noise=replay").run()
+    counts = {row["slot"]: row["contributors"] for row in rows_of(run.folder) if row["kind"] == "contributors"}
+    with Ledger.open(run.ledger, read_only=True) as ledger:
+        cohorts = {slot: ledger.sampler().cohort(slot) for slot in (0, 1, 2)}
+    assert counts == {slot: len(cohort) for slot, cohort in cohorts.items() if cohort}
+    assert any(0 < len({client % NODES for client in cohort}) < NODES for cohort in cohorts.values())
     assert verify_run(run.folder).trouble == ""
 
 
@@ -223,7 +235,10 @@ def test_a_lying_node_is_left_out(lie: str, federation: Callable[..., Federation
 
 @pytest.fixture
 def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Every node's and every client's share of a sum as it must never travel, in pieces of 32 bytes."""
+    """Every node's and every client's share of a sum as it must never travel, in pieces of 32 bytes.
+
+    An idle node's are zeros, which an adapter that has learned nothing shows as well: tests have clients on every node.
+    """
     pieces: list[bytes] = []
     share = CohortQuery.share
 
@@ -256,7 +271,7 @@ def shown(pieces: list[bytes], frames: list[bytes]) -> int:
 
 
 def test_nothing_unmasked_is_in_any_frame(federation: Callable[..., Federation], unmasked: list[bytes]) -> None:
-    made = federation("federation.rounds=1")
+    made = federation("federation.rounds=1", EVERY_NODE)
     made.run()
     assert len(set(unmasked)) >= 2 * NODES
     assert shown(unmasked, made.frames) == 0
@@ -266,7 +281,7 @@ def test_the_search_would_find_an_unmasked_vector(
     federation: Callable[..., Federation], unmasked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(secure_node, "mask", lambda total_V, key, sign: None)
-    made = federation("federation.rounds=1")
+    made = federation("federation.rounds=1", EVERY_NODE)
     made.run()
     assert shown(unmasked, made.frames) >= 2 * NODES
 
@@ -435,7 +450,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_loopback_deployment_with_a_killed_node(tmp_path: Path) -> None:
     """TLS, node keys, rosters, the documented commands; a node is killed after round 1, and the run goes on with three."""
-    recipe = secure_recipe("federation.rounds=4", "privacy.participation_cap=5")
+    recipe = secure_recipe("federation.rounds=4", "privacy.participation_cap=5", EVERY_NODE)
     with deployed(tmp_path / "place", recipe, NODES) as place:
         server = place.server("--round-timeout", "20")
         nodes = [place.node(number) for number in range(NODES)]
