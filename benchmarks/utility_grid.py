@@ -35,10 +35,16 @@ EVERYWHERE: tuple[Place, ...] = tuple(
     (adapter, cohort) for adapter in ADAPTERS for cohort in COHORTS if (adapter, cohort) != ("large", 512)
 )
 EPSILONS = (1.0, 4.0)
-# How many seeds are judged, and on how many others rates and clips are tuned: small cohorts differ more from run to run, and
-# take less time. One tuning seed is little; it is what two cores had the time for.
-SEEDS = {("small", 8): 48, ("small", 64): 6, ("small", 512): 3, ("large", 8): 24, ("large", 64): 6}
-TUNING_SEEDS = {("small", 8): 8, ("small", 64): 2, ("small", 512): 1, ("large", 8): 4, ("large", 64): 2}
+# On how many seeds rates and clips are tuned, and on how many others they are judged: small cohorts and clients' own noise differ
+# more from run to run, and small cohorts take less time. One tuning seed is little; it is what two cores had the time for.
+SEEDS = {
+    ("central", "small", 8): (8, 48),
+    ("central", "small", 64): (2, 6),
+    ("central", "small", 512): (1, 3),
+    ("central", "large", 8): (4, 48),
+    ("central", "large", 64): (2, 6),
+    ("local", "small", 64): (2, 24),
+}
 FIRST_TUNING_SEED, FIRST_JUDGED_SEED = 100, 1000
 
 # A trusted server samples from few clients; without trust a client answers once, so there must be more than rounds x cohort.
@@ -91,12 +97,17 @@ class Setting:
     @property
     def seeds(self) -> range:
         """Those that are judged."""
-        return range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + SEEDS[self.adapter, self.cohort])
+        return range(FIRST_JUDGED_SEED, FIRST_JUDGED_SEED + self._seeds[1])
 
     @property
     def tuning_seeds(self) -> range:
         """Those that rate and clip are tuned on."""
-        return range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + TUNING_SEEDS[self.adapter, self.cohort])
+        return range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self._seeds[0])
+
+    @property
+    def _seeds(self) -> tuple[int, int]:
+        trust = "central" if self.trust == "non-private" else self.trust
+        return SEEDS[trust, self.adapter, self.cohort]
 
     @property
     def adapter_size(self) -> int:

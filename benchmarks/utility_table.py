@@ -106,9 +106,10 @@ for all methods, other cohorts and noise. In {edges} of {len(results)} tracks th
 **Chosen before.** Four earlier rounds (docs/log.md) were judged on seeds from 0 on, and settled momentum 1/4 for all, plain decoding, codes of B alone where k* >= 512, four bits a value and first rates. The fifth round was judged on
 seeds that nothing had seen. Its sizes (1/2, or 1/{grid.SMALL_RATIO:g} where noise dominates) come from the fourth round and from seeds 430 and 431; its rule for rates that are alike from a rate that had won by
 0.0001 in the fourth round and diverged for five of twelve seeds. It had lost 2 and 6 % at n 8 (facts, ε 4) with codes of A and B at 1/{judge.FREE_RATIO}; so this sixth round sends B alone there, too, from a public A where k* < 512, chosen on seeds 500 to 523.
-All of hybrid's runs at n 8 are new; so are n 512 at ε 1, local trust, the held-back task at n 8 and comparators at ε 4, which the fifth round had not run. The rest is the fifth round's. The large adapter at n 8 got {grid.SEEDS["large", 8]} judged seeds instead of 12 when one of hybrid's new runs there had been looked at. The mended R (5b) was picked in the second round. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
+All of hybrid's runs at n 8 are new; so are n 512 at ε 1, local trust, the held-back task at n 8 and comparators at ε 4, which the fifth round had not run. The rest is the fifth round's. The large adapter at n 8 got 24 judged seeds instead of 12 when one of hybrid's new runs there had been looked at.
+The seventh round, which this is, changed no method: it judged the large adapter at n 8 on {grid.SEEDS["central", "large", 8][1]} seeds and local trust on {grid.SEEDS["local", "small", 64][1]} (six before), decided before any of those runs, and ran what the sixth had left. The mended R (5b) was picked in the second round. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
 
-{table(["adapter", "n", "tuning seeds", "judged seeds"], [[adapter, str(n), str(grid.TUNING_SEEDS[adapter, n]), str(grid.SEEDS[adapter, n])] for adapter, n in grid.SEEDS])}
+{table(["trust", "adapter", "n", "tuning seeds", "judged seeds"], [[*map(str, (*place, *counts))] for place, counts in grid.SEEDS.items()])}
 
 Held-out loss is nats per token, lower is better; the base model is sure of something else and its loss is high, so that noise alone
 can lower it: read it beside the accuracy. Of more than {FEW_SEEDS} seeds the tables show the least loss, the quartiles and the most (how many); utility.json has all. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{judge.FREE_RATIO}.
@@ -431,7 +432,7 @@ def _compact(
     anchors = {key: _anchors(results, key) for key in ("base", "zero")}
     judged = [asdict(one) | {"verdict": one.word} for one in found]
     return {
-        **read_study(folder), "seeds": [[*place, count] for place, count in grid.SEEDS.items()], "verdicts": judged, "models": anchors, "tracks": tracks,
+        **read_study(folder), "seeds": [[*place, *counts] for place, counts in grid.SEEDS.items()], "verdicts": judged, "models": anchors, "tracks": tracks,
         "failures": [{"key": row["key"], "error": row["error"]} for row in failures], "geometry": geometry,
     }  # fmt: skip
 
