@@ -275,6 +275,11 @@ def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
     )
 
 
+def wire_dtype_of(track: Track) -> str:
+    """The type of a value on the wire; "auto" resolved."""
+    return base_recipe(track.setting, 0, Scale()).changed(dict(ARMS[track.arm].knobs)).wire_dtype
+
+
 def asks_letters(setting: Setting) -> bool:
     """Whether the task teaches what the multiple-choice benchmarks ask, so that their accuracy says something."""
     return setting.task == "letters"

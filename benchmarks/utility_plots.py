@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utility_forecast import Forecast
 from utility_grid import COHORTS, EPSILONS, Setting, Track
-from utility_verdicts import AUTOMATIC, REFERENCE, Duel, Forecast, Results
+from utility_results import AUTOMATIC, REFERENCE, Duel, Results
 
 from drencoder.plots import save_figure
 

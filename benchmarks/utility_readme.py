@@ -4,12 +4,25 @@ import math
 import sys
 from pathlib import Path
 
-import utility_verdicts as judge
 from utility_cells import replace_text
+from utility_forecast import forecasts, load_geometry
 from utility_grid import HELD_BACK
 from utility_plots import name
+from utility_results import (
+    AUTOMATIC,
+    EQUAL_BYTES_ARMS,
+    FEW,
+    FREE_RATIO,
+    MANY,
+    Duel,
+    Results,
+    duels,
+    equal_bytes,
+    held_back,
+    load_results,
+)
 from utility_table import right_share, table
-from utility_verdicts import Duel, Results
+from utility_verdicts import verdicts
 
 BEGIN, END = "<!-- benchmarks/utility.py: begin -->", "<!-- benchmarks/utility.py: end -->"
 HEAD = ["setting (*: noise dominates)", "k*", "values, bytes sent", "hybrid", "DP-LoRA", "Δ loss", "right, hybrid / DP-LoRA"]  # fmt: skip
@@ -22,8 +35,8 @@ def refresh(readme: Path, study: Path) -> None:
         sys.exit(f"{readme} must have {BEGIN} and {END} once each: put them where the table belongs.")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    results, _ = judge.load_results(study)
-    found = [duel for duel in judge.duels(results, [judge.AUTOMATIC]) if not duel.ours.failed]
+    results, _ = load_results(study)
+    found = [duel for duel in duels(results, [AUTOMATIC]) if not duel.ours.failed]
     body = (
         f"{BEGIN}\n{table(HEAD, list(map(_row, found)))}\n\n{_counts(found, results)}{_formula(results, study)}\n{END}"
     )
@@ -42,12 +55,12 @@ def _row(duel: Duel) -> list[str]:
 
 
 def _counts(found: list[Duel], results: Results) -> str:
-    main = [duel for duel in found if not judge.held_back(duel)]
+    main = [duel for duel in found if not held_back(duel)]
     said = []
     for words, some in (
         ("Where noise does not dominate", [duel for duel in main if not duel.ours.noisy]),
-        (f"Where it does (k* < D/{judge.FREE_RATIO})", [duel for duel in main if duel.ours.noisy]),
-        (f"On `{HELD_BACK}`, by which nothing was chosen,", [duel for duel in found if judge.held_back(duel)]),
+        (f"Where it does (k* < D/{FREE_RATIO})", [duel for duel in main if duel.ours.noisy]),
+        (f"On `{HELD_BACK}`, by which nothing was chosen,", [duel for duel in found if held_back(duel)]),
     ):
         if some:
             said.append(
@@ -56,22 +69,22 @@ def _counts(found: list[Duel], results: Results) -> str:
                 f"{sum(duel.clear and duel.better for duel in some)} that win and {sum(duel.clear and not duel.better for duel in some)} that lose), at 1/"
                 f"{min(duel.fewer_bytes for duel in some):.0f} of the bytes or less."
             )
-    for arm in judge.EQUAL_BYTES_ARMS:
-        if equal := judge.equal_bytes(results, arm):
+    for arm in EQUAL_BYTES_ARMS:
+        if equal := equal_bytes(results, arm):
             good = sum(duel.better for duel in equal)
             said.append(
-                f"For equal bytes, {judge.MANY} clients with `{arm}` against {judge.FEW} with whole updates, it is better in {good} of {len(equal)} settings ({_range(equal)})."
+                f"For equal bytes, {MANY} clients with `{arm}` against {FEW} with whole updates, it is better in {good} of {len(equal)} settings ({_range(equal)})."
             )
     return "\n".join(said)
 
 
 def _formula(results: Results, study: Path) -> str:
     """How often R named the winner; nothing where no geometry was measured."""
-    geometry = judge.load_geometry(study)
-    counts = {one.number: one for one in judge.verdicts(results, geometry)}
+    geometry = load_geometry(study)
+    counts = {one.number: one for one in verdicts(results, geometry)}
     if not counts["5"].of:
         return ""
-    ours = sum(one.duel.better for one in judge.forecasts(results, geometry) if not judge.held_back(one.duel))
+    ours = sum(one.duel.better for one in forecasts(results, geometry) if not held_back(one.duel))
     return (
         f"\nThe formula that was to name the winner is right in {counts['5'].count} settings, with a curvature that sees what A's noise "
         f"does in {counts['5b'].count} (held-back task {counts['7b'].count}), and with steps as long as sharpness after a noisy step allows in {counts['5d'].count} "

@@ -10,10 +10,27 @@ from typing import Any
 
 import utility_grid as grid
 import utility_plots as plots
-import utility_verdicts as judge
 from utility_cells import COMPACT, Row, archive, read_cells, read_study, replace_text
+from utility_forecast import KIND, OTHER_KINDS, Forecast, forecasts, load_geometry, measured_k_star, stages_of
 from utility_grid import ARMS, PARTS, Scale, Setting
-from utility_verdicts import Duel, Forecast, Result, Results, Verdict
+from utility_results import (
+    AUTOMATIC,
+    EQUAL_BYTES_ARMS,
+    FEW,
+    FREE_RATIO,
+    MANY,
+    REFERENCE,
+    SMALL_CODE,
+    Duel,
+    Result,
+    Results,
+    against_comparators,
+    duels,
+    equal_bytes,
+    held_back,
+    load_results,
+)
+from utility_verdicts import Verdict, verdicts
 
 from drencoder.encoders.sizes import bytes_text
 
@@ -24,12 +41,12 @@ Line = Sequence[str]
 
 def write_page(folder: Path, results_folder: Path) -> None:
     """Writes utility.md, utility.json and the plots; says what it wrote."""
-    results, failures = judge.load_results(folder)
+    results, failures = load_results(folder)
     if not results:
         raise SystemExit(f"{folder} has no finished track yet: run the study first.")
-    geometry = judge.load_geometry(folder)
+    geometry = load_geometry(folder)
     results_folder.mkdir(parents=True, exist_ok=True)
-    found = judge.verdicts(results, geometry)
+    found = verdicts(results, geometry)
     pictures = _pictures(results, geometry, results_folder)
     parts = [
         _opening(folder, results, failures),
@@ -54,12 +71,12 @@ def write_page(folder: Path, results_folder: Path) -> None:
 
 def _pictures(results: Results, geometry: Sequence[Row], folder: Path) -> list[tuple[str, Path]]:
     """(what it shows, file) of every figure for which there are lines."""
-    main = [duel for duel in judge.duels(results, [judge.AUTOMATIC]) if not duel.ours.failed]
+    main = [duel for duel in duels(results, [AUTOMATIC]) if not duel.ours.failed]
     made: list[tuple[str, Path | None]] = [
         ("Loss against bytes", plots.loss_against_bytes(results, folder / f"{NAME}-loss-against-bytes.png")),
         (
             "Forecast against outcome",
-            plots.forecast_against_outcome(judge.forecasts(results, geometry), folder / f"{NAME}-forecast.png"),
+            plots.forecast_against_outcome(forecasts(results, geometry), folder / f"{NAME}-forecast.png"),
         ),
     ]
     if main:
@@ -105,14 +122,14 @@ for all methods, other cohorts and noise. In {edges} of {len(results)} tracks th
 
 **Chosen before.** Four earlier rounds (docs/log.md) were judged on seeds from 0 on, and settled momentum 1/4 for all, plain decoding, codes of B alone where k* >= 512, four bits a value and first rates. The fifth round was judged on
 seeds that nothing had seen. Its sizes (1/2, or 1/{grid.SMALL_RATIO:g} where noise dominates) come from the fourth round and from seeds 430 and 431; its rule for rates that are alike from a rate that had won by
-0.0001 in the fourth round and diverged for five of twelve seeds. It had lost 2 and 6 % at n 8 (facts, ε 4) with codes of A and B at 1/{judge.FREE_RATIO}; so this sixth round sends B alone there, too, from a public A where k* < 512, chosen on seeds 500 to 523.
+0.0001 in the fourth round and diverged for five of twelve seeds. It had lost 2 and 6 % at n 8 (facts, ε 4) with codes of A and B at 1/{FREE_RATIO}; so this sixth round sends B alone there, too, from a public A where k* < 512, chosen on seeds 500 to 523.
 All of hybrid's runs at n 8 are new; so are n 512 at ε 1, local trust, the held-back task at n 8 and comparators at ε 4, which the fifth round had not run. The rest is the fifth round's. The large adapter at n 8 got 24 judged seeds instead of 12 when one of hybrid's new runs there had been looked at.
 The seventh round, which this is, changed no method: it judged the large adapter at n 8 on {grid.SEEDS["central", "large", 8][1]} seeds and local trust on {grid.SEEDS["local", "small", 64][1]} (six before), decided before any of those runs, and ran what the sixth had left. The mended R (5b) was picked in the second round. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
 
 {table(["trust", "adapter", "n", "tuning seeds", "judged seeds"], [[*map(str, (*place, *counts))] for place, counts in grid.SEEDS.items()])}
 
 Held-out loss is nats per token, lower is better; the base model is sure of something else and its loss is high, so that noise alone
-can lower it: read it beside the accuracy. Of more than {FEW_SEEDS} seeds the tables show the least loss, the quartiles and the most (how many); utility.json has all. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{judge.FREE_RATIO}.
+can lower it: read it beside the accuracy. Of more than {FEW_SEEDS} seeds the tables show the least loss, the quartiles and the most (how many); utility.json has all. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{FREE_RATIO}.
 
 {table(["method", "runs in", "first rate", "why there"], where)}"""
 
@@ -127,8 +144,8 @@ def _where(arm: grid.Arm) -> str:
 
 def _verdict_part(found: Sequence[Verdict], results: Results) -> str:
     note = (
-        f"\n\n`{judge.AUTOMATIC}` is the default encoder: its size, the start of its A and its four bits a value are from the plan; all others but `hybrid-10` and "
-        f"`dp-lora-4-bits` send float32. Where k* >= D/{judge.FREE_RATIO} it sends all of LoRA's B, which is "
+        f"\n\n`{AUTOMATIC}` is the default encoder: its size, the start of its A and its four bits a value are from the plan; all others but `hybrid-10` and "
+        f"`dp-lora-4-bits` send float32. Where k* >= D/{FREE_RATIO} it sends all of LoRA's B, which is "
         "FFA-LoRA's update in other coordinates, and differs from the arm `ffa` by bits, chance and what was tuned."
     )
     rows = [[one.number, one.claim, one.count, f"**{one.word}**"] for one in found]
@@ -136,7 +153,7 @@ def _verdict_part(found: Sequence[Verdict], results: Results) -> str:
 
 
 def _no_loss_part(results: Results) -> str:
-    found = judge.duels(results, [judge.AUTOMATIC])
+    found = duels(results, [AUTOMATIC])
     if not found:
         return ""
     rows = []
@@ -145,31 +162,31 @@ def _no_loss_part(results: Results) -> str:
         right = " / ".join(right_share(result) for result in (duel.ours, duel.theirs))
         rows.append([*_duel_cells(duel), right, f"1/{duel.ours.ratio:.0f}", f"1/{duel.fewer_bytes:.0f}", word])
     head = [
-        *_duel_head(judge.AUTOMATIC, judge.REFERENCE),
+        *_duel_head(AUTOMATIC, REFERENCE),
         "right, ours / theirs",
         "values sent",
         "bytes sent",
         "verdict",
     ]
-    spread = _spread([duel for duel in found if not judge.held_back(duel)])
+    spread = _spread([duel for duel in found if not held_back(duel)])
     return f"## No loss, and equal clients (1, 3; held back: 7)\n\n{spread}\n\n{table(head, rows)}"
 
 
 def _equal_part(results: Results) -> str:
     parts = ["## Equal bytes (2)", "Bytes are of all rounds, headers included."]
-    for arm in judge.EQUAL_BYTES_ARMS:
-        rows, found = [], judge.equal_bytes(results, arm)
+    for arm in EQUAL_BYTES_ARMS:
+        rows, found = [], equal_bytes(results, arm)
         for duel in found:
             sent = [bytes_text(result.bytes_up) for result in (duel.ours, duel.theirs)]
             rows.append([*_duel_cells(duel), " / ".join(sent), "better" if duel.better else "**worse**"])
-        head = [*_duel_head(f"{arm}, n {judge.MANY}", f"DP-LoRA, n {judge.FEW}"), "bytes up, ours / theirs", "verdict"]
+        head = [*_duel_head(f"{arm}, n {MANY}", f"DP-LoRA, n {FEW}"), "bytes up, ours / theirs", "verdict"]
         parts += [_spread(found), table(head, rows)] if found else []
     return "\n\n".join(parts) if len(parts) > 2 else ""
 
 
 def _comparator_part(results: Results) -> str:
-    found = judge.against_comparators(results)
-    extra = judge.duels(results, PARTS, judge.SMALL_CODE)
+    found = against_comparators(results)
+    extra = duels(results, PARTS, SMALL_CODE)
     if not found and not extra:
         return ""
     rows = []
@@ -186,25 +203,25 @@ def _comparator_part(results: Results) -> str:
     if extra:
         lines = [[duel.ours.track.arm, *_duel_cells(duel)] for duel in extra]
         parts += [
-            f"The parts of hybrid alone, against {judge.SMALL_CODE} (not counted as comparators; below zero: the part is better):",
-            table(["part", *_duel_head("part", judge.SMALL_CODE)], lines),
+            f"The parts of hybrid alone, against {SMALL_CODE} (not counted as comparators; below zero: the part is better):",
+            table(["part", *_duel_head("part", SMALL_CODE)], lines),
         ]
     return "\n\n".join(parts)
 
 
 def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
-    everything = judge.forecasts(results, geometry)
-    found = [one for one in everything if not judge.held_back(one.duel)]
+    everything = forecasts(results, geometry)
+    found = [one for one in everything if not held_back(one.duel)]
     if not found:
         return ""
-    stages, clear = judge.stages(geometry), [one for one in found if one.duel.clear]
+    stages, clear = stages_of(geometry), [one for one in found if one.duel.clear]
     said = [
         f"Without the held-back task: the geometric mean of R over stages and seeds is right in {_right(found, lambda one: one.gain)}, and in "
         f"{_right(clear, lambda one: one.gain)} of those whose 95 % interval leaves zero out."
     ]
     for kind, stage in found[0].gains:
         said.append(f"{kind}, `{stage}` alone: {_right(found, lambda one, k=kind, s=stage: one.gains[k, s])}.")
-    for kind in judge.OTHER_KINDS:
+    for kind in OTHER_KINDS:
         said.append(f"{kind}, both stages: {_right(found, lambda one, k=kind: one.over_stages(k))}.")
     said.append(
         f"Mended: {_right(found, lambda one: one.mended)}. First order: {_right(found, lambda one: one.progress)}. "
@@ -214,7 +231,7 @@ def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
     said.append(f"Always naming DP-LoRA would be right in {theirs} of {len(found)}, the code in {len(found) - theirs}.")
     rows = []
     for one in everything:
-        result, gains = one.duel.ours, [*(one.gains[judge.KIND, stage] for stage in stages), one.gain]
+        result, gains = one.duel.ours, [*(one.gains[KIND, stage] for stage in stages), one.gain]
         k_star, word = _mean_k_star(result, geometry), "yes" if one.right(one.gain) else "**no**"
         cells = [
             plots.name(one.duel),
@@ -264,13 +281,13 @@ def _mean_k_star(result: Result, geometry: Sequence[Row]) -> float:
         for row in geometry
         if (row["task"], row["adapter"], row["start"]) == (setting.task, setting.adapter, "peft")
     ]
-    return fmean(judge.measured_k_star(row, result) for row in here)
+    return fmean(measured_k_star(row, result) for row in here)
 
 
 def _geometry_part(geometry: Sequence[Row]) -> str:
     if not geometry:
         return ""
-    kinds, rows = (judge.KIND, *judge.OTHER_KINDS), []
+    kinds, rows = (KIND, *OTHER_KINDS), []
     keys = ("task", "adapter", "start", "stage")
     for place in dict.fromkeys(tuple(row[key] for key in keys) for row in geometry):
         here = [row for row in geometry if tuple(row[key] for key in keys) == place]

@@ -140,14 +140,15 @@ def filled(study: Any, folder: Path, losses: dict[str, float]) -> None:
 @pytest.mark.parametrize(("ours", "good"), [(2.9, 1), (3.02, 1), (3.04, 0)])
 def test_verdicts_count_what_the_lines_say(study: Any, tmp_path: Path, ours: float, good: int) -> None:
     import utility_verdicts as judge
+    from utility_results import AUTOMATIC, duels, load_results
 
     filled(study, tmp_path / "study", {"dp-lora": 3.0, "hybrid": ours})
-    results, failures = judge.load_results(tmp_path / "study")
+    results, failures = load_results(tmp_path / "study")
     found = {one.number: one for one in judge.verdicts(results, [])}
     assert (found["1a"].good, found["1a"].of) == (good, 1)
     assert found["1a"].word == ("met so far" if good else "NOT met so far")  # one of many settings
     assert (found["5"].of, found["5"].word) == (0, "not measured")
-    (duel,) = judge.duels(results, [judge.AUTOMATIC])
+    (duel,) = duels(results, [AUTOMATIC])
     assert duel.better == (ours < 3.0)
     assert duel.fewer_bytes == (20 + 4 * 32_768) / (
         24 + 16_384 // 2
@@ -196,9 +197,11 @@ def test_the_readmes_table_is_written_between_its_marks(study: Any, tmp_path: Pa
 
 def test_the_forecasts_are_what_their_words_say(study: Any, tmp_path: Path) -> None:
     import utility_verdicts as judge
+    from utility_forecast import forecasts
+    from utility_results import load_results
 
     filled(study, tmp_path / "study", {"dp-lora": 3.0, "hybrid": 2.7})
-    results, _ = judge.load_results(tmp_path / "study")
+    results, _ = load_results(tmp_path / "study")
     curvature = dict.fromkeys(("hessian", "gauss-newton", "finite"), 10.0)
     code = {"ratio": 2.0, "rho": 0.25, "rho_client": 0.5, "D_P": curvature, "negative": 0}
     setting = next(str(track.setting) for track in results)
@@ -214,7 +217,7 @@ def test_the_forecasts_are_what_their_words_say(study: Any, tmp_path: Path) -> N
     }  # fmt: skip
     geometry = [place | {"stage": stage, "seed": 0} for stage in ("start", "trained")]
     geometry += [row | {"start": "public", "mean_norm": 9.0} for row in geometry]  # of no setting with so large a k*
-    (forecast,) = judge.forecasts(results, geometry)
+    (forecast,) = forecasts(results, geometry)
     assert forecast.progress == pytest.approx(0.25 * 3.0 / 0.75)  # hybrid's first rate over DP-LoRA's, at clips alike
     d, k_star = 10.0, 4809.0
     assert forecast.gain == pytest.approx(0.25**2 * (1 + d / k_star) / (0.25 + 0.5 * d / k_star))
