@@ -21,7 +21,7 @@ from utility_results import (
     held_back,
     load_results,
 )
-from utility_table import right_share, table
+from utility_text import right_share, table
 from utility_verdicts import verdicts
 
 BEGIN, END = "<!-- benchmarks/utility.py: begin -->", "<!-- benchmarks/utility.py: end -->"

@@ -2,16 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import utility_grid as grid
 import utility_plots as plots
 from utility_cells import COMPACT, Row, archive, read_cells, read_study, replace_text
-from utility_forecast import KIND, OTHER_KINDS, Forecast, forecasts, load_geometry, measured_k_star, stages_of
+from utility_forecast import forecasts, load_geometry
 from utility_grid import ARMS, PARTS, Scale, Setting
 from utility_results import (
     AUTOMATIC,
@@ -21,7 +20,6 @@ from utility_results import (
     MANY,
     REFERENCE,
     SMALL_CODE,
-    Duel,
     Result,
     Results,
     against_comparators,
@@ -30,13 +28,24 @@ from utility_results import (
     held_back,
     load_results,
 )
+from utility_text import (
+    FEW_SEEDS,
+    Line,
+    accuracy_cells,
+    duel_cells,
+    duel_head,
+    loss_cells,
+    number_text,
+    right_share,
+    spread_text,
+    table,
+)
+from utility_theory import formula_part, geometry_part
 from utility_verdicts import Verdict, verdicts
 
 from drencoder.encoders.sizes import bytes_text
 
 NAME = "utility"
-FEW_SEEDS = 6  # whose losses a table can show one by one; utility.json has all
-Line = Sequence[str]
 
 
 def write_page(folder: Path, results_folder: Path) -> None:
@@ -55,8 +64,8 @@ def write_page(folder: Path, results_folder: Path) -> None:
         _no_loss_part(results),
         _equal_part(results),
         _comparator_part(results),
-        _formula_part(results, geometry),
-        _geometry_part(geometry),
+        formula_part(results, geometry),
+        geometry_part(geometry),
         *_loss_parts(results),
         _failure_part(failures),
     ]
@@ -160,15 +169,15 @@ def _no_loss_part(results: Results) -> str:
     for duel in found:
         word = "better" if duel.better else "within 1 %" if duel.no_worse else "**worse**"
         right = " / ".join(right_share(result) for result in (duel.ours, duel.theirs))
-        rows.append([*_duel_cells(duel), right, f"1/{duel.ours.ratio:.0f}", f"1/{duel.fewer_bytes:.0f}", word])
+        rows.append([*duel_cells(duel), right, f"1/{duel.ours.ratio:.0f}", f"1/{duel.fewer_bytes:.0f}", word])
     head = [
-        *_duel_head(AUTOMATIC, REFERENCE),
+        *duel_head(AUTOMATIC, REFERENCE),
         "right, ours / theirs",
         "values sent",
         "bytes sent",
         "verdict",
     ]
-    spread = _spread([duel for duel in found if not held_back(duel)])
+    spread = spread_text([duel for duel in found if not held_back(duel)])
     return f"## No loss, and equal clients (1, 3; held back: 7)\n\n{spread}\n\n{table(head, rows)}"
 
 
@@ -178,9 +187,9 @@ def _equal_part(results: Results) -> str:
         rows, found = [], equal_bytes(results, arm)
         for duel in found:
             sent = [bytes_text(result.bytes_up) for result in (duel.ours, duel.theirs)]
-            rows.append([*_duel_cells(duel), " / ".join(sent), "better" if duel.better else "**worse**"])
-        head = [*_duel_head(f"{arm}, n {MANY}", f"DP-LoRA, n {FEW}"), "bytes up, ours / theirs", "verdict"]
-        parts += [_spread(found), table(head, rows)] if found else []
+            rows.append([*duel_cells(duel), " / ".join(sent), "better" if duel.better else "**worse**"])
+        head = [*duel_head(f"{arm}, n {MANY}", f"DP-LoRA, n {FEW}"), "bytes up, ours / theirs", "verdict"]
+        parts += [spread_text(found), table(head, rows)] if found else []
     return "\n\n".join(parts) if len(parts) > 2 else ""
 
 
@@ -193,130 +202,20 @@ def _comparator_part(results: Results) -> str:
     for duel in found:
         sizes = " / ".join(bytes_text(result.bytes_up) for result in (duel.ours, duel.theirs))
         word = "better" if duel.better else "**worse**"
-        rows.append([duel.theirs.track.arm, duel.ours.track.arm, *_duel_cells(duel), sizes, word])
-    head = ["comparator", "ours", *_duel_head("ours", "theirs"), "bytes up, ours / theirs", "verdict"]
+        rows.append([duel.theirs.track.arm, duel.ours.track.arm, *duel_cells(duel), sizes, word])
+    head = ["comparator", "ours", *duel_head("ours", "theirs"), "bytes up, ours / theirs", "verdict"]
     parts = [
         "## Comparators (4)",
         "Each against the largest of our codes that takes no more bytes than its own.",
         table(head, rows),
     ]
     if extra:
-        lines = [[duel.ours.track.arm, *_duel_cells(duel)] for duel in extra]
+        lines = [[duel.ours.track.arm, *duel_cells(duel)] for duel in extra]
         parts += [
             f"The parts of hybrid alone, against {SMALL_CODE} (not counted as comparators; below zero: the part is better):",
-            table(["part", *_duel_head("part", SMALL_CODE)], lines),
+            table(["part", *duel_head("part", SMALL_CODE)], lines),
         ]
     return "\n\n".join(parts)
-
-
-def _formula_part(results: Results, geometry: Sequence[Row]) -> str:
-    everything = forecasts(results, geometry)
-    found = [one for one in everything if not held_back(one.duel)]
-    if not found:
-        return ""
-    stages, clear = stages_of(geometry), [one for one in found if one.duel.clear]
-    said = [
-        f"Without the held-back task: the geometric mean of R over stages and seeds is right in {_right(found, lambda one: one.gain)}, and in "
-        f"{_right(clear, lambda one: one.gain)} of those whose 95 % interval leaves zero out."
-    ]
-    for kind, stage in found[0].gains:
-        said.append(f"{kind}, `{stage}` alone: {_right(found, lambda one, k=kind, s=stage: one.gains[k, s])}.")
-    for kind in OTHER_KINDS:
-        said.append(f"{kind}, both stages: {_right(found, lambda one, k=kind: one.over_stages(k))}.")
-    said.append(
-        f"Mended: {_right(found, lambda one: one.mended)}. First order: {_right(found, lambda one: one.progress)}. "
-        f"Longest stable step: {_right(found, lambda one: one.stable)}."
-    )
-    theirs = sum(not one.duel.better for one in found)
-    said.append(f"Always naming DP-LoRA would be right in {theirs} of {len(found)}, the code in {len(found) - theirs}.")
-    rows = []
-    for one in everything:
-        result, gains = one.duel.ours, [*(one.gains[KIND, stage] for stage in stages), one.gain]
-        k_star, word = _mean_k_star(result, geometry), "yes" if one.right(one.gain) else "**no**"
-        cells = [
-            plots.name(one.duel),
-            result.track.arm,
-            _number(k_star),
-            *(f"{gain:.2f}" for gain in gains),
-            f"{one.mended:.2f}",
-            f"{one.progress:.2f}",
-            f"{one.stable:.2f}",
-        ]
-        rows.append([*cells, f"{one.duel.relative:+.1%}", word])
-    head = [
-        "setting",
-        "code",
-        "k* measured",
-        *(f"R, {stage}" for stage in stages),
-        "R",
-        "R mended",
-        "first order",
-        "stable",
-        "Δ loss / loss",
-        "R right",
-    ]
-    words = (
-        "R = ρ²(1 + D/k*) / (ρ + ρ' D_P/k*): above 1, the code should win. D and D_P are of the Gauss-Newton matrix; `finite` has D and "
-        "D_P from the loss's second difference over noise as long as a run's instead. Codes whose geometry was not measured are left out. "
-        "`mended` is R with `finite` at the start, which sees what noise on A does to noise on B; it was picked after the fact in the second round, when it was right in "
-        "17 of 19; the fifth round's runs were its first fair test (8 of 14). Another start of A multiplies R by what it makes of |g|²/λ. Why R fails: it takes the best step of a quadratic, in which noise alone shortens steps. Rates that "
-        "tuning found are not so: DP-LoRA's are held back by the product of A's noise and B's, and by steep directions across which steps go to and fro (docs/log.md), so that a code "
-        "takes steps up to eight times as long along what it carries. `first order` is ρ times the ratio of the steps (rate x clip) that tuning chose on its own seeds: "
-        "the decrease of the loss in a round to first order. It explains and does not forecast, since it needs both methods tuned; it, too, was chosen after the fact. "
-        "`stable` forecasts: a step across the sharpest direction can be no longer than 2/Λ, and a gradient of energy E then lowers the loss by 2E/Λ to first order. Λ, the largest eigenvalue of "
-        "the Gauss-Newton matrix (in the code's coordinates), is measured where one round's step with its noise has put the adapter, at the four rates that tuning tries first; ours over theirs, the median "
-        "over rates and seeds. It sees that DP-LoRA sharpens its own way, since A's curvature grows with B. What it is to be measured at was settled on this round's letters and one seed of facts: chosen after the fact, too."
-    )
-    return "\n\n".join(["## The formula (5)", words, " ".join(said), table(head, rows)])
-
-
-def _right(found: Sequence[Forecast], gain_of: Any) -> str:
-    return f"{sum(one.right(gain_of(one)) for one in found)} of {len(found)}"
-
-
-def _mean_k_star(result: Result, geometry: Sequence[Row]) -> float:
-    setting = result.track.setting
-    here = [
-        row
-        for row in geometry
-        if (row["task"], row["adapter"], row["start"]) == (setting.task, setting.adapter, "peft")
-    ]
-    return fmean(measured_k_star(row, result) for row in here)
-
-
-def _geometry_part(geometry: Sequence[Row]) -> str:
-    if not geometry:
-        return ""
-    kinds, rows = (KIND, *OTHER_KINDS), []
-    keys = ("task", "adapter", "start", "stage")
-    for place in dict.fromkeys(tuple(row[key] for key in keys) for row in geometry):
-        here = [row for row in geometry if tuple(row[key] for key in keys) == place]
-        facts = [_number(fmean(row[key] for row in here)) for key in ("alignment", "agreement")]
-        facts.append(" / ".join(_number(fmean(row["D"][kind] for row in here)) for kind in kinds))
-        for number, code in enumerate(here[0]["codes"]):
-            measured = [row["codes"][number] for row in here]
-            values = [_number(fmean(one[key] for one in measured)) for key in ("rho", "rho_client")]
-            values.append(" / ".join(_number(fmean(one["D_P"][kind] for one in measured)) for kind in kinds))
-            negative = sum(row["negative"] for row in here) + sum(one["negative"] for one in measured)
-            rows.append([*place, *facts, f"1/{code['ratio']:g}", *values, str(negative)])
-    head = ["task", "adapter", "A", "at", "a", "cos(client, mean)", "D", "code", "ρ", "ρ'", "D_P", "negative"]
-    errors = []
-    for ratio in dict.fromkeys(place["ratio"] for row in geometry for place in row["distortion"]):
-        places = [place for row in geometry for place in row["distortion"] if place["ratio"] == ratio]
-        largest = [f"{max(abs(place[key]) for place in places):.2%}" for key in ("error", "closed_form_error")]
-        draws = ", ".join(f"{count:,}" for count in sorted({place["draws"] for place in places}))
-        errors.append([f"1/{ratio}", *largest, str(len(places)), draws])
-    return "\n\n".join(
-        [
-            "## Geometry, and distortion of the closed form (5, 6)",
-            "a: |mean of clipped updates|² / C². Means over seeds. D and D_P: Gauss-Newton / Hessian, by random probes and central differences on "
-            "64 held-out records. Where a Hessian's value came out negative its absolute value was taken (last column: how often).",
-            table(head, rows),
-            "What is lost of gradients drawn from the prior, encoded and decoded, against the sum of the eigenvalues left out; and what the "
-            "encoder itself states, against the same sum. Largest deviation over tasks, adapters, stages and seeds:",
-            table(["code", "measured", "stated", "measurements", "gradients drawn for each"], errors),
-        ]
-    )
 
 
 def _loss_parts(results: Results) -> list[str]:
@@ -344,7 +243,7 @@ def _by_setting(result: Result) -> tuple[Any, ...]:
 def _model_line(found: Sequence[Result], words: str, key: str) -> Line:
     rows = next((result.rows for result in found if not result.failed), ())
     losses = [row[key]["loss"] for row in rows]
-    return ["-", "-", "-", words, *_losses(losses), *_accuracies([row[key] for row in rows]), "-", "-", "-", "-"]
+    return ["-", "-", "-", words, *loss_cells(losses), *accuracy_cells([row[key] for row in rows]), "-", "-", "-", "-"]
 
 
 def _result_line(result: Result) -> Line:
@@ -352,11 +251,19 @@ def _result_line(result: Result) -> Line:
     epsilon = "none" if setting.epsilon is None else f"{setting.epsilon:g}"
     noisy = "*" if result.noisy else ""
     sent = result.first("bytes_up")
-    facts = [str(setting.cohort), epsilon, f"{_number(result.k_star)}{noisy}", result.track.arm]
+    facts = [str(setting.cohort), epsilon, f"{number_text(result.k_star)}{noisy}", result.track.arm]
     rate = f"{result.first('rate'):.3g}{' e' if result.edge else ''}"
     size = "-" if result.code_size is None else f"{result.code_size:,}"
     up = "-" if sent is None else bytes_text(sent)
-    return [*facts, *_losses(result.losses), *_accuracies(result.rows), size, up, rate, f"{result.first('clip'):g}"]
+    return [
+        *facts,
+        *loss_cells(result.losses),
+        *accuracy_cells(result.rows),
+        size,
+        up,
+        rate,
+        f"{result.first('clip'):g}",
+    ]
 
 
 def _failure_part(failures: Sequence[Row]) -> str:
@@ -364,66 +271,6 @@ def _failure_part(failures: Sequence[Row]) -> str:
         return ""
     rows = [[row["key"], row["error"]] for row in failures]
     return f"## Runs that failed\n\n{table(['cell', 'why'], rows)}"
-
-
-# --- small parts -----------------------------------------------------------------------------------------
-
-
-def _duel_head(ours: str, theirs: str) -> list[str]:
-    sides = [ours, "its seeds", theirs, "its seeds"]
-    return ["setting (*: noise dominates)", "k*", "base model", "zero update", *sides, "Δ [95 %]", "Δ / loss"]
-
-
-def _duel_cells(duel: Duel) -> list[str]:
-    result, interval = duel.ours, duel.interval
-    models = [_losses([row[key]["loss"] for row in duel.theirs.rows])[0] for key in ("base", "zero")]
-    change = f"{duel.mean:+.3f}" + (f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval else "")
-    losses = [*_losses(duel.ours.losses), *_losses(duel.theirs.losses)]
-    return [plots.name(duel), _number(result.k_star), *models, *losses, change, f"{duel.relative:+.1%}"]
-
-
-def _spread(found: Sequence[Duel]) -> str:
-    """The size of the gain in one sentence."""
-    gains = sorted(duel.relative for duel in found if math.isfinite(duel.relative))
-    if not gains:
-        return ""
-    middle = gains[len(gains) // 2]
-    return (
-        f"Δ / loss: from {gains[0]:+.1%} to {gains[-1]:+.1%}, in the middle {middle:+.1%}; below zero ours is better."
-    )
-
-
-def right_share(result: Result) -> str:
-    """Share of multiple-choice questions answered rightly, over benchmarks and seeds; "-" if the task does not teach them."""
-    known = [share for row in result.rows for share in row.get("accuracy", {}).values()]
-    return f"{fmean(known):.2f}" if known else "-"
-
-
-def _losses(values: Sequence[float]) -> list[str]:
-    """Mean, and every seed; of more than FEW_SEEDS the least, the quartiles and the most."""
-    if not values:
-        return ["-", "-"]
-    ordered = sorted(values)
-    few = len(values) <= FEW_SEEDS
-    shown = values if few else [ordered[round(share * (len(values) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
-    texts = [f"{value:.3f}" if math.isfinite(value) else "failed" for value in shown]
-    return [f"{fmean(values):.3f}", " ".join(texts) if few else f"{' / '.join(texts)} ({len(values)})"]
-
-
-def _accuracies(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    known = [row["accuracy"] for row in rows if row.get("accuracy")]
-    return [f"{fmean(one[name] for one in known):.2f}" if known else "-" for name in ("mmlu", "ceval")]
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "∞"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
-
-
-def table(head: Line, rows: Sequence[Line]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def _compact(
