@@ -43,7 +43,7 @@ SEEDS = {
     ("central", "small", 512): (1, 3),
     ("central", "large", 8): (4, 48),
     ("central", "large", 64): (2, 6),
-    ("local", "small", 64): (2, 24),
+    ("local", "small", 64): (8, 24),
 }
 FIRST_TUNING_SEED, FIRST_JUDGED_SEED = 100, 1000
 
