@@ -28,12 +28,12 @@ import utility_grid as grid
 from torch import Tensor
 from utility_cells import replace_text
 from utility_curvature import HELD_OUT, KINDS, Curvature, signs
-from utility_grid import ARMS, Scale, Setting
+from utility_grid import ARMS, OURS, Scale, Setting
 
 from drencoder.build import Live, build
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.kronecker import KroneckerEncoder
-from drencoder.encoders.sizes import SMALL_RATIO, auto_ratio, few_coordinates
+from drencoder.encoders.sizes import auto_ratio, few_coordinates
 from drencoder.overview import privacy_plan
 from drencoder.privacy.mechanism import clip_rows
 from drencoder.privacy.plan import ALIGNMENT
@@ -82,15 +82,16 @@ def noisy_settings(task: str, adapter: str, start: str, scale: Scale) -> list[tu
     return found
 
 
-def lacking(row: Mapping[str, Any], settings: Sequence[tuple[Setting, float]]) -> list[str]:
-    """What a row does not have."""
+def lacking(row: Mapping[str, Any], settings: Sequence[tuple[Setting, float]]) -> bool:
+    """Whether a code or a step of the row's start is missing."""
     codes = {code["ratio"] for code in row["codes"]}
-    steps = {step["setting"] for step in row.get("steps", ())}
-    wanted = [str(setting) for setting, _ in settings] if row["stage"] == "start" else []
-    return [
-        *(str(ratio) for ratio in STARTS[row["start"]] if ratio not in codes),
-        *(one for one in wanted if one not in steps),
-    ]
+    wanted = {(str(one), ratio) for one, k_star in settings for ratio in sent_in(one, k_star, row["start"])}
+    return not codes.issuperset(STARTS[row["start"]]) or (row["stage"] == "start" and not wanted <= steps_of(row))
+
+
+def steps_of(row: Mapping[str, Any]) -> set[tuple[str, float | None]]:
+    """(setting, D / K) of the steps that are measured."""
+    return {(step["setting"], step["ratio"]) for step in row.get("steps", ())}
 
 
 def geometry(
@@ -152,14 +153,14 @@ def noisy_steps(
     code), one for each of STEP_LENGTHS, which are the same for all and have a noise of their own.
     """
     steps = list(known.get("steps", ()))
-    there = {step["setting"] for step in steps}
+    there = steps_of(known)
     update_ND = clients(live, live.lora.initial_D, 0)
     state = ServerState.start(live.lora.initial_D)
     for setting, k_star in settings:
-        if str(setting) in there:
-            continue
         noise_std = math.sqrt(ALIGNMENT / k_star) * grid.BASE_CLIP  # of a value of a round's mean
         for ratio in sent_in(setting, k_star, known["start"]):
+            if (str(setting), ratio) in there:
+                continue
             encoder = None if ratio is None else encoder_of(live, state, ratio, 1)
             sent_NK = update_ND if encoder is None else encoder.encode(update_ND, 0)
             mean_K = clip_rows(sent_NK, grid.BASE_CLIP).values_NV.mean(dim=0)
@@ -181,8 +182,8 @@ def sent_in(setting: Setting, k_star: float, start: str) -> list[float | None]:
     if (start == "public") == few_coordinates(k_star):
         wire_dtype = grid.wire_dtype_of(grid.Track("hybrid", setting))
         found.append(auto_ratio(setting.adapter_size, k_star, wire_dtype))
-        if ARMS["hybrid-10"].runs_in(setting) and SMALL_RATIO not in found:
-            found.append(SMALL_RATIO)
+        sizes = [float(ARMS[arm].knobs["encoder.ratio"]) for arm in OURS[1:] if ARMS[arm].runs_in(setting)]
+        found += [size for size in sizes if size not in found]
     return found
 
 
