@@ -5,7 +5,7 @@ the same seeds.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -200,13 +200,13 @@ def equal_bytes(results: Results, arm: str) -> list[Duel]:
     return found
 
 
-def against_comparators(results: Results) -> list[Duel]:
-    """Each comparator against the largest of our codes that takes no more bytes than its own."""
+def against_comparators(results: Results, arms: Sequence[str] = OURS) -> list[Duel]:
+    """Each comparator against the largest of our codes (of these arms) that takes no more bytes than its own."""
     found = []
     for track, theirs in results.items():
         if track.arm not in COMPARATORS or theirs.failed:
             continue
-        mine = [results[other] for arm in OURS if (other := Track(arm, track.setting)) in results]
+        mine = [results[other] for arm in arms if (other := Track(arm, track.setting)) in results]
         fitting = [ours for ours in mine if 0 < ours.bytes_up <= SAME_BYTES * theirs.bytes_up]
         if fitting:
             found.append(Duel.of(max(fitting, key=lambda ours: (ours.bytes_up, ours.code_size or 0)), theirs))

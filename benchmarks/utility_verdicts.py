@@ -7,7 +7,7 @@ from typing import Any
 import utility_grid as grid
 from utility_cells import Row
 from utility_forecast import forecasts
-from utility_grid import COMPARATORS, OURS, Track
+from utility_grid import COMPARATORS, FOUR_BITS, OURS, Track
 from utility_results import (
     AUTOMATIC,
     EQUAL_BYTES_ARMS,
@@ -56,7 +56,7 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
     main, main_there = [duel for duel in both if not held_back(duel)], [duel for duel in both if held_back(duel)]
     noisy = [duel for duel in main if duel.ours.noisy]
     equal = {name: equal_bytes(results, name) for name in EQUAL_BYTES_ARMS}
-    others = against_comparators(results)
+    others, four_bits = against_comparators(results), against_comparators(results, FOUR_BITS)
     foreseen = forecasts(results, geometry)
     known = [one for one in foreseen if not held_back(one.duel)]
     known_there = [one for one in foreseen if held_back(one.duel)]
@@ -85,6 +85,8 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
                 *count(noisy, lambda duel: duel.better, all_main), needed=0.5),
         Verdict("4", "better than each comparator with no more bytes, in most cells",
                 *count(others, lambda duel: duel.better, all_others), needed=0.5, strictly=True),
+        Verdict("4b", "the same with the codes in four bits alone, as the product sends them (hybrid-64 is float32)",
+                *count(four_bits, lambda duel: duel.better, all_others), needed=0.5, strictly=True),
         Verdict("5", "R of METHOD 2.6 names the winner in 80 % of the cells",
                 *count(known, lambda one: one.right(one.gain), all_ours and all_places), needed=0.8),
         Verdict("5b", "the same, mended: D and D_P from noise as long as a run's, at the start (chosen after the fact)",
