@@ -47,6 +47,11 @@ class Forecast:
         """rho x our step / theirs: the first-order gain of a round, with steps as long as tuning allowed instead of a quadratic's best."""
         return self.rho * _step(self.duel.ours) / _step(self.duel.theirs)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether `stable` was chosen without this duel's geometry."""
+        return self.duel.ours.track.arm == "hybrid-64" or self.duel.ours.track.setting.adapter == "large"
+
     def over_stages(self, kind: str) -> float:
         return math.exp(fmean(math.log(gain) for (other, _), gain in self.gains.items() if other == kind))
 

@@ -67,7 +67,7 @@ def formula_part(results: Results, geometry: Sequence[Row]) -> str:
         "the decrease of the loss in a round to first order. It explains and does not forecast, since it needs both methods tuned; it, too, was chosen after the fact. "
         "`stable` forecasts: a step across the sharpest direction can be no longer than 2/Λ, and a gradient of energy E then lowers the loss by 2E/Λ to first order. Λ, the largest eigenvalue of "
         "the Gauss-Newton matrix (in the code's coordinates), is measured where one round's step with its noise has put the adapter, at the four rates that tuning tries first; ours over theirs, the median "
-        "over rates and seeds. It sees that DP-LoRA sharpens its own way, since A's curvature grows with B. What it is to be measured at was settled on this round's letters and one seed of facts: chosen after the fact, too."
+        "over rates and seeds. It sees that DP-LoRA sharpens its own way, since A's curvature grows with B. What it is to be measured at was settled in the sixth round on letters and one seed of facts of the small adapter: chosen after the fact, too, and tested fairly by what was measured later (5e). It sees how long steps can be and not what a code leaves out: codes of 1/64 of the values (B's, from a random A) mostly lose where k* is more than they hold, which R does see."
     )
     return "\n\n".join(["## The formula (5)", words, " ".join(said), table(head, rows)])
 

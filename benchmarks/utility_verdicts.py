@@ -95,6 +95,8 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
                 *count(known, lambda one: one.right(one.progress), all_ours and all_places), needed=0.8),
         Verdict("5d", "the longest stable step: the gradient's energy over the sharpest curvature after one noisy step, ours / theirs (chosen after the fact)",
                 *count(known, lambda one: one.right(one.stable), all_ours and all_places), needed=0.8),
+        Verdict("5e", "5d where no geometry had been measured when it was chosen: hybrid-64, and the large adapter",
+                *count([one for one in known if one.fresh], lambda one: one.right(one.stable), all_ours and all_places), needed=0.8),
         Verdict("6", "distortion of kronecker on its own prior within 1 % of the water-filling value",
                 *count(errors, lambda error: error <= 0.01, all_places)),
         Verdict("7a", f"{arm} on the held-back task: no worse than tuned DP-LoRA, 1 % margin",
