@@ -102,6 +102,11 @@ def geometry_part(geometry: Sequence[Row]) -> str:
             negative = sum(row["negative"] for row in here) + sum(one["negative"] for one in measured)
             rows.append([*place, *facts, f"1/{code['ratio']:g}", *values, str(negative)])
     head = ["task", "adapter", "A", "at", "a", "cos(client, mean)", "D", "code", "ρ", "ρ'", "D_P", "negative"]
+    seeds_of = {
+        row["adapter"]: len({other["seed"] for other in geometry if other["adapter"] == row["adapter"]})
+        for row in geometry
+    }
+    seeds = ", ".join(f"{count} ({adapter})" for adapter, count in seeds_of.items())
     errors = []
     for ratio in dict.fromkeys(place["ratio"] for row in geometry for place in row["distortion"]):
         places = [place for row in geometry for place in row["distortion"] if place["ratio"] == ratio]
@@ -112,7 +117,7 @@ def geometry_part(geometry: Sequence[Row]) -> str:
         [
             "## Geometry, and distortion of the closed form (5, 6)",
             "a: |mean of clipped updates|² / C². Means over seeds. D and D_P: Gauss-Newton / Hessian, by random probes and central differences on "
-            "64 held-out records. Where a Hessian's value came out negative its absolute value was taken (last column: how often).",
+            f"64 held-out records. Seeds: {seeds}. Where a Hessian's value came out negative its absolute value was taken (last column: how often).",
             table(head, rows),
             "What is lost of gradients drawn from the prior, encoded and decoded, against the sum of the eigenvalues left out; and what the "
             "encoder itself states, against the same sum. Largest deviation over tasks, adapters, stages and seeds:",
