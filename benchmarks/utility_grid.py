@@ -211,7 +211,8 @@ COMPARATORS = (
 PARTS = (
     "both-tensors", "self-written", "no-refresh", "adaptive-clip", "preconditioned", "wiener-decoding", "kronecker-64",
 )  # fmt: skip
-OURS = ("hybrid", "hybrid-10", "hybrid-64")
+EQUAL_BYTES_ARMS = ("hybrid-10", "hybrid-64")  # of a size of their own; 512 codes are as many bytes as 8 whole updates
+OURS = ("hybrid", *EQUAL_BYTES_ARMS)
 FOUR_BITS = OURS[:2]  # what the product sends under a trusted server if nobody says otherwise
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from utility_cells import replace_text
 from utility_forecast import forecasts, load_geometry
-from utility_grid import HELD_BACK
+from utility_grid import EQUAL_BYTES_ARMS, HELD_BACK
 from utility_plots import name
 from utility_results import (
     AUTOMATIC,
-    EQUAL_BYTES_ARMS,
     FEW,
     FREE_RATIO,
     MANY,

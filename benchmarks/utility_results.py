@@ -23,7 +23,6 @@ FREE_RATIO = 64  # of DP-LoRA's bytes: the code that has to be free where noise 
 SAME_BYTES = 1.01  # headers and scales
 REFERENCE, AUTOMATIC, SMALL_CODE = "dp-lora", "hybrid", "hybrid-10"
 FEW, MANY = 8, 512  # 512 codes of 1/64 are as many bytes as 8 whole updates
-EQUAL_BYTES_ARMS = ("hybrid-10", "hybrid-64")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import utility_grid as grid
 import utility_plots as plots
 from utility_cells import COMPACT, Row, archive, read_cells, read_study, replace_text
 from utility_forecast import forecasts, load_geometry
-from utility_grid import ARMS, FOUR_BITS, PARTS, Scale, Setting
+from utility_grid import ARMS, EQUAL_BYTES_ARMS, FOUR_BITS, PARTS, Scale, Setting
 from utility_results import (
     AUTOMATIC,
-    EQUAL_BYTES_ARMS,
     FEW,
     FREE_RATIO,
     MANY,

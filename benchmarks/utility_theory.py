@@ -102,11 +102,9 @@ def geometry_part(geometry: Sequence[Row]) -> str:
             negative = sum(row["negative"] for row in here) + sum(one["negative"] for one in measured)
             rows.append([*place, *facts, f"1/{code['ratio']:g}", *values, str(negative)])
     head = ["task", "adapter", "A", "at", "a", "cos(client, mean)", "D", "code", "ρ", "ρ'", "D_P", "negative"]
-    seeds_of = {
-        row["adapter"]: len({other["seed"] for other in geometry if other["adapter"] == row["adapter"]})
-        for row in geometry
-    }
-    seeds = ", ".join(f"{count} ({adapter})" for adapter, count in seeds_of.items())
+    known = {(row["adapter"], row["seed"]) for row in geometry}
+    adapters = dict.fromkeys(row["adapter"] for row in geometry)
+    seeds = ", ".join(f"{sum(one == adapter for one, _ in known)} ({adapter})" for adapter in adapters)
     errors = []
     for ratio in dict.fromkeys(place["ratio"] for row in geometry for place in row["distortion"]):
         places = [place for row in geometry for place in row["distortion"] if place["ratio"] == ratio]

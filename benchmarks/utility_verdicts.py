@@ -7,10 +7,9 @@ from typing import Any
 import utility_grid as grid
 from utility_cells import Row
 from utility_forecast import forecasts
-from utility_grid import COMPARATORS, FOUR_BITS, OURS, Track
+from utility_grid import COMPARATORS, EQUAL_BYTES_ARMS, FOUR_BITS, OURS, Track
 from utility_results import (
     AUTOMATIC,
-    EQUAL_BYTES_ARMS,
     FEW,
     FREE_RATIO,
     MANY,

@@ -129,7 +129,7 @@ def filled(study: Any, folder: Path, losses: dict[str, float]) -> None:
     folder.mkdir()
     scale = asdict(study.grid.Scale())
     (folder / study.STUDY).write_text(json.dumps({"scale": scale, "machine": study.machine()}))
-    sizes = {"dp-lora": 32_768, "hybrid": 16_384}
+    sizes = {"dp-lora": 32_768, "hybrid": 16_384, "ffa": 16_384, "hybrid-10": 3_277, "hybrid-64": 3_278}
     with (folder / study.CELLS).open("w") as lines:
         for arm, loss in losses.items():
             track = track_of(study, arm)
@@ -173,6 +173,16 @@ def test_a_page_keeps_every_line_and_a_folder_can_be_made_of_it(study: Any, tmp_
     (tmp_path / "results" / study.ARCHIVE).write_bytes(b"cut")
     with pytest.raises(SystemExit, match=r"cannot be read .*restore the files that --page wrote"):
         study.restore(tmp_path / "results", tmp_path / "new")
+
+
+def test_a_comparator_meets_the_largest_of_our_codes_that_fits(study: Any, tmp_path: Path) -> None:
+    from utility_results import against_comparators, load_results
+
+    filled(study, tmp_path / "study", {"ffa": 3.0, "hybrid-10": 2.8, "hybrid-64": 3.1})
+    results, _ = load_results(tmp_path / "study")
+    (all_of_ours,), (four_bits,) = against_comparators(results), against_comparators(results, study.grid.FOUR_BITS)
+    assert (all_of_ours.ours.track.arm, all_of_ours.better) == ("hybrid-64", False)
+    assert (four_bits.ours.track.arm, four_bits.better) == ("hybrid-10", True)
 
 
 def test_the_readmes_table_is_written_between_its_marks(study: Any, tmp_path: Path) -> None:
