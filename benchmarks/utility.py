@@ -233,13 +233,17 @@ def arguments() -> argparse.Namespace:
 
 
 def filters(texts: Sequence[str]) -> dict[str, list[str]]:
-    kinds = {"trusts", "tasks", "adapters", "cohorts", "epsilons", "arms"}
+    known = grid.filter_values()
     only = {}
     for text in texts:
         kind, equals, values = text.partition("=")
-        if kind not in kinds or not equals:
-            sys.exit(f"--only {text!r}: write KIND=VALUE,VALUE with a kind of {', '.join(sorted(kinds))}.")
+        if kind not in known or not equals:
+            sys.exit(f"--only {text!r}: write KIND=VALUE,VALUE with a kind of {', '.join(sorted(known))}.")
         only[kind] = values.split(",")
+        if strange := sorted(set(only[kind]) - known[kind]):
+            sys.exit(
+                f"--only {text!r}: {kind} has no {', '.join(strange)}; name some of {', '.join(sorted(known[kind]))}."
+            )
     return only
 
 

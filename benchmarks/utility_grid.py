@@ -332,6 +332,15 @@ def _filters(setting: Setting) -> dict[str, str]:
     return {**{kind: str(value) for kind, value in asdict(setting).items()}, "epsilon": epsilon}
 
 
+def filter_values() -> dict[str, set[str]]:
+    """What a filter of `tracks` can name, by its kind."""
+    known: dict[str, set[str]] = {"arms": set(ARMS)}
+    for setting in settings():
+        for kind, value in _filters(setting).items():
+            known.setdefault(f"{kind}s", set()).add(value)
+    return known
+
+
 def settings() -> Iterator[Setting]:
     for adapter, cohort in HELD_BACK_PLACES:
         yield from (Setting("central", HELD_BACK, adapter, cohort, epsilon) for epsilon in EPSILONS)
