@@ -114,6 +114,21 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
     assert (run / "certificate.json").exists()
 
 
+def test_ctrl_c_before_the_ledger_promises_nothing_to_resume(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder), "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "loading" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not run.exists()
+    assert "nothing was asked or charged" in out
+    assert "--resume" not in out
+    assert "Traceback" not in err
+
+
 # --- plan --curve, compare, evaluate, audit -------------------------------------------------------------------
 
 REFERENCE = [

@@ -252,7 +252,7 @@ def test_a_taken_port_is_said(
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     with deployed(tmp_path / "place", small_recipe(), nodes=1) as place:
         server = place.server()
-        wait_for(place.log("server"), "stage 1")
+        wait_for(place.folder / "run" / "ledger.jsonl", "\n")  # the plan's table is shown before anything has begun
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 130
         assert "--resume" in place.log("server").read_text()

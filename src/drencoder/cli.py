@@ -61,7 +61,7 @@ def run(
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with a killed run")] = None,
 ) -> None:
     """The main job: stage 1, stage 2, evaluation. Leaves an adapter, a ledger and a certificate."""
-    from drencoder.console import RunDisplay
+    from drencoder.console import RunDisplay, interrupted
 
     console = Console()
     if resume is not None:
@@ -74,14 +74,13 @@ def run(
         folder = out or _fresh_folder(Path("runs"), wanted.name)
     display = RunDisplay(console, rounds=wanted.federation.rounds, encoder=wanted.encoder.name, name=wanted.name)
     display.say("loading torch and transformers")
-    from drencoder import experiment
-
     try:
+        from drencoder import experiment
+
         result = experiment.resume(folder, display) if resume else experiment.run(wanted, folder, display)
     except KeyboardInterrupt:
         display.close()
-        if (folder / "ledger.jsonl").exists():
-            console.print(f"\nInterrupted. Nothing is lost: drencoder run --resume {escape(str(folder))}")
+        console.print(interrupted("run", folder))
         raise SystemExit(130) from None
     finally:
         display.close()

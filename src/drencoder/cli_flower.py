@@ -90,6 +90,7 @@ def server(
     keys = node_public_keys(nodes or certs / "nodes")
     patience = Patience(quorum, round_timeout, wait, len(keys))
     folder, wanted = _run_of(recipe, set_, out, resume)
+    from drencoder.console import interrupted
     from drencoder.engines.flower.deploy import ServerPlace, run_server
     from drencoder.engines.flower.server_app import ServerOptions
 
@@ -99,8 +100,7 @@ def server(
     try:
         result = run_server(ServerOptions(wanted, folder, patience), place)
     except KeyboardInterrupt:
-        if (folder / "ledger.jsonl").exists():
-            Console().print(f"\nInterrupted. Nothing is lost: drencoder server --resume {escape(str(folder))}")
+        Console().print(interrupted("server", folder))
         raise SystemExit(130) from None
     Console().print(
         f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)"

@@ -3,10 +3,12 @@
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -14,7 +16,7 @@ from drencoder.encoders.sizes import bytes_text
 from drencoder.overview import Overview
 from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["RunDisplay", "epsilon_text", "observers_table", "plan_tables", "summary_table"]
+__all__ = ["RunDisplay", "epsilon_text", "interrupted", "observers_table", "plan_tables", "summary_table"]
 
 _SHOWN_ROUNDS = 10
 
@@ -24,6 +26,13 @@ def epsilon_text(epsilon: float | str | None) -> str:
     if epsilon is None:
         return "-"
     return "[red]none[/red]" if math.isinf(float(epsilon)) else f"{float(epsilon):.3f}"
+
+
+def interrupted(command: str, folder: Path) -> str:
+    """What a person reads after Ctrl-C: how to go on with `drencoder <command>`, or that nothing has begun."""
+    if (folder / "ledger.jsonl").exists():
+        return f"\nInterrupted. Nothing is lost: drencoder {command} --resume {escape(str(folder))}"
+    return "\nInterrupted before the run began: nothing was asked or charged. Start the same command again."
 
 
 def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
