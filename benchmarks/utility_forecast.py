@@ -48,6 +48,12 @@ class Forecast:
         return self.rho * _step(self.duel.ours) / _step(self.duel.theirs)
 
     @property
+    def rehearsed(self) -> float:
+        """DP-LoRA's least mean loss on the tuning seeds over ours. Not a forecast: what the very runs foretell of their own repetition on
+        other seeds, which bounds what can be asked of one."""
+        return min(self.duel.theirs.tuning.values()) / min(self.duel.ours.tuning.values())
+
+    @property
     def fresh(self) -> bool:
         """Whether `stable` was chosen without this duel's geometry."""
         return self.duel.ours.track.arm == "hybrid-64" or self.duel.ours.track.setting.adapter == "large"

@@ -234,5 +234,25 @@ def test_the_forecasts_are_what_their_words_say(study: Any, tmp_path: Path) -> N
     assert forecast.stable == pytest.approx((4.0 / 4.0) / (8.0 / 10.0))  # between (4/5) / (8/0) and (4/4) / (8/20)
     found = {one.number: one for one in judge.verdicts(results, geometry)}
     assert [found[number].good for number in ("5", "5b", "5c", "5d")] == [0, 0, 0, 1]  # 0.06 and 1.0 name DP-LoRA
+    assert forecast.rehearsed == pytest.approx(3.0 / 2.7)
+    assert (found["5f"].good, found["5f"].of) == (1, 1)
+    assert (found["5g"].good, found["5g"].of) == (1, 1)  # seeds that are alike leave zero out
     code["rho"] = 0.26
     assert {one.number: one for one in judge.verdicts(results, geometry)}["5c"].good == 1
+
+
+def test_geometry_is_measured_again_where_a_code_or_a_step_is_missing(study: Any) -> None:
+    import utility_geometry as shapes
+
+    setting = study.grid.Setting("central", "facts", "small", 64, 4.0)
+    wanted = [(setting, 4809.0)]
+    sent = shapes.sent_in(setting, 4809.0, "peft")
+    assert sent == [None, 2.0, 10.0, 64.0]  # whole updates, hybrid, and the two codes of equal bytes
+    assert shapes.sent_in(setting, 4809.0, "public") == []  # of no setting with so large a k*
+    steps = [{"setting": str(setting), "ratio": ratio} for ratio in sent]
+    codes = [{"ratio": ratio} for ratio in shapes.STARTS["peft"]]
+    whole = {"start": "peft", "stage": "start", "codes": codes, "steps": steps}
+    assert not shapes.lacking(whole, wanted)
+    assert shapes.lacking(whole | {"steps": steps[:-1]}, wanted)
+    assert shapes.lacking(whole | {"codes": codes[1:]}, wanted)
+    assert not shapes.lacking(whole | {"stage": "trained", "steps": []}, wanted)  # no steps there
