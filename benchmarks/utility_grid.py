@@ -41,7 +41,7 @@ SEEDS = {
     ("central", "small", 8): (8, 48),
     ("central", "small", 64): (2, 6),
     ("central", "small", 512): (1, 3),
-    ("central", "large", 8): (4, 48),
+    ("central", "large", 8): (12, 48),
     ("central", "large", 64): (2, 6),
     ("local", "small", 64): (8, 24),
 }
