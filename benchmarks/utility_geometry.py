@@ -28,7 +28,7 @@ import utility_grid as grid
 from torch import Tensor
 from utility_cells import replace_text
 from utility_curvature import HELD_OUT, KINDS, Curvature, signs
-from utility_grid import ARMS, EQUAL_BYTES_ARMS, Scale, Setting
+from utility_grid import ARMS, FORESEEN, Scale, Setting
 
 from drencoder.build import Live, build
 from drencoder.encoders.contract import Encoder
@@ -182,7 +182,7 @@ def sent_in(setting: Setting, k_star: float, start: str) -> list[float | None]:
     if (start == "public") == few_coordinates(k_star):
         wire_dtype = grid.wire_dtype_of(grid.Track("hybrid", setting))
         found.append(auto_ratio(setting.adapter_size, k_star, wire_dtype))
-        sizes = [float(ARMS[arm].knobs["encoder.ratio"]) for arm in EQUAL_BYTES_ARMS if ARMS[arm].runs_in(setting)]
+        sizes = [float(ARMS[arm].knobs["encoder.ratio"]) for arm in FORESEEN[1:] if ARMS[arm].runs_in(setting)]
         found += [size for size in sizes if size not in found]
     return found
 

@@ -173,6 +173,14 @@ _ALL = (
     Arm("hybrid", _PLANNED, 3.0, public=True),
     Arm("hybrid-10", _SMALL, 3.0, public=True, **_SMALL_CODE | {"reason": "equal bytes"}),
     _coded("hybrid-64", 3.0, "hybrid", 64, **_SMALL_CODE | {"reason": "equal bytes, in float32"}),
+    _coded(
+        "hybrid-64-fresh",
+        3.0,
+        "hybrid",
+        64,
+        **_SMALL_CODE
+        | {"places": (("small", 8), ("large", 64)), "reason": "hybrid-64 elsewhere: a test of the forecast"},
+    ),
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
     _variant("both-tensors", 1.5, "LoRA's A sent as well", encoder={"tensors": "both"}),
     _variant("self-written", 3.0, "public text by the base model itself", prior={"public": "self"}),
@@ -213,6 +221,7 @@ PARTS = (
 )  # fmt: skip
 EQUAL_BYTES_ARMS = ("hybrid-10", "hybrid-64")  # of a size of their own; 512 codes are as many bytes as 8 whole updates
 OURS = ("hybrid", *EQUAL_BYTES_ARMS)
+FORESEEN = (*OURS, "hybrid-64-fresh")  # whose duels with DP-LoRA the formula is asked about
 FOUR_BITS = OURS[:2]  # what the product sends under a trusted server if nobody says otherwise
 
 

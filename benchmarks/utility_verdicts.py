@@ -6,8 +6,8 @@ from typing import Any
 
 import utility_grid as grid
 from utility_cells import Row
-from utility_forecast import forecasts
-from utility_grid import COMPARATORS, EQUAL_BYTES_ARMS, FOUR_BITS, OURS, Track
+from utility_forecast import REACHED, forecasts
+from utility_grid import COMPARATORS, EQUAL_BYTES_ARMS, FORESEEN, FOUR_BITS, OURS, Track
 from utility_results import (
     AUTOMATIC,
     FEW,
@@ -96,6 +96,10 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
                 *count(known, lambda one: one.right(one.stable), all_ours and all_places), needed=0.8),
         Verdict("5e", "5d where no geometry had been measured when it was chosen: hybrid-64, and the large adapter",
                 *count([one for one in known if one.fresh], lambda one: one.right(one.stable), all_ours and all_places), needed=0.8),
+        Verdict("5h", f"5b over {REACHED:g}, what DP-LoRA reaches of its best gain (chosen after the fact)",
+                *count(known, lambda one: one.right(one.reached), all_ours and all_places), needed=0.8),
+        Verdict("5i", "5h in duels that were fought after it was chosen: hybrid-64 at n 8 and with the large adapter",
+                *count([one for one in known if one.fresher], lambda one: one.right(one.reached), _finished(results, FORESEEN) and all_places), needed=0.8),
         Verdict("5f", "no forecast, but what one could know: the method whose runs on the tuning seeds have the lower loss",
                 *count(known, lambda one: one.right(one.rehearsed), all_ours and all_places), needed=0.8),
         Verdict("5g", "5d in settings whose 95 % interval leaves zero out",
