@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utility_forecast import Forecast
+from utility_forecast import REACHED, Forecast
 from utility_grid import COHORTS, EPSILONS, Setting, Track
 from utility_results import AUTOMATIC, REFERENCE, Duel, Results
 
@@ -106,7 +106,12 @@ def forecast_against_outcome(found: Sequence[Forecast], path: Path) -> Path | No
     figure = Figure(figsize=(13.5, 4.4), layout="constrained")
     axes: Any = figure.subplots(1, 3, sharey=True)
     _forecast_panel(axes[0], found, [one.gain for one in found], "R of METHOD 2.6, the predicted gain per round")
-    _forecast_panel(axes[1], found, [one.mended for one in found], "R mended: curvature over noise as long as a run's")
+    _forecast_panel(
+        axes[1],
+        found,
+        [one.reached for one in found],
+        f"R mended (curvature over noise as long as a run's), over {REACHED:g}",
+    )
     _forecast_panel(axes[2], found, [one.stable for one in found], "the longest stable step's gain, ours / DP-LoRA's")
     axes[0].set_ylabel("measured: loss below DP-LoRA's (%)")
     figure.suptitle("blue: names the winner; orange: does not", fontsize=9)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from utility_cells import replace_text
-from utility_forecast import forecasts, load_geometry
+from utility_forecast import REACHED, forecasts, load_geometry
 from utility_grid import EQUAL_BYTES_ARMS, HELD_BACK
 from utility_plots import name
 from utility_results import (
@@ -86,9 +86,9 @@ def _formula(results: Results, study: Path) -> str:
     ours = sum(one.duel.better for one in forecasts(results, geometry) if not held_back(one.duel))
     return (
         f"\nThe formula that was to name the winner is right in {counts['5'].count} duels (of a code of a size with DP-LoRA, in a setting), with a curvature that sees what A's noise "
-        f"does in {counts['5b'].count} (held-back task {counts['7b'].count}), and with steps as long as sharpness after a noisy step allows in {counts['5d'].count} "
+        f"does in {counts['5b'].count} (held-back task {counts['7b'].count}), that over {REACHED:g} in {counts['5f'].count} (chosen on 40 of these; {counts['5g'].count} of those fought afterwards), and with steps as long as sharpness after a noisy step allows in {counts['5d'].count} "
         f"(held-back task {counts['7d'].count}; a choice after the fact; where it was tested afterwards {counts['5e'].count}; always naming the code would be right in {ours}; "
-        f"the tuning runs of the two methods name {counts['5f'].count} of the winners of other seeds)."
+        f"the tuning runs of the two methods name {counts['5h'].count} of the winners of other seeds)."
     )
 
 

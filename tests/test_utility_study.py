@@ -234,9 +234,11 @@ def test_the_forecasts_are_what_their_words_say(study: Any, tmp_path: Path) -> N
     assert forecast.stable == pytest.approx((4.0 / 4.0) / (8.0 / 10.0))  # between (4/5) / (8/0) and (4/4) / (8/20)
     found = {one.number: one for one in judge.verdicts(results, geometry)}
     assert [found[number].good for number in ("5", "5b", "5c", "5d")] == [0, 0, 0, 1]  # 0.06 and 1.0 name DP-LoRA
+    assert forecast.reached == pytest.approx(forecast.mended / 0.55)
+    assert (found["5f"].good, found["5g"].of) == (0, 0)
     assert forecast.rehearsed == pytest.approx(3.0 / 2.7)
-    assert (found["5f"].good, found["5f"].of) == (1, 1)
-    assert (found["5g"].good, found["5g"].of) == (1, 1)  # seeds that are alike leave zero out
+    assert (found["5h"].good, found["5h"].of) == (1, 1)
+    assert (found["5i"].good, found["5i"].of) == (1, 1)  # seeds that are alike leave zero out
     code["rho"] = 0.26
     assert {one.number: one for one in judge.verdicts(results, geometry)}["5c"].good == 1
 
