@@ -73,8 +73,8 @@ def run(
         wanted = load_recipe(recipe, set_ or ())
         folder = out or _fresh_folder(Path("runs"), wanted.name)
     display = RunDisplay(console, rounds=wanted.federation.rounds, encoder=wanted.encoder.name, name=wanted.name)
-    display.say("loading torch and transformers")
     try:
+        display.say("loading torch and transformers")
         from drencoder import experiment
 
         result = experiment.resume(folder, display) if resume else experiment.run(wanted, folder, display)
