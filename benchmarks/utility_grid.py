@@ -154,6 +154,8 @@ _TRUSTED: dict[str, Any] = {"trusts": ("central",)}
 _MIDDLE: dict[str, Any] = _TRUSTED | {"places": (("small", 64),), "rank": 3, "reason": "comparator: the middle cohort"}
 _FEWER: dict[str, Any] = _MIDDLE | {"places": (("small", 8), ("small", 64)), "reason": "comparator: two cohorts"}
 _SMALL_CODE: dict[str, Any] = _TRUSTED | {"places": (("small", 64), ("small", 512)), "rank": 1}
+TEST_ARM = "hybrid-64-fresh"
+_ELSEWHERE = {"places": (("small", 8), ("large", 64)), "reason": "hybrid-64 elsewhere: a test of the forecast"}
 _PART: dict[str, Any] = _MIDDLE | {"rank": 2}
 # Size, start and bits from the plan; the base recipe has a size.
 _PLANNED: dict[str, Any] = {"encoder.name": "hybrid", "encoder.ratio": 0.0, "encoder.wire_dtype": "auto"}
@@ -173,14 +175,7 @@ _ALL = (
     Arm("hybrid", _PLANNED, 3.0, public=True),
     Arm("hybrid-10", _SMALL, 3.0, public=True, **_SMALL_CODE | {"reason": "equal bytes"}),
     _coded("hybrid-64", 3.0, "hybrid", 64, **_SMALL_CODE | {"reason": "equal bytes, in float32"}),
-    _coded(
-        "hybrid-64-fresh",
-        3.0,
-        "hybrid",
-        64,
-        **_SMALL_CODE
-        | {"places": (("small", 8), ("large", 64)), "reason": "hybrid-64 elsewhere: a test of the forecast"},
-    ),
+    _coded(TEST_ARM, 3.0, "hybrid", 64, **_SMALL_CODE | _ELSEWHERE),
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
     _variant("both-tensors", 1.5, "LoRA's A sent as well", encoder={"tensors": "both"}),
     _variant("self-written", 3.0, "public text by the base model itself", prior={"public": "self"}),
@@ -221,7 +216,7 @@ PARTS = (
 )  # fmt: skip
 EQUAL_BYTES_ARMS = ("hybrid-10", "hybrid-64")  # of a size of their own; 512 codes are as many bytes as 8 whole updates
 OURS = ("hybrid", *EQUAL_BYTES_ARMS)
-FORESEEN = (*OURS, "hybrid-64-fresh")  # whose duels with DP-LoRA the formula is asked about
+FORESEEN = (*OURS, TEST_ARM)  # whose duels with DP-LoRA the formula is asked about
 FOUR_BITS = OURS[:2]  # what the product sends under a trusted server if nobody says otherwise
 
 

@@ -135,7 +135,8 @@ all of hybrid's runs at n 8 anew, with n 512 at ε 1, local trust and the held-b
 The seventh round changed no method. It judged the large adapter at n 8 on {grid.SEEDS["central", "large", 8][1]} seeds and local trust on {grid.SEEDS["local", "small", 64][1]} (six before), both decided before any of those runs, and ran comparators, parts, `hybrid-64` and `lora`.
 Then local trust was tuned again, on {grid.SEEDS["local", "small", 64][0]} seeds instead of two and both methods alike, after the 24 judged seeds had been seen (facts: +8 and +3 %): on seeds 540 to 545 other rates had been better.
 The eighth round, which this is, changed no method either. It ran the last comparators at n 8 and, once more after the judged seeds had been seen (facts, ε 4: +2.3 %), tuned the large adapter at n 8 on {grid.SEEDS["central", "large", 8][0]} seeds instead of four, both methods alike,
-decided before any of those runs: on seeds 620 to 631 twice the rate that four seeds had chosen for hybrid was better. The mended R (5b) was picked in the second round. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
+decided before any of those runs: on seeds 620 to 631 twice the rate that four seeds had chosen for hybrid was better. The mended R (5b) was picked in the second round,
+its threshold (5f) in this one, before `{grid.TEST_ARM}` ran to test it (5g). The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
 
 {table(["trust", "adapter", "n", "tuning seeds", "judged seeds"], [[*map(str, (*place, *counts))] for place, counts in grid.SEEDS.items()])}
 

@@ -17,6 +17,7 @@ def formula_part(results: Results, geometry: Sequence[Row]) -> str:
     if not found:
         return ""
     stages, clear = stages_of(geometry), [one for one in found if one.duel.clear]
+    later = [one for one in found if one.tests_reached]
     said = [
         f"Without the held-back task: the geometric mean of R over stages and seeds is right in {_right(found, lambda one: one.gain)}."
     ]
@@ -27,18 +28,18 @@ def formula_part(results: Results, geometry: Sequence[Row]) -> str:
     said.append(
         f"Mended: {_right(found, lambda one: one.mended)}. First order: {_right(found, lambda one: one.progress)}. "
         f"Longest stable step: {_right(found, lambda one: one.stable)}. Mended over {REACHED:g}: {_right(found, lambda one: one.reached)}, and "
-        f"{_right([one for one in found if one.fresher], lambda one: one.reached)} of the duels that were fought after {REACHED:g} had been chosen (R without it: "
-        f"{_right([one for one in found if one.fresher], lambda one: one.gain)}, always the code: {_right([one for one in found if one.fresher], lambda one: 2.0)})."
+        f"{_right(later, lambda one: one.reached)} of the duels that were fought after {REACHED:g} had been chosen (R itself: "
+        f"{_right(later, lambda one: one.gain)}, the longest stable step: {_right(later, lambda one: one.stable)}, always the code: {_code_won(later)})."
     )
     said.append(
-        f"Always naming the code: {_right(found, lambda one: 2.0)}; DP-LoRA: {_right(found, lambda one: 0.0)}. The least mean loss "
+        f"Always naming the code: {_code_won(found)}; DP-LoRA: {len(found) - sum(one.duel.better for one in found)} of {len(found)}. The least mean loss "
         f"on the tuning seeds: {_right(found, lambda one: one.rehearsed)}."
     )
     said.append(
         f"Of the {len(clear)} settings whose 95 % interval leaves zero out: R {_right(clear, lambda one: one.gain)}, mended "
         f"{_right(clear, lambda one: one.mended)}, over {REACHED:g} {_right(clear, lambda one: one.reached)}, first order {_right(clear, lambda one: one.progress)}, longest stable step "
         f"{_right(clear, lambda one: one.stable)}, the tuning seeds {_right(clear, lambda one: one.rehearsed)}, always the code "
-        f"{_right(clear, lambda one: 2.0)}."
+        f"{_code_won(clear)}."
     )
     rows = []
     for one in everything:
@@ -85,6 +86,11 @@ def formula_part(results: Results, geometry: Sequence[Row]) -> str:
 
 def _right(found: Sequence[Forecast], gain_of: Any) -> str:
     return f"{sum(one.right(gain_of(one)) for one in found)} of {len(found)}"
+
+
+def _code_won(found: Sequence[Forecast]) -> str:
+    """How often naming the code is right."""
+    return f"{sum(one.duel.better for one in found)} of {len(found)}"
 
 
 def _mean_k_star(result: Result, geometry: Sequence[Row]) -> float:

@@ -99,7 +99,7 @@ def verdicts(results: Results, geometry: Sequence[Row]) -> list[Verdict]:
         Verdict("5f", f"5b over {REACHED:g}, what DP-LoRA reaches of its best gain (chosen after the fact)",
                 *count(known, lambda one: one.right(one.reached), all_ours and all_places), needed=0.8),
         Verdict("5g", "5f in duels that were fought after it was chosen: hybrid-64 at n 8 and with the large adapter",
-                *count([one for one in known if one.fresher], lambda one: one.right(one.reached), _finished(results, FORESEEN) and all_places), needed=0.8),
+                *count([one for one in known if one.tests_reached], lambda one: one.right(one.reached), _finished(results, FORESEEN) and all_places), needed=0.8),
         Verdict("5h", "no forecast, but what one could know: the method whose runs on the tuning seeds have the lower loss",
                 *count(known, lambda one: one.right(one.rehearsed), all_ours and all_places), needed=0.8),
         Verdict("5i", "5d in settings whose 95 % interval leaves zero out",
