@@ -25,16 +25,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the deployment t
 import psutil
 
 from deployment import Deployment, deployed
-from drencoder import experiment
-from drencoder.config import Recipe, load_recipe
-from drencoder.verify import verify_run
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.runs import run as experiment
+from drencoder.runs.verify import verify_run
 
 
 def lie(folder: Path, number: int, port: int, seed: int) -> None:
     """A node whose answers are cut, changed, repeated or made of noise half of the time."""
-    from drencoder.engines.flower.client_app import open_site
-    from drencoder.engines.flower.deploy import SitePlace, run_site
-    from drencoder.engines.flower.frames import Kind
+    from drencoder.federated.remote.frames import Kind
+    from drencoder.flower.client_app import open_site
+    from drencoder.flower.deploy import SitePlace, run_site
 
     own = folder / "certs" / f"node{number}"
     site = open_site(

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from drencoder import load_recipe, run
-from drencoder.encoders.sizes import message_bytes
+from drencoder.encoders.code_sizes import message_bytes
 from drencoder.encoders.wire import WireDtype, WireFormat, code_entropy, pack_rows, unpack_levels, unpack_rows
 from drencoder.privacy.mechanism import clip_rows
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from drencoder.build import build
-from drencoder.config import load_recipe
-from drencoder.training import client_update, cohort_updates
+from drencoder.models.cohort_training import client_update, cohort_updates
+from drencoder.recipe.recipe import load_recipe
+from drencoder.runs.build import build
 
 
 def main() -> None:

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from drencoder.encoders.architectures import ARCHITECTURES, fresh_network
-from drencoder.encoders.autoencoder import Autoencoder, AutoencoderOptions
 from drencoder.encoders.contract import Encoder
+from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.identity import IdentityEncoder
-from drencoder.encoders.sketch import RandomSketch
-from drencoder.layout import Segment
-from drencoder.prior import GaussianPrior
+from drencoder.encoders.random_sketch import RandomSketch
+from drencoder.models.adapter_layout import Segment
+from drencoder.published.architectures import ARCHITECTURES, fresh_network
+from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions
 
 DEFAULT_SIZES = (8_388_608, 131_072)  # LLaMA-7B with r = 8 on q, k, v, o; a small model
 TENSOR = (8, 4096)

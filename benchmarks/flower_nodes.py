@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the deployment that the tests start, too
 
 from deployment import deployed, free_port, small_recipe
-from drencoder.overview import survey
+from drencoder.runs.plan_overview import survey
 
 
 class CountingProxy:

@@ -34,17 +34,17 @@ from rich.table import Table
 from torch import Tensor
 
 from drencoder import load_recipe
-from drencoder.build import Live, build
-from drencoder.data.world import World
+from drencoder.data.embedded_world.world import World
+from drencoder.data.tokenization import Example, make_examples
+from drencoder.encoders.gaussian_prior import GaussianPrior, moment_statistics
 from drencoder.encoders.kronecker import KroneckerEncoder, energy_curve
-from drencoder.encoders.sketch import RandomSketch, allocate_code
-from drencoder.examples import Example, make_examples
-from drencoder.layout import Segment
-from drencoder.prior import GaussianPrior, moment_statistics
+from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
+from drencoder.encoders.random_sketch import RandomSketch, allocate_code
+from drencoder.federated.query import ServerState, server_step
+from drencoder.models.adapter_layout import Segment
+from drencoder.models.cohort_training import cohort_updates
 from drencoder.rng import derive_seed
-from drencoder.steps import ServerState, server_step
-from drencoder.structured import MatrixNormalPrior
-from drencoder.training import cohort_updates
+from drencoder.runs.build import Live, build
 
 RATIOS = (16, 64, 256)
 TESTED, OTHERS, PUBLIC = 256, 64, 64  # clients scored, other clients, make-believe clients of public text

@@ -24,7 +24,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = "1"
     from drencoder import load_recipe  # torch is loaded in the worker, after the thread count is set
     from drencoder.audit.leakages import audit_leakages
-    from drencoder.build import build
+    from drencoder.runs.build import build
 
     quick = ["evaluation.examples=8", "evaluation.questions=8", "evaluation.progress_examples=8", "speed.threads=1"]
     live = build(load_recipe(None, [*quick, *overrides]))

@@ -24,14 +24,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from drencoder.encoders.sizes import bytes_text
+from drencoder.encoders.code_sizes import bytes_text
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
-from drencoder.secure.crypto import NodeKey
-from drencoder.secure.discrete import discrete_gaussian
-from drencoder.secure.messages import RoundSettings, Stage
-from drencoder.secure.node import SecureNode
-from drencoder.secure.quantise import Quantiser
-from drencoder.secure.server import SecureServer, aggregate
+from drencoder.secure_aggregation.client import SecureNode
+from drencoder.secure_aggregation.crypto import NodeKey
+from drencoder.secure_aggregation.discrete import discrete_gaussian
+from drencoder.secure_aggregation.messages import RoundSettings, Stage
+from drencoder.secure_aggregation.quantise import Quantiser
+from drencoder.secure_aggregation.server import SecureServer, aggregate
 
 NODES = (3, 10, 30)
 VALUES = (2_048, 131_072, 8_388_608)

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from drencoder import load_recipe
-from drencoder.encoders.sizes import bytes_text
-from drencoder.methods import METHODS
-from drencoder.overview import survey
+from drencoder.encoders.code_sizes import bytes_text
+from drencoder.runs.plan_overview import survey
+from drencoder.study.methods import METHODS
 
 _RECIPES = (
     "paper/embedded-dolly",

@@ -68,9 +68,10 @@ def start_worker(parent: int) -> None:
 
 def run_cell(cell: Cell, scale: Scale, folder: Path) -> Row:
     """The line of one cell. A run that cannot be or that diverges has `error` and no loss."""
-    from drencoder import __version__, experiment  # torch is loaded in the worker, after its thread count is set
+    from drencoder import __version__  # torch is loaded in the worker, after its thread count is set
     from drencoder.errors import ArtifactError, DrencoderError
-    from drencoder.overview import privacy_plan
+    from drencoder.runs import run as experiment  # torch is loaded in the worker, after its thread count is set
+    from drencoder.runs.plan_overview import privacy_plan
 
     started = time.monotonic()
     plan = privacy_plan(grid.base_recipe(cell.track.setting, cell.seed, scale))

@@ -13,11 +13,11 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from drencoder.build import Live
+from drencoder.data.tokenization import collate
 from drencoder.encoders.contract import Encoder
-from drencoder.encoders.subset import is_lora_b
-from drencoder.examples import collate
-from drencoder.training import cohort_updates
+from drencoder.models.cohort_training import cohort_updates
+from drencoder.published.subset import is_lora_b
+from drencoder.runs.build import Live
 
 HELD_OUT, HESSIAN_PROBES, POWER_STEPS = 64, 8, 10
 STEP = 1e-3  # length of a finite difference, over the length of the adapter

@@ -11,7 +11,7 @@ from utility_cells import GEOMETRY, Row
 from utility_grid import FORESEEN, TEST_ARM, Setting
 from utility_results import Duel, Result, Results, duels
 
-from drencoder.encoders.sizes import few_coordinates
+from drencoder.encoders.code_sizes import few_coordinates
 from drencoder.privacy.plan import ALIGNMENT
 
 KIND, OTHER_KINDS = "gauss-newton", ("hessian", "finite")  # curvatures: the one that is judged, and what else is shown

@@ -30,16 +30,16 @@ from utility_cells import replace_text
 from utility_curvature import HELD_OUT, KINDS, Curvature, signs
 from utility_grid import ARMS, FORESEEN, Scale, Setting
 
-from drencoder.build import Live, build
+from drencoder.encoders.code_sizes import auto_ratio, few_coordinates
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.kronecker import KroneckerEncoder
-from drencoder.encoders.sizes import auto_ratio, few_coordinates
-from drencoder.overview import privacy_plan
+from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
+from drencoder.federated.query import ServerState, server_step
 from drencoder.privacy.mechanism import clip_rows
 from drencoder.privacy.plan import ALIGNMENT
 from drencoder.rng import derive_seed
-from drencoder.steps import ServerState, server_step
-from drencoder.structured import MatrixNormalPrior
+from drencoder.runs.build import Live, build
+from drencoder.runs.plan_overview import privacy_plan
 
 FIRST_CLIENT = 100_000  # the largest population has 10,000
 CLIENTS = 64

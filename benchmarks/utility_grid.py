@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from drencoder.config import Encoder, Recipe, load_recipe
-from drencoder.encoders.sizes import SMALL_RATIO
+from drencoder.encoders.code_sizes import SMALL_RATIO
+from drencoder.recipe.recipe import Encoder, Recipe, load_recipe
 
 TRUSTS = ("central", "local")
 # Without trust 8 clients a round leave k* at 0.3 and 3, with which next to nothing is learned; and each draws its own secure

@@ -8,7 +8,7 @@ from utility_forecast import REACHED, Forecast
 from utility_grid import COHORTS, EPSILONS, Setting, Track
 from utility_results import AUTOMATIC, REFERENCE, Duel, Results
 
-from drencoder.plots import save_figure
+from drencoder.runs.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,8 +15,8 @@ import utility_grid as grid
 from utility_cells import Row, by_track, loss_of, read_cells
 from utility_grid import COMPARATORS, OURS, Setting, Track
 
-from drencoder.encoders.sizes import message_bytes, noise_dominates
-from drencoder.scores import Difference, paired_over_seeds
+from drencoder.encoders.code_sizes import message_bytes, noise_dominates
+from drencoder.evaluation.statistics import Difference, paired_over_seeds
 
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # of DP-LoRA's bytes: the code that has to be free where noise dominates

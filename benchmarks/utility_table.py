@@ -42,7 +42,7 @@ from utility_text import (
 from utility_theory import formula_part, geometry_part
 from utility_verdicts import Verdict, verdicts
 
-from drencoder.encoders.sizes import bytes_text
+from drencoder.encoders.code_sizes import bytes_text
 
 NAME = "utility"
 

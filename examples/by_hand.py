@@ -9,16 +9,17 @@ charged is in the ledger this prints.
 import tempfile
 from pathlib import Path
 
-from drencoder import config, load_recipe
-from drencoder.build import Texts
-from drencoder.data.source import open_source
-from drencoder.encoders.sketch import RandomSketch
-from drencoder.model import LoraModel, load_base
+from drencoder import load_recipe
+from drencoder.data.sources import open_source
+from drencoder.encoders.random_sketch import RandomSketch
+from drencoder.federated.query import ServerState, server_step, update_query
+from drencoder.models.cohort_training import cohort_updates
+from drencoder.models.lora import LoraModel, load_base
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.mechanism import SecureNoise
 from drencoder.privacy.plan import make_plan
-from drencoder.steps import ServerState, server_step, update_query
-from drencoder.training import cohort_updates
+from drencoder.recipe import recipe as config
+from drencoder.runs.build import Texts
 
 # The plan: sampler, noise and events are born together. One release of one client costs epsilon 8 at most.
 plan = make_plan(trust="local", epsilon=8.0, delta=1e-3, population=100, sampling_rate=0.1, rounds=1)

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drencoder.examples import Example
-from drencoder.model import BaseModel
+from drencoder.data.tokenization import Example
+from drencoder.models.lora import BaseModel
 
 torch.set_num_threads(1)
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and means to interrupt.

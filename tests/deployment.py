@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from drencoder.config import Recipe, load_recipe
+from drencoder.recipe.recipe import Recipe, load_recipe
 
 
 def small_recipe(*overrides: str) -> Recipe:

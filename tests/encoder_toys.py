@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from drencoder import prior as prior_module
-from drencoder.layout import Segment
-from drencoder.prior import SyntheticGradients
+from drencoder.encoders import gaussian_prior as prior_module
+from drencoder.encoders.gaussian_prior import SyntheticGradients
+from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.plan import make_plan
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from drencoder.engines.flower.transport import payload_of, with_payload
+from drencoder.flower.transport import payload_of, with_payload
 
 Tamper = Callable[[bytes], bytes]
 

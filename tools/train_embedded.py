@@ -7,7 +7,7 @@ The defaults are the shipped model's: seed 0, 10,000 steps of 64 documents, peak
 come late: at chance until about step 2,200, at 0.98 by step 3,200. The result follows from ``--seed`` and ``--steps``
 up to floating point; the order of a matrix sum, so the number of threads and the kind of processor, may change it.
 With ``--checkpoint FILE`` a killed run goes on from its last save. Only the general part of the world is used: see
-`drencoder.data.world`.
+`drencoder.data.embedded_world.world`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drencoder.data.subjects import SUBJECTS, WORDS_ZH
-from drencoder.data.template import LETTER_CONTINUATIONS
-from drencoder.data.world import BENCHMARKS, World, prompt_of
-from drencoder.data.world_facts import WORLD_VERSION
+from drencoder.data.embedded_world.subjects import SUBJECTS, WORDS_ZH
+from drencoder.data.embedded_world.world import BENCHMARKS, World, prompt_of
+from drencoder.data.embedded_world.world_facts import WORLD_VERSION
+from drencoder.data.prompts_template import LETTER_CONTINUATIONS
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "src" / "drencoder" / "embedded"
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"

@@ -13,11 +13,11 @@ Importing the package imports no torch; `run` does.
 
 from typing import TYPE_CHECKING, Any
 
-from drencoder.config import Recipe, load_recipe
 from drencoder.errors import DrencoderError
+from drencoder.recipe.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from drencoder.experiment import RunResult, resume, run
+    from drencoder.runs.run import RunResult, resume, run
 
 __version__ = "0.1.0"
 __all__ = ["DrencoderError", "Recipe", "RunResult", "load_recipe", "resume", "run"]
@@ -25,7 +25,7 @@ __all__ = ["DrencoderError", "Recipe", "RunResult", "load_recipe", "resume", "ru
 
 def __getattr__(name: str) -> Any:
     if name in ("RunResult", "resume", "run"):  # these need torch, which takes seconds to import
-        from drencoder import experiment
+        from drencoder.runs import run as experiment
 
         return getattr(experiment, name)
     raise AttributeError(f"module 'drencoder' has no attribute {name!r}")

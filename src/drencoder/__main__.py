@@ -1,5 +1,5 @@
 """`python -m drencoder`."""
 
-from drencoder.cli import main
+from drencoder.cli.main import main
 
 main()

@@ -1,1 +1,3 @@
-"""Attacks on what the package releases: each leakage shown without protection, and measured with it."""
+"""How much a run leaks: attacks on what leaves a client and on what is released, and their measured success.
+
+A new attack is one file in this room. Attacks see what the named observer sees and nothing else."""

@@ -17,17 +17,17 @@ from typing import final
 
 from torch import Tensor
 
-from drencoder import config
-from drencoder.config import Recipe
 from drencoder.encoders.contract import Encoder
-from drencoder.encoders.sketch import RandomSketch
+from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.encoders.wire import unpack_rows
+from drencoder.federated.query import CohortQuery, update_query
 from drencoder.privacy.accounting import NonPrivateEvent, Relation, gdp_mu
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import NoiseSource, Release, ReplayNoise, clip_rows
 from drencoder.privacy.plan import PrivacyPlan, Trust, make_plan
+from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
-from drencoder.steps import CohortQuery, update_query
 
 __all__ = ["Arm", "Wire", "audit_plan", "bound_mu", "expected_messages", "opened"]
 

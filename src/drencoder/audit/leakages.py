@@ -14,9 +14,9 @@ from drencoder.audit.memory import training_set_findings
 from drencoder.audit.scene import Scene, plan_under
 from drencoder.audit.subjects import gather_subjects
 from drencoder.audit.tokens import SpanAttack, token_findings
-from drencoder.build import Live
-from drencoder.encoders.fitting import AutoencoderOptions
 from drencoder.errors import DataError
+from drencoder.published.fitting import AutoencoderOptions
+from drencoder.runs.build import Live
 
 __all__ = ["audit_leakages"]
 

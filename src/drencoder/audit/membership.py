@@ -28,8 +28,8 @@ from drencoder.audit.arms import Arm, expected_messages, opened
 from drencoder.audit.auc import auc_of, auc_within, gaussian_max_auc, gaussian_mu_of
 from drencoder.audit.findings import Auc, Finding
 from drencoder.audit.scene import Scene
-from drencoder.config import Recipe
 from drencoder.privacy.accounting import epsilon_gaussian
+from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 
 __all__ = ["cohort_attack", "release_findings", "server_attack", "smallest_cohort"]

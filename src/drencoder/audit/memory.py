@@ -26,7 +26,7 @@ from drencoder.audit.auc import auc_of, gaussian_max_auc
 from drencoder.audit.findings import Auc, Finding
 from drencoder.audit.scene import Scene
 from drencoder.encoders.contract import Encoder
-from drencoder.encoders.fitting import AutoencoderOptions
+from drencoder.published.fitting import AutoencoderOptions
 
 __all__ = ["Recalled", "recall", "training_set_findings"]
 

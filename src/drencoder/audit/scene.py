@@ -10,19 +10,19 @@ from torch import Tensor
 
 from drencoder.audit.arms import Arm, audit_plan, opened
 from drencoder.audit.subjects import Subjects
-from drencoder.build import Live
-from drencoder.config import Encoder as EncoderKnobs
-from drencoder.encoders.autoencoder import Autoencoder
-from drencoder.encoders.fedcg import RealGradients
-from drencoder.encoders.fitting import AutoencoderOptions
+from drencoder.encoders.code_sizes import code_size
+from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.identity import IdentityEncoder
-from drencoder.encoders.sizes import code_size
-from drencoder.encoders.sketch import RandomSketch
-from drencoder.layout import Segment
-from drencoder.overview import privacy_plan
-from drencoder.prior import GaussianPrior
+from drencoder.encoders.random_sketch import RandomSketch
+from drencoder.federated.query import CohortQuery, gradient_query, moment_query
+from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.plan import PrivacyPlan, Trust
-from drencoder.steps import CohortQuery, gradient_query, moment_query
+from drencoder.published.autoencoder import Autoencoder
+from drencoder.published.fedcg import RealGradients
+from drencoder.published.fitting import AutoencoderOptions
+from drencoder.recipe.recipe import Encoder as EncoderKnobs
+from drencoder.runs.build import Live
+from drencoder.runs.plan_overview import privacy_plan
 
 __all__ = ["Scene", "plan_under"]
 
@@ -33,7 +33,7 @@ _VALIDATION_SHARE = 0.25
 
 def plan_under(live: Live, trust: Trust) -> PrivacyPlan:
     """The recipe's plan under this trust, at the recipe's epsilon."""
-    recipe, plan = live.recipe, live.overview.privacy
+    recipe, plan = live.recipe, live.plan
     if plan.trust == trust and not plan.non_private:
         return plan
     # A recipe of another trust may ask a client in every slot; under local trust that needs the cap for it.

@@ -15,13 +15,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from drencoder import config
-from drencoder.build import Live
+from drencoder.data.tokenization import Example
 from drencoder.errors import DataError
-from drencoder.examples import Example
+from drencoder.federated.query import ServerState, server_step
+from drencoder.models.cohort_training import cohort_updates
+from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
-from drencoder.steps import ServerState, server_step
-from drencoder.training import cohort_updates
+from drencoder.runs.build import Live
 
 __all__ = ["MIN_CLIENTS", "Subjects", "gather_subjects"]
 

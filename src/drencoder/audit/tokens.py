@@ -30,11 +30,11 @@ from drencoder.audit.arms import Arm, bound_mu, expected_messages, opened
 from drencoder.audit.auc import auc_within, gaussian_max_auc
 from drencoder.audit.findings import Finding
 from drencoder.audit.scene import Scene
+from drencoder.data.tokenization import Example
 from drencoder.errors import ModelError
-from drencoder.examples import Example
-from drencoder.layout import Segment
-from drencoder.model import LoraModel
-from drencoder.steps import CohortQuery
+from drencoder.federated.query import CohortQuery
+from drencoder.models.adapter_layout import Segment
+from drencoder.models.lora import LoraModel
 
 __all__ = ["SpanAttack", "found_share", "present_tokens", "shadow_scores", "token_findings"]
 

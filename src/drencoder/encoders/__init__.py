@@ -1,6 +1,3 @@
-"""Encoders: adapter update -> short code -> adapter update, under one contract (`contract.Encoder`).
+"""An encoder turns an update into a short code and back, under one contract (`contract.Encoder`).
 
-`identity` sends everything, `sketch` (named "random") a fresh random part, `autoencoder` is the published
-convolutional network (`architectures`, `fitting`; `fedcg` is the door for real gradients). `registry` builds them by
-name, `gate` refuses those that carry nothing, `wire` turns codes into bytes and back.
-"""
+A new encoder is one file in this room and one line in the registry; `viability` refuses an encoder that carries nothing, `wire` turns codes into bytes."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drencoder.errors import EncoderError
-from drencoder.layout import Segment
+from drencoder.models.adapter_layout import Segment
 
 __all__ = [
     "Encoder",

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from drencoder.encoders.contract import Fact, check_code, check_update, common_facts, mark_non_finite
 from drencoder.encoders.kronecker import KroneckerEncoder
-from drencoder.encoders.sketch import RandomSketch
+from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.errors import EncoderError
-from drencoder.layout import Segment
+from drencoder.models.adapter_layout import Segment
 
 __all__ = ["HybridEncoder"]
 

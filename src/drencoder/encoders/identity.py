@@ -18,7 +18,7 @@ from drencoder.encoders.contract import (
     common_facts,
     no_state,
 )
-from drencoder.layout import Segment
+from drencoder.models.adapter_layout import Segment
 
 __all__ = ["IdentityEncoder"]
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from drencoder.encoders.contract import Fact, check_code, check_segments, check_update, common_facts, mark_non_finite
+from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, SecondMoment, matrix_shape
 from drencoder.errors import EncoderError
-from drencoder.layout import Segment
-from drencoder.structured import MatrixNormalPrior, SecondMoment, matrix_shape
+from drencoder.models.adapter_layout import Segment
 
 __all__ = ["EnergyCurve", "KroneckerEncoder", "energy_curve"]
 

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from drencoder.encoders.sketch import RandomSketch
-from drencoder.layout import Segment
+from drencoder.encoders.random_sketch import RandomSketch
+from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
 __all__ = ["Rotation", "cosine", "levels", "quantise", "unit"]

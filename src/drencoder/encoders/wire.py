@@ -50,9 +50,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from drencoder.encoders.code_sizes import BITS_PER_VALUE
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.rotated import Rotation, quantise, unit
-from drencoder.encoders.sizes import BITS_PER_VALUE
 from drencoder.errors import CodeError
 from drencoder.rng import derive_seed
 

@@ -23,8 +23,8 @@ from drencoder.privacy.accounting import Relation
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import Noise
 from drencoder.rng import derive_seed
-from drencoder.secure.discrete import Words
-from drencoder.secure.quantise import Quantiser
+from drencoder.secure_aggregation.discrete import Words
+from drencoder.secure_aggregation.quantise import Quantiser
 
 __all__ = [
     "BoundedCodes",

@@ -39,7 +39,7 @@ from drencoder.privacy.observers import ASSUMPTIONS, ObserverGuarantee, report
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
 
 if TYPE_CHECKING:
-    from drencoder.secure.quantise import Quantiser
+    from drencoder.secure_aggregation.quantise import Quantiser
 
 __all__ = ["ALIGNMENT", "PrivacyPlan", "ShareTerms", "make_plan"]
 
@@ -79,7 +79,7 @@ class ShareTerms:
 
         Raises PrivacyError when they do not fit, or when discrete noise is not near enough to Gaussian noise for the plan.
         """
-        from drencoder.secure.quantise import Quantiser
+        from drencoder.secure_aggregation.quantise import Quantiser
 
         made = Quantiser.plan(
             values=values, clip_l2=clip_l2, share_multiplier=self.multiplier, most_clients=self.most_contributors

@@ -1,0 +1,1 @@
+"""Multiple-choice benchmarks as questions with four options: readers, subjects and worked examples."""

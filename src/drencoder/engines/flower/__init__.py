@@ -1,1 +1,0 @@
-"""The Flower engine: the same queries, on other machines. The one door to flwr."""

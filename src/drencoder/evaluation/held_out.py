@@ -1,0 +1,193 @@
+"""Held-out loss and multiple choice by log-likelihood: outcomes per item, and estimates built on them.
+
+Everything here runs on data that the server holds; no client's text is touched. Legend: N texts, Q questions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drencoder.data.benchmarks.few_shot import prompt_with_examples
+from drencoder.data.embedded_world.world import Question
+from drencoder.data.prompts_template import LETTER_CONTINUATIONS
+from drencoder.data.tokenization import Example, collate
+from drencoder.errors import DataError
+from drencoder.evaluation.statistics import Estimate, ratio_of_sums, wilson
+from drencoder.models.lora import BaseModel, LoraModel
+
+__all__ = [
+    "AskedQuestions",
+    "Estimate",
+    "ask_questions",
+    "choice_picks",
+    "choice_scores",
+    "held_out_loss",
+    "held_out_outcomes",
+    "multiple_choice",
+    "question_examples",
+]
+
+# Tokens of one evaluation batch, padding included: keeps memory flat whatever the number of examples.
+_BATCH_TOKENS = 8192
+
+
+@torch.no_grad()
+def held_out_outcomes(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
+    """Each example's cross-entropy, summed over its response tokens (nats), and how many those are; both (N,)."""
+    losses = [0.0] * len(examples)
+    for indices in _batches(examples):
+        batch = collate([[examples[index] for index in indices]], lora.base.pad_id).to(lora.device)
+        with lora.stacked(_single(lora, adapter_D)):
+            losses_M = lora.token_losses(batch)
+        row_M = batch.predicted.nonzero()[:, 0]
+        sums = torch.zeros(len(indices), device=losses_M.device).index_add(0, row_M, losses_M)
+        for index, total in zip(indices, sums.tolist(), strict=True):
+            losses[index] = total
+    return losses, [example.targets for example in examples]
+
+
+def held_out_loss(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> Estimate:
+    """Mean cross-entropy (nats per response token), with the interval of a ratio of sums over examples.
+
+    Raises:
+      DataError: there is no example.
+    """
+    if not examples:
+        raise DataError("there is no held-out example: raise evaluation.examples or give the server some data.")
+    return ratio_of_sums(*held_out_outcomes(lora, adapter_D, examples))
+
+
+@dataclass(frozen=True)
+class AskedQuestions:
+    """`options` (Q, 4) examples of prompt and letter, without an end token; `shots` (Q,) worked examples that fitted."""
+
+    options: list[list[Example]]
+    shots: list[int]
+
+
+def ask_questions(
+    lora: LoraModel,
+    questions: Sequence[Question],
+    max_tokens: int,
+    *,
+    examples: Mapping[str, Sequence[Question]] | None = None,
+    template: str = "plain",
+) -> AskedQuestions:
+    """Tokenises every question with each of its four letters.
+
+    Args:
+      max_tokens: of prompt and letter (and, for "plain", the end that a client's record would have). A prompt that is
+        too long loses worked examples, the first ones first and whole; with none left, it loses its beginning.
+      examples: subject -> worked examples; none = zero-shot.
+      template: "plain" is tokenised as clients' records are, prompt and letter apart behind the model's start token;
+        "standard" as lm-evaluation-harness does, both as one text with the tokenizer's own special tokens.
+    """
+    encode, limit = (_apart, max_tokens - 1) if template == "plain" else (_together, max_tokens)
+    options, kept = [], []
+    for question in questions:
+        shots = list((examples or {}).get(question.subject, ()))
+        while True:
+            prompt = prompt_with_examples(question, shots, template)
+            four = [encode(lora.base, prompt, letter) for letter in LETTER_CONTINUATIONS]
+            if not shots or max(len(option.tokens) for option in four) <= limit:
+                break
+            del shots[0]
+        keep = len(lora.base.start_ids) if template == "plain" else 0
+        options.append([_cut(option, limit, keep) for option in four])
+        kept.append(len(shots))
+    return AskedQuestions(options, kept)
+
+
+def question_examples(
+    lora: LoraModel,
+    questions: Sequence[Question],
+    max_tokens: int,
+    *,
+    examples: Mapping[str, Sequence[Question]] | None = None,
+    template: str = "plain",
+) -> list[list[Example]]:
+    """The options of `ask_questions`, (Q, 4)."""
+    return ask_questions(lora, questions, max_tokens, examples=examples, template=template).options
+
+
+def _apart(base: BaseModel, prompt: str, letter: str) -> Example:
+    prompt_ids, letter_ids = [*base.start_ids, *base.tokenize(prompt)], base.tokenize(letter)
+    return Example((*prompt_ids, *letter_ids), len(prompt_ids))
+
+
+def _together(base: BaseModel, prompt: str, letter: str) -> Example:
+    prompt_ids, whole_ids = (base.tokenizer(text)["input_ids"] for text in (prompt, prompt + letter))
+    # A tokenizer that melts the letter into the prompt's last token leaves nothing of it to score.
+    letter_ids = whole_ids[len(prompt_ids) :] or base.tokenize(letter)
+    return Example((*prompt_ids, *letter_ids), len(prompt_ids))
+
+
+def _cut(option: Example, limit: int, keep: int) -> Example:
+    """Takes what is too much from the prompt's beginning, behind its first `keep` tokens."""
+    surplus = max(0, min(len(option.tokens) - limit, option.prompt_length - 1 - keep))
+    tokens = (*option.tokens[:keep], *option.tokens[keep + surplus :])
+    return Example(tokens, option.prompt_length - surplus)
+
+
+@torch.no_grad()
+def choice_scores(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[Example]]) -> Tensor:
+    """Log-likelihood (nats) of every option of every question, (questions, 4) float32.
+
+    When all options of a question are one token after the same prompt, which letters are to most tokenizers, one pass
+    over the prompt scores them all; otherwise each option is scored as a text of its own.
+    """
+    scores = torch.zeros(len(options), 4)
+    single = [index for index, four in enumerate(options) if all(option.targets == 1 for option in four)]
+    first = [options[index][0] for index in single]
+    for indices in _batches(first):
+        batch = collate([[first[i] for i in indices]], lora.base.pad_id).to(lora.device)
+        with lora.stacked(_single(lora, adapter_D)):
+            log_NV = lora.logits_before(batch.input_ids, batch.predicted).float().log_softmax(dim=-1)
+        letters = torch.tensor([[option.tokens[-1] for option in options[single[i]]] for i in indices])
+        scores[[single[i] for i in indices]] = log_NV.cpu().gather(1, letters)
+    for index in sorted(set(range(len(options))) - set(single)):
+        batch = collate([list(options[index])], lora.base.pad_id).to(lora.device)
+        with lora.stacked(_single(lora, adapter_D)):
+            losses_M = lora.token_losses(batch)
+        row_M = batch.predicted.nonzero()[:, 0]
+        scores[index] = -torch.zeros(4, device=losses_M.device).index_add(0, row_M, losses_M).cpu()
+    return scores
+
+
+def choice_picks(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[Example]]) -> list[int]:
+    """The most likely option of each question, (Q,) indices 0 to 3; the first of equals."""
+    return choice_scores(lora, adapter_D, options).argmax(dim=1).tolist()
+
+
+def multiple_choice(
+    lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[Example]], answers: Sequence[int]
+) -> Estimate:
+    """Accuracy of the most likely option over all questions, with Wilson's interval.
+
+    Raises:
+      DataError: there is no question.
+    """
+    if not options:
+        raise DataError("there is no multiple-choice question: raise evaluation.questions or name a benchmark.")
+    picked = choice_picks(lora, adapter_D, options)
+    share = sum(pick == answer for pick, answer in zip(picked, answers, strict=True)) / len(options)
+    return Estimate(share, *wilson(share, len(options)), len(options))
+
+
+def _single(lora: LoraModel, adapter_D: Tensor) -> dict[str, Tensor]:
+    return {name: tensor[None] for name, tensor in lora.layout.unflatten(adapter_D.to(lora.device)).items()}
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Indices in batches of similar length, at most `_BATCH_TOKENS` tokens each (but at least one example)."""
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(examples[index].tokens) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,298 @@
+"""From right and wrong answers to scores, intervals and paired tests. numpy and scipy only.
+
+Legend: Q questions, N texts, S subjects, B bootstrap draws. Every interval is a 95 % one.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from scipy.special import ndtri
+
+from drencoder.data.benchmarks.taxonomy import Taxonomy
+from drencoder.errors import DataError
+
+__all__ = [
+    "Assessment",
+    "BenchmarkAssessment",
+    "Difference",
+    "Estimate",
+    "LossAssessment",
+    "McNemar",
+    "Scores",
+    "accuracy_difference",
+    "loss_difference",
+    "mcnemar",
+    "paired_over_seeds",
+    "ratio_of_sums",
+    "score_benchmark",
+    "wilson",
+]
+
+_Z95 = float(ndtri(0.975))
+_DRAWS = 10_000
+_CHUNK_VALUES = 2_000_000  # of a bootstrap's index table, so that memory stays flat
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its 95 % confidence interval over `count` examples or questions."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference (second minus first), its 95 % interval and a two-sided p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    count: int
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Questions that only the second model got right (`gained`) or only the first (`lost`), and the exact p-value."""
+
+    gained: int
+    lost: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's accuracies on one benchmark. `hard` is None where no asked subject is a Hard one."""
+
+    overall: Estimate
+    categories: Mapping[str, Estimate]
+    subjects: Mapping[str, Estimate]
+    hard: Estimate | None
+
+
+@dataclass(frozen=True)
+class BenchmarkAssessment:
+    """A base model, and perhaps its adapter, on one benchmark.
+
+    `shortened` counts the questions whose prompt had room for fewer than `shots` worked examples. `difference` is the
+    adapter's overall accuracy minus the base's; `mcnemar` counts single questions.
+    """
+
+    name: str
+    provenance: str
+    template: str
+    shots: int
+    shortened: int
+    base: Scores
+    adapter: Scores | None = None
+    difference: Difference | None = None
+    mcnemar: McNemar | None = None
+
+
+@dataclass(frozen=True)
+class LossAssessment:
+    """Held-out loss (nats per response token) of base and adapter on the same texts."""
+
+    base: Estimate
+    adapter: Estimate
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What `assess` found; `adapter` is the run folder, or None for a model without one."""
+
+    model: str
+    adapter: str | None
+    benchmarks: Mapping[str, BenchmarkAssessment]
+    loss: LossAssessment | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain tables of numbers and texts, for JSON."""
+        return asdict(self)
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % interval (Wilson 1927) of a share seen in `count` independent questions.
+
+    `count` may be fractional: the effective number of a weighted mean.
+    """
+    z2 = _Z95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return centre - half, centre + half
+
+
+def ratio_of_sums(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Sum over sum (loss per token, say), with the interval of a ratio estimator over independent texts.
+
+    Raises:
+      DataError: there is nothing to add.
+    """
+    total = sum(counts)
+    if total <= 0:
+        raise DataError("there is no held-out token to average over: give texts with a response.")
+    mean = sum(sums) / total
+    residuals = sum((value - mean * count) ** 2 for value, count in zip(sums, counts, strict=True))
+    error = _Z95 * math.sqrt(residuals) / total
+    return Estimate(mean, mean - error, mean + error, len(sums))
+
+
+def score_benchmark(taxonomy: Taxonomy, subjects: Sequence[str], right: Sequence[bool]) -> Scores:
+    """Accuracies of one model, averaged as the benchmark's authors do.
+
+    MMLU averages over questions (Hendrycks et al. 2021), C-Eval over subjects (Huang et al. 2023), overall and in
+    every category alike.
+
+    Args:
+      subjects: (Q,) the subject of each question.
+      right: (Q,) whether it was answered rightly.
+
+    Raises:
+      DataError: there is no question.
+    """
+    piles: dict[str, list[bool]] = {}
+    for subject, hit in zip(subjects, right, strict=True):
+        piles.setdefault(subject, []).append(bool(hit))
+    by_category: dict[str, list[list[bool]]] = {name: [] for name in taxonomy.categories}
+    for subject, hits in piles.items():
+        by_category[taxonomy.category_of(subject)].append(hits)
+    hard = [hits for subject, hits in piles.items() if subject in taxonomy.hard]
+    return Scores(
+        _average(list(piles.values()), taxonomy.by_subject),
+        {name: _average(some, taxonomy.by_subject) for name, some in by_category.items() if some},
+        {subject: _average([piles[subject]], False) for subject in sorted(piles)},
+        _average(hard, taxonomy.by_subject) if hard else None,
+    )
+
+
+def _average(piles: Sequence[Sequence[bool]], by_subject: bool) -> Estimate:
+    """Mean over questions or over subjects, with Wilson's interval.
+
+    The variance of a mean of S shares p_s over n_s questions is sum p_s (1 - p_s) / n_s / S^2. Putting the mean share m
+    for every p_s gives m (1 - m) / n, n = S^2 / sum 1 / n_s: the n of Wilson's interval. With equal n_s that variance
+    is never too small, since p (1 - p) is concave; and it stays above zero where every p_s is 0 or 1.
+    """
+    count = sum(len(pile) for pile in piles)
+    if not count:
+        raise DataError("there is no multiple-choice question to score: raise evaluation.questions.")
+    if not by_subject:
+        share, effective = sum(map(sum, piles)) / count, float(count)
+    else:
+        share = sum(sum(pile) / len(pile) for pile in piles) / len(piles)
+        effective = len(piles) ** 2 / sum(1 / len(pile) for pile in piles)
+    low, high = wilson(min(1.0, share), effective)
+    return Estimate(share, low, high, count)
+
+
+# --- paired comparisons ----------------------------------------------------------------------------
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """Exact McNemar test (McNemar 1947): of the questions that one model alone got right, is it a fair coin which?"""
+    pairs = list(zip(map(bool, first), map(bool, second), strict=True))
+    gained = sum(after and not before for before, after in pairs)
+    lost = sum(before and not after for before, after in pairs)
+    p = stats.binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
+    return McNemar(gained, lost, float(p))
+
+
+def accuracy_difference(
+    taxonomy: Taxonomy,
+    subjects: Sequence[str],
+    first: Sequence[bool],
+    second: Sequence[bool],
+    *,
+    seed: int,
+    draws: int = _DRAWS,
+) -> Difference:
+    """Paired bootstrap of the benchmark's overall accuracy, second model minus first, over questions.
+
+    C-Eval's mean over subjects is a mean over questions that weigh 1 / (questions of their subject); a weight is drawn
+    with its question, so that subjects with few questions do not pretend to be known exactly.
+
+    Raises:
+      DataError: there is no question.
+    """
+    if not subjects:
+        raise DataError("there is no multiple-choice question to compare: raise evaluation.questions.")
+    sizes = Counter(subjects)
+    weight_Q = np.array([1 / sizes[subject] if taxonomy.by_subject else 1.0 for subject in subjects])
+    sign_Q = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    return _bootstrap(sign_Q * weight_Q, weight_Q, seed, draws)
+
+
+def loss_difference(
+    first_N: Sequence[float], second_N: Sequence[float], targets_N: Sequence[int], *, seed: int, draws: int = _DRAWS
+) -> Difference:
+    """Paired bootstrap of the held-out loss (nats per token, a ratio of sums), second model minus first, over texts.
+
+    Args:
+      first_N, second_N: (N,) each text's loss, summed over its tokens, under either model.
+      targets_N: (N,) its number of predicted tokens.
+
+    Raises:
+      DataError: there is no text, or a loss is not finite.
+    """
+    change_N = np.asarray(second_N, dtype=np.float64) - np.asarray(first_N, dtype=np.float64)
+    if not len(change_N):
+        raise DataError("there is no held-out text to compare: raise evaluation.examples.")
+    if not np.isfinite(change_N).all():
+        raise DataError("a held-out loss is not finite: the model or its adapter is broken.")
+    return _bootstrap(change_N, np.asarray(targets_N, dtype=np.float64), seed, draws)
+
+
+def _bootstrap(sum_N: np.ndarray, weight_N: np.ndarray, seed: int, draws: int) -> Difference:
+    """Percentile bootstrap (Efron 1979) of sum over weight, both drawn together, by item.
+
+    p is twice the smaller share of draws on either side of zero, at least 2 / (draws + 1).
+    """
+    if sum_N.shape != weight_N.shape:
+        raise ValueError(f"{len(sum_N)} values and {len(weight_N)} weights: they must be paired")
+    rng = np.random.default_rng(seed)
+    count = len(sum_N)
+    parts = []
+    for size in _chunks(draws, count):
+        chosen_BN = rng.integers(count, size=(size, count))
+        parts.append(sum_N[chosen_BN].sum(axis=1) / weight_N[chosen_BN].sum(axis=1))
+    drawn_B = np.concatenate(parts)
+    low, high = np.quantile(drawn_B, [0.025, 0.975])
+    tail = min(int(np.sum(drawn_B <= 0)), int(np.sum(drawn_B >= 0)))
+    p = min(1.0, 2 * (1 + tail) / (1 + draws))
+    return Difference(float(sum_N.sum() / weight_N.sum()), float(low), float(high), p, count)
+
+
+def paired_over_seeds(differences: Sequence[float]) -> Difference:
+    """Student's t interval and test of the mean of paired differences, one per seed.
+
+    Raises:
+      DataError: there are fewer than three, or one is not finite.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 3:
+        raise DataError(f"{len(values)} paired seeds give no interval: run at least 3.")
+    if not np.isfinite(values).all():
+        raise DataError("a paired difference is not finite: leave out the seeds whose run failed.")
+    mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    freedom = len(values) - 1
+    if error == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, len(values))
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    return Difference(mean, mean - half, mean + half, p, len(values))
+
+
+def _chunks(draws: int, width: int) -> list[int]:
+    size = max(1, min(draws, _CHUNK_VALUES // width))
+    return [min(size, draws - start) for start in range(0, draws, size)]

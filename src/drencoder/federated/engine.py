@@ -1,0 +1,58 @@
+"""What every engine is: it brings a query to a cohort and the uploads back."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from drencoder.encoders.contract import Encoder
+from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.federated.query import CohortQuery, Summed, Upload
+from drencoder.models.lora import LoraModel
+from drencoder.privacy.ledger import Permit
+from drencoder.privacy.mechanism import NoiseSource
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.recipe.recipe import Recipe
+
+__all__ = ["Engine", "RunComponents"]
+
+
+class Engine(Protocol):
+    """Knows neither stage, encoder nor epsilon. All engines give the same sums from the same seeds, up to float rounding
+    (tests/test_engines.py)."""
+
+    def ready(self) -> None:
+        """Returns once enough clients can be reached; called before a slot is charged.
+
+        Raises:
+          EngineError: they cannot, for as long as the engine is willing to wait.
+        """
+        ...
+
+    def gather(
+        self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
+    ) -> Iterator[Upload | Summed]:
+        """Asks every client of the cohort once; yields what they send, some clients at a time; under secure aggregation one sum.
+
+        A client that does not answer is left out; nothing is weighted up for it. `noise` is for clients of this machine.
+
+        Raises:
+          QuorumError: so few answered that the slot should be given up (under secure aggregation a VoidRoundError: the sum
+            stays hidden); raised before the iterator ends.
+        """
+        ...
+
+
+class RunComponents(Protocol):
+    """The parts of a run that a remote engine and a site need; `runs.build` makes them from a recipe."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def plan(self) -> PrivacyPlan: ...
+    @property
+    def lora(self) -> LoraModel: ...
+    @property
+    def engine(self) -> Engine: ...
+    def noise(self) -> NoiseSource: ...
+    def encoder(self, prior: GaussianPrior | None, state: dict[str, Tensor] | None = None) -> Encoder: ...

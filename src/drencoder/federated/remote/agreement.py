@@ -1,0 +1,75 @@
+"""What both sides must have alike before a site answers, and which clients a site answers for. No torch."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
+
+from drencoder.errors import RecipeError
+from drencoder.recipe.recipe import Recipe
+
+__all__ = ["ClientSet", "agreement"]
+
+# Where a machine keeps things, how fast it is, and what the server alone does: free on each side.
+_FREE_SECTIONS = ("name", "server", "evaluation", "speed", "compare")
+_FREE_KNOBS = {
+    "model": ("source", "device"),
+    "data": ("source", "split", "client_field", "held_out_share"),
+    "prior": ("public", "provenance", "public_clients", "synthetic"),
+}
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+_EVERY = re.compile(r"(\d{1,9})/(\d{1,9})")
+
+
+def agreement(recipe: Recipe) -> bytes:
+    """SHA-256 (32 bytes) over all knobs that decide what a client computes, how it is noised and how often it is asked."""
+    tables = {key: value for key, value in recipe.to_dict().items() if key not in _FREE_SECTIONS}
+    for section, free in _FREE_KNOBS.items():
+        tables[section] = {key: value for key, value in tables[section].items() if key not in free}
+    return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).digest()
+
+
+@final
+@dataclass(frozen=True)
+class ClientSet:
+    """Clients of a population 0..N-1, as people write them: `0-9,12`, or `1/3` for 1, 4, 7, ... (every third from 1)."""
+
+    clients: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str, population: int) -> "ClientSet":
+        """Raises RecipeError for anything else, for numbers outside the population, and for no client at all."""
+        every = _EVERY.fullmatch(text.strip())
+        if every:
+            first, step = int(every[1]), int(every[2])
+            if first >= step:
+                raise RecipeError(f"--clients {text!r}: the first number must be below the second: write, say, 0/3.")
+            found: Iterable[int] = range(first, population, step)
+        else:
+            chosen: set[int] = set()
+            for part in text.split(","):
+                pair = _RANGE.fullmatch(part.strip())
+                if not pair:
+                    raise RecipeError(f"--clients {text!r}: {part!r} is no range: write, say, 0-9,12 or 0/3.")
+                low, high = int(pair[1]), int(pair[2] or pair[1])
+                if not low <= high < population:
+                    raise RecipeError(
+                        f"--clients {text!r}: {part!r} is not inside 0-{population - 1}, the recipe's population."
+                    )
+                chosen |= set(range(low, high + 1))
+            found = sorted(chosen)
+        clients = tuple(found)
+        if not clients:
+            raise RecipeError(f"--clients {text!r} names none of the {population} clients of the recipe.")
+        return cls(clients)
+
+    def __str__(self) -> str:
+        """Ranges, as `parse` reads them."""
+        parts, start = [], self.clients[0]
+        for client, after in zip(self.clients, [*self.clients[1:], -1], strict=True):
+            if after != client + 1:
+                parts.append(str(client) if start == client else f"{start}-{client}")
+                start = after
+        return ",".join(parts)

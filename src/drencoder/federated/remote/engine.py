@@ -1,0 +1,372 @@
+"""The server's side: a cohort's question goes to the machines that host its clients.
+
+A client that does not answer is left out and nothing is weighted up for it: the denominator stays q N. What a site sends is
+believed only as far as it can be checked: the answer to this very message, for exactly the clients that were asked, each
+message of the right size, encoder and round, with finite values, and under local trust no longer than noise can make it.
+"""
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from drencoder.encoders.wire import WireFormat, unpack_rows
+from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError
+from drencoder.federated.engine import RunComponents
+from drencoder.federated.query import CohortQuery, Summed, Upload
+from drencoder.federated.remote.agreement import ClientSet, agreement
+from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
+from drencoder.federated.remote.instruction import (
+    Answer,
+    Instruction,
+    Refusal,
+    adapter_bytes,
+    encoder_bytes,
+    fingerprint,
+)
+from drencoder.federated.remote.roster import is_secure
+from drencoder.federated.remote.rounds import StageMessages, Table, opened
+from drencoder.federated.remote.transport import Traffic, Transport
+from drencoder.federated.secure_round import round_settings, summed
+from drencoder.privacy.ledger import Permit
+from drencoder.privacy.mechanism import NoiseSource
+from drencoder.secure_aggregation.messages import Stage, round_bytes
+
+__all__ = ["FlowerEngine", "Patience", "engine_maker"]
+
+_HELLO_TIMEOUT = 30.0
+_HELLO_PAUSE = 20.0  # s until a node that did not say who it is is asked again
+_BATCH = 32  # messages that are unpacked at once
+_TAIL = 8.0  # standard deviations: noise that long has a chance of 1e-14
+
+
+@final
+@dataclass(frozen=True)
+class Patience:
+    """How long the engine waits, and for how many.
+
+    Args:
+      quorum: share that must answer, else the round is given up: of the cohort (local trust), or of the whole population
+        (central trust, where a rule that looked at the secret cohort would tell something about it).
+      round_timeout: seconds until a round goes on without those who have not answered.
+      wait: seconds to wait for enough clients before a slot is charged.
+      nodes: how many nodes the first slot waits for, as long as `wait` allows; 0 = the quorum is enough.
+    """
+
+    quorum: float = 0.5
+    round_timeout: float = 600.0
+    wait: float = 600.0
+    nodes: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quorum <= 1:
+            raise RecipeError(f"--quorum {self.quorum} is not a share: give a number from 0 to 1.")
+        for name, value in (("--round-timeout", self.round_timeout), ("--wait", self.wait)):
+            if not 0 < value < math.inf:
+                raise RecipeError(f"{name} {value} is not a time: give seconds, more than 0.")
+
+
+def engine_maker(
+    transport: Transport,
+    patience: Patience,
+    say: Callable[[str], None] = lambda text: None,
+    keys: Mapping[str, bytes] | None = None,
+) -> Callable[[RunComponents], "FlowerEngine"]:
+    """What `runs.run.run(engine=...)` takes. `keys`: name -> public key of each node, for secure aggregation."""
+    return lambda live: FlowerEngine(live, transport, patience, say, keys)
+
+
+@final
+class FlowerEngine:
+    """An engine whose clients live behind a `Transport`. Who hosts whom is fixed when a node first says hello.
+
+    Raises RecipeError under secure aggregation unless there is one key for each of the recipe's nodes.
+    """
+
+    def __init__(
+        self,
+        live: RunComponents,
+        transport: Transport,
+        patience: Patience,
+        say: Callable[[str], None],
+        keys: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self._transport, self._patience, self._say = transport, patience, say
+        self._recipe = agreement(live.recipe)
+        self._plan, self._population = live.plan, live.recipe.federation.population
+        self._threshold, self._table = live.recipe.threshold, None
+        if is_secure(live.recipe):
+            self._table = Table.of(keys or {})
+            self._table.roster.check(live.recipe, "the server")
+        self._hosts: dict[int, str] = {}  # client -> node's name
+        self._known: set[str] = set()
+        self._ask_again: dict[str, float] = {}
+        self._has_encoder: dict[int, str] = {}  # node -> fingerprint
+        self._started = False
+
+    # --- who is there -------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Waits until nodes that host a quorum of the population are there (at first: all expected nodes)."""
+        end = time.monotonic() + self._patience.wait
+        while True:
+            online = self._roll_call()
+            enough = len(self._reachable(online)) >= max(1.0, self._patience.quorum * self._population)
+            if self._table is not None:
+                enough = enough and len(self._table.seated(online)) >= self._threshold
+            complete = self._started or len(online) >= self._patience.nodes
+            if enough and (complete or time.monotonic() > end):
+                self._started = True
+                return
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"nodes that host {len(self._reachable(online))} of {self._population} clients could be reached in "
+                    f"{self._patience.wait:.0f} s, and the quorum is {self._patience.quorum:g}: nothing was charged for this "
+                    "slot. Start more nodes, then go on with --resume."
+                )
+            time.sleep(0.2)
+
+    def _roll_call(self) -> dict[int, str]:
+        """The nodes that can be reached now; new ones are asked which clients they host."""
+        online = self._transport.nodes()
+        now = time.monotonic()
+        unknown = [(name, node) for node, name in online.items() if name not in self._known]
+        fresh = {node: name for name, node in sorted(unknown) if now >= self._ask_again.get(name, 0.0)}
+        if not fresh:
+            return online
+        nonces = {node: secrets.token_hex(16) for node in fresh}
+        asked = {node: pack_frame(Frame(Kind.HELLO, self._recipe, {"nonce": nonces[node]})) for node in fresh}
+        answers = self._transport.exchange("hello", asked, _HELLO_TIMEOUT)
+        for node, name in fresh.items():
+            if node in answers:
+                self._known.add(name)
+                self._enter(name, answers[node], nonces[node])
+            else:
+                self._ask_again[name] = time.monotonic() + _HELLO_PAUSE
+        return online
+
+    def _enter(self, name: str, data: bytes, nonce: str) -> None:
+        try:
+            frame = unpack_frame(data, Kind.HELLO_ANSWER, first=0, second=0)
+            if frame.recipe != self._recipe or frame.head.get("nonce") != nonce:
+                raise CodeError("of another recipe")
+            hosted = ClientSet.parse(str(frame.head.get("clients")), self._population)
+        except CodeError:
+            self._say(f"node {name}: {self._why(data)}; it is not asked in this run")
+            return
+        except RecipeError as error:
+            self._say(f"node {name}: {error} It is not asked in this run.")
+            return
+        taken = [client for client in hosted.clients if self._hosts.setdefault(client, name) != name]
+        self._say(f"node {name}: hosts {len(hosted.clients) - len(taken)} clients")
+        if taken:
+            self._say(
+                f"node {name}: client {taken[0]} and {len(taken) - 1} more are another node's already: left there"
+            )
+
+    def _why(self, data: bytes) -> str:
+        try:
+            return Refusal(Answer.of(unpack_frame(data, Kind.QUERY_ANSWER, first=0, second=0).head).refusal).words
+        except (CodeError, ValueError, KeyError):
+            return "answers in another version, recipe or protocol"
+
+    def _reachable(self, online: Mapping[int, str]) -> dict[int, int]:
+        """client -> the node that hosts it, of the nodes that can be reached."""
+        nodes = {name: node for node, name in online.items()}
+        return {client: nodes[name] for client, name in self._hosts.items() if name in nodes}
+
+    # --- one question -------------------------------------------------------------------------
+
+    def gather(
+        self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
+    ) -> Iterator[Upload | Summed]:
+        """Asks the nodes of the cohort's clients at the same time and yields their messages in the order of the clients.
+
+        Under central trust every node is asked whether it is there, so that a node learns nothing from being asked and the
+        quorum does not depend on the secret cohort. Under secure aggregation there is one sum: the quorum counts who can be
+        reached at its start, and the recipe's `dropout_share` who stays to the end.
+        """
+        if self._table is not None:
+            yield self._summed(self._table, query, adapter_D, permit, cohort)
+            return
+        online = self._roll_call()
+        hosts = self._reachable(online)
+        asked: dict[int, list[int]] = {node: [] for node in online.keys() & hosts.values() if permit.trust == "central"}
+        for client in cohort:
+            if client in hosts:
+                asked.setdefault(hosts[client], []).append(client)
+        before = replace(self._transport.traffic)
+        uploads = self._exchange(query, adapter_D, permit, asked)
+        if permit.trust == "central":
+            present = sum(1 for node in hosts.values() if node in uploads)
+            self._check_quorum(present, self._population, None, "of the population's clients have nodes that answered")
+        else:
+            present = sum(len(upload.clients) for upload in uploads.values())
+            self._say_bytes(query, before, self._plan.denominator(query.slot) * query.wire.message_size)
+            self._check_quorum(present, len(cohort), present, "of the cohort's clients answered")
+        yield from _in_order(uploads.values())
+
+    def _say_bytes(self, query: CohortQuery, before: Traffic, planned: float) -> None:
+        """A slot's payload beside the plan's. Not under central trust, where it would tell the size of a secret cohort."""
+        now = self._transport.traffic
+        self._say(
+            f"slot {query.slot}: {now.down - before.down:,} bytes down, {now.up - before.up:,} up; the plan expects codes of "
+            f"{planned:,.0f} up"
+        )
+
+    def _check_quorum(self, present: int, total: int, answered: int | None, words: str) -> None:
+        if present < self._patience.quorum * total:
+            raise QuorumError(f"{present} of {total} {words}, and the quorum is {self._patience.quorum:g}.", answered)
+
+    def _exchange(
+        self, query: CohortQuery, adapter_D: Tensor, permit: Permit, asked: Mapping[int, list[int]]
+    ) -> dict[int, Upload]:
+        """Node -> what it sent, for the nodes that answered well."""
+        questions = {node: _instruction(query, permit, clients) for node, clients in asked.items()}
+        limits = {node: len(clients) * query.wire.message_size for node, clients in asked.items()}
+        answers = self._ask(query, adapter_D, questions, limits)
+        uploads = {}
+        for node, (answer, messages) in answers.items():
+            try:
+                uploads[node] = _checked(answer, messages, query, permit)
+            except CodeError as error:
+                self._say(f"node {node}: answer thrown away: {error}")
+        return uploads
+
+    def _ask(
+        self, query: CohortQuery, adapter_D: Tensor, questions: Mapping[int, Instruction], limits: Mapping[int, int]
+    ) -> dict[int, tuple[Answer, bytes]]:
+        """Node -> its answer of at most `limits[node]` bytes. A node that lacks the encoder is asked once more."""
+        shared = encoder_bytes(query.origin) if query.origin.kind == "update" else b""
+        name, adapter = fingerprint(shared), adapter_bytes(adapter_D)
+        answers: dict[int, tuple[Answer, bytes]] = {}
+        todo, full = dict(questions), False
+        for _ in range(2):
+            todo = {node: replace(one, nonce=secrets.token_hex(16), encoder=name) for node, one in todo.items()}
+            frames = {}
+            for node, asking in todo.items():
+                second = shared if asking.asks and (full or self._has_encoder.get(node) != name) else b""
+                first = adapter if asking.asks else b""
+                frames[node] = pack_frame(Frame(Kind.QUERY, self._recipe, asking.head(), first, second))
+            lacking = {}
+            for node, data in self._transport.exchange("query", frames, self._patience.round_timeout).items():
+                asking = todo[node]
+                try:
+                    got = opened(data, self._recipe, asking.nonce, asking.clients, limits[node])
+                except CodeError as error:
+                    self._say(f"node {node}: answer thrown away: {error}")
+                    continue
+                if got == Refusal.ENCODER_NEEDED:
+                    lacking[node] = asking
+                elif isinstance(got, Refusal):
+                    self._say(f"node {node}: {got.words}")
+                else:
+                    answers[node] = got
+                    if asking.asks:
+                        self._has_encoder[node] = name
+            todo, full = lacking, True
+            if not todo:
+                break
+        return answers
+
+    def _summed(
+        self, table: Table, query: CohortQuery, adapter_D: Tensor, permit: Permit, cohort: Sequence[int]
+    ) -> Summed:
+        """Secure aggregation. Raises VoidRoundError, a QuorumError, when the sum cannot be had."""
+        online = self._roll_call()
+        seated = table.seated(online)
+        clients = table.clients(seated, self._reachable(online), cohort)
+        counts = tuple(map(len, clients))
+        self._check_quorum(sum(counts), len(cohort), None, "of the cohort's clients can be reached")
+        settings = round_settings(query, permit, counts, table.roster.keys, self._threshold)
+        plain = _instruction(query, permit, ())
+
+        def opening(asked: Mapping[int, tuple[list[int], bytes]]) -> dict[int, tuple[str, bytes]]:
+            questions = {
+                node: replace(
+                    plain, clients=tuple(own), counts=counts, roster=table.roster.digest, request=request.hex()
+                )
+                for node, (own, request) in asked.items()
+            }
+            limit = settings.largest(Stage.ADVERTISE, answer=True)
+            answers = self._ask(query, adapter_D, questions, dict.fromkeys(questions, limit))
+            return {node: (answer.nonce, data) for node, (answer, data) in answers.items()}
+
+        before = replace(self._transport.traffic)
+        messages = StageMessages(
+            settings, seated, clients, opening, self._transport, self._recipe, self._patience.round_timeout, self._say
+        )
+        found = summed(settings, clients, messages.exchange)
+        planned, _ = round_bytes(len(settings.roster), settings.values, settings.bits)
+        self._say_bytes(query, before, len(settings.roster) * planned)
+        return found
+
+
+def _instruction(query: CohortQuery, permit: Permit, clients: Sequence[int]) -> Instruction:
+    """The question to some clients; its name and its encoder's are given when it is sent."""
+    return Instruction(
+        nonce="",
+        run=permit.run_id,
+        slot=permit.slot,
+        attempt=permit.attempt,
+        kind=query.origin.kind,
+        trust=permit.trust,
+        noise=permit.noise,
+        noise_multiplier=permit.noise_multiplier,
+        clip_l2=query.clip_l2,
+        follower_clip=query.origin.follower_clip or 0.0,
+        clients=tuple(clients),
+        encoder="",
+        wire=(query.wire.dtype, query.wire.code_size, query.wire.encoder_tag),
+    )
+
+
+def _checked(answer: Answer, data: bytes, query: CohortQuery, permit: Permit) -> Upload:
+    """A node's messages. CodeError if one of them is bad: it spoils the whole answer of its node."""
+    size = query.wire.message_size
+    if len(data) != len(answer.clients) * size:
+        raise CodeError("messages of another size")
+    messages = [data[start : start + size] for start in range(0, len(data), size)]
+    rows = unpack_rows(messages, query.wire, query.slot)
+    if rows.rejected:
+        raise CodeError(f"{rows.rejected} messages of another encoder or round, or not finite")
+    if permit.trust == "local" and bool((_norms(rows.code_NK) > _longest(query, permit)).any()):
+        raise CodeError("messages longer than clip and noise can make them")
+    nonfinite = 0 if permit.trust == "local" else min(answer.nonfinite, len(answer.clients))
+    return Upload(answer.clients, messages, nonfinite)
+
+
+def _in_order(uploads: Iterable[Upload]) -> Iterator[Upload]:
+    """All messages by client number, some at a time: what is trained on them (FedCG) must not depend on who hosts whom."""
+    uploads = list(uploads)
+    messages = {c: message for one in uploads for c, message in zip(one.clients, one.messages, strict=True)}
+    order, nonfinite = sorted(messages), sum(one.nonfinite for one in uploads)
+    for start in range(0, len(order), _BATCH):
+        clients = tuple(order[start : start + _BATCH])
+        yield Upload(clients, [messages[client] for client in clients], 0 if start else nonfinite)
+
+
+def _norms(code_NK: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(code_NK, dim=1, dtype=torch.float64)
+
+
+def _longest(query: CohortQuery, permit: Permit) -> float:
+    """The length that a message of an honest client has at most, save with a chance of 1e-14 (Laurent and Massart 2000,
+    https://doi.org/10.1214/aos/1015957395); infinite where the noise is in another space than the message."""
+    if query.noise_in != "code":
+        return math.inf
+    noise_std = permit.noise_multiplier * query.clip_l2
+    longest = query.clip_l2 + noise_std * (math.sqrt(query.wire.code_size) + _TAIL)
+    return longest * (1 + 1e-6) + _rounding(query.wire, longest)
+
+
+def _rounding(wire: WireFormat, longest: float) -> float:
+    """How much longer a code becomes on an integer wire: by less than one level in each value."""
+    if wire.dtype in ("float32", "float16"):
+        return 0.0
+    return longest * math.sqrt(wire.code_size) / wire.top

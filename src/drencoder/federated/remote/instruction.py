@@ -1,0 +1,221 @@
+"""What a query frame says, and what its answer says: plain facts, checked as they are read.
+
+Legend: D adapter values.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from typing import Any, final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.errors import CodeError
+from drencoder.federated.query import Origin
+from drencoder.models.adapter_layout import Segment
+
+__all__ = [
+    "Answer",
+    "Instruction",
+    "Refusal",
+    "adapter_bytes",
+    "adapter_of",
+    "encoder_bytes",
+    "encoder_of",
+    "fingerprint",
+]
+
+
+class Refusal(IntEnum):
+    """Why a site does not answer. The number travels and nothing else does."""
+
+    NONE = 0
+    FOREIGN = 1
+    RECIPE = 2
+    RUN = 3
+    PLAN = 4
+    CLIENTS = 5
+    ANSWERED = 6
+    ADAPTER = 7
+    ENCODER_NEEDED = 8
+    ENCODER = 9
+    CLIP = 10
+    STORAGE = 11
+    FAILED = 12
+    APP = 13
+    ROSTER = 14
+    ROUND = 15
+    SECURE = 16
+    VOID = 17
+
+    @property
+    def words(self) -> str:
+        """For the server's log."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Refusal.NONE: "answered",
+    Refusal.FOREIGN: "cannot read the message: another version, or damaged",
+    Refusal.RECIPE: "has another recipe",
+    Refusal.RUN: "belongs to another run: a new run needs a new --state folder there",
+    Refusal.PLAN: "has another plan: trust, noise multiplier, kind of noise or slot",
+    Refusal.CLIENTS: "does not host these clients",
+    Refusal.ANSWERED: "has answered this slot already",
+    Refusal.ADAPTER: "got an adapter of another size, or one that is not finite",
+    Refusal.ENCODER_NEEDED: "needs the encoder",
+    Refusal.ENCODER: "cannot build the encoder, or builds another one",
+    Refusal.CLIP: "got an impossible clip norm",
+    Refusal.STORAGE: "cannot write its ledger",
+    Refusal.FAILED: "failed",
+    Refusal.APP: "allows no other app than drencoder's own",
+    Refusal.ROSTER: "has pinned other node keys: its --roster and the server's --nodes must be the same",
+    Refusal.ROUND: "is not in this round: it was started again, or has refused before",
+    Refusal.SECURE: "found a message of secure aggregation that an honest node must not answer",
+    Refusal.VOID: "counts too few nodes or clients: the round is void",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Instruction:
+    """A query frame's head: which question, to which clients, under which charge.
+
+    `nonce` names this message; its answer repeats it. `encoder` is the fingerprint of the second part, which is left out where
+    the site has it. `wire` is (value type, code size, encoder tag) of the messages that the server expects.
+
+    Secure aggregation only: `counts` is how many clients of the cohort each node of the roster hosts, `roster` the digest of the
+    nodes' keys, `request` the first stage's in hex.
+    """
+
+    nonce: str
+    run: str
+    slot: int
+    attempt: int
+    kind: str
+    trust: str
+    noise: str
+    noise_multiplier: float
+    clip_l2: float
+    follower_clip: float
+    clients: tuple[int, ...]
+    encoder: str
+    wire: tuple[str, int, int]
+    counts: tuple[int, ...] = ()
+    roster: str = ""
+    request: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is a question; else the server asks only whether the site is there."""
+        return bool(self.clients or self.counts)
+
+    def head(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, head: Mapping[str, Any]) -> "Instruction":
+        """Raises CodeError unless the head has exactly these fields with values of these types."""
+        wire, clients, counts = head.get("wire"), head.get("clients"), head.get("counts")
+        if set(head) != {field.name for field in fields(cls)} or not isinstance(wire, list) or len(wire) != 3:
+            raise CodeError("a query's head lacks fields or has others")
+        texts = [head[key] for key in ("nonce", "run", "kind", "trust", "noise", "encoder", "roster", "request")] + [
+            wire[0]
+        ]
+        numbers = [head["slot"], head["attempt"], *wire[1:]]
+        scales = [head[key] for key in ("noise_multiplier", "clip_l2", "follower_clip")]
+        if not (
+            all(isinstance(text, str) and len(text) <= 128 for text in texts)
+            and all(map(_is_count, numbers))
+            and all(isinstance(scale, (int, float)) and not isinstance(scale, bool) for scale in scales)
+            and isinstance(clients, list)
+            and all(map(_is_count, clients))
+            and len(set(clients)) == len(clients)
+            and isinstance(counts, list)
+            and all(map(_is_count, counts))
+        ):
+            raise CodeError("a query's head has a field of the wrong type")
+        return cls(**{**head, "wire": tuple(wire), "clients": tuple(clients), "counts": tuple(counts)})
+
+
+@final
+@dataclass(frozen=True)
+class Answer:
+    """A query answer's head. The messages are the frame's first part, one after the other, as many as clients; under secure
+    aggregation the first part is the node's answer to a stage.
+
+    `nonfinite` is 0 under local trust, where the server must not learn it.
+    """
+
+    nonce: str
+    refusal: int
+    clients: tuple[int, ...] = ()
+    nonfinite: int = 0
+
+    def head(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, head: Mapping[str, Any]) -> "Answer":
+        """Raises CodeError unless the head has exactly these fields with values of these types."""
+        clients = head.get("clients")
+        if (
+            set(head) != {field.name for field in fields(cls)}
+            or not isinstance(head["nonce"], str)
+            or not isinstance(clients, list)
+            or not all(map(_is_count, [head["refusal"], head["nonfinite"], *clients]))
+        ):
+            raise CodeError("an answer's head lacks fields or has one of the wrong type")
+        return cls(head["nonce"], head["refusal"], tuple(clients), head["nonfinite"])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def adapter_bytes(adapter_D: Tensor) -> bytes:
+    """(D,) as float32, little-endian."""
+    return adapter_D.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
+
+
+def adapter_of(data: bytes, size: int) -> Tensor:
+    """(D,) float32; CodeError unless there are `size` values, all finite."""
+    if len(data) != 4 * size:
+        raise CodeError(f"an adapter of {len(data)} bytes where {4 * size} were expected")
+    values_D = np.frombuffer(data, dtype="<f4").astype(np.float32)
+    if not np.isfinite(values_D).all():
+        raise CodeError("an adapter that is not finite")
+    return torch.from_numpy(values_D)
+
+
+def encoder_bytes(origin: Origin) -> bytes:
+    """What the encoder of a round is made from: its tensors, and the prior as JSON in the file's header."""
+    prior = json.dumps(origin.prior.to_dict() if origin.prior else None)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in origin.encoder_state.items()}
+    return save(tensors, metadata={"prior": prior})
+
+
+def encoder_of(data: bytes, segments: tuple[Segment, ...]) -> tuple[GaussianPrior | None, dict[str, Tensor]]:
+    """The inverse; CodeError if the bytes are nothing of the kind, or hold values that are not finite."""
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        prior = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["prior"])
+        made = None if prior is None else GaussianPrior.from_dict(prior, segments)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        raise CodeError("an encoder that cannot be read") from None
+    if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors.values()):
+        raise CodeError("an encoder that is not finite")
+    return made, tensors
+
+
+def fingerprint(data: bytes) -> str:
+    """SHA-256 in hex; "" of nothing."""
+    return hashlib.sha256(data).hexdigest() if data else ""

@@ -1,0 +1,278 @@
+"""The clients' side: one machine that answers for some clients, and what it refuses to answer.
+
+A site trusts its own recipe and its own ledger. From the server it takes the adapter, the encoder and, where the clip follows
+the codes' norms, the clip: all three are used before the clip and the noise, so whatever they are, what leaves is bounded and
+noised as the site's own plan says. It answers with messages that its ledger has charged, or with a number that says why not.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from drencoder.encoders.contract import Encoder
+from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.errors import (
+    ArtifactError,
+    CodeError,
+    DrencoderError,
+    EngineError,
+    PrivacyError,
+    SecureError,
+    VoidRoundError,
+)
+from drencoder.federated.adaptive_clip import ClipFollower
+from drencoder.federated.engine import RunComponents
+from drencoder.federated.in_process import LocalEngine
+from drencoder.federated.query import CohortQuery, Upload, gradient_query, moment_query, update_query
+from drencoder.federated.remote.agreement import ClientSet, agreement
+from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
+from drencoder.federated.remote.instruction import Answer, Instruction, Refusal, adapter_of, encoder_of, fingerprint
+from drencoder.federated.remote.seat import Seat
+from drencoder.federated.secure_round import round_settings
+from drencoder.privacy.ledger import Permit
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.privacy.site_ledger import AnsweredError, ForeignRunError, SiteLedger
+from drencoder.secure_aggregation.messages import Stage
+
+__all__ = ["Site"]
+
+_SAME = 1e-6  # relative; two calibrations of one plan differ by rounding only
+_ENCODER_SLACK = 1 << 20  # bytes of names and of the prior
+_PATH_FACTOR = 64  # an encoder may have this many times the adapter's bytes
+
+
+class _RefusedError(Exception):
+    def __init__(self, code: Refusal) -> None:
+        super().__init__(code.words)
+        self.code = code
+
+
+@final
+class Site:
+    """Answers frames. `seat` is for secure aggregation, and needed there. `say` takes lines for the site's own log: slots and counts, never text of a client.
+
+    Raises PrivacyError at birth if the recipe's plan has less noise than `min_noise` (all trust but central).
+    """
+
+    def __init__(
+        self,
+        live: RunComponents,
+        hosted: ClientSet,
+        ledger: SiteLedger,
+        *,
+        min_noise: float = 0.0,
+        seat: Seat | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        plan = live.plan
+        weakest = min(_noise_multiplier(plan, slot) for slot in plan.slots)
+        if plan.capped and weakest < min_noise:
+            raise PrivacyError(
+                f"The recipe's noise multiplier at this site is {weakest:.4g}, below --min-noise {min_noise:.4g}: do not take "
+                "part, or lower --min-noise."
+            )
+        if (plan.trust == "secure-aggregation") != (seat is not None):
+            raise EngineError("secure aggregation needs a seat at its table, and other trust has none: see Seat.open.")
+        self._live, self._hosted, self._ledger, self._say = live, hosted, ledger, say
+        self._recipe, self._seat = agreement(live.recipe), seat
+        self._clients = frozenset(hosted.clients)
+        self._encoder_name = ""
+        self._encoder: Encoder | None = None
+        self._prior: GaussianPrior | None = None
+
+    @property
+    def hosted(self) -> ClientSet:
+        """The clients that this site answers for."""
+        return self._hosted
+
+    def answer(self, data: bytes) -> bytes:
+        """The answer to any bytes; never raises, and never says more about a failure than its number."""
+        nonce = ""
+        try:
+            if data[5:6] == bytes([Kind.HELLO]):
+                return self._hello(data)
+            if data[5:6] == bytes([Kind.STAGE]):
+                return self._staged(data)
+            frame = self._frame(data, Kind.QUERY)
+            instruction = _instruction(frame)
+            nonce = instruction.nonce
+            return self._queried(frame, instruction)
+        except _RefusedError as refused:
+            return self._refuse(nonce, refused.code)
+        except CodeError:
+            return self._refuse(nonce, Refusal.FOREIGN)
+        except VoidRoundError:
+            return self._refuse(nonce, Refusal.VOID)
+        except SecureError as error:
+            self._say(str(error))  # of nodes and keys, never of a client's text
+            return self._refuse(nonce, Refusal.SECURE)
+        except Exception as error:
+            # The text of an exception may quote a client's: it stays, even out of this site's log.
+            self._say(f"failed: {type(error).__name__}")
+            return self._refuse(nonce, Refusal.FAILED)
+
+    def _refuse(self, nonce: str, code: Refusal) -> bytes:
+        if code != Refusal.ENCODER_NEEDED:
+            self._say(f"refused: {code.words}")
+        return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, Answer(nonce, code).head()))
+
+    def _frame(self, data: bytes, kind: Kind) -> Frame:
+        adapter = 4 * self._live.lora.layout.size
+        frame = unpack_frame(data, kind, first=adapter, second=_PATH_FACTOR * adapter + _ENCODER_SLACK)
+        if frame.recipe != self._recipe:
+            raise _RefusedError(Refusal.RECIPE)
+        return frame
+
+    def _hello(self, data: bytes) -> bytes:
+        """Which clients are here. The head's nonce comes back."""
+        frame = self._frame(data, Kind.HELLO)
+        head = {"nonce": str(frame.head.get("nonce", ""))[:128], "clients": str(self._hosted)}
+        return pack_frame(Frame(Kind.HELLO_ANSWER, self._recipe, head))
+
+    def _queried(self, frame: Frame, asked: Instruction) -> bytes:
+        """Checks everything, charges, and only then lets the clients compute."""
+        if not asked.asks:  # the server only asks whether this site is there
+            return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, Answer(asked.nonce, Refusal.NONE).head()))
+        self._check_plan(asked)
+        if not set(asked.clients) <= self._clients:
+            raise _RefusedError(Refusal.CLIENTS)
+        try:
+            adapter_D = adapter_of(frame.first, self._live.lora.layout.size)
+        except CodeError:
+            raise _RefusedError(Refusal.ADAPTER) from None
+        query = self._query(frame, asked)
+        if self._seat is not None:
+            return self._begun(self._seat, query, adapter_D, asked)
+        permit = self._charge(asked)
+        uploads = []
+        for upload in self._live.engine.gather(query, adapter_D, asked.clients, permit, self._live.noise()):
+            assert isinstance(upload, Upload)
+            uploads.append(upload)
+        messages = b"".join(message for upload in uploads for message in upload.messages)
+        nonfinite = sum(upload.nonfinite for upload in uploads)
+        self._say(f"slot {asked.slot}: {len(asked.clients)} clients answered, {len(messages):,} bytes")
+        answer = Answer(asked.nonce, Refusal.NONE, asked.clients, nonfinite)
+        return self._sent(answer, messages)
+
+    # --- secure aggregation -------------------------------------------------------------------
+
+    def _begun(self, seat: Seat, query: CohortQuery, adapter_D: Tensor, asked: Instruction) -> bytes:
+        """The first stage. The clients train when their sum is asked for, three stages on."""
+        if asked.roster != seat.roster.digest:
+            raise _RefusedError(Refusal.ROSTER)
+        if len(asked.counts) != len(seat.roster.keys) or asked.counts[seat.number] != len(asked.clients):
+            raise _RefusedError(Refusal.CLIENTS)
+        try:
+            request = bytes.fromhex(asked.request)
+        except ValueError:
+            raise CodeError("a request that is not hexadecimal") from None
+        # First the charge: a node that does not exist cannot sign anything twice.
+        permit, engine = self._charge(asked), self._live.engine
+        assert isinstance(engine, LocalEngine)
+        settings = round_settings(query, permit, asked.counts, seat.roster.keys, seat.threshold)
+        share_of = engine.share_of(query, adapter_D, permit, self._live.noise())
+        answer = seat.begin(asked.nonce, settings, asked.clients, engine.parallel, share_of, request)
+        self._say(f"slot {asked.slot}: takes part with {len(asked.clients)} clients")
+        return self._sent(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
+
+    def _staged(self, data: bytes) -> bytes:
+        """A later stage: bytes of the open round to its node, and the node's answer."""
+        if self._seat is None:
+            raise _RefusedError(Refusal.PLAN)
+        frame = unpack_frame(data, Kind.STAGE, first=self._seat.longest_request, second=0)
+        nonce, number = frame.head.get("nonce"), frame.head.get("stage")
+        if frame.recipe != self._recipe:
+            raise _RefusedError(Refusal.RECIPE)
+        if not isinstance(nonce, str) or not self._seat.knows(nonce):
+            raise _RefusedError(Refusal.ROUND)
+        if number not in tuple(Stage):
+            raise CodeError("a stage that there is none of")
+        return self._sent(Answer(nonce, Refusal.NONE), self._seat.answer(Stage(number), frame.first))
+
+    def _sent(self, answer: Answer, first: bytes) -> bytes:
+        return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, answer.head(), first=first))
+
+    # --- checks -------------------------------------------------------------------------------
+
+    def _check_plan(self, asked: Instruction) -> None:
+        plan = self._live.plan
+        if asked.slot not in plan.slots or (asked.trust, asked.noise) != (plan.trust, plan.noise):
+            raise _RefusedError(Refusal.PLAN)
+        own = _noise_multiplier(plan, asked.slot)
+        if not abs(asked.noise_multiplier - own) <= _SAME * own:
+            raise _RefusedError(Refusal.PLAN)
+        if bool(asked.counts) != (self._seat is not None):
+            raise _RefusedError(Refusal.PLAN)
+        if not 0 < asked.clip_l2 < math.inf or not 0 <= asked.follower_clip < math.inf:
+            raise _RefusedError(Refusal.CLIP)
+
+    def _charge(self, asked: Instruction) -> Permit:
+        try:
+            return self._ledger.charge(asked.run, asked.slot, asked.attempt, asked.clients)
+        except ForeignRunError:
+            raise _RefusedError(Refusal.RUN) from None
+        except AnsweredError:
+            raise _RefusedError(Refusal.ANSWERED) from None
+        except ArtifactError as error:
+            print(f"drencoder: {error}", file=sys.stderr)  # of this site's disk, not of a client's text
+            raise _RefusedError(Refusal.STORAGE) from None
+
+    def _query(self, frame: Frame, asked: Instruction) -> CohortQuery:
+        """The server's query made again from this site's recipe; refused unless its messages are what the server expects."""
+        recipe, layout = self._live.recipe, self._live.lora.layout
+        if (asked.kind == "update") != (asked.slot > 0):
+            raise _RefusedError(Refusal.PLAN)
+        if asked.kind == "update":
+            encoder = self._current_encoder(frame, asked)
+            query = update_query(encoder, recipe, asked.slot, self._follower(asked), self._prior)
+        elif asked.kind == "moments" and recipe.prior.source == "moments":
+            query = moment_query(layout.segments, recipe.prior)
+        elif asked.kind == "gradients" and recipe.prior.source == "gradients":
+            query = gradient_query(layout.size, recipe.prior)
+        else:
+            raise _RefusedError(Refusal.PLAN)
+        if (query.wire.dtype, query.wire.code_size, query.wire.encoder_tag) != asked.wire:
+            raise _RefusedError(Refusal.ENCODER)
+        if not math.isclose(query.clip_l2, asked.clip_l2, rel_tol=_SAME):
+            raise _RefusedError(Refusal.CLIP)
+        return query
+
+    def _follower(self, asked: Instruction) -> ClipFollower | None:
+        privacy = self._live.recipe.privacy
+        if privacy.clip == "fixed":
+            return None
+        if asked.follower_clip == 0:
+            raise _RefusedError(Refusal.CLIP)
+        return ClipFollower(asked.follower_clip, privacy.clip_quantile, privacy.clip_rate)
+
+    def _current_encoder(self, frame: Frame, asked: Instruction) -> Encoder:
+        """The encoder that the instruction names: the one of the last round, or made from the second part."""
+        if self._encoder is not None and asked.encoder == self._encoder_name:
+            return self._encoder
+        if not frame.second:
+            raise _RefusedError(Refusal.ENCODER_NEEDED)
+        if fingerprint(frame.second) != asked.encoder:
+            raise _RefusedError(Refusal.ENCODER)
+        try:
+            self._prior, state = encoder_of(frame.second, self._live.lora.layout.segments)
+            self._encoder = self._live.encoder(self._prior, state)
+        except (DrencoderError, KeyError, RuntimeError, ValueError, torch.OutOfMemoryError):
+            raise _RefusedError(Refusal.ENCODER) from None
+        self._encoder_name = asked.encoder
+        return self._encoder
+
+
+def _noise_multiplier(plan: PrivacyPlan, slot: int) -> float:
+    """What the plan charges for; 0 for a stage without noise."""
+    return plan.stage1_noise_multiplier if slot == 0 else plan.noise_multiplier
+
+
+def _instruction(frame: Frame) -> Instruction:
+    try:
+        return Instruction.of(frame.head)
+    except (KeyError, TypeError):
+        raise CodeError("a query's head lacks fields") from None

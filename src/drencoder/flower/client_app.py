@@ -1,0 +1,110 @@
+"""The ClientApp: Flower's messages to a `Site` and back. Name `drencoder.flower.client_app:app` in your pyproject.toml.
+
+It reads the site's settings from the node's own configuration (`flower-supernode --node-config`), never from the run's, which
+the server writes: `recipe` (a file, or the name of a shipped one), `clients` (`0-9,12` or `1/3`; default
+`partition-id/num-partitions`), `data` (default: the recipe's), `state` (folder of the site's ledger) and `min-noise`.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from drencoder.errors import DrencoderError, RecipeError
+from drencoder.federated.remote.agreement import ClientSet, agreement
+from drencoder.federated.remote.frames import Frame, Kind, pack_frame
+from drencoder.federated.remote.instruction import Answer, Refusal
+from drencoder.federated.remote.roster import is_secure
+from drencoder.federated.remote.seat import Seat
+from drencoder.federated.remote.site import Site
+from drencoder.flower.transport import payload_of, with_payload
+from drencoder.privacy.site_ledger import SiteLedger
+from drencoder.recipe.recipe import load_recipe
+from drencoder.runs.build import Live, SiteText, build_site
+
+__all__ = ["answering", "app", "open_site"]
+
+
+def answering(site_of: Callable[[Context], Site]) -> ClientApp:
+    """A ClientApp that hands every message to the site of its node. No exception passes: its text would reach the server."""
+    made = ClientApp()
+
+    @made.query()
+    def ask(message: Message, context: Context) -> Message:
+        try:
+            answer = site_of(context).answer(payload_of(message.content))
+        except DrencoderError as error:
+            print(f"drencoder: {error}", file=sys.stderr)
+            answer = _failed()
+        except Exception as error:
+            print(f"drencoder: {type(error).__name__}", file=sys.stderr)
+            answer = _failed()
+        return Message(with_payload(answer), reply_to=message)
+
+    return made
+
+
+def _failed() -> bytes:
+    return pack_frame(Frame(Kind.QUERY_ANSWER, bytes(32), Answer("", Refusal.FAILED).head()))
+
+
+def open_site(
+    recipe: str | None,
+    clients: str,
+    *,
+    data: str | None,
+    state: str | Path,
+    min_noise: float = 0.0,
+    key: Path | None = None,
+    roster: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Site:
+    """Loads a site: base model, its clients' text, its ledger in the folder `state`. Secure aggregation needs its private `key`
+    and takes the nodes' public keys from `roster` (default: the file of that name beside the key).
+
+    Raises:
+      DrencoderError: any of them cannot be had.
+    """
+    wanted = load_recipe(recipe)
+    hosted = ClientSet.parse(clients, wanted.federation.population)
+    seat = Seat.open(wanted, key, roster) if is_secure(wanted) else None
+    live = _live(wanted.to_toml(), recipe, None if data is None else SiteText(data, hosted.clients))
+    ledger = SiteLedger.open(Path(state) / "site.jsonl", agreement(wanted).hex(), live.plan)
+    return Site(live, hosted, ledger, min_noise=min_noise, seat=seat, say=say)
+
+
+@lru_cache(maxsize=1)
+def _live(resolved: str, recipe: str | None, own: SiteText | None) -> Live:
+    """One copy of the base model for all the sites that a process simulates; `resolved` tells a changed file."""
+    return build_site(load_recipe(recipe), own)
+
+
+_SITES: dict[tuple[str, ...], Site] = {}
+
+
+def _configured(context: Context) -> Site:
+    """The site of a node, by its configuration; loaded once in a process."""
+    settings = context.node_config
+    shared = "partition-id" in settings and "num-partitions" in settings
+    clients = str(settings.get("clients", f"{settings['partition-id']}/{settings['num-partitions']}" if shared else ""))
+    if not clients or "state" not in settings:
+        raise RecipeError(
+            'the node\'s configuration lacks clients or state: start it with --node-config \'clients="0-9" state="FOLDER"\'.'
+        )
+    recipe, data = settings.get("recipe"), settings.get("data")
+    key = (str(recipe), clients, str(data), str(settings["state"]))
+    if key not in _SITES:
+        _SITES[key] = open_site(
+            None if recipe is None else str(recipe),
+            clients,
+            data=None if data is None else str(data),
+            state=str(settings["state"]),
+            min_noise=float(settings.get("min-noise", 0.0)),
+        )
+    return _SITES[key]
+
+
+app = answering(_configured)

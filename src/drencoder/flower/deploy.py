@@ -1,0 +1,269 @@
+"""`drencoder server` and `drencoder client`: Flower's processes around a run, and around a site."""
+
+import contextlib
+import secrets
+import shutil
+import signal
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import httpx
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from drencoder.errors import ArtifactError, EngineError
+from drencoder.federated.remote.roster import named_keys
+from drencoder.federated.remote.site import Site
+from drencoder.flower.client_app import answering
+from drencoder.flower.processes import Child, free_port
+from drencoder.flower.server_app import ServerOptions, serve
+from drencoder.flower.superlink import COUNTS, check_version
+from drencoder.flower.supernode import POLL
+from drencoder.flower.tasks import TaskOffice, app_bundle, app_digest
+from drencoder.runs import run as experiment
+
+__all__ = ["ServerPlace", "SitePlace", "run_server", "run_site"]
+
+_START_TIMEOUT = 120.0
+_POLL = 0.1
+_PAUSES = (1.0, 2.0, 5.0, 10.0)  # s between two starts of a SuperNode that ends by itself
+_UNKNOWN_KEY = "code: 2004"
+
+
+@final
+@dataclass(frozen=True)
+class ServerPlace:
+    """Where the server listens and who may come: TLS files of `certificates`, name -> public key of each node."""
+
+    certificates: Path
+    nodes: Mapping[str, bytes]
+    host: str = "127.0.0.1"
+    port: int = 8443
+    log: Path = Path("superlink.log")
+
+    def __post_init__(self) -> None:
+        for name in ("ca.crt", "server.crt", "server.key"):
+            if not (self.certificates / name).is_file():
+                raise ArtifactError(f"{self.certificates} has no {name}: make the files with drencoder certs.")
+
+    @property
+    def local(self) -> str:
+        """How this machine reaches it."""
+        return f"{'127.0.0.1' if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
+
+
+def run_server(options: ServerOptions, place: ServerPlace) -> experiment.RunResult:
+    """Starts the SuperLink, lets the nodes in, and runs (or resumes) in this process.
+
+    Raises:
+      DrencoderError: the port is taken, a file is missing, too few nodes come, or the run itself is refused.
+    """
+    check_version()
+    options = replace(options, keys=named_keys(options.wanted, place.nodes))
+    with _workplace() as (work, secret), _superlink(place, work, secret) as authority:
+        run = _started(place, authority)
+        office = TaskOffice(place.local, secret, authority)
+        token = _first_task(office, run)
+        try:
+            with office.server_task(token) as grid:
+                return serve(grid, options)
+        except httpx.HTTPError:
+            raise EngineError(
+                f"the SuperLink ended in the middle of the run (its log is {place.log}): go on with --resume {options.out}."
+            ) from None
+
+
+@contextlib.contextmanager
+def _workplace() -> Iterator[tuple[Path, bytes]]:
+    """A private folder for Flower's files and the secret that its tasks are guarded with; gone afterwards."""
+    work = Path(tempfile.mkdtemp(prefix="drencoder-"))
+    secret = secrets.token_bytes(32)
+    (work / "secret").touch(mode=0o600)
+    (work / "secret").write_bytes(secret)
+    try:
+        yield work, secret
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _superlink(place: ServerPlace, work: Path, secret: bytes) -> Iterator[bytes]:
+    """A running SuperLink; yields the authority's certificate. It keeps everything in memory: no update is on its disk."""
+    files = place.certificates
+    arguments = [
+        "--host", place.host, "--port", str(place.port), "--ssl-ca-certfile", str(files / "ca.crt"),
+        "--ssl-certfile", str(files / "server.crt"), "--ssl-keyfile", str(files / "server.key"),
+        "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+        "--isolation", "process", "--superexec-auth-secret-file", str(work / "secret"),
+    ]  # fmt: skip
+    child = Child(
+        "drencoder.flower.superlink",
+        arguments,
+        home=work / "flwr",
+        log=place.log,
+        extra={COUNTS: str(place.log.with_name("requests.json"))},
+    )
+    try:
+        trust = ssl.create_default_context(cafile=str(files / "ca.crt"))
+        end = time.monotonic() + _START_TIMEOUT
+        while not _healthy(place.local, trust):
+            if child.ended() is not None or time.monotonic() > end:
+                raise EngineError(_why_no_superlink(place, child))
+            time.sleep(_POLL)
+        if child.ended() is not None:  # another server answered on this port
+            raise EngineError(_why_no_superlink(place, child))
+        yield (files / "ca.crt").read_bytes()
+    finally:
+        child.stop(signal.SIGKILL)
+
+
+def _healthy(address: str, trust: ssl.SSLContext) -> bool:
+    try:
+        return httpx.get(f"https://{address}/health", verify=trust, timeout=2.0).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _why_no_superlink(place: ServerPlace, child: Child) -> str:
+    if "in use" in child.said():
+        return f"{place.host}:{place.port} is in use by another program: give another --port, or stop that one."
+    return f"the SuperLink did not start on {place.host}:{place.port}: its log is {place.log}."
+
+
+def _started(place: ServerPlace, authority: bytes) -> int:
+    """Registers the nodes' keys and starts the run; its number. Both go over the loopback, where the guard lets them."""
+    control = ControlHttpClient.from_server_address(
+        place.local,
+        insecure=False,
+        root_certificates=str(place.certificates / "ca.crt"),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+    )
+    try:
+        for name, key in place.nodes.items():
+            control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+        bundle = app_bundle()
+        return int(control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(app_digest(bundle), bundle, {})))).run_id)
+    finally:
+        control.close()
+
+
+def _first_task(office: TaskOffice, run: int) -> str:
+    end = time.monotonic() + _START_TIMEOUT
+    while time.monotonic() < end:
+        token = office.acquire("flwr-serverapp")
+        if token is not None:
+            return token
+        time.sleep(_POLL)
+    raise EngineError(f"the SuperLink did not hand out run {run} within {_START_TIMEOUT:.0f} s: start again.")
+
+
+# --- a site ----------------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True)
+class SitePlace:
+    """Where a site finds the server (`HOST:PORT`), whom it believes (`root`), and its own key and folder."""
+
+    server: str
+    root: Path
+    key: Path
+    state: Path
+    poll: float = 0.5
+
+    def check(self) -> None:
+        """Refuses what can be seen to be wrong before the model is loaded.
+
+        Raises:
+          ArtifactError: a file is missing.
+          EngineError: the server's certificate was not made by the authority in `root`, or is for another name.
+        """
+        for path, what in ((self.root, "certificate of the authority"), (self.key, "node's private key")):
+            if not path.is_file():
+                raise ArtifactError(f"{path} is not there: give the {what} that drencoder certs made.")
+        host, colon, port = self.server.rpartition(":")
+        if not colon or not host or not port.isdigit():
+            raise EngineError(f"--server {self.server!r} is not HOST:PORT: write, say, drencoder.example.org:8443.")
+        try:
+            trust = ssl.create_default_context(cafile=str(self.root))
+        except ssl.SSLError:
+            raise ArtifactError(f"{self.root} is not a certificate: give the authority's ca.crt.") from None
+        try:
+            httpx.get(f"https://{self.server}/health", verify=trust, timeout=5.0)
+        except httpx.HTTPError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise EngineError(
+                    f"the server at {self.server} shows a certificate that {self.root} did not sign, or one for another "
+                    "name: check --root and --server; do not go on if neither is wrong."
+                ) from None
+            print(f"the server at {self.server} does not answer yet: waiting for it", file=sys.stderr)
+
+
+def run_site(site: Site, place: SitePlace) -> None:
+    """Answers the server's questions until it is stopped. Comes back after losing the server, or its own SuperNode.
+
+    Raises:
+      EngineError: a SuperNode cannot be started at all.
+    """
+    check_version()
+    app, allowed = answering(lambda _: site), frozenset({app_digest(app_bundle())})
+    with _workplace() as (work, secret):
+        port, starts, since = free_port(), 0, time.monotonic()
+        office = TaskOffice(f"127.0.0.1:{port}", secret)
+        node = _supernode(place, work, port)
+        try:
+            while True:
+                if node.ended() is not None:
+                    _say_why(node, place)
+                    starts = 0 if time.monotonic() - since > 120 else min(starts + 1, len(_PAUSES) - 1)
+                    time.sleep(_PAUSES[starts])
+                    since, node = time.monotonic(), _supernode(place, work, port)
+                try:
+                    token = office.acquire("flwr-clientapp")
+                    if token is not None:
+                        office.client_task(token, app, allowed)
+                        continue
+                except httpx.TransportError:
+                    time.sleep(0.5)  # the SuperNode is starting
+                except Exception as error:
+                    # The run was stopped, or the message is gone: a site outlives both.
+                    print(f"a message was lost: {type(error).__name__}", file=sys.stderr)
+                    time.sleep(1.0)
+                time.sleep(_POLL)
+        finally:
+            node.stop()
+
+
+def _supernode(place: SitePlace, work: Path, port: int) -> Child:
+    arguments = [
+        "--superlink", place.server, "--root-certificates", str(place.root), "--auth-supernode-private-key", str(place.key),
+        "--host", "127.0.0.1", "--port", str(port),
+        "--isolation", "process", "--superexec-auth-secret-file", str(work / "secret"),
+    ]  # fmt: skip
+    return Child(
+        "drencoder.flower.supernode",
+        arguments,
+        home=work / "flwr",
+        log=place.state / "supernode.log",
+        extra={POLL: str(place.poll)},
+    )
+
+
+def _say_why(node: Child, place: SitePlace) -> None:
+    if _UNKNOWN_KEY in node.said():
+        print(
+            f"{place.server} does not let this key in: it is not among the server's --nodes, or the server still counts an "
+            "earlier start of this site as online (for up to a minute). Trying again.",
+            file=sys.stderr,
+        )
+    else:
+        print(f"the connection ended (exit code {node.ended()}), starting it again", file=sys.stderr)

@@ -1,0 +1,181 @@
+"""Certificates and node keys. The one door to the cryptography library in this engine. No torch.
+
+::
+
+    DIR/ca.crt, ca.key           the authority that all of one federation believe; keep ca.key off the server afterwards
+    DIR/server.crt, server.key   for the server
+    DIR/nodes/node0.pub ...      for the server: whom it lets in
+    DIR/node0/key, key.pub, ca.crt, clients, roster    for the site: its key, whom it believes, which clients it answers for,
+                                 and all nodes' keys, against which it checks the others under secure aggregation
+
+TLS keys are ECDSA P-256, node keys ECDSA P-384 in OpenSSH's format, which is what Flower takes. Private keys are written with
+mode 0600 and never leave the machine that makes them but by your hand.
+"""
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from drencoder.errors import ArtifactError, RecipeError
+from drencoder.runs.run_folder import storing
+
+__all__ = ["make_certificates", "node_public_keys"]
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
+
+
+def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: int = 825) -> list[Path]:
+    """Writes a new authority, a server certificate for `hosts` (names or addresses) and the loopback, and `nodes` keys.
+
+    Returns the files in the order of the module's table.
+
+    Raises:
+      ArtifactError: the folder holds something already, or cannot be written.
+      RecipeError: `nodes` or `days` is below 1, or a host is empty.
+    """
+    if nodes < 1 or days < 1:
+        raise RecipeError(f"--nodes {nodes} and --days {days} must both be at least 1.")
+    if not all(host.strip() for host in hosts):
+        raise RecipeError("--host '' names no host: give a DNS name or an IP address of the server.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(
+            f"{folder} is already there: name another folder, or remove it if its keys are in use nowhere."
+        )
+    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    root = _root(authority, days)
+    issued = _issued(server, root, authority, [*hosts, *_LOOPBACK], days)
+    written = [
+        _write(folder / "ca.crt", root.public_bytes(serialization.Encoding.PEM), 0o644),
+        _write(folder / "ca.key", _pem(authority), 0o600),
+        _write(folder / "server.crt", issued.public_bytes(serialization.Encoding.PEM), 0o644),
+        _write(folder / "server.key", _pem(server), 0o600),
+    ]
+    keys = [ec.generate_private_key(ec.SECP384R1()) for _ in range(nodes)]
+    openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    roster = b"".join(key.public_key().public_bytes(*openssh) + b"\n" for key in keys)
+    for node, key in enumerate(keys):
+        public = key.public_key().public_bytes(*openssh)
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+        own = folder / f"node{node}"
+        written += [
+            _write(folder / "nodes" / f"node{node}.pub", public + b"\n", 0o644),
+            _write(own / "key", private, 0o600),
+            _write(own / "key.pub", public + b"\n", 0o644),
+            _write(own / "ca.crt", root.public_bytes(serialization.Encoding.PEM), 0o644),
+            _write(own / "clients", f"{node}/{nodes}\n".encode(), 0o644),
+            _write(own / "roster", roster, 0o644),
+        ]
+    return written
+
+
+def node_public_keys(where: Path) -> dict[str, bytes]:
+    """Name -> public key (PEM, as Flower's control API takes it) of every .pub file in a folder, or of one file.
+
+    Raises:
+      ArtifactError: there is none, one is not an ECDSA key on a NIST curve, or two are the same.
+    """
+    files = sorted(where.glob("*.pub")) if where.is_dir() else [where]
+    if not files:
+        raise ArtifactError(f"{where} holds no .pub file: give the folder with the nodes' public keys.")
+    found: dict[str, bytes] = {}
+    for file in files:
+        try:
+            key = serialization.load_ssh_public_key(file.read_bytes())
+        except OSError as error:
+            raise ArtifactError(f"{file} cannot be read ({error.strerror}): give the nodes' public keys.") from None
+        except (ValueError, UnsupportedAlgorithm):
+            raise ArtifactError(f"{file} is not an OpenSSH public key: make one with drencoder certs.") from None
+        if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
+            raise ArtifactError(f"{file} is not an ECDSA key on a NIST curve: make one with drencoder certs.")
+        pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        if pem in found.values():
+            raise ArtifactError(f"{file} is the key of another node too: give every node a key of its own.")
+        found[file.stem] = pem
+    return found
+
+
+def _root(key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "drencoder federation")])
+    usage = _usage(signs=True)
+    return (
+        _begun(name, name, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _issued(
+    key: ec.EllipticCurvePrivateKey,
+    root: x509.Certificate,
+    authority: ec.EllipticCurvePrivateKey,
+    hosts: Sequence[str],
+    days: int,
+) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "drencoder server")])
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    return (
+        _begun(name, root.subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(
+            x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)]), critical=False
+        )
+        .add_extension(_usage(signs=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(issuer, critical=False)
+        .sign(authority, hashes.SHA256())
+    )
+
+
+def _begun(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+    start = datetime.now(UTC) - timedelta(minutes=5)  # clocks differ
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*, signs: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
+        key_agreement=False, key_cert_sign=signs, crl_sign=signs, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, data: bytes, mode: int) -> Path:
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+    return path

@@ -1,0 +1,95 @@
+"""The ServerApp: a whole run of drencoder over a Flower grid. Name `drencoder.flower.server_app:app` in your pyproject.toml.
+
+The run's configuration (`[tool.flwr.app.config]`, `flwr run -c`) names the recipe and the run folder; see `ServerOptions`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+
+from drencoder.errors import RecipeError
+from drencoder.federated.remote.engine import Patience, engine_maker
+from drencoder.flower.transport import GridTransport
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.runs import run as experiment
+from drencoder.runs.display import RunDisplay
+from drencoder.runs.run_folder import RunFolder
+
+__all__ = ["ServerOptions", "app", "serve"]
+
+
+@final
+@dataclass(frozen=True)
+class ServerOptions:
+    """A new run of `recipe` into the folder `out`, or (`recipe` None) the run in `out` goes on.
+
+    `keys`: name -> public key (49 bytes) of every node, for secure aggregation.
+    """
+
+    recipe: Recipe | None
+    out: Path
+    patience: Patience = field(default_factory=Patience)
+    keys: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> Recipe:
+        """The recipe of the new or the started run."""
+        return self.recipe or load_recipe(RunFolder.open(self.out).recipe)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "ServerOptions":
+        """From a run's configuration: `recipe` (a file, or a shipped one; "" = the quickstart), `out`, or `resume` instead of
+        both; `quorum`, `round-timeout`, `wait`, `nodes`. Raises RecipeError."""
+        resumed, out = str(settings.get("resume", "")), str(settings.get("out", ""))
+        if bool(resumed) == bool(out):
+            raise RecipeError(
+                "a run needs out = a new folder, or resume = the folder of a started run: give one of them."
+            )
+        patience = Patience(
+            quorum=float(settings.get("quorum", Patience.quorum)),
+            round_timeout=float(settings.get("round-timeout", Patience.round_timeout)),
+            wait=float(settings.get("wait", Patience.wait)),
+            nodes=int(settings.get("nodes", Patience.nodes)),
+        )
+        recipe = None if resumed else load_recipe(str(settings.get("recipe", "")) or None)
+        return cls(recipe, Path(resumed or out), patience)
+
+
+def serve(
+    grid: Grid, options: ServerOptions, console: Console | None = None, transport: GridTransport | None = None
+) -> experiment.RunResult:
+    """Runs or resumes over the grid, and shows it.
+
+    Raises:
+      DrencoderError: as `experiment.run` and `experiment.resume`.
+    """
+    wanted = options.wanted
+    display = RunDisplay(
+        console or Console(), rounds=wanted.federation.rounds, encoder=wanted.encoder.name, name=wanted.name
+    )
+    carried = transport or GridTransport(grid, display.say)
+    engine = engine_maker(carried, options.patience, display.say, options.keys)
+    try:
+        if options.recipe is None:
+            return experiment.resume(options.out, display, engine)
+        return experiment.run(options.recipe, options.out, display, engine)
+    finally:
+        display.close()
+        sent = carried.traffic
+        display.say(
+            f"payload: {sent.down:,} bytes down, {sent.up:,} up, {sent.answered} of {sent.asked} messages answered"
+        )
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """The entry point that Flower calls."""
+    serve(grid, ServerOptions.of(context.run_config))

@@ -1,0 +1,104 @@
+"""`drencoder simulate`: the same run on Flower's simulation engine. The one door to Ray, through flwr.
+
+Ray listens on all of a machine's addresses without authentication. Where Linux lets us, the simulation therefore runs in a
+network of its own, which has a loopback and nothing else.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from drencoder.errors import DrencoderError, EngineError
+from drencoder.federated.remote.roster import is_secure
+from drencoder.federated.remote.site import Site
+from drencoder.flower.client_app import answering, open_site
+from drencoder.flower.server_app import ServerOptions, serve
+from drencoder.runs import run as experiment
+
+__all__ = ["alone_on_the_network", "run_simulated"]
+
+_INSIDE = "DRENCODER_ALONE"
+_SITES: dict[tuple[str, str], Site] = {}
+
+
+def run_simulated(options: ServerOptions, nodes: int, *, cores: int | None = None) -> experiment.RunResult:
+    """Runs or resumes with `nodes` simulated sites: node i hosts the clients i, i + nodes, ... Two processes or more train.
+
+    The recipe's own data source is every site's, and their ledgers lie in the folder RUN.sites.
+
+    Raises:
+      DrencoderError: as `experiment.run`.
+    """
+    if is_secure(options.wanted):
+        raise EngineError(
+            "secure aggregation needs nodes that remember a round from one message to the next, and Ray's workers do not: "
+            "drencoder run has the same protocol in one process, drencoder server and client over the network."
+        )
+    cores = cores or os.cpu_count() or 1
+    sites = options.out.with_name(f"{options.out.name}.sites")
+    sites.mkdir(parents=True, exist_ok=True)
+    recipe = sites / "recipe.toml"
+    if options.recipe is not None:
+        recipe.write_text(options.recipe.to_toml(), "utf-8")
+    results: list[experiment.RunResult] = []
+    refused: list[DrencoderError] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            results.append(serve(grid, options))
+        except DrencoderError as error:  # one sentence for the user, not a traceback of a thread
+            refused.append(error)
+
+    clients = answering(partial(_simulated, str(recipe.resolve()), str(sites.resolve())))
+    run_simulation(
+        server,
+        clients,
+        nodes,
+        backend_config={
+            "client_resources": {"num_cpus": 1},
+            "init_args": {"num_cpus": cores, "include_dashboard": False},
+        },
+    )
+    if refused:
+        raise refused[0]
+    if not results:
+        raise EngineError("the simulation ended before the run did: its log above says why.")
+    return results[0]
+
+
+def _simulated(recipe: str, sites: str, context: Context) -> Site:
+    """The site of a simulated node, in one of Ray's processes; the base model is shared by all sites of a process."""
+    place, of = context.node_config["partition-id"], context.node_config["num-partitions"]
+    key = (recipe, f"{place}/{of}")
+    if key not in _SITES:
+        _SITES[key] = open_site(recipe, key[1], data=None, state=Path(sites) / str(place))
+    return _SITES[key]
+
+
+def alone_on_the_network() -> None:
+    """Starts this command again in a network of its own, if that can be done; else says what is open.
+
+    Does nothing in the restarted one.
+    """
+    if os.environ.get(_INSIDE):
+        return
+    unshare, ip = shutil.which("unshare"), shutil.which("ip")
+    if unshare and ip and subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode == 0:
+        command = [sys.executable, "-m", "drencoder", *sys.argv[1:]]
+        script = 'ip link set lo up && exec "$@"'
+        os.environ[_INSIDE] = "1"
+        os.execv(unshare, [unshare, "-rn", "sh", "-c", script, "sh", *command])
+    print(
+        "Ray listens on all addresses of this machine while the simulation runs, without a password: use a machine behind a "
+        "firewall.",
+        file=sys.stderr,
+    )

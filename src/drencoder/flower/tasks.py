@@ -1,0 +1,156 @@
+"""Tasks of a SuperLink or a SuperNode, done in this process: the base model stays loaded and no downloaded code is run.
+
+Flower's own way starts a process per message, which would import torch and load the model each time. With
+`--isolation process` its servers hand tasks to whoever knows a secret; that is this module. It runs the *installed* apps and
+sends no text of an exception. It uses internal modules of flwr 1.41 (`superlink.check_version`).
+"""
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import final
+
+import httpx
+from flwr.app import Context, Error, Message
+from flwr.cli.build import build_fab_from_disk
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import context_from_proto, context_to_proto, run_from_proto
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+
+from drencoder.federated.remote.instruction import Refusal
+
+__all__ = ["TaskOffice", "app_bundle", "app_digest"]
+
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_SERVER_PATIENCE = 60.0  # s of trying again
+_SITE_PATIENCE = 10.0
+
+
+def app_bundle() -> bytes:
+    """The app that a run is started with: a pyproject.toml that points at this package, and nothing else."""
+    return build_fab_from_disk(Path(str(resources.files("drencoder.flower") / "template")))
+
+
+def app_digest(bundle: bytes) -> str:
+    """SHA-256 in hex, as Flower names it and as a site pins it."""
+    return hashlib.sha256(bundle).hexdigest()
+
+
+@final
+@dataclass(frozen=True)
+class TaskOffice:
+    """Where tasks come from: the runtime interface of one SuperLink or SuperNode on this machine.
+
+    `certificates`: of the authority (PEM), None = without TLS (a SuperNode's interface is on the loopback).
+    """
+
+    address: str
+    secret: bytes
+    certificates: bytes | None = None
+
+    def acquire(self, kind: str) -> str | None:
+        """The token of a waiting task, None if there is none. Raises httpx.HTTPError when nobody is there."""
+        guard = SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=frozenset({_ACQUIRE}))
+        with self._client(None, RuntimeVersionHttpInterceptor(component_name="SuperExec"), guard) as client:
+            found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
+            return found.token if found.HasField("task") and found.token else None
+
+    @contextlib.contextmanager
+    def server_task(self, token: str) -> Iterator[HttpGrid]:
+        """A grid for one run, whose task is alive until the block ends."""
+        grid = HttpGrid(
+            self.address, insecure=self.certificates is None, root_certificates=self.certificates, token=token
+        )
+        grid._retry_invoker = _patient(_SERVER_PATIENCE)
+        client = grid._runtime_client
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+        status, context = SubStatus.FAILED, None
+        try:
+            given = client.PullTaskInput(PullTaskInputRequest())
+            TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+            TaskIdentity.node_id = given.context.node_id
+            context = context_from_proto(given.context)
+            grid.set_run(run_from_proto(given.run))
+            yield grid
+            status = SubStatus.COMPLETED
+        finally:
+            grid._retry_invoker.max_tries = 1  # the SuperLink may be gone
+            with contextlib.suppress(Exception):
+                client.PushTaskOutput(
+                    PushTaskOutputRequest(
+                        context=context_to_proto(context) if context else None, sub_status=status, details=""
+                    )
+                )
+            heartbeat.stop()
+            grid.close()
+
+    def client_task(self, token: str, app: ClientApp, allowed: frozenset[str]) -> None:
+        """Answers one message with `app`; a run whose app has none of the allowed digests is refused by a number."""
+        version, bearer = (
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(token),
+        )
+        with self._client(_patient(_SITE_PATIENCE), version, bearer) as client:
+            heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+            heartbeat.start()
+            try:
+                message, context, _, bundle = pull_task_input(client)
+                if hashlib.sha256(bundle.content).hexdigest() in allowed:
+                    reply, status = _answered(app, message, context)
+                else:
+                    print("refused: the run's app is not drencoder's own", file=sys.stderr)
+                    reply = Message(Error(code=1000 + Refusal.APP, reason=""), reply_to=message)
+                    status = SubStatus.COMPLETED
+                returned = context_to_proto(context)
+                push_message(client, reply, context)
+                client.PushTaskOutput(PushTaskOutputRequest(context=returned, sub_status=status, details=""))
+            finally:
+                heartbeat.stop()
+
+    def _client(self, retry: RetryInvoker | None, *interceptors: object) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.address,
+            insecure=self.certificates is None,
+            root_certificates=self.certificates,
+            interceptors=list(interceptors),  # type: ignore[arg-type]  # each is one
+            retry_invoker=retry,
+        )
+
+
+def _patient(seconds: float) -> RetryInvoker:
+    """Tries again while nobody listens. Flower's own tries for ever, and sends this process SIGINT when a token has run out."""
+    return RetryInvoker(
+        wait_gen_factory=lambda: exponential(max_delay=2),
+        recoverable_exceptions=httpx.TransportError,
+        max_tries=None,
+        max_time=seconds,
+    )
+
+
+def _answered(app: ClientApp, message: Message, context: Context) -> tuple[Message, str]:
+    """The app's reply; an exception, also one that asks to end the process, becomes a number without text."""
+    try:
+        return app(message=message, context=context), SubStatus.COMPLETED
+    except BaseException as error:
+        print(f"failed: {type(error).__name__}", file=sys.stderr)
+        reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=""), reply_to=message)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return reply, SubStatus.FAILED

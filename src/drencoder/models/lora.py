@@ -1,0 +1,325 @@
+"""The base model, its LoRA adapter, and how many adapters run through one copy of the base.
+
+The one door to transformers and peft. Legend: K adapters (clients), R examples of each, L tokens,
+M predicted tokens, D adapter values, r rank.
+
+A `LoraModel` holds PEFT's own adapter (reference path, saving) and forward hooks on the same linear
+layers that add *stacked* adapters: client k's rows of the batch meet client k's A and B in one batched
+product, so that K clients train in one pass through the frozen base.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from drencoder.data.tokenization import Batch
+from drencoder.errors import DeviceError, ModelError
+from drencoder.models.adapter_layout import AdapterLayout
+from drencoder.recipe import recipe as config
+from drencoder.rng import derive_seed
+
+__all__ = ["BaseModel", "LoraModel", "embedded_folder", "load_base", "orthonormal_rows", "resolve_device"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen causal language model and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text: LLaMA's start token, say; nothing for many models."""
+        plain, whole = self.tokenize("a"), self.tokenizer("a")["input_ids"]
+        place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return tuple(whole[:place])
+
+    @torch.inference_mode()
+    def write(self, count: int, max_tokens: int, seed: int) -> list[str]:
+        """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long.
+
+        They begin with the start token and, so that they differ, one token of the vocabulary at random. Sampled on the CPU, so
+        that the seed decides on every device (up to rounding).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        device = next(self.model.parameters()).device
+        first = list(self.start_ids)
+        special = torch.tensor(self.tokenizer.all_special_ids)
+        ordinary = torch.arange(len(self.tokenizer))
+        ordinary = ordinary[~torch.isin(ordinary, special)]
+        chosen_N = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
+        tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1).to(device)
+        done_N, cache = torch.zeros(count, dtype=torch.bool), None
+        while tokens_NL.shape[1] < max_tokens and not bool(done_N.all()):
+            fresh_NL = tokens_NL if cache is None else tokens_NL[:, -1:]
+            answer = self.model(input_ids=fresh_NL, past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            share_NV = answer.logits[:, -1].float().cpu().softmax(dim=-1)
+            next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
+            next_N[done_N] = self.end_id
+            done_N |= next_N == self.end_id
+            tokens_NL = torch.cat([tokens_NL, next_N[:, None].to(device)], dim=1)
+        return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
+
+    @property
+    def end_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.end_id if pad is None else pad
+
+
+def embedded_folder() -> Path:
+    """The folder of the model that is shipped inside the package."""
+    return Path(str(resources.files("drencoder") / "embedded"))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` -> a GPU when there is one.
+
+    Raises:
+      DeviceError: `cuda` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("model.device = 'cuda', but torch sees no GPU here: set model.device=cpu (or auto).")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_base(wanted: config.Model) -> BaseModel:
+    """Loads the base model from the package, a local folder or the hub, frozen and in eval mode.
+
+    Raises:
+      DeviceError: the device is not there.
+      ModelError: the folder or hub id has no causal language model, or its tokenizer has no end token.
+    """
+    device = resolve_device(wanted.device)
+    source = str(embedded_folder()) if wanted.source == "embedded" else wanted.source
+    hf_logging.disable_progress_bar()  # a bar for a model of two megabytes hides our own lines
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, wanted.dtype))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.source = {wanted.source!r} cannot be loaded ({first_line}): give 'embedded', a local Hugging Face "
+            "folder with config.json, weights and tokenizer, or a hub id that this machine can reach."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {wanted.source!r} has no end-of-text token: set eos_token in its files.")
+    model.requires_grad_(False)
+    return BaseModel(model.eval().to(device), tokenizer, wanted.source)
+
+
+class LoraModel:
+    """A base model with one PEFT adapter and, on the same layers, room for a stack of K adapters.
+
+    Args:
+      base: the frozen model; its linear layers are wrapped in place.
+      wanted: rank, alpha, targets and layers.
+      seed: of the adapter's start (A random, B zero).
+
+    Raises:
+      ModelError: no module matches the targets, or a matched layer is not a linear one.
+    """
+
+    def __init__(self, base: BaseModel, wanted: config.Adapter, *, seed: int) -> None:
+        self.base = base
+        self.dropout, self.rank = wanted.dropout, wanted.rank
+        self._peft = _attach(base, wanted, seed)
+        tensors = self._peft_tensors()
+        self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        self.initial_D = self.layout.flatten(tensors).clone()
+        self._stack: Mapping[str, Tensor] | None = None
+        self._generator: torch.Generator | None = None
+        self._hook_layers()
+        self._peft.base_model.disable_adapter_layers()
+        self._split_head = self._head_can_be_split()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.model.parameters()).device
+
+    # --- one vector, through PEFT -------------------------------------------------------------
+
+    def _peft_tensors(self) -> dict[str, Tensor]:
+        tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def peft(self, vector_D: Tensor) -> Iterator[Any]:
+        """PEFT's own model with the adapter set to `vector_D`: the reference path, one client at a time."""
+        set_peft_model_state_dict(self._peft, self.layout.unflatten(vector_D))
+        self._peft.base_model.enable_adapter_layers()
+        try:
+            yield self._peft
+        finally:
+            self._peft.base_model.disable_adapter_layers()
+
+    def peft_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors of PEFT's adapter, by their names in the layout."""
+        parameters = dict(self._peft.named_parameters())
+        names = {name.replace(".default", ""): name for name in parameters if ".lora_" in name}
+        return {segment.name: parameters[names[segment.name]] for segment in self.layout.segments}
+
+    def save(self, vector_D: Tensor, folder: Path) -> None:
+        """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`)."""
+        with self.peft(vector_D):
+            self._peft.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing true about this run
+
+    # --- K vectors, through hooks -------------------------------------------------------------
+
+    def _hook_layers(self) -> None:
+        for name, layer in self._peft.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            if not (layer.in_features and hasattr(layer, "lora_A") and len(layer.lora_A)):
+                raise ModelError(f"adapter.targets matches {name!r}, which is not a linear layer: name linear layers.")
+            names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
+            layer.get_base_layer().register_forward_hook(self._delta_hook(names, layer.scaling["default"]))
+
+    def _delta_hook(self, names: tuple[str, str], scale: float) -> Any:
+        def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._stack is None:
+                return None
+            A_KrI, B_KOr = self._stack[names[0]], self._stack[names[1]]
+            x_KTI = inputs[0].reshape(A_KrI.shape[0], -1, A_KrI.shape[2]).to(A_KrI.dtype)
+            if self._generator is not None and self.dropout > 0:
+                keep = torch.rand(x_KTI.shape, generator=self._generator, device=x_KTI.device) >= self.dropout
+                x_KTI = x_KTI * keep / (1 - self.dropout)
+            delta_KTO = torch.bmm(torch.bmm(x_KTI, A_KrI.mT), B_KOr.mT) * scale
+            return output + delta_KTO.reshape(output.shape).to(output.dtype)
+
+        return add_delta
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[dict[str, Tensor]]:
+        """Gives what the adapted layers get in the passes inside: name of the layer's A -> its last input (rows, L, I)."""
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            return lambda _module, inputs: seen.__setitem__(name, inputs[0].detach())
+
+        layers = [(name, layer) for name, layer in self._peft.named_modules() if isinstance(layer, LoraLayer)]
+        hooks = [
+            layer.get_base_layer().register_forward_pre_hook(watch(f"{name}.lora_A.weight")) for name, layer in layers
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def stacked(self, stack: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Iterator[None]:
+        """Runs K adapters at once: `stack` maps names to (K, *shape); batch rows are grouped by client.
+
+        A generator switches LoRA dropout on.
+        """
+        self._stack, self._generator = stack, generator
+        try:
+            yield
+        finally:
+            self._stack, self._generator = None, None
+
+    # --- losses ------------------------------------------------------------------------------
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy (nats) of every predicted token, (M,), rows in order.
+
+        Only the predicted positions go through the vocabulary projection.
+        """
+        logits_MV = self.logits_before(batch.input_ids, batch.predicted)
+        return functional.cross_entropy(logits_MV.float(), batch.input_ids[batch.predicted], reduction="none")
+
+    def logits_before(self, input_ids: Tensor, wanted: Tensor) -> Tensor:
+        """Logits (M, V) that predict the tokens where `wanted` (rows, L) is true; position 0 has none."""
+        source = torch.zeros_like(wanted)
+        source[:, :-1] = wanted[:, 1:]
+        causal = self.base.model
+        if not self._split_head:
+            return causal(input_ids=input_ids, use_cache=False).logits[source]
+        hidden = causal.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return causal.get_output_embeddings()(hidden[source])
+
+    def _head_can_be_split(self) -> bool:
+        """Whether decoder + output embedding is the whole model (no logit scaling or capping after it)."""
+        causal = self.base.model
+        probe = torch.arange(8, device=self.device).remainder(causal.config.get_text_config().vocab_size)[None]
+        with torch.inference_mode():
+            whole = causal(input_ids=probe, use_cache=False).logits
+            try:
+                hidden = causal.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
+                split = causal.get_output_embeddings()(hidden)
+            except (AttributeError, TypeError, RuntimeError):
+                return False
+            return whole.shape == split.shape and torch.allclose(whole, split, rtol=1e-3, atol=1e-3)
+
+
+def _attach(base: BaseModel, wanted: config.Adapter, seed: int) -> Any:
+    """Wraps the target layers with a PEFT adapter whose random start depends on the seed alone."""
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=wanted.rank,
+        lora_alpha=wanted.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a fraction is fine
+        lora_dropout=wanted.dropout,
+        target_modules=list(wanted.targets),
+        layers_to_transform=list(wanted.layers) or None,
+        bias="none",
+    )
+    devices = [base.model.device] if base.model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns when no layer matches, and then raises as well
+        torch.manual_seed(derive_seed(seed, "adapter"))
+        try:
+            attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+        except ValueError as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"adapter.targets = {list(wanted.targets)} (layers {list(wanted.layers) or 'all'}) does not fit "
+                f"{base.source!r} ({first_line}): name linear modules of this model."
+            ) from None
+    for name, parameter in attached.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+        if ".lora_A." in name and wanted.start == "orthonormal":
+            parameter.data = orthonormal_rows(parameter.data, float(parameter.data.norm()))
+    return attached
+
+
+def orthonormal_rows(A_rI: Tensor, norm: float) -> Tensor:
+    """Rows that span the same spaces, one by one, and are orthogonal, all of one length; `norm` is the Frobenius norm.
+
+    ModelError if there are more rows than a space of I dimensions can have.
+    """
+    rank, width = A_rI.shape
+    if rank > width:
+        raise ModelError(
+            f"adapter.start = 'orthonormal' or 'public' cannot give {rank} orthogonal rows of {width} values: lower adapter.rank to "
+            f"{width} or set adapter.start = 'peft'."
+        )
+    rows_rI = torch.linalg.qr(A_rI.T).Q.T
+    return rows_rI * (norm / rank**0.5)

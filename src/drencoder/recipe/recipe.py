@@ -1,0 +1,317 @@
+"""The recipe: all sections of a run together, read from TOML, checked at birth.
+
+No torch, no data, no work at import. A knob is declared once, with its bounds and its help (`sections`); reading,
+overriding (`--set section.key=value`), checking, documenting and writing back all use that declaration.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from drencoder.errors import RecipeError
+from drencoder.recipe.knobs import coerce
+from drencoder.recipe.sections import (
+    Adapter,
+    Compare,
+    Data,
+    Encoder,
+    Evaluation,
+    Federation,
+    Local,
+    Model,
+    Prior,
+    Privacy,
+    Server,
+    Speed,
+)
+
+__all__ = ["Recipe", "describe_knobs", "load_recipe", "shipped_recipes"]
+
+
+_SECTIONS: dict[str, type] = {
+    "model": Model,
+    "adapter": Adapter,
+    "data": Data,
+    "federation": Federation,
+    "local": Local,
+    "server": Server,
+    "encoder": Encoder,
+    "prior": Prior,
+    "privacy": Privacy,
+    "evaluation": Evaluation,
+    "speed": Speed,
+    "compare": Compare,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run, as data. Equal recipes with replayable noise give equal adapters."""
+
+    name: str = "run"
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    adapter: Adapter = field(default_factory=Adapter)
+    data: Data = field(default_factory=Data)
+    federation: Federation = field(default_factory=Federation)
+    local: Local = field(default_factory=Local)
+    server: Server = field(default_factory=Server)
+    encoder: Encoder = field(default_factory=Encoder)
+    prior: Prior = field(default_factory=Prior)
+    privacy: Privacy = field(default_factory=Privacy)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    speed: Speed = field(default_factory=Speed)
+    compare: Compare = field(default_factory=Compare)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", coerce("name", self.name, str))
+        object.__setattr__(self, "seed", coerce("seed", self.seed, int))
+        if not self.name or any(letter in self.name for letter in '/\\:*?"<>|\0') or self.name in (".", ".."):
+            raise RecipeError(f"name = {self.name!r} cannot name a folder: use letters, digits, - and _.")
+        _check_together(self)
+
+    @property
+    def stage1_rate(self) -> float:
+        """Chance of a client to be in stage 1; 0 when there is no stage 1."""
+        if self.prior.source == "none":
+            return 0.0
+        return self.prior.sampling_rate or self.federation.sampling_rate
+
+    @property
+    def public_text(self) -> str:
+        """`prior.public`; for a recipe that needs public text and names none, the base model writes it."""
+        return self.prior.public or ("self" if self.encoder.needs_public or self.adapter.start == "public" else "")
+
+    @property
+    def wire_dtype(self) -> str:
+        """`encoder.wire_dtype`, `auto` resolved.
+
+        Four bits of a rotated code cost 1 % of its energy (`encoders.rotated`). Without a trusted server they would cost the
+        public's better epsilon, or be no codes of the kind that secure aggregation adds; other encoders send what their papers do.
+        """
+        if self.encoder.wire_dtype != "auto":
+            return self.encoder.wire_dtype
+        four_bits = self.encoder.name == "hybrid" and (self.privacy.trust, self.privacy.noise_in) == ("central", "code")
+        return "rotated4" if four_bits else "float32"
+
+    @property
+    def threshold(self) -> int:
+        """Secure aggregation: how many nodes must take part to the end."""
+        return self.federation.nodes - math.floor(self.privacy.dropout_share * self.federation.nodes + 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain tables of scalars and lists, as written to `recipe.resolved.toml`."""
+        tables = dataclasses.asdict(self)
+        for section in _SECTIONS:
+            for key, value in tables[section].items():
+                tables[section][key] = list(value) if isinstance(value, tuple) else value
+        return tables
+
+    def changed(self, values: Mapping[str, Any]) -> "Recipe":
+        """This recipe with some knobs set, each named `section.key` (or `name`, `seed`); checked like a new one."""
+        tables = self.to_dict()
+        for key, value in values.items():
+            section, dot, last = key.partition(".")
+            (tables.setdefault(section, {}) if dot else tables)[last or section] = value
+        return Recipe.from_dict(tables, origin=self.name)
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, tables: Mapping[str, Any], *, origin: str = "recipe") -> "Recipe":
+        """Builds a recipe; unknown sections and keys raise `RecipeError` with the nearest known name."""
+        known = {"name", "seed", *_SECTIONS}
+        parts: dict[str, Any] = {}
+        for key, value in tables.items():
+            if key not in known:
+                raise RecipeError(_unknown(f"{origin}: {key!r}", key, known))
+            if key not in _SECTIONS:
+                parts[key] = value
+                continue
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{origin}: {key} = {value!r} is not a section: write [{key}] and keys below.")
+            section = _SECTIONS[key]
+            keys = {declared.name for declared in dataclasses.fields(section)}
+            for inner in value:
+                if inner not in keys:
+                    raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, keys))
+            parts[key] = section(**value)
+        return cls(**parts)
+
+
+def _unknown(what: str, word: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
+    return f"{what} is not a known key: {hint}"
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Bounds that hold between knobs."""
+    privacy, encoder = recipe.privacy, recipe.encoder
+    if privacy.trust == "secure-aggregation":
+        _check_secure(recipe)
+    if recipe.prior.source == "gradients" and encoder.name != "autoencoder":
+        raise RecipeError(
+            f"prior.source = 'gradients' trains FedCG's auto-encoder and encoder.name = {encoder.name!r} is not trained: "
+            "set encoder.name = 'autoencoder', or prior.source = 'moments'."
+        )
+    if encoder.name == "autoencoder" and recipe.prior.source == "none":
+        raise RecipeError(
+            "encoder.name = 'autoencoder' is trained on synthetic gradients and prior.source = 'none' gives none: "
+            "set prior.source = 'moments'."
+        )
+    if 0 < encoder.ratio < 1:
+        raise RecipeError(
+            f"encoder.ratio = {encoder.ratio} would make codes longer than updates: give 1 or more, or 0 for a size from the plan."
+        )
+    if recipe.server.decoding in ("precondition", "wiener") and not (encoder.informed and privacy.noise_in == "code"):
+        raise RecipeError(
+            f"server.decoding = {recipe.server.decoding!r} needs an encoder with a prior of its code, and noise there: set "
+            "encoder.name = 'hybrid' or 'kronecker' and privacy.noise_in = 'code', or server.decoding = 'plain'."
+        )
+    if recipe.server.decoding == "singular" and not (encoder.name == "identity" and privacy.noise_in == "code"):
+        raise RecipeError(
+            f"server.decoding = 'singular' shrinks whole LoRA tensors whose noise it knows, not those of encoder.name = "
+            f"{encoder.name!r} with privacy.noise_in = {privacy.noise_in!r}: set encoder.name = 'identity' and "
+            "privacy.noise_in = 'code', or server.decoding = 'plain'."
+        )
+    if privacy.clip == "adaptive" and (encoder.name == "autoencoder" or privacy.noise_in == "update"):
+        raise RecipeError(
+            "privacy.clip = 'adaptive' needs codes that can be summed, noised as codes: set privacy.noise_in = 'code' and an "
+            "encoder other than 'autoencoder', or privacy.clip = 'fixed'."
+        )
+    if encoder.name == "autoencoder" and privacy.trust != "local" and privacy.noise_in == "code":
+        raise RecipeError(
+            "encoder.name = 'autoencoder' is not linear, so a sum of its codes cannot be decoded: with "
+            f"privacy.trust = {privacy.trust!r} set privacy.noise_in = 'update', or use trust = 'local'."
+        )
+
+
+def _check_secure(recipe: Recipe) -> None:
+    """What secure aggregation cannot do, and the numbers of nodes that its protocol needs."""
+    encoder, privacy, nodes = recipe.encoder, recipe.privacy, recipe.federation.nodes
+    for key, value, wanted, why in (
+        (
+            "encoder.name",
+            encoder.name,
+            encoder.name if encoder.name != "autoencoder" else "random",
+            "only sums are decoded",
+        ),
+        ("privacy.noise_in", privacy.noise_in, "code", "what is summed is the code"),
+        (
+            "encoder.wire_dtype",
+            encoder.wire_dtype,
+            encoder.wire_dtype if encoder.wire_dtype == "auto" else "float32",
+            "codes travel as integers with noise, of a size that follows",
+        ),
+        (
+            "prior.source",
+            recipe.prior.source,
+            recipe.prior.source.replace("gradients", "moments"),
+            "nothing is seen alone",
+        ),
+    ):
+        if value != wanted:
+            raise RecipeError(
+                f"privacy.trust = 'secure-aggregation' gives the server sums of codes only, and {key} = {value!r} does not go "
+                f"with that ({why}): set {key} = {wanted!r}."
+            )
+    colluding, allowed = math.floor((1 - privacy.honest_share) * nodes + 1e-9), 2 * recipe.threshold - nodes - 1
+    if colluding > allowed:
+        raise RecipeError(
+            f"privacy.honest_share = {privacy.honest_share} lets {colluding} of {nodes} nodes collude with the server, and with "
+            f"{recipe.threshold} needed to the end the protocol holds against {allowed}: raise honest_share, lower "
+            "privacy.dropout_share, or add nodes."
+        )
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The recipes inside the package: name -> TOML text."""
+    top = resources.files("drencoder.recipe") / "shipped"
+    found = {entry.name: entry for entry in top.iterdir()}
+    found |= {f"paper/{entry.name}": entry for entry in (top / "paper").iterdir()}
+    return {
+        name.removesuffix(".toml"): entry.read_text("utf-8")
+        for name, entry in sorted(found.items())
+        if name.endswith(".toml")
+    }
+
+
+def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies overrides.
+
+    Args:
+      source: a TOML file, the name of a shipped recipe, or None for the embedded quickstart.
+      overrides: texts `section.key=value`; the value is TOML, or a bare word taken as text.
+
+    Raises:
+      RecipeError: the file is missing or not TOML, a key is unknown, or a value is impossible.
+    """
+    origin, text = _read(source)
+    try:
+        tables: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{origin} is not valid TOML: {error}.") from None
+    for override in overrides:
+        _override(tables, override)
+    return Recipe.from_dict(tables, origin=origin)
+
+
+def _read(source: str | Path | None) -> tuple[str, str]:
+    if source is None:
+        source = "quickstart"
+    path = Path(source)
+    shipped = shipped_recipes()
+    if isinstance(source, str) and source in shipped and not path.exists():
+        return source, shipped[source]
+    try:
+        return str(path), path.read_text("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"recipe {str(source)!r} does not exist: give a TOML file or one of {', '.join(shipped)}."
+        ) from None
+    except IsADirectoryError:
+        raise RecipeError(f"recipe {str(source)!r} is a folder: give the TOML file in it.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {str(source)!r} cannot be read ({error}): check the file.") from None
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r} is not section.key=value: write, say, privacy.epsilon=2.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word, as a shell user writes it
+    *sections, last = key.strip().split(".")
+    if len(sections) > 1:
+        raise RecipeError(f"--set {key.strip()} has more than one dot: write section.key=value.")
+    table = tables
+    if sections:
+        if sections[0] not in _SECTIONS:
+            raise RecipeError(_unknown(f"--set {key.strip()}: {sections[0]!r}", sections[0], set(_SECTIONS)))
+        table = tables.setdefault(sections[0], {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{sections[0]} = {table!r} is not a section: write [{sections[0]}] and keys below.")
+    table[last] = value
+
+
+def describe_knobs() -> list[tuple[str, str, str]]:
+    """(section.key, default, help with bounds) of every knob, in order."""
+    rows = [("name", "'run'", "names the run folder"), ("seed", "0", "of everything that may be replayed")]
+    for name, section in _SECTIONS.items():
+        for declared in dataclasses.fields(section):
+            choices = declared.metadata["choices"]
+            words = f" ({', '.join(choices)})" if choices else ""
+            rows.append((f"{name}.{declared.name}", repr(declared.default), declared.metadata["help"] + words))
+    return rows

@@ -1,0 +1,335 @@
+"""The sections of a recipe: every knob of a run, as frozen dataclasses that are checked at birth.
+
+Knobs under `[speed]` change how fast a run is and never what it computes (up to float rounding and dropout's draws).
+"""
+
+from dataclasses import dataclass
+
+from drencoder.recipe.knobs import Checked, knob
+
+__all__ = [
+    "Adapter",
+    "Compare",
+    "Data",
+    "Encoder",
+    "Evaluation",
+    "Federation",
+    "Local",
+    "Model",
+    "Prior",
+    "Privacy",
+    "Server",
+    "Speed",
+]
+
+
+@dataclass(frozen=True)
+class Model(Checked):
+    """The frozen base model."""
+
+    source: str = knob("embedded", "`embedded`, a local Hugging Face folder, or a hub id")
+    dtype: str = knob("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    device: str = knob("auto", "`auto` takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class Adapter(Checked):
+    """The LoRA adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = knob(8, "rank r of every LoRA pair", low=1)
+    alpha: float = knob(16.0, "LoRA alpha: the product B A is scaled by alpha / rank", above=0)
+    dropout: float = knob(0.0, "dropout on the input of A while training", low=0, below=1)
+    targets: tuple[str, ...] = knob(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), "names of the linear modules that get a LoRA pair"
+    )
+    layers: tuple[int, ...] = knob((), "indices of the layers that get one; empty = all")
+    start: str = knob(
+        "auto",
+        "where A starts; peft: PEFT's random values; orthonormal: their rows made orthonormal, of the same total length (as "
+        "FedSVD's first round, Lee et al. 2025, https://arxiv.org/abs/2505.12805); public: the leading directions of a layer's "
+        "inputs over public text (`prior.public`; as EVA, Paischer et al. 2024, https://arxiv.org/abs/2410.07170); auto: peft, "
+        "but public for hybrid where the plan's noise lets a round learn few coordinates (k* < 512)",
+        choices=("auto", "peft", "orthonormal", "public"),
+    )
+
+
+@dataclass(frozen=True)
+class Data(Checked):
+    """Where the clients' text comes from, and how it is spread over them."""
+
+    source: str = knob(
+        "embedded",
+        "`embedded`, a .jsonl/.json file in Dolly's schema, `hub:ORG/NAME`, `mmlu:FOLDER` or `ceval:FOLDER` "
+        "(FOLDER may be hub:ORG/NAME)",
+    )
+    task: str = knob(
+        "letters",
+        "what embedded clients teach: the letter of the right option, the words of the option after it (next), or new facts",
+        choices=("letters", "next", "facts"),
+    )
+    alpha: float = knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
+    examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
+    split: str = knob("train", "which part of a hub data set or of a benchmark the clients own")
+    client_field: str = knob("", "field that names a record's owner; empty = Dirichlet split")
+    max_tokens: int = knob(512, "tokens of an example; a longer prompt loses its beginning", low=8)
+    held_out_share: float = knob(0.05, "share of a file kept by the server for evaluation", above=0, below=1)
+
+
+@dataclass(frozen=True)
+class Federation(Checked):
+    """Who takes part, and how often."""
+
+    population: int = knob(10_000, "registered clients N", low=1)
+    sampling_rate: float = knob(0.02, "chance q of a client to be in a round", above=0, high=1)
+    rounds: int = knob(20, "rounds T of stage 2", low=1)
+    nodes: int = knob(
+        4, "machines that the clients are spread over (client number modulo nodes); secure aggregation only", low=2
+    )
+
+
+@dataclass(frozen=True)
+class Local(Checked):
+    """What a client computes."""
+
+    upload: str = knob(
+        "gradient",
+        "gradient: mean gradient; pseudo-gradient: SGD path / (lr * steps); increment: AdamW increment; "
+        "state: the trained adapter itself (as a comparator only: almost all of it is shared start); "
+        "zero: nothing at all (a control: what noise alone does)",
+        choices=("gradient", "pseudo-gradient", "increment", "state", "zero"),
+    )
+    epochs: int = knob(1, "local epochs (not for `gradient`)", low=1)
+    batch_size: int = knob(8, "examples of a local step", low=1)
+    learning_rate: float = knob(0.01, "local learning rate (not for `gradient`)", above=0)
+
+
+@dataclass(frozen=True)
+class Server(Checked):
+    """The server's optimiser (FedOpt, Reddi et al. 2021, https://arxiv.org/abs/2003.00295)."""
+
+    optimizer: str = knob("fedadam", "the server's step", choices=("fedavg", "fedavgm", "fedadam"))
+    learning_rate: float = knob(0.02, "server learning rate", above=0)
+    final_share: float = knob(1.0, "the last round's share of the learning rate; falls linearly to it", low=0, high=1)
+    momentum: float = knob(
+        0.9,
+        "momentum, or beta1 of fedadam; with fedavgm 0.5 or less suits runs of few rounds (docs/log.md)",
+        low=0,
+        below=1,
+    )
+    beta2: float = knob(0.99, "beta2 of fedadam", low=0, below=1)
+    tau: float = knob(1e-8, "adaptivity floor of fedadam", above=0)
+    decoding: str = knob(
+        "plain",
+        "what the server does to a noised mean before its step, knowing the noise: precondition (kronecker, hybrid) damps "
+        "coordinates in which the prior expects more signal than noise; wiener (the same) shrinks groups of coordinates by "
+        "their energy beyond the noise; singular (identity) shrinks each LoRA tensor's singular values; plain: nothing",
+        choices=("plain", "precondition", "wiener", "singular"),
+    )
+
+
+@dataclass(frozen=True)
+class Encoder(Checked):
+    """How an update becomes a code."""
+
+    name: str = knob(
+        "hybrid",
+        "the encoder",
+        choices=("identity", "random", "autoencoder", "kronecker", "hybrid", "ffa", "top-k", "core", "power"),
+    )
+    ratio: float = knob(
+        0.0,
+        "adapter values per code value (not for `identity`, `autoencoder`, `ffa` and `core`), 1 or more; 0: from the privacy "
+        "plan, by how many coordinates its noise lets a round learn (k*)",
+        low=0,
+    )
+    tensors: str = knob(
+        "B",
+        "hybrid: what a code is about; B: LoRA's B alone, A stays as it started; both: A as well",
+        choices=("B", "both"),
+    )
+    explore: float = knob(
+        0.25, "hybrid, power: share of the code that looks at fresh random directions", low=0, below=1
+    )
+    floor: float = knob(0.6, "share of the code spread evenly whatever the prior says", low=0, high=1)
+    wire_dtype: str = knob(
+        "auto",
+        "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; int8, int4 and int2 have "
+        "that many bits a value and are rounded at random; rotated4, rotated2 and rotated1 turn a code at random first and keep "
+        "its length, which costs less; under local trust all but float32 leave the public no better epsilon than the server",
+        choices=("auto", "float32", "float16", "int8", "int4", "int2", "rotated4", "rotated2", "rotated1"),
+    )
+    gate: str = knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))
+    train_steps: int = knob(400, "training steps of the auto-encoder at most", low=1)
+    architecture: str = knob(
+        "resnet",
+        "of the auto-encoder: the published ResNet (1/64), a 1-D CNN (1/32) or a U-shaped network (1/64)",
+        choices=("resnet", "cnn1d", "unet"),
+    )
+    normalise: str = knob(
+        "rms",
+        "input scale of the auto-encoder: none (as published), one root mean square, or one per LoRA tensor",
+        choices=("none", "rms", "module"),
+    )
+
+    @property
+    def needs_public(self) -> bool:
+        """Whether it is made from updates of public text."""
+        return self.name in ("kronecker", "hybrid", "top-k", "core")
+
+    @property
+    def only_b(self) -> bool:
+        """Whether its code is about LoRA's B tensors alone, by choice (`ffa` has none)."""
+        return self.name == "hybrid" and self.tensors == "B"
+
+    @property
+    def sized_by_ratio(self) -> bool:
+        """Whether `ratio` decides how long its code is."""
+        return self.name not in ("identity", "autoencoder", "ffa", "core")
+
+    @property
+    def informed(self) -> bool:
+        """Whether a prior says how much energy to expect in each code value."""
+        return self.name in ("kronecker", "hybrid")
+
+    @property
+    def takes_public(self) -> bool:
+        """Whether it is made from public text where the recipe names some: the auto-encoder can be trained on either prior."""
+        return self.needs_public or self.name == "autoencoder"
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether it is made anew while a run goes on: from public text or from released aggregates."""
+        return self.needs_public or self.name == "power"
+
+
+@dataclass(frozen=True)
+class Prior(Checked):
+    """Stage 1: the random prior that the encoder is made from."""
+
+    source: str = knob(
+        "moments",
+        "moments: a charged, noised query; gradients: real gradients, un-noised (FedCG, NOT private); none: no stage 1",
+        choices=("moments", "gradients", "none"),
+    )
+    epochs: int = knob(1, "local epochs of stage 1; each gives statistics (or gradients) of its own", low=1)
+    collection: str = knob(
+        "local",
+        "source = gradients: clients train by themselves, or in `epochs` federated averaging rounds",
+        choices=("local", "federated"),
+    )
+    d1_share: float = knob(
+        0.3, "source = gradients: share of each client's records that only stage 1 uses (D1)", above=0, below=1
+    )
+    sampling_rate: float = knob(0.0, "chance of a client to be in stage 1; 0 = as in a round", low=0, high=1)
+    noise_ratio: float = knob(1.0, "stage 1's noise multiplier over a round's", above=0)
+    clip_l2: float = knob(1.0, "L2 bound of a client's statistics vector", above=0)
+    synthetic: int = knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
+    public: str = knob(
+        "",
+        "public text for the structured prior: `embedded` (what the embedded model was trained on), `self` (written by the "
+        "base model), a .jsonl/.json file or `hub:ORG/NAME`; empty = self for an encoder that is made from public text, none for others",
+    )
+    provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
+    public_clients: int = knob(16, "make-believe clients of public text per estimate of the structured prior", low=2)
+    rank: int = knob(64, "directions kept per side of a LoRA tensor", low=1)
+    refresh: int = knob(
+        1, "rounds between two makings of an encoder from public text or from the run's own momentum (power)", low=1
+    )
+
+
+@dataclass(frozen=True)
+class Privacy(Checked):
+    """The promise. See docs/guarantee.md."""
+
+    epsilon: float = knob(8.0, "target epsilon against the strongest untrusted observer", above=0)
+    delta: float = knob(1e-5, "delta", above=0, below=1)
+    noise_multiplier: float = knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon", low=0)
+    trust: str = knob(
+        "local",
+        "local: the server is not trusted, each client adds full noise; central: the server adds it; secure-aggregation: "
+        "the server sees only sums, clients add shares of the noise; non-private: no noise and no guarantee, for baselines only",
+        choices=("local", "central", "secure-aggregation", "non-private"),
+    )
+    dropout_share: float = knob(
+        0.25, "secure aggregation: share of the nodes, and of the clients, that a round can lose", low=0, below=0.5
+    )
+    honest_share: float = knob(
+        0.75,
+        "secure aggregation: share of the contributors assumed to add their noise and to keep it to themselves",
+        above=0,
+        high=1,
+    )
+    noise_in: str = knob(
+        "code",
+        "code: encode, clip, noise; update: clip, noise, encode (as published)",
+        choices=("code", "update"),
+    )
+    relation: str = knob(
+        "add_remove",
+        "adjacency that epsilon is calibrated for; both are reported",
+        choices=("add_remove", "replace_one"),
+    )
+    clip_l2: float = knob(1.0, "L2 bound of a client's contribution, where the noise is added", above=0)
+    clip: str = knob(
+        "fixed",
+        "fixed: clip_l2 in all rounds; adaptive: starts there and follows a quantile of the codes' norms, which a noised "
+        "value of each message tells",
+        choices=("fixed", "adaptive"),
+    )
+    clip_quantile: float = knob(
+        0.5, "adaptive: share of the codes that should be shorter than the clip", above=0, below=1
+    )
+    clip_rate: float = knob(0.3, "adaptive: geometric step of the clip in a round", above=0)
+    participation_cap: int = knob(
+        1, "releases of one client at most, stage 1 included (local trust and secure aggregation)", low=1
+    )
+    noise: str = knob(
+        "secure",
+        "secure: from the operating system; replay: from the seed, for tests only, NOT private",
+        choices=("secure", "replay"),
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation(Checked):
+    """What is measured, on data that the server holds."""
+
+    every: int = knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
+    progress_examples: int = knob(128, "examples and questions of an evaluation between rounds", low=1)
+    examples: int = knob(1024, "held-out examples of the final table", low=1)
+    questions: int = knob(1024, "multiple-choice questions of the final table, per benchmark", low=1)
+    benchmarks: tuple[str, ...] = knob(("mmlu", "ceval"), "multiple-choice benchmarks", choices=("mmlu", "ceval"))
+    mmlu: str = knob("embedded", "where mmlu comes from: `embedded`, a folder, or `hub:ORG/NAME`")
+    ceval: str = knob("embedded", "where ceval comes from: `embedded`, a folder, or `hub:ORG/NAME`")
+    split: str = knob("", "part of a folder or hub benchmark; empty = mmlu test, ceval val (its test has no answers)")
+    subjects: tuple[str, ...] = knob((), "subjects of a folder or hub benchmark; empty = all")
+    shots: int = knob(0, "worked examples before each question", low=0, high=5)
+    max_tokens: int = knob(0, "tokens of a question with its worked examples; 0 = data.max_tokens", low=0)
+    template: str = knob(
+        "plain", "plain: as clients' records are; standard: the benchmark's own prompt", choices=("plain", "standard")
+    )
+
+
+@dataclass(frozen=True)
+class Speed(Checked):
+    """How fast, never what: up to float rounding, and to which values LoRA's dropout drops."""
+
+    parallel_clients: int = knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
+    threads: int = knob(0, "CPU threads of torch; 0 = all cores", low=0)
+
+
+@dataclass(frozen=True)
+class Compare(Checked):
+    """What `drencoder compare` runs: methods x epsilons x seeds. A plain run ignores it."""
+
+    methods: tuple[str, ...] = knob(
+        ("lora", "dp-lora", "dr-encoder", "fedcg", "random"), "see drencoder compare --help"
+    )
+    epsilons: tuple[float, ...] = knob((0.25, 2.0, 8.0), "budgets of the private methods", above=0)
+    seeds: tuple[int, ...] = knob((0, 1, 2), "paired: the same clients, start and held-out data for every method")
+    tuning_seed: int = knob(100, "the seed on which learning rates are chosen, by held-out loss")
+    tuning_runs: int = knob(
+        4, "learning rates that each method may try per epsilon; 1 = its first guess", low=1, high=12
+    )
+    rates: tuple[str, ...] = knob((), "`method=rate`: where a method's tuning starts, if not at the recipe's rate")
+    tuning_factor: float = knob(3.0, "ratio between neighbouring learning rates", above=1)

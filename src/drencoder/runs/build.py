@@ -1,0 +1,242 @@
+"""Recipe -> live objects. Everything that can be refused is refused here, before a run folder exists."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import Recipe
+from drencoder.data.benchmarks.questions import load_benchmarks
+from drencoder.data.public_text import PublicText, open_public
+from drencoder.data.sources import HostedSource, Source, open_source
+from drencoder.data.prompts_template import render
+from drencoder.published.autoencoder import AutoencoderOptions, StepCallback
+from drencoder.encoders.contract import Encoder
+from drencoder.published.fedcg import RealGradients
+from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
+from drencoder.federated.engine import Engine
+from drencoder.federated.in_process import LocalEngine
+from drencoder.evaluation.held_out import question_examples
+from drencoder.data.tokenization import Example, make_examples
+from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
+from drencoder.runs.plan_overview import Overview, planned_code_size, planned_start, survey
+from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.rng import derive_seed
+from drencoder.encoders.lora_init import START_TEXTS, public_start
+from drencoder.encoders.matrix_normal_prior import PublicUpdates
+from drencoder.models.cohort_training import cohort_updates
+
+__all__ = ["EngineMaker", "Live", "SiteText", "build", "build_site"]
+
+_WRITTEN_TOKENS = 64  # of a text by the base model itself
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A source's records as tokens. A client's examples reach the engine only."""
+
+    source: Source
+    base: BaseModel
+    max_tokens: int
+    d1_share: float  # of a client's records, used by slot 0 and by nothing else; 0 = all slots use all
+    public: PublicText | None = None
+
+    def client(self, client: int, slot: int) -> list[Example]:
+        """What a client uses in a slot. FedCG's D1 (stage 1) and D2 (the rounds) share no record if it has two."""
+        records = self.source.client(client)
+        if self.d1_share and len(records) > 1:
+            first = min(len(records) - 1, max(1, round(self.d1_share * len(records))))
+            records = records[:first] if slot == 0 else records[first:]
+        return self._examples(map(render, records), f"client {client}")
+
+    def held_out(self, count: int) -> list[Example]:
+        return self._examples(map(render, self.source.held_out(count)), "the server's held-out set")
+
+    def public_clients(self, count: int, size: int, seed: int) -> list[list[Example]]:
+        """Make-believe clients of `size` public texts each; the same for the same seed. Needs `public`."""
+        assert self.public is not None
+        examples = self._examples(self.public.draw(count * size, seed), "the public text")
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def _examples(self, rendered: Iterable[tuple[str, str]], owner: str) -> list[Example]:
+        base = self.base
+        return make_examples(rendered, base.tokenize, base.end_id, self.max_tokens, owner=owner, start=base.start_ids)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A run's live objects."""
+
+    recipe: Recipe
+    overview: Overview
+    texts: Texts
+    lora: LoraModel
+    engine: Engine
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """What the run may spend, and on what."""
+        return self.overview.privacy
+
+    @property
+    def start(self) -> str:
+        """Where A started, in words for the certificate; of public text, whose it is."""
+        start, public = planned_start(self.recipe, self.plan), self.texts.public
+        if start != "public" or public is None:
+            return start
+        return f"public: leading inputs of {START_TEXTS} texts; {public.declared}"
+
+    @cached_property
+    def held_out(self) -> list[Example]:
+        """Tokenised held-out records of the server, as many as the final table uses."""
+        return self.texts.held_out(self.recipe.evaluation.examples)
+
+    @cached_property
+    def questions(self) -> dict[str, tuple[list[list[Example]], list[int]]]:
+        """Benchmark -> (four options per question, answers)."""
+        wanted = self.recipe.evaluation
+        limit, template = wanted.max_tokens or self.recipe.data.max_tokens, wanted.template
+        return {
+            name: (
+                question_examples(self.lora, drawn.questions, limit, examples=drawn.examples, template=template),
+                drawn.answers,
+            )
+            for name, drawn in load_benchmarks(wanted, self.recipe.data, seed=self.recipe.seed).items()
+        }
+
+    def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
+        """Updates of make-believe clients with public text at this adapter; None if the encoder is not made from any.
+
+        Other text in every slot, the same whenever that slot is computed again.
+        """
+        if self.texts.public is None or not self.recipe.encoder.takes_public:
+            return None
+        prior, size = self.recipe.prior, self.recipe.data.examples_per_client
+        groups = self.texts.public_clients(prior.public_clients, size, derive_seed(self.recipe.seed, "public", slot))
+        return PublicUpdates(self.updates_of(groups, adapter_D), self.texts.public.declared)
+
+    def updates_of(self, groups: Sequence[list[Example]], adapter_D: torch.Tensor) -> torch.Tensor:
+        """What clients with these examples would compute (N, D), on text that the server holds itself."""
+        local = self.recipe.local
+        if local.upload == "zero":  # a control's clients send nothing, but its encoder can be asked all the same
+            local = replace(local, upload="gradient")
+        step = self.recipe.speed.parallel_clients
+        parts = [
+            cohort_updates(self.lora, adapter_D, part, local, [0] * len(part)).cpu()
+            for part in (groups[start : start + step] for start in range(0, len(groups), step))
+        ]
+        return torch.cat(parts)
+
+    def noise(self) -> NoiseSource:
+        """The recipe's noise source; `replay` is for tests and marks the run as not private."""
+        if self.recipe.privacy.noise == "replay":
+            return ReplayNoise(derive_seed(self.recipe.seed, "noise"))
+        return SecureNoise()
+
+    def encoder(
+        self,
+        prior: GaussianPrior | None,
+        state: dict[str, torch.Tensor] | None = None,
+        *,
+        real: RealGradients | None = None,
+        public: PublicUpdates | None = None,
+        history_JD: torch.Tensor | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Encoder:
+        """The recipe's encoder, made from the prior (FedCG: from real gradients; others: from public updates
+        and directions of what was released), or restored from saved tensors."""
+        wanted, layout = self.recipe.encoder, self.lora.layout
+        matrices = [(pair.B.shape[0], pair.A.shape[1]) for pair in layout.pairs(self.lora.initial_D)]
+        request = EncoderRequest(
+            layout.segments,
+            planned_code_size(self.recipe, self.plan, matrices),
+            prior,
+            derive_seed(self.recipe.seed, "encoder"),
+            wanted.floor,
+            AutoencoderOptions(
+                steps=wanted.train_steps,
+                samples=self.recipe.prior.synthetic,
+                architecture=wanted.architecture,  # type: ignore[arg-type]  # checked by the recipe
+                normalise=wanted.normalise,  # type: ignore[arg-type]
+            ),
+            on_step=on_step,
+            real=real,
+            public=public,
+            rank=self.recipe.prior.rank,
+            explore=wanted.explore,
+            only_b=wanted.only_b,
+            history_JD=history_JD,
+        )
+        return build_encoder(wanted.name, request, state)
+
+
+EngineMaker = Callable[[Live], Engine]
+
+
+def build(recipe: Recipe, engine: EngineMaker | None = None) -> Live:
+    """Plans, loads and checks everything that a run needs. `engine` makes what reaches the clients (default: this process).
+
+    Raises:
+      DrencoderError: any part of the recipe cannot be had; nothing has been written.
+    """
+    live = _loaded(recipe, None)
+    _ = live.held_out, live.questions  # refuse empty evaluation data now, not after the last round
+    return live if engine is None else replace(live, engine=engine(live))
+
+
+@dataclass(frozen=True)
+class SiteText:
+    """A site's own text, in the schema of `data.source`, and the clients of the population whose text it is."""
+
+    source: str
+    clients: tuple[int, ...]
+
+
+def build_site(recipe: Recipe, own: SiteText | None) -> Live:
+    """What a machine needs to answer for clients: all but what the server evaluates on.
+
+    `own` takes the place of the recipe's data; None = the recipe's own source holds these clients' text.
+
+    Raises:
+      DrencoderError: any part of the recipe, or the site's text, cannot be had.
+    """
+    return _loaded(recipe, own, site=True)
+
+
+def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live:
+    overview = survey(recipe)
+    resolve_device(recipe.model.device)
+    set_threads(recipe.speed)
+    source: Source
+    if own is None:
+        source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
+    else:
+        wanted = replace(recipe.data, source=own.source)
+        held = open_source(wanted, population=len(own.clients), seed=recipe.seed, server_share=False)
+        source = HostedSource(held, own.clients)
+    base = load_base(recipe.model)
+    d1_share = recipe.prior.d1_share if recipe.prior.source == "gradients" else 0.0
+    # A site gets the encoder from the server, who made it: public text is the server's to have.
+    named = "" if site else recipe.public_text
+    public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
+    texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
+    lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    if public is not None and planned_start(recipe, overview.privacy) == "public":
+        groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
+        lora.initial_D = public_start(lora, [example for group in groups for example in group])
+    federation = recipe.federation
+    engine = LocalEngine(
+        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site,
+        nodes=federation.nodes, threshold=recipe.threshold,
+    )  # fmt: skip
+    return Live(recipe, overview, texts, lora, engine)
+
+
+def set_threads(speed: config.Speed) -> None:
+    """torch's thread count is process-wide; this is the one place that sets it."""
+    if speed.threads:
+        torch.set_num_threads(speed.threads)

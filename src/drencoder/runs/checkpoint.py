@@ -1,0 +1,95 @@
+"""What a resumed run cannot recompute, and the one file that keeps it: post-processing of releases, all of it.
+
+Legend: D adapter values.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from drencoder.runs.run_folder import RunFolder
+from drencoder.errors import ArtifactError
+from drencoder.models.adapter_layout import Segment
+from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.privacy.ledger import Ledger
+from drencoder.federated.query import ServerState
+
+__all__ = ["Progress", "load_checkpoint", "save_checkpoint"]
+
+_NAME = "latest.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `slot` is the last one that is done; -1 before stage 1."""
+
+    state: ServerState
+    slot: int = -1
+    bytes_up: int = 0
+    prior: GaussianPrior | None = None
+    encoder_state: Mapping[str, Tensor] | None = None
+    gate: Mapping[str, Any] | None = None
+    stage1: Mapping[str, Any] | None = None
+    clip_l2: float | None = None  # of the next round, where it follows the codes' norms
+    bytes_down: int = 0
+
+
+def save_checkpoint(folder: RunFolder, ledger: Ledger, now: Progress) -> None:
+    """One file, replaced atomically: tensors, and the rest as JSON in its header."""
+    tensors = {f"state.{name}": tensor.contiguous() for name, tensor in now.state.tensors().items()}
+    tensors |= {f"encoder.{name}": tensor.contiguous() for name, tensor in (now.encoder_state or {}).items()}
+    facts = {
+        "slot": now.slot,
+        "steps": now.state.steps,
+        "bytes_up": now.bytes_up,
+        "prior": now.prior.to_dict() if now.prior else None,
+        "gate": now.gate,
+        "stage1": now.stage1,
+        "clip_l2": now.clip_l2,
+        "bytes_down": now.bytes_down,
+        "ledger_head": ledger.head,
+    }
+    folder.write(folder.checkpoints / _NAME, save(tensors, metadata={"drencoder": json.dumps(facts)}))
+
+
+def load_checkpoint(folder: RunFolder, ledger: Ledger, initial_D: Tensor, segments: tuple[Segment, ...]) -> Progress:
+    """The last checkpoint, or the start if there is none.
+
+    Raises:
+      ArtifactError: the checkpoint knows of charges that the ledger lacks, or is of another adapter.
+    """
+    path = folder.checkpoints / _NAME
+    if not path.exists():
+        return Progress(ServerState.start(initial_D))
+    data = path.read_bytes()
+    tensors = load(data)
+    length = int.from_bytes(data[:8], "little")
+    facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["drencoder"])
+    seq, digest = facts["ledger_head"]
+    if not ledger.contains((seq, digest)):
+        raise ArtifactError(
+            f"{folder.ledger} lacks charges that {path.name} knows of: restore the whole ledger from a copy. A run "
+            "without it has no guarantee."
+        )
+    if tensors["state.adapter"].shape != initial_D.shape:
+        raise ArtifactError(f"{path} is of another adapter: restore the run's own recipe.")
+    prior = facts["prior"]
+    return Progress(
+        state=ServerState.of(_named("state.", tensors), facts["steps"]),
+        slot=facts["slot"],
+        bytes_up=facts["bytes_up"],
+        prior=GaussianPrior.from_dict(prior, segments) if prior else None,
+        encoder_state=_named("encoder.", tensors),
+        gate=facts["gate"],
+        stage1=facts["stage1"],
+        clip_l2=facts.get("clip_l2"),
+        bytes_down=facts.get("bytes_down", 0),
+    )
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

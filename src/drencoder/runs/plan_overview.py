@@ -1,0 +1,225 @@
+"""The whole plan of a run before anything is spent: privacy, code size, bytes. No torch.
+
+Legend: D adapter values, K code values.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from drencoder.recipe.recipe import Recipe
+from drencoder.encoders.code_sizes import (
+    BITS_PER_VALUE,
+    FEW_COORDINATES,
+    NOISY_RATIO,
+    adapted_matrices,
+    auto_ratio,
+    code_size,
+    few_coordinates,
+    known_matrices,
+    message_bytes,
+    noise_dominates,
+    plain_lora_bytes,
+    stage1_values,
+)
+from drencoder.errors import ModelError
+from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
+from drencoder.secure_aggregation.messages import round_bytes
+
+__all__ = ["Overview", "modular_bits", "planned_code_size", "planned_start", "privacy_plan", "survey"]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a run will cost, in privacy and in bytes. Public.
+
+    `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
+    Bytes are totals of all expected uploads; `message_bytes` is a client's in a round, under secure aggregation a node's.
+    Plain LoRA sends the whole adapter, as often, in the same wire type, or in float16 if that has fewer bits.
+    """
+
+    privacy: PrivacyPlan
+    adapter_size: int | None
+    code_size: int | None
+    message_bytes: int | None
+    stage1_bytes: int | None
+    total_bytes: int | None
+    plain_lora_bytes: int | None
+    code_reason: str = ""  # why the code has this size, if the plan chose it
+
+    @property
+    def stage2_bytes(self) -> int | None:
+        """Bytes of all expected uploads of the rounds."""
+        return None if self.total_bytes is None or self.stage1_bytes is None else self.total_bytes - self.stage1_bytes
+
+    @property
+    def k_star(self) -> float:
+        """Coordinates that a round can learn, with half of the clip's energy shared by all clients."""
+        return self.privacy.k_star()
+
+    def warnings(self) -> list[str]:
+        """What a person should know before starting, one sentence each."""
+        said = []
+        if "round" in self.privacy.non_private:
+            said.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
+        elif self.privacy.non_private:
+            said.append(
+                "prior.source = 'gradients': stage 1 takes real gradients without noise, so no guarantee holds."
+            )
+        if self.privacy.noise == "replay":
+            said.append(
+                "privacy.noise = 'replay': the noise can be computed again, so nothing is private. For tests only."
+            )
+        if self.privacy.trust == "secure-aggregation" and self.privacy.share_terms(1).honest < 10:
+            terms = self.privacy.share_terms(1)
+            said.append(
+                f"Of a round's contributors only {terms.honest} are sure and honest, so each client adds {terms.honest**-0.5:.0%} of "
+                "the noise that it would add under local trust: larger cohorts would make secure aggregation worth more."
+            )
+        if self.k_star < 1:
+            trust = ", or secure aggregation instead of noise by every client" if self.privacy.trust == "local" else ""
+            said.append(
+                f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
+                f"learn. More clients a round, fewer rounds, a larger epsilon{trust} would help."
+            )
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        observers = {name: guarantee.to_dict() for name, guarantee in self.privacy.epsilons().items()}
+        k_star = None if self.privacy.non_private else self.k_star
+        return {**asdict(self), "privacy": self.privacy.to_dict(), "k_star": k_star, "observers": observers}
+
+
+def privacy_plan(recipe: Recipe) -> PrivacyPlan:
+    """The recipe's privacy plan: sampler, noise and events from one place.
+
+    Raises:
+      PrivacyError: the recipe's numbers cannot be planned for.
+    """
+    privacy, federation = recipe.privacy, recipe.federation
+    private = privacy.trust != "non-private"
+    return make_plan(
+        trust=privacy.trust if private else "central",  # type: ignore[arg-type]  # checked by the recipe
+        epsilon=None if privacy.noise_multiplier or not private else privacy.epsilon,
+        noise_multiplier=privacy.noise_multiplier if private and privacy.noise_multiplier else None,
+        delta=privacy.delta,
+        population=federation.population,
+        sampling_rate=federation.sampling_rate,
+        rounds=federation.rounds,
+        stage1_rate=recipe.stage1_rate,
+        stage1_noise_ratio=recipe.prior.noise_ratio,
+        participation_cap=privacy.participation_cap,
+        relation=privacy.relation,  # type: ignore[arg-type]  # checked by the recipe
+        noise=privacy.noise,  # type: ignore[arg-type]
+        non_private=_non_private(recipe),
+        # The public's epsilon rests on seeing nothing but a sum of noised codes. A decoder that takes each code by
+        # itself, and rounding each to fewer bits, put something else in its place.
+        dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
+        honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
+        decodes_each=recipe.encoder.name == "autoencoder" or recipe.wire_dtype != "float32",
+    )
+
+
+def _non_private(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages without noise. FedCG's first one always is: its gradients go up as they are."""
+    if recipe.privacy.trust == "non-private":
+        return ("stage1", "round")
+    return ("stage1",) if recipe.prior.source == "gradients" else ()
+
+
+def survey(recipe: Recipe) -> Overview:
+    """Plans a recipe.
+
+    Raises:
+      PrivacyError: the privacy numbers are impossible together.
+      ModelError: the local model folder is unreadable or has no target module.
+    """
+    plan = privacy_plan(recipe)
+    matrices = _adapted(recipe)
+    if matrices is None:
+        return Overview(plan, None, None, None, None, None, None)
+    size = recipe.adapter.rank * sum(sum(shape) for shape in matrices)
+    prior = recipe.prior
+    code = planned_code_size(recipe, plan, matrices)
+    message = message_bytes(code + (recipe.privacy.clip == "adaptive"), recipe.wire_dtype)
+    rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
+    uploads = plan.expected_cohort * rounds
+    epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
+    asked = stage1_values(prior.source, size, len(matrices), epochs)
+    stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
+    stage2, senders = round(uploads * message), uploads
+    if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
+        message = round_bytes(nodes, code + (recipe.privacy.clip == "adaptive"), modular_bits(plan, 1, code))[0]
+        senders = rounds * nodes
+        stage2 = senders * message
+        stage1 = nodes * round_bytes(nodes, asked, modular_bits(plan, 0, asked))[0] if asked else 0
+    return Overview(
+        privacy=plan,
+        adapter_size=size,
+        code_size=code,
+        message_bytes=message,
+        stage1_bytes=stage1,
+        total_bytes=stage2 + stage1,
+        plain_lora_bytes=plain_lora_bytes(senders, size, recipe.wire_dtype),
+        code_reason="; ".join(_reasons(recipe, plan, size)),
+    )
+
+
+def _reasons(recipe: Recipe, plan: PrivacyPlan, size: int) -> Iterator[str]:
+    """Why the code is as the plan chose it; nothing of what the recipe says itself."""
+    encoder = recipe.encoder
+    if encoder.sized_by_ratio and not encoder.ratio:
+        yield _size_reason(size, plan.k_star(), recipe.wire_dtype)
+    if encoder.name == "hybrid" and recipe.adapter.start == "auto":
+        public, bound = planned_start(recipe, plan) == "public", f"{FEW_COORDINATES:g}"
+        yield f"A from public text, since k* < {bound}" if public else f"A at random, since k* >= {bound}"
+    if encoder.wire_dtype == "auto" and recipe.wire_dtype != "float32":
+        yield f"in {BITS_PER_VALUE[recipe.wire_dtype]} bits a value"
+
+
+def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
+    """Why `auto_ratio` chose what it did."""
+    ratio, bound = auto_ratio(size, k_star, wire_dtype), size / NOISY_RATIO
+    if not noise_dominates(size, k_star):
+        return f"1/{ratio:g}, since k* >= D/{NOISY_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
+    return (
+        f"1/{ratio:g}, since k* < D/{NOISY_RATIO:g} = {bound:,.0f}: noise dominates, more values would carry more of it"
+    )
+
+
+def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
+    """Secure aggregation: how many bits a value of a slot's sum has."""
+    return plan.share_terms(slot).quantiser(values, 1.0).bits  # the clip is their unit
+
+
+def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequence[int]]) -> int:
+    """K of the recipe's encoder under this plan, for adapted matrices of these shapes (out, in)."""
+    encoder, rank = recipe.encoder, recipe.adapter.rank
+    size = rank * sum(sum(shape) for shape in matrices)
+    ratio = encoder.ratio or auto_ratio(size, plan.k_star(), recipe.wire_dtype)
+    code = code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
+    return min(code, rank * sum(out for out, _ in matrices)) if recipe.encoder.only_b else code
+
+
+def planned_start(recipe: Recipe, plan: PrivacyPlan) -> str:
+    """`adapter.start`, `auto` resolved: directions of public text for `hybrid` where a round learns few coordinates."""
+    if recipe.adapter.start != "auto":
+        return recipe.adapter.start
+    return "public" if recipe.encoder.name == "hybrid" and few_coordinates(plan.k_star()) else "peft"
+
+
+def _adapted(recipe: Recipe) -> list[list[int]] | None:
+    """Shapes of the adapted matrices; None for a hub model whose shapes this package does not know."""
+    if recipe.model.source == "embedded":
+        folder = Path(str(resources.files("drencoder") / "embedded"))
+    else:
+        folder = Path(recipe.model.source)
+        if not folder.exists() and not recipe.model.source.startswith(("/", ".")):
+            return known_matrices(recipe.model.source, recipe.adapter.targets, recipe.adapter.layers)  # a hub id
+    if not folder.is_dir():
+        raise ModelError(
+            f"model.source = {recipe.model.source!r} is not a folder: give 'embedded', a folder or a hub id."
+        )
+    return adapted_matrices(folder, recipe.adapter.targets, recipe.adapter.layers)

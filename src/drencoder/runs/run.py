@@ -1,0 +1,282 @@
+"""The order of the stages: plan, stage 1, gate, stage 2, evaluation, certificate; and going on after a kill.
+
+Legend: D adapter values.
+
+What is on disk, in order, for every slot (0 = stage 1, 1..T = rounds): the charge in the ledger, then the release's
+consequence in the checkpoint, one file that is replaced atomically. A kill between the two costs a charge and no more.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from drencoder import __version__
+from drencoder.federated.adaptive_clip import ClipFollower
+from drencoder.runs.run_folder import RunFolder
+from drencoder.runs.build import EngineMaker, Live, build
+from drencoder.runs.checkpoint import Progress, load_checkpoint, save_checkpoint
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.encoders.contract import Encoder
+from drencoder.encoders.code_sizes import plain_lora_bytes
+from drencoder.encoders.wire import WireFormat, noise_entropy
+from drencoder.errors import ArtifactError, BudgetError, LostError, QuorumError
+from drencoder.evaluation.held_out import held_out_loss, multiple_choice
+from drencoder.runs.plan_overview import Overview, modular_bits
+from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.evaluation.outcomes import measure_all
+from drencoder.runs.stage1 import ask, bytes_down, bytes_up, fit_encoder, refreshed, run_stage1
+from drencoder.federated.query import ServerState, learning_rate, server_step, update_query
+
+__all__ = ["Listener", "RunResult", "resume", "run"]
+
+
+class Listener(Protocol):
+    """Is told what happens, in order; shows it or not."""
+
+    def planned(self, overview: Overview) -> None: ...
+    def say(self, text: str) -> None: ...
+    def round_done(self, row: Mapping[str, Any]) -> None: ...
+    def finished(self, certificate: Mapping[str, Any]) -> None: ...
+
+
+class _Silent:
+    def planned(self, overview: Overview) -> None: ...
+    def say(self, text: str) -> None: ...
+    def round_done(self, row: Mapping[str, Any]) -> None: ...
+    def finished(self, certificate: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left behind. `adapter` is a PEFT adapter folder."""
+
+    folder: Path
+    adapter: Path
+    ledger: Path
+    metrics: list[dict[str, Any]]
+    certificate: dict[str, Any]
+
+
+def run(
+    recipe: Recipe, folder: str | Path, listener: Listener | None = None, engine: EngineMaker | None = None
+) -> RunResult:
+    """Runs a recipe into a new folder; `engine` makes what reaches the clients (default: this process trains them).
+
+    Raises:
+      DrencoderError: something cannot be had, before the folder exists; or the disk is full, later on.
+    """
+    listener = listener or _Silent()
+    path = Path(folder)
+    RunFolder.check_free(path)
+    live = _prepare(recipe, listener, engine)
+    run_folder = RunFolder.create(path)
+    run_folder.write(run_folder.recipe, recipe.to_toml().encode())
+    plan = live.plan
+    key = hashlib.sha256(f"replay/{recipe.seed}".encode()).digest() if plan.noise == "replay" else None
+    with Ledger.create(run_folder.ledger, plan, run_id=secrets.token_hex(8), key=key) as ledger:
+        start = Progress(ServerState.start(live.lora.initial_D))
+        return _drive(live, run_folder, ledger, start, listener)
+
+
+def resume(folder: str | Path, listener: Listener | None = None, engine: EngineMaker | None = None) -> RunResult:
+    """Goes on with a run that was killed, with its own recipe, ledger and checkpoint.
+
+    Raises:
+      ArtifactError: the folder is not a run's, or its ledger was changed or cut.
+    """
+    listener = listener or _Silent()
+    run_folder = RunFolder.open(Path(folder))
+    recipe = load_recipe(run_folder.recipe)
+    live = _prepare(recipe, listener, engine)
+    if not run_folder.ledger.exists():
+        raise LostError(f"{folder} has no ledger, so nothing was charged yet: start it anew in another folder.")
+    with Ledger.open(run_folder.ledger) as ledger:
+        if ledger.plan != live.plan:
+            raise ArtifactError(
+                f"the plan in {run_folder.ledger} is not that of {run_folder.recipe}: restore the recipe."
+            )
+        start = load_checkpoint(run_folder, ledger, live.lora.initial_D, live.lora.layout.segments)
+        listener.say(f"resuming after {'nothing' if start.slot < 0 else f'slot {start.slot}'}")
+        run_folder.keep_metrics([row for row in run_folder.read_metrics() if row["round"] <= start.slot])
+        return _drive(live, run_folder, ledger, start, listener)
+
+
+def _prepare(recipe: Recipe, listener: Listener, engine: EngineMaker | None) -> Live:
+    live = build(recipe, engine)
+    listener.planned(live.overview)
+    return live
+
+
+def _drive(live: Live, folder: RunFolder, ledger: Ledger, now: Progress, listener: Listener) -> RunResult:
+    """All stages from `now` on. Budget that runs out ends stage 2 early and cleanly."""
+    plan = live.plan
+    real = None
+    if now.slot < 0 and plan.stage1_rate > 0:
+        now, real = run_stage1(live, ledger, now, listener.say)
+        if real is None:  # real gradients are never stored: what was made of them is, below
+            save_checkpoint(folder, ledger, now)
+    if now.gate is None:
+        now, encoder = fit_encoder(live, now, real, listener.say)
+        save_checkpoint(folder, ledger, now)
+    else:
+        encoder = live.encoder(now.prior, dict(now.encoder_state or {}))
+    if max(0, now.slot) not in {row["round"] for row in folder.read_metrics()}:
+        _evaluate_round(live, folder, ledger, now, listener)  # the start, or a round killed before its row was written
+    for slot in range(max(1, now.slot + 1), plan.rounds + 1):
+        now, encoder = refreshed(live, now, encoder, slot)
+        try:
+            now = _round(live, ledger, now, encoder, slot, listener)
+        except BudgetError as error:
+            listener.say(f"stopped after round {now.slot}: {error}")
+            break
+        except QuorumError as error:
+            listener.say(f"round {slot} was abandoned, its charge stays: {error}")
+            now = replace(now, slot=slot)
+        save_checkpoint(folder, ledger, now)
+        _evaluate_round(live, folder, ledger, now, listener)
+    return _finish(live, folder, ledger, now, encoder, listener)
+
+
+def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: int, listener: Listener) -> Progress:
+    """One round: charge, gather, release, step. Reads like the algorithm; steps.py has each line."""
+    recipe, plan = live.recipe, live.plan
+    if ledger.resume_rule(slot) == "skip":
+        listener.say(f"round {slot} was charged but its result was lost: skipped, so that no client releases twice")
+        return replace(now, slot=slot)
+    follower = _follower(recipe, now)
+    query = update_query(encoder, recipe, slot, follower, now.prior)
+    outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
+    direction_D = query.direction(outcome.release, permit, plan.expected_cohort)
+    if recipe.local.upload == "state":
+        direction_D = direction_D - now.state.adapter_D
+    if outcome.rejected or outcome.nonfinite:
+        listener.say(f"round {slot}: {outcome.rejected} messages rejected, {outcome.nonfinite} updates not finite")
+    sent = bytes_up(outcome, plan.expected_cohort, query)
+    state = server_step(now.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
+    clip_l2 = follower.after(outcome.release.value, plan.expected_cohort).clip_l2 if follower else None
+    asked = plan.expected_cohort if outcome.release.contributors is None else outcome.release.contributors
+    down = round(asked * bytes_down(encoder, live.lora.layout.size)) + outcome.bytes_down
+    return replace(
+        now, state=state, slot=slot, bytes_up=now.bytes_up + sent, clip_l2=clip_l2, bytes_down=now.bytes_down + down
+    )
+
+
+def _follower(recipe: Recipe, now: Progress) -> ClipFollower | None:
+    """What follows the codes' norms in this round, if the recipe wants it."""
+    privacy = recipe.privacy
+    if privacy.clip == "fixed":
+        return None
+    return ClipFollower(now.clip_l2 or privacy.clip_l2, privacy.clip_quantile, privacy.clip_rate)
+
+
+# --- evaluation ------------------------------------------------------------------------------------
+
+
+def _evaluate_round(live: Live, folder: RunFolder, ledger: Ledger, now: Progress, listener: Listener) -> None:
+    """Writes and shows the row of the last round that is done (0: before the first)."""
+    number, every = max(0, now.slot), live.recipe.evaluation.every
+    row: dict[str, Any] = {"round": number, "epsilon": _spent(ledger), "bytes_up": now.bytes_up}
+    if number == 0 or (every and number % every == 0):
+        few = live.recipe.evaluation.progress_examples
+        row["loss"] = held_out_loss(live.lora, now.state.adapter_D, live.held_out[:few]).value
+        if live.questions:
+            share = max(1, few // len(live.questions))
+            options = [four for fours, _ in live.questions.values() for four in fours[:share]]
+            answers = [answer for _, given in live.questions.values() for answer in given[:share]]
+            row["accuracy"] = multiple_choice(live.lora, now.state.adapter_D, options, answers).value
+    folder.append_metrics(row)
+    listener.round_done(row)
+
+
+def _spent(ledger: Ledger) -> dict[str, float | str]:
+    return {name: "inf" if epsilon == float("inf") else epsilon for name, epsilon in ledger.spent().items()}
+
+
+# --- what is left behind ---------------------------------------------------------------------------
+
+
+def _finish(
+    live: Live, folder: RunFolder, ledger: Ledger, now: Progress, encoder: Encoder, listener: Listener
+) -> RunResult:
+    from drencoder.runs.report import write_report
+
+    listener.say("evaluating base model, zero update and this run")
+    with folder.replacing(folder.adapter) as temporary:
+        live.lora.save(now.state.adapter_D, temporary)
+    outcomes = measure_all(live.lora, now.state.adapter_D, live.held_out, live.questions)
+    folder.write_json(folder.outcomes, {name: outcome.to_dict() for name, outcome in outcomes.items()})
+    certificate = _certificate(live, ledger, now, encoder)
+    certificate["results"] = {name: outcome.estimates() for name, outcome in outcomes.items()}
+    folder.write_json(folder.certificate, certificate)
+    write_report(folder.path)
+    listener.finished(certificate)
+    return RunResult(folder.path, folder.adapter, folder.ledger, folder.read_metrics(), certificate)
+
+
+def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) -> dict[str, Any]:
+    recipe, plan, layout = live.recipe, live.plan, live.lora.layout
+    privacy = ledger.certificate()
+    secure = plan.trust == "secure-aggregation"
+    senders = recipe.federation.nodes if secure else plan.expected_cohort
+    uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
+    wire = WireFormat.of(encoder, recipe.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
+    return {
+        "version": 1,
+        "drencoder": __version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "name": recipe.name,
+        "statement": _statement(plan, privacy["observers"]),
+        **privacy,
+        "rounds": now.slot,
+        "bytes": {
+            "uploaded": now.bytes_up,
+            "downloaded": now.bytes_down,
+            "stage1": (now.stage1 or {}).get("bytes", 0),
+            "counted": "counted" if plan.capped else "expected: the size of a secret cohort is not published",
+            "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.wire_dtype),
+            "bits_per_value": modular_bits(plan, 1, encoder.code_size)
+            if plan.trust == "secure-aggregation"
+            else wire.bits,
+            "entropy_per_value": noise_entropy(wire),  # of noise: a real code's would be an answer about the data
+        },
+        "encoder": encoder.describe() | _flat(now.gate or {}),
+        "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},
+        "adapter_start": live.start,
+        "data": live.texts.source.provenance,
+        "model": recipe.model.source,
+    }
+
+
+def _flat(gate: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"gate_{kind}_{key}": value for kind, facts in gate.items() for key, value in facts.items()}
+
+
+def _statement(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
+    """The promise in one sentence."""
+    if "round" in plan.non_private:
+        return "This run added no noise: it has no privacy guarantee of any kind and is a baseline only."
+    if plan.non_private:
+        return (
+            "Stage 1 used clients' real gradients without noise, so this run has no privacy guarantee of any kind, "
+            "whatever noise its rounds had: it is a baseline only."
+        )
+    if plan.noise == "replay":
+        return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
+    seen = {name: row["by_relation"][plan.relation]["epsilon_pld"] for name, row in observers.items()}
+    words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan.relation]
+    cost = seen[plan.budget_observer]
+    promise = f"({float(cost):.3f}, {plan.delta:g})-differential privacy for {words} one client with all its text"
+    if plan.trust == "local":
+        rest = f"those who see only sums and the model: epsilon {float(seen['public']):.3f}"
+        return f"Against the server: {promise}. Against {rest}."
+    if plan.trust == "secure-aggregation":
+        return (
+            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
+            f"{float(seen['server']):.3f}. At least {plan.honest_share:.0%} of the contributors are taken to be honest."
+        )
+    return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."

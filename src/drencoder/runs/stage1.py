@@ -1,0 +1,207 @@
+"""Stage 1: from a charged question to a cohort, over the prior, to a fitted encoder that the gate has seen.
+
+`moments` is DR-Encoder's way: noised statistics, a Gaussian prior, synthetic gradients. `gradients` is FedCG's
+(CG-FedLLM, https://arxiv.org/abs/2405.13746), the baseline: real gradients, which only a slot that the ledger has
+charged as non-private can ask for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drencoder.runs.build import Live
+from drencoder.runs.checkpoint import Progress
+from drencoder.recipe.recipe import Recipe
+from drencoder.encoders.contract import Encoder
+from drencoder.published.fedcg import RealGradients
+from drencoder.encoders.viability import GateResult, measure_viability, require_viable
+from drencoder.errors import LostError, QuorumError
+from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.privacy.ledger import Ledger, Permit
+from drencoder.rng import derive_seed
+from drencoder.federated.query import CohortQuery, Outcome, ServerState, gradient_query, learning_rate, moment_query, server_step
+
+__all__ = ["ask", "bytes_down", "bytes_up", "fit_encoder", "refreshed", "run_stage1"]
+
+Say = Callable[[str], None]
+
+_GATE_UPDATES = 64  # synthetic ones at most
+_GATE_VALUES = 1 << 27  # and 512 MiB of them
+_GATE_CLIENTS = 16  # make-believe ones, of server-held text
+
+
+def ask(live: Live, ledger: Ledger, query: CohortQuery, adapter_D: Tensor, cohort: list[int]) -> tuple[Outcome, Permit]:
+    """Charge, gather, release: the same for both stages, in this order.
+
+    Raises:
+      EngineError: no clients can be reached; nothing was charged.
+      QuorumError: too few answered; their answers were thrown away and the charge stays.
+    """
+    live.engine.ready()
+    permit, noise = ledger.charge(query.slot), live.noise()
+    try:
+        outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
+    except QuorumError as error:
+        ledger.record_abandoned(query.slot, error.answered if permit.trust == "local" else None)
+        raise
+    if outcome.release.contributors is not None:
+        # How many noised codes hide each other is public but under central trust, and makes the epsilon of a sum.
+        ledger.record_contributors(query.slot, outcome.release.contributors)
+    return outcome, permit
+
+
+def bytes_up(outcome: Outcome, expected: float, query: CohortQuery) -> int:
+    """Bytes of a slot's uploads: counted, or expected where the size of a cohort is secret."""
+    if outcome.release.contributors is not None:
+        return outcome.bytes_up
+    return round(expected * query.wire.message_size)
+
+
+def bytes_down(encoder: Encoder, update_size: int) -> int:
+    """Bytes that one client needs for a round: the adapter in float32, and the encoder's bases where it has any."""
+    return 4 * update_size + int(encoder.describe().get("basis_bytes", 0))
+
+
+def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients | None]:
+    """Asks stage 1's cohort. Moments become a prior; real gradients are handed on and never stored.
+
+    Raises:
+      LostError: FedCG's gradients were charged in a run that was killed before the encoder was made of them.
+    """
+    lost = ledger.resume_rule(0) == "skip"
+    if live.recipe.prior.source == "gradients":
+        if lost:
+            raise LostError("stage 1's real gradients were charged but lost with the killed run: start a new run.")
+        return _real_gradients(live, ledger, now, say)
+    if lost:
+        say("stage 1 was charged but its result was lost: going on with an uninformed prior")
+        return _uninformed(live, now), None
+    try:
+        return _moments(live, ledger, now, say), None
+    except QuorumError as error:
+        say(f"stage 1 was abandoned, its charge stays: {error} Going on with an uninformed prior.")
+        return _uninformed(live, now), None
+
+
+def _uninformed(live: Live, now: Progress) -> Progress:
+    """Stage 1 charged and nothing had of it."""
+    prior = GaussianPrior.isotropic(live.lora.layout.segments)
+    return replace(now, slot=0, prior=prior, stage1={"lost": True})
+
+
+def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
+    """The charged, noised moments of one cohort, and the prior that is fitted to them."""
+    recipe, plan, segments = live.recipe, live.plan, live.lora.layout.segments
+    cohort = ledger.cohort(0)
+    epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
+    say(f"stage 1: asking {_words(live, cohort)} for two moments per tensor{epochs}")
+    query = moment_query(segments, recipe.prior)
+    outcome, _ = ask(live, ledger, query, now.state.adapter_D, cohort)
+    release = outcome.release
+    mean_V = release.value / plan.stage1_cohort
+    prior = GaussianPrior.from_statistics(mean_V, segments, release.noise_std / plan.stage1_cohort)
+    facts = {"statistics": query.wire.code_size, "message_bytes": query.wire.message_size}
+    say(f"stage 1: {facts['statistics']} noised statistics, prior rms {prior.rms:.2e}")
+    sent = bytes_up(outcome, plan.stage1_cohort, query)
+    return replace(now, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=now.bytes_up + sent)
+
+
+def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients]:
+    """FedCG: every client's own gradients, one by one and without noise."""
+    recipe = live.recipe
+    query = gradient_query(live.lora.layout.size, recipe.prior)
+    cohort = ledger.cohort(0)
+    say(f"stage 1: asking {_words(live, cohort)} for their REAL gradients, un-noised (FedCG: not private)")
+    permit = ledger.charge(0)
+    rounds = recipe.prior.epochs if recipe.prior.collection == "federated" else 1
+    state, collected, sent = now.state, [], 0
+    for number in range(1, rounds + 1):
+        # Federated collection: each of its rounds asks a part of the cohort, so that a client uploads once.
+        uploads = live.engine.gather(query, state.adapter_D, cohort[number - 1 :: rounds], permit, live.noise())
+        rows, count = query.rows(uploads, permit)
+        collected.append(rows.reshape(-1, live.lora.layout.size))
+        sent += count
+        state = _averaged(state, collected[-1], live.recipe, number)
+    real = RealGradients.collected(torch.cat(collected), permit)
+    facts = {"gradients": len(real), "message_bytes": query.wire.message_size, "bytes": sent}
+    say(f"stage 1: {len(real)} real gradients collected, {sent:,} bytes")
+    return replace(now, slot=0, stage1=facts, bytes_up=now.bytes_up + sent), real
+
+
+def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) -> ServerState:
+    """Federated averaging between the rounds of FedCG's collection; stage 2 starts from the untouched adapter again."""
+    if not len(rows_ND):
+        return state
+    direction_D = rows_ND.mean(dim=0)
+    if recipe.local.upload == "state":
+        direction_D = direction_D - state.adapter_D
+    return server_step(state, direction_D, recipe.server, learning_rate(recipe.server, number, recipe.prior.epochs))
+
+
+def _words(live: Live, cohort: list[int]) -> str:
+    plan = live.plan
+    return f"{len(cohort)} clients" if plan.capped else f"about {plan.stage1_cohort:.0f} clients"
+
+
+def fit_encoder(live: Live, now: Progress, real: RealGradients | None, say: Say) -> tuple[Progress, Encoder]:
+    """Fits the encoder and asks the gate, before any of stage 2's budget is spent."""
+
+    def trained(step: int, loss: float, checked: float | None) -> None:
+        if checked is not None:
+            say(f"auto-encoder, step {step}: training loss {loss:.4g}, validation loss {checked:.4g}")
+
+    structured = live.public_updates(now.state.adapter_D, 1)
+    if structured is not None:
+        say(f"structured prior: {len(structured.update_ND)} updates of public text ({structured.declared})")
+    encoder = live.encoder(now.prior, real=real, public=structured, on_step=trained)
+    seed = derive_seed(live.recipe.seed, "gate")
+    public = measure_viability(encoder, _server_updates(live, now.state.adapter_D), seed)
+    gate = {"public": _facts(public)}
+    verdict = public
+    if real is None and structured is None:  # else no prior was fitted that could draw any, or it is the encoder's own
+        prior = now.prior or GaussianPrior.isotropic(live.lora.layout.segments)
+        count = min(_GATE_UPDATES, live.recipe.prior.synthetic, max(2, _GATE_VALUES // live.lora.layout.size))
+        samples = prior.sample(count, seed)
+        verdict = measure_viability(encoder, samples.values_ND, seed)
+        gate["synthetic"] = _facts(verdict)
+        say(f"gate, synthetic gradients: {verdict.sentence}")
+    say(f"gate, server-held text: cosine {public.cosine:.3f}, {public.captured_energy:.2%} of the energy")
+    require_viable(verdict, allow=live.recipe.encoder.gate == "warn")
+    return replace(now, gate=gate, encoder_state=encoder.state()), encoder
+
+
+def _facts(result: GateResult) -> Mapping[str, Any]:
+    return {
+        "cosine": result.cosine,
+        "captured_energy": result.captured_energy,
+        "random_cosine": result.random_cosine,
+        "viable": result.viable,
+    }
+
+
+def refreshed(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[Progress, Encoder]:
+    """The encoder of round `slot`: one of public text or of the run's momentum is made anew every `prior.refresh` rounds.
+
+    Bases of the start carry little a few rounds later (docs/log.md). Public text at the adapter as it is and released
+    momentum alone go in.
+    """
+    if not live.recipe.encoder.refreshed or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
+        return now, encoder
+    public = live.public_updates(now.state.adapter_D, slot)
+    # Without stage 1's moments: they are of the start, where LoRA's A has no gradient.
+    # Where the momentum points, and where the whole run has led so far: noise averages out of the second.
+    history_JD = torch.stack([now.state.first_D, now.state.adapter_D - live.lora.initial_D.cpu()])
+    encoder = live.encoder(None, public=public, history_JD=history_JD)
+    return replace(now, encoder_state=encoder.state()), encoder
+
+
+def _server_updates(live: Live, adapter_D: Tensor) -> Tensor:
+    """Updates (up to 16, D) of make-believe clients that hold the server's own held-out text."""
+    size, held_out = live.recipe.data.examples_per_client, live.held_out
+    groups = [held_out[start : start + size] for start in range(0, min(len(held_out), _GATE_CLIENTS * size), size)]
+    while len(groups) < 2:  # the gate compares at least two
+        groups.append(held_out)
+    return live.updates_of(groups, adapter_D)

@@ -1,0 +1,307 @@
+"""The audit's statistics against brute force and known coverage; its attacks where the answer is known."""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional
+
+from conftest import tiny_base, tiny_overrides
+from drencoder.audit import membership, subjects
+from drencoder.audit.arms import Arm, opened
+from drencoder.audit.auc import auc_of, auc_within, gaussian_max_auc, gaussian_mu_of
+from drencoder.audit.findings import Auc, Audit, Finding
+from drencoder.audit.leakages import audit_leakages
+from drencoder.audit.membership import all_others_known, cohort_attack, realistic, server_attack, smallest_cohort
+from drencoder.audit.memory import recall
+from drencoder.audit.tokens import SpanAttack, found_share, present_tokens, shadow_scores
+from drencoder.cli.audit_view import audit_tables
+from drencoder.data.tokenization import Example
+from drencoder.encoders.identity import IdentityEncoder
+from drencoder.encoders.random_sketch import RandomSketch
+from drencoder.errors import DataError, ModelError
+from drencoder.models.adapter_layout import Segment
+from drencoder.models.lora import LoraModel
+from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import load_recipe
+from drencoder.runs.build import Live, build
+
+SEGMENTS = (Segment("a", 0, (4, 32)), Segment("b", 128, (32, 4)))
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- AUC ---------------------------------------------------------------------------------------------
+
+
+def brute_auc(positive: Tensor, negative: Tensor) -> float:
+    pairs = [(float(p > q) + float(p == q) / 2) for p in positive for q in negative]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auc_is_the_share_of_won_pairs_ties_counted_half(seed: int) -> None:
+    positive, negative = (normal(17, seed=seed) + 0.5).round(decimals=0), normal(11, seed=9 + seed).round(decimals=0)
+    assert auc_of(positive, negative).value == pytest.approx(brute_auc(positive, negative), abs=1e-12)
+    mirrored = auc_of(-positive, -negative)
+    assert mirrored.value == pytest.approx(1 - auc_of(positive, negative).value, abs=1e-12)
+
+
+def test_delong_is_the_variance_of_placements() -> None:
+    positive, negative = normal(40, seed=1) + 1, normal(30, seed=2)
+    won = (positive[:, None] > negative).double()
+    deviation = math.sqrt(float(won.mean(1).var() / 40 + won.mean(0).var() / 30))
+    auc, value = auc_of(positive, negative), float(won.mean())
+    half = 1.959964 * deviation / (value * (1 - value))
+    assert math.log(auc.low / (1 - auc.low)) == pytest.approx(math.log(value / (1 - value)) - half, abs=1e-4)
+    assert auc.floor < auc.low < auc.value < auc.high < 1
+
+
+def test_intervals_cover_and_the_wrong_one_does_not() -> None:
+    """300 samples of known AUC. Clustered scores defeat DeLong's interval, and resampling rows does not."""
+    covered = clustered = naive = 0
+    for seed in range(300):
+        truth = gaussian_max_auc(1.0)
+        auc = auc_of(normal(40, seed=3 * seed) + 1, normal(40, seed=3 * seed + 1))
+        covered += auc.low <= truth <= auc.high
+        score = normal(24, 1, seed=3 * seed) * 2 + normal(24, 10, seed=3 * seed + 1)  # a row's scores rise together
+        true = (torch.arange(24) % 2 == 0)[:, None].expand(24, 10)
+        within, flat = auc_within(score, true, seed), auc_of(score[true], score[~true])
+        clustered += within.low <= 0.5 <= within.high
+        naive += flat.low <= 0.5 <= flat.high
+    assert 270 <= covered <= 297  # 285 expected, 4 sigma is 15
+    assert clustered >= 265  # resampling 24 rows is a little too sure
+    assert naive < 200
+
+
+def test_within_compares_the_same_column_only() -> None:
+    score, true = normal(9, 6, seed=4), normal(9, 6, seed=5) > 0
+    true[:, 0] = True  # never contested
+    won = [
+        brute_auc(score[true[:, c], c], score[~true[:, c], c]) * true[:, c].sum() * (~true[:, c]).sum()
+        for c in range(1, 6)
+    ]
+    met = [int(true[:, c].sum() * (~true[:, c]).sum()) for c in range(1, 6)]
+    auc = auc_within(score, true, 0)
+    assert auc.value == pytest.approx(float(sum(won)) / sum(met), abs=1e-12)
+    assert auc_within(score + 100 * torch.arange(6), true, 0) == auc  # a column's level wins nothing
+    assert auc.positives == int(true[:, 1:].sum())
+    assert auc == auc_within(score, true, 0)
+
+
+def test_perfect_and_blind_attacks_keep_an_interval() -> None:
+    ones, zeros = torch.ones(30), torch.zeros(30)
+    perfect, blind = auc_of(ones, zeros), auc_of(ones, ones)
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    assert perfect.low == pytest.approx(0.025 ** (1 / 30))
+    assert (blind.value, blind.high - 0.5) == (0.5, pytest.approx(0.5 - blind.low))
+    with pytest.raises(DataError, match="at least 2"):
+        auc_of(ones[:1], zeros)
+    with pytest.raises(DataError, match="not a number"):
+        auc_of(ones * math.nan, zeros)
+    with pytest.raises(DataError, match="at least 8 rows"):
+        auc_within(torch.ones(7, 2), torch.ones(7, 2) > 0, 0)
+    with pytest.raises(DataError, match="nothing to tell apart"):
+        auc_within(torch.ones(8, 2), torch.ones(8, 2) > 0, 0)
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0, 2.5])
+def test_the_gaussian_bound_is_the_area_and_has_an_inverse(mu: float) -> None:
+    auc = auc_of(normal(100_000, seed=6) + mu, normal(100_000, seed=7))
+    assert abs(auc.value - gaussian_max_auc(mu)) < 6 * (auc.value - auc.floor) / 3.29
+    assert gaussian_mu_of(gaussian_max_auc(mu)) == pytest.approx(mu)
+    assert gaussian_mu_of(0.4) == 0.0
+    assert gaussian_mu_of(1.0) == math.inf
+
+
+# --- leakage 3: the bound holds, and sabotage is seen ------------------------------------------------
+
+
+def long_updates(count: int) -> Tensor:
+    return functional.normalize(normal(count, 256, seed=8).float(), dim=1) * 1e3
+
+
+@pytest.mark.parametrize("name", ["identity", "random"])
+@pytest.mark.parametrize("noise_in", ["code", "update"])
+def test_the_server_meets_the_bound_exactly(name: str, noise_in: str) -> None:
+    encoder = IdentityEncoder(SEGMENTS) if name == "identity" else RandomSketch.build(SEGMENTS, 64)
+    arm = Arm("x", "x", encoder, noise_in=noise_in, noise_multiplier=0.8)
+    auc = server_attack(arm, load_recipe(), long_updates(64), 32, 0)
+    bound = gaussian_max_auc(1 / 0.8)
+    assert arm.max_mu("add_remove") == pytest.approx(1 / 0.8)
+    assert auc.floor < bound
+    if (name, noise_in) == ("identity", "update") or noise_in == "code":
+        assert abs(auc.value - bound) < 6 * (auc.value - auc.floor) / 3.29
+    else:
+        assert auc.value < bound - 0.05  # noise of 256 values on an update of which a quarter is sent
+
+
+@pytest.mark.parametrize("trust", ["local", "central"])
+def test_the_strongest_adversary_of_a_sum_meets_the_bound(trust: str) -> None:
+    arm = Arm("x", "x", RandomSketch.build(SEGMENTS, 64), noise_multiplier=0.8, trust=trust)  # type: ignore[arg-type]
+    smallest = smallest_cohort(64, 24, 0)
+    bound = gaussian_max_auc(arm.max_mu("add_remove", smallest) or math.nan)
+    auc = cohort_attack(arm, load_recipe(), long_updates(24), 64, 0, all_others_known)
+    assert auc.floor < bound < auc.value + 6 * (auc.value - auc.floor) / 3.29 + 0.02  # cohorts larger than the smallest
+    weaker = cohort_attack(arm, load_recipe(), long_updates(24), 64, 0, realistic)
+    assert weaker.floor < bound
+
+
+@pytest.mark.parametrize("runs", [0.0, 0.08])
+@pytest.mark.parametrize("trust", ["local", "central"])
+def test_noise_below_the_promise_is_found(trust: str, runs: float) -> None:
+    arm = Arm("x", "x", RandomSketch.build(SEGMENTS, 64), noise_multiplier=runs, promised=0.8, trust=trust)  # type: ignore[arg-type]
+    assert arm.sabotaged
+    bound = gaussian_max_auc(arm.max_mu("add_remove", 1) or math.nan)
+    if trust == "local":
+        auc = server_attack(arm, load_recipe(), long_updates(24), 32, 0)
+    else:
+        auc = cohort_attack(arm, load_recipe(), long_updates(24), 128, 0, all_others_known)
+    assert bound == gaussian_max_auc(1 / 0.8)
+    assert Finding("release", "x", "x", "x", auc, bound, sabotaged=True).exposed
+
+
+# --- leakage 2 ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rote:
+    """Reconstructs the rows it has learnt, up to an error, and nothing else."""
+
+    known_ND: Tensor
+
+    def encode(self, update_ND: Tensor, seed: int) -> Tensor:
+        return update_ND
+
+    def decode(self, code_NK: Tensor, seed: int) -> Tensor:
+        seen_N = (code_NK[:, None] == self.known_ND).all(2).any(1)
+        return torch.where(seen_N[:, None], 0.9 * code_NK, 0.0)
+
+
+def test_an_encoder_that_learnt_by_heart_is_found_and_one_that_did_not_is_not() -> None:
+    member, other, third = normal(60, 8, seed=9).float().split(20)
+    found = recall(Rote(member), Rote(third), member, other)  # type: ignore[arg-type]
+    assert found.error.value == found.calibrated.value == 1.0
+    assert found.member_error == pytest.approx(0.01, abs=1e-4)
+    assert found.other_error == 1.0
+    blind = recall(Rote(third), Rote(third), member, other)  # type: ignore[arg-type]
+    assert blind.error.value == blind.calibrated.value == 0.5
+
+
+# --- leakage 1, on the embedded model ---------------------------------------------------------------
+
+
+QUICK = [
+    "adapter.layers=[0]",
+    "privacy.noise=replay",
+    "speed.threads=1",
+    "evaluation.examples=8",
+    "evaluation.questions=8",
+    "evaluation.progress_examples=8",
+]
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subjects, "_SHADOWS", 128)
+        yield build(load_recipe(None, QUICK))
+
+
+def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Live) -> None:
+    scene = subjects.gather_subjects(live, 24, 0)
+    span, segments = SpanAttack.of(live.lora), live.lora.layout.segments
+    present = present_tokens(scene.target_texts, len(span.input_VH))
+    shadows = present_tokens(scene.shadow_texts, len(span.input_VH))
+    measured: dict[str, tuple[Auc, float, Auc]] = {}
+    for arm in (
+        Arm("raw", "x", IdentityEncoder(segments)),
+        Arm("bare", "x", RandomSketch.build(segments, 512)),
+        Arm("noised", "x", RandomSketch.build(segments, 512), noise_multiplier=2.0),
+    ):
+        query = arm.query(live.recipe, 1)
+        with opened(arm.plan(24, 1), 0) as wire:
+            message = wire.messages(query, scene.target_ND)
+        scores = span.scores(query.decode(message))
+        shadow = auc_within(shadow_scores(query, message, scene.shadow_MD, shadows), present, 0)
+        measured[arm.name] = auc_within(scores, present, 0), found_share(scores, present), shadow
+    assert measured["raw"][0].low > 0.9
+    assert measured["raw"][1] > 0.8
+    assert measured["bare"][2].low > 0.65  # encoding alone hides little
+    assert measured["noised"][0].low < 0.55
+    assert measured["noised"][1] < 0.1
+    assert measured["noised"][2].low < 0.55
+
+
+def test_an_audit_is_whole_and_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "_SHADOWS", 64)
+    monkeypatch.setattr(membership, "_MORE_TRIALS", 1)
+    live = build(load_recipe(None, [*QUICK, "adapter.rank=2", "adapter.targets=['q_proj', 'v_proj']"]))
+    said: list[str] = []
+    listener = type("Listener", (), {"say": lambda self, text: said.append(text)})()
+    first = audit_leakages(live, clients=8, seed=3, listener=listener, trials=8, train_steps=2)
+    again = audit_leakages(live, clients=8, seed=3, trials=8, train_steps=2)
+    assert json.dumps(first.to_dict()) == json.dumps(again.to_dict())
+    assert {finding.leakage for finding in first.findings} == {"tokens", "training set", "release"}
+    assert len(said) == 5
+    assert not first.broken
+    assert first.example["wanted"] > first.example["right"] >= 0
+    tables = audit_tables(first)
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    text = console.export_text()
+    assert first.example["text"].split()[0] in text
+    assert all(finding.arm in text for finding in first.findings)
+
+
+def test_findings_sort_themselves() -> None:
+    sure = auc_of(torch.ones(500), torch.zeros(500))
+    honest, broken = Finding("release", "a", "s", "t", sure), Finding("release", "b", "s", "t", sure, 0.8)
+    noticed, missed = (dataclasses.replace(broken, sabotaged=True, max_auc=bound) for bound in (0.8, 1.0))
+    audit = Audit((honest, broken, noticed, missed), {}, {})
+    assert audit.broken == (broken,)
+    assert audit.toothless == (missed,)
+
+
+# --- bad input ---------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_sentence(live: Live, tiny_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"7 clients.*at least 8"):
+        audit_leakages(live, clients=7)
+    with pytest.raises(DataError, match=r"7 trials.*at least 8"):
+        audit_leakages(live, clients=8, trials=7)
+    with pytest.raises(DataError, match=r"3,334 clients.*10,000: ask for 3,333"):
+        audit_leakages(live, clients=3334)
+    tiny = build(load_recipe(None, [*tiny_overrides(tiny_folder), "adapter.targets=['o_proj']"]))
+    with pytest.raises(ModelError, match="first layer's q, k or v"):
+        audit_leakages(tiny, clients=8)
+
+
+def test_a_model_whose_first_input_is_not_its_token_is_refused() -> None:
+    base = tiny_base()
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    assert SpanAttack.of(lora).input_VH.shape == (97, 24)
+    layer = base.model.model.layers[0]
+    layer.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + 1.0, *inputs[1:]))
+    with pytest.raises(ModelError, match=r"audit one of those"):
+        SpanAttack.of(lora)
+
+
+def test_tokens_before_the_last_place_count() -> None:
+    texts = [Example((5, 6, 7), 2), Example((5, 8, 8, 1), 2)]
+    present = present_tokens(texts, 10)
+    assert [row.nonzero()[:, 0].tolist() for row in present] == [[5, 6], [5, 8]]
+    score = torch.zeros(2, 10)
+    score[0, 6] = score[1, 3] = 1.0
+    assert found_share(score, present) == 0.5  # token 5 is in both and counts for neither

@@ -1,0 +1,189 @@
+"""The command line as a user meets it: real processes, exit codes, one sentence and no traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_overrides
+
+
+def drencoder(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "drencoder", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
+
+
+def sets(folder: Path, *more: str) -> list[str]:
+    return [f"--set={text}" for text in [*tiny_overrides(folder), *more]]
+
+
+def test_plan_needs_no_torch_and_prints_every_observer() -> None:
+    code = (
+        "import sys; sys.argv = ['drencoder', 'plan']\n"
+        "from drencoder.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("server", "clients", "public", "noise multiplier", "bytes a message"):
+        assert word in done.stdout
+
+
+def test_plan_json_is_the_plan() -> None:
+    done = drencoder("plan", "--json", "--set", "privacy.epsilon=2", "--set", "privacy.trust=central")
+    overview = json.loads(done.stdout)
+    assert overview["privacy"]["target_epsilon"] == 2.0
+    assert 1.99 < overview["observers"]["public"]["epsilon_pld"] <= 2.0
+    assert overview["observers"]["server"]["epsilon_pld"] == "inf"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "nowhere.toml"], "does not exist"),
+        (["plan", "--set", "privacy.epsilo=2"], "did you mean 'epsilon'"),
+        (["plan", "--set", "privacy.epsilon=0"], "must be above 0"),
+        (["plan", "--set", "privacy.delta=0.01"], "below 1 / population"),
+        (["plan", "--set", "federation.rounds=200"], "raise the participation cap"),
+        (["run", "--set", "model.device=cuda"], "sees no GPU"),
+        (["run", "--set", "model.source=./nowhere"], "is not a folder"),
+        (["run", "--set", "data.source=nowhere.jsonl"], "does not exist"),
+        (["run", "--set", "adapter.targets=['nothing']"], "names no matrix"),
+        (["run", "--resume", "nowhere"], "not a run folder"),
+        (["run", "--resume", "x", "--set", "seed=1"], "with its own recipe"),
+        (["verify", "nowhere"], "not a run folder"),
+        (["report", "nowhere"], "not a run folder"),
+    ],
+)
+def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = drencoder(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_run_verify_report(tiny_folder: Path, tmp_path: Path) -> None:
+    done = drencoder("run", *sets(tiny_folder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("Plan of", "stage 1", "gate", "round 4", "base model", "zero update", "this run", "Uploads"):
+        assert words in done.stdout
+    run = tmp_path / "runs" / "quickstart"
+    assert drencoder("verify", str(run)).returncode == 0
+    (run / "report.html").unlink()
+    assert drencoder("report", str(run)).returncode == 0
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    for outside in ("<script", "src=", "url(http", "<link", "@import"):
+        assert outside not in page  # nothing is fetched when the page is opened
+
+    again = drencoder("run", *sets(tiny_folder), cwd=tmp_path)
+    assert again.returncode == 0
+    assert (tmp_path / "runs" / "quickstart-2").is_dir()
+
+    certificate = json.loads((run / "certificate.json").read_text())
+    certificate["observers"]["server"]["by_relation"]["add_remove"]["epsilon_pld"] = 1.0
+    (run / "certificate.json").write_text(json.dumps(certificate))
+    caught = drencoder("verify", str(run))
+    assert caught.returncode == 1
+    assert "Does not hold" in caught.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder, "federation.rounds=9"), "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and (not (run / "ledger.jsonl").exists()):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in out
+    assert "Traceback" not in err
+    done = drencoder("run", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert (run / "certificate.json").exists()
+
+
+def test_ctrl_c_before_the_ledger_promises_nothing_to_resume(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder), "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "loading" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not run.exists()
+    assert "nothing was asked or charged" in out
+    assert "--resume" not in out
+    assert "Traceback" not in err
+
+
+# --- plan --curve, compare, evaluate, audit -------------------------------------------------------------------
+
+REFERENCE = [
+    "--set=privacy.trust=central", "--set=federation.population=100", "--set=federation.sampling_rate=0.05",
+    "--set=federation.rounds=20", "--set=prior.source=none",
+]  # fmt: skip
+
+
+def test_curve_says_which_numbers_are_guarantees_and_draws_both_plots(tmp_path: Path) -> None:
+    done = drencoder("plan", "--curve", "--sigmas", "0.997,2", *REFERENCE, "--plot", "budget.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "guarantees: PLD, RDP" in done.stdout
+    assert "an approximation, not a guarantee" in done.stdout
+    for number in ("1.999", "2.498", "1.109"):  # PLD, RDP, CLT of the reference setting after round 20
+        assert number in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"budget.png", "budget-tradeoff.png"}
+    as_json = json.loads(drencoder("plan", "--curve", "--json", "--sigmas", "0.997", *REFERENCE).stdout)
+    assert as_json["is_guarantee"]["epsilon_pld"] is True
+    assert as_json["is_guarantee"]["epsilon_clt"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--curve", "--sigmas", "one"], "not a list of numbers"),
+        (["plan", "--curve", "--sigmas", "-1"], "-1"),
+        (["plan", "--sigmas", "1"], "belong to --curve"),
+        (["plan", "--curve", "--observer", "judge"], "'judge'"),
+        (["plan", "--curve", "--plot", "budget.gif"], "budget.gif"),
+        (["compare", "--set", "compare.methods=['dp-laura']"], "'dp-laura'"),
+        (["compare", "--set", "compare.epsilons=[0]"], "above 0"),
+        (["compare", "--out", "."], "already there"),
+        (["evaluate", "nowhere/at/all"], "nowhere/at/all"),
+        (["evaluate", "embedded", "--from", "mmlu"], "NAME=WHERE"),
+        (["evaluate", "embedded", "--benchmark", "mmlu", "--from", "mmlu=nofolder"], "nofolder"),
+        (["evaluate", "embedded", "--shots", "9"], "at most 5"),
+        (["evaluate", "embedded", "--subject", "astronomie"], "astronomie"),
+        (["audit", "nowhere.toml"], "does not exist"),
+        (["audit", "--set", "federation.population=20", "--set", "privacy.delta=1e-3"], "population"),
+    ],
+)
+def test_wrong_input_of_the_newer_commands_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    done = drencoder(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert words in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_evaluate_prints_base_and_categories_as_json() -> None:
+    done = drencoder("evaluate", "embedded", "--benchmark", "mmlu", "--count", "24", "--shots", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["benchmarks"]["mmlu"]
+    assert found["base"]["overall"]["count"] == 24
+    assert found["shots"] == 1
+    assert found["adapter"] is None
+    assert sum(score["count"] for score in found["base"]["subjects"].values()) == 24

@@ -1,0 +1,483 @@
+"""MMLU and C-Eval from small files in the original layouts: what is read, and what each mistake is called."""
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drencoder.data.benchmarks.few_shot import prompt_with_examples
+from drencoder.data.benchmarks.files import read_questions
+from drencoder.data.benchmarks.questions import Benchmark, load_benchmark, load_benchmarks
+from drencoder.data.benchmarks.taxonomy import TAXONOMIES
+from drencoder.data.embedded_world.subjects import SUBJECTS
+from drencoder.data.embedded_world.world import Question, World, prompt_of
+from drencoder.data.sources import open_source
+from drencoder.errors import DataError
+from drencoder.recipe import recipe as config
+from drencoder.rng import derive_seed
+
+HEADER = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
+
+
+def mmlu_rows(subject: str, count: int) -> list[list[str]]:
+    return [[f"{subject} {i}?", f"a{i}", f"b{i}", f"c{i}", f"d{i}", "ABCD"[i % 4]] for i in range(count)]
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[str]], ending: str = "\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator=ending).writerows(rows)
+    path.write_bytes(text.getvalue().encode("utf-8"))
+    return path
+
+
+def mmlu_folder(folder: Path, subjects: Sequence[str] = ("anatomy", "virology", "philosophy"), count: int = 7) -> Path:
+    for subject in subjects:
+        write_csv(folder / "test" / f"{subject}_test.csv", mmlu_rows(subject, count))
+        write_csv(folder / "val" / f"{subject}_val.csv", mmlu_rows(subject + " val", 2))
+        write_csv(folder / "dev" / f"{subject}_dev.csv", mmlu_rows(subject + " dev", 5))
+    return folder
+
+
+def ceval_folder(folder: Path, subjects: Sequence[str] = ("law", "logic"), count: int = 4) -> Path:
+    for subject in subjects:
+        rows = [[str(i), f"{subject}问题{i}", "甲", "乙", "丙", f"丁{i}", "ABCD"[i % 4]] for i in range(max(count, 5))]
+        write_csv(folder / "val" / f"{subject}_val.csv", [HEADER[:7], *rows[:count]])
+        write_csv(folder / "dev" / f"{subject}_dev.csv", [HEADER, *([*row, "因为，\n所以"] for row in rows[:5])])
+        write_csv(folder / "test" / f"{subject}_test.csv", [HEADER[:6], *(row[:6] for row in rows)])
+    return folder
+
+
+def load(where: Path | str, name: str = "mmlu", **options: Any) -> Benchmark:
+    return load_benchmark(name, str(where), **{"count": 0, "seed": 0, **options})
+
+
+# --- taxonomy --------------------------------------------------------------------------------------
+
+
+def test_the_taxonomies_are_those_of_the_papers() -> None:
+    mmlu, ceval = TAXONOMIES["mmlu"], TAXONOMIES["ceval"]
+    assert len(set(mmlu.subjects)) == len(mmlu.subjects) == 57
+    assert {name: len(subjects) for name, subjects in ceval.categories.items()} == {
+        "STEM": 20,
+        "Social Science": 10,
+        "Humanities": 11,
+        "Other": 11,
+    }
+    assert len(set(ceval.subjects)) == 52
+    assert len(ceval.hard) == 8
+    assert {ceval.category_of(subject) for subject in ceval.hard} == {"STEM"}
+    assert all(re.fullmatch("[\u4e00-\u9fff]+", ceval.title(subject)) for subject in ceval.subjects)
+    assert len({ceval.title(subject) for subject in ceval.subjects}) == 52
+    for subject in SUBJECTS:
+        taxonomy = mmlu if subject.language == "en" else ceval
+        assert taxonomy.category_of(subject.name) in taxonomy.categories
+
+
+# --- folders ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_mmlus_files(tmp_path: Path) -> None:
+    found = load(mmlu_folder(tmp_path), shots=2)
+    assert Counter(found.subjects) == {"anatomy": 7, "virology": 7, "philosophy": 7}
+    by_text = {question.question: question for question in found.questions}
+    assert by_text["anatomy 2?"] == Question("anatomy", "anatomy 2?", ("a2", "b2", "c2", "d2"), 2, "en")
+    assert [example.question for example in found.examples["virology"]] == ["virology dev 0?", "virology dev 1?"]
+    assert found.provenance == f"{tmp_path}, split test"
+    assert {q.question for q in load(tmp_path, split="validation").questions} == {
+        f"{subject} val {i}?" for subject in ("anatomy", "virology", "philosophy") for i in range(2)
+    }
+    assert set(load(tmp_path, subjects=["virology"]).subjects) == {"virology"}
+
+
+def test_a_folder_of_cevals_files(tmp_path: Path) -> None:
+    found = load(ceval_folder(tmp_path), "ceval", shots=5)
+    assert Counter(found.subjects) == {"law": 4, "logic": 4}
+    assert found.provenance.endswith("split val")
+    assert found.questions[0].language == "zh"
+    assert found.examples["law"][4] == Question("law", "law问题4", ("甲", "乙", "丙", "丁4"), 0, "zh")
+
+
+def test_a_count_is_spread_evenly_and_depends_on_the_seed(tmp_path: Path) -> None:
+    mmlu_folder(tmp_path, count=20)
+    some = load(tmp_path, count=10)
+    assert sorted(Counter(some.subjects).values()) == [3, 3, 4]
+    assert load(tmp_path, count=10) == some
+    assert set(load(tmp_path, count=10, seed=1).questions) != set(some.questions)
+    assert load(tmp_path).questions[:10] == some.questions  # so that a beginning is a sample
+    assert len(load(tmp_path, count=1000).questions) == 60
+
+
+def test_text_as_spreadsheets_leave_it(tmp_path: Path) -> None:
+    rows = mmlu_rows("anatomy", 2)
+    rows[0][0] = 'Which "one",\r\n\nof these?'
+    path = write_csv(tmp_path / "test" / "anatomy_test.csv", rows, "\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n")
+    (tmp_path / "test" / "._anatomy_test.csv").write_bytes(b"\x00\x05")
+    (tmp_path / "README.txt").write_text("notes")
+    questions = {question.question for question in load(tmp_path).questions}
+    assert questions == {'Which "one",\r\n\nof these?', "anatomy 1?"}
+
+
+def test_equal_options_are_let_through_as_the_published_sets_have_some(tmp_path: Path) -> None:
+    rows = [["q?", "same", "same", "other", "", "B"]]
+    write_csv(tmp_path / "test" / "anatomy_test.csv", rows)
+    assert load(tmp_path).answers == [1]
+
+
+GOOD = ["q?", "a", "b", "c", "d", "A"]
+BAD_MMLU: dict[str, tuple[list[list[str]], str]] = {
+    "too few columns": ([GOOD, GOOD[:5]], "line 2: 5 columns instead of 6"),
+    "too many columns": ([[*GOOD, "x"]], "line 1: 7 columns instead of 6"),
+    "no answer": ([GOOD, GOOD, [*GOOD[:5], " "]], "line 3: the question has no right answer"),
+    "answer outside": ([GOOD, [*GOOD[:5], "E"]], "line 2: the answer is 'E': it must be one of the letters A to D"),
+    "answer in words": ([[*GOOD[:5], "a"]], "line 1: the answer is 'a'"),
+    "header": ([["question", "A", "B", "C", "D", "answer"], GOOD], "line 1: the answer is 'answer'"),
+    "empty question": ([GOOD, [" ", *GOOD[1:]]], "line 2: the question is empty"),
+    "empty right option": ([["q?", "", "b", "c", "d", "A"]], "line 1: the right option, A, is empty"),
+    "four equal options": ([["q?", "b", "b", "b", "b", "A"]], "line 1: all four options are 'b'"),
+    "after line breaks": ([["q\n\n?", "a\nb", *GOOD[2:]], [*GOOD[:5], "?"]], "line 5: the answer is '?'"),
+    "nothing": ([], "holds no question"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MMLU)
+def test_bad_rows_of_mmlu_name_file_and_line(tmp_path: Path, name: str) -> None:
+    rows, message = BAD_MMLU[name]
+    path = write_csv(tmp_path / "test" / "anatomy_test.csv", rows)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}.*{re.escape(message)}"):
+        load(tmp_path)
+
+
+BAD_CEVAL: dict[str, tuple[list[list[str]], str]] = {
+    "missing column": ([["id", "question", "A", "B", "D", "answer"]], "line 1: the header .* lacks the column 'C'"),
+    "two missing": ([["id", "question", "A", "B", "answer"]], "lacks the column 'C', 'D'"),
+    "column twice": ([[*HEADER[:7], "A"]], "has a column twice"),
+    "short row": ([HEADER[:7], ["0", *GOOD[:5]]], "line 2: 6 columns instead of 7"),
+    "no answer": ([HEADER[:7], ["0", *GOOD], ["1", *GOOD[:5], ""]], "line 3: the question has no right answer"),
+    "answer outside": ([HEADER[:7], ["0", *GOOD[:5], "AB"]], "line 2: the answer is 'AB'"),
+    "header only": ([HEADER], "holds no question"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CEVAL)
+def test_bad_rows_of_ceval_name_file_and_line(tmp_path: Path, name: str) -> None:
+    rows, message = BAD_CEVAL[name]
+    path = write_csv(tmp_path / "val" / "law_val.csv", rows)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}.*{message}"):
+        load(tmp_path, "ceval")
+
+
+def test_cevals_test_split_has_no_answers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"law_test\.csv, line 1: .*lacks the column 'answer'.*use its split val"):
+        load(ceval_folder(tmp_path), "ceval", split="test")
+
+
+@pytest.mark.parametrize(
+    ("encode", "line", "byte"),
+    [
+        (lambda rows: rows.encode("utf-8") + "五,一,二,三,四,A\n".encode("gbk"), 3, "0xce"),
+        (lambda rows: rows.encode("utf-8") + b'"\xe4\xb8\n\xad",a,b,c,d,A\n', 3, "0xe4"),
+        (lambda rows: b"\xef\xbb\xbf" + rows.encode("utf-8") + b"caf\xe9,a,b,c,d,A\n", 3, "0xe9"),
+        (lambda rows: rows.encode("utf-16"), 1, "0xff"),
+        (lambda rows: rows.encode("utf-16-le"), 1, "0x00"),
+    ],
+)
+def test_other_encodings_name_line_and_byte(
+    tmp_path: Path, encode: Callable[[str], bytes], line: int, byte: str
+) -> None:
+    mmlu_folder(tmp_path)  # the other files are UTF-8
+    path = tmp_path / "test" / "philosophy_test.csv"
+    path.write_bytes(encode("q?,a,b,c,d,A\nr?,a,b,c,d,B\n"))
+    with pytest.raises(DataError, match=rf"philosophy_test\.csv, line {line}: byte {byte} is not UTF-8"):
+        load(tmp_path)
+
+
+def test_quotation_marks_that_do_not_close(tmp_path: Path) -> None:
+    path = tmp_path / "test" / "anatomy_test.csv"
+    path.parent.mkdir()
+    path.write_text('q?,a,b,c,d,A\n"open,a,b,c,d,A\nq?,a,b,c,d,A\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"anatomy_test\.csv, line 2: not valid CSV"):
+        load(tmp_path)
+
+
+def test_folders_that_are_not_a_benchmark(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        load(tmp_path / "nothing")
+    with pytest.raises(DataError, match="no folder with CSV files in it"):
+        load(tmp_path)
+    (tmp_path / "test").mkdir()
+    with pytest.raises(DataError, match="no folder with CSV files in it"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="is a file: give the folder"):
+        load(write_csv(tmp_path / "one.csv", [GOOD]))
+    write_csv(tmp_path / "dev" / "anatomy_dev.csv", [GOOD])
+    with pytest.raises(DataError, match="has no split 'test': choose one of dev"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="benchmark 'mmul' is not known"):
+        load(tmp_path, "mmul")
+    with pytest.raises(DataError, match="shots = 6"):
+        load(tmp_path, shots=6)
+
+
+def test_unknown_subjects_get_the_nearest_name(tmp_path: Path) -> None:
+    mmlu_folder(tmp_path)
+    with pytest.raises(DataError, match="'anatomi' is not a subject of mmlu: did you mean 'anatomy'"):
+        load(tmp_path, subjects=["anatomi"])
+    with pytest.raises(DataError, match="'zzz' is not a subject of mmlu: its 57 subjects are abstract_algebra"):
+        load(tmp_path, subjects=["zzz"])
+    with pytest.raises(DataError, match="split 'test' has no question of 'sociology'"):
+        load(tmp_path, subjects=["sociology"])
+    path = write_csv(tmp_path / "test" / "philosofy_test.csv", [GOOD])
+    with pytest.raises(DataError, match=rf"{path}: 'philosofy' is not a subject.*did you mean 'philosophy'"):
+        load(tmp_path)
+    path = path.rename(tmp_path / "test" / "sociology.csv")
+    with pytest.raises(DataError, match=r"sociology\.csv: the file's name is not <subject>_test\.csv"):
+        load(tmp_path)
+
+
+def test_worked_examples_must_be_there_and_apart(tmp_path: Path) -> None:
+    mmlu_folder(tmp_path)
+    with pytest.raises(DataError, match="worked examples come from dev"):
+        load(tmp_path, split="dev", shots=1)
+    assert len(load(tmp_path, split="dev").questions) == 15
+    write_csv(tmp_path / "dev" / "virology_dev.csv", [GOOD])
+    with pytest.raises(DataError, match="1 questions of 'virology', fewer than shots = 2"):
+        load(tmp_path, shots=2)
+    (tmp_path / "dev" / "virology_dev.csv").unlink()
+    with pytest.raises(DataError, match="split 'dev' has no question of 'virology'"):
+        load(tmp_path, shots=2)
+
+
+# --- the hub's layout ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return library
+
+
+def write_card(folder: Path, files: dict[str, dict[str, str]]) -> None:
+    lines = ["---", "configs:"]
+    for name, splits in files.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        lines += [line for split, path in splits.items() for line in (f"  - split: {split}", f"    path: {path}")]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
+
+
+def cais_mmlu(datasets: Any, folder: Path, rows: dict[str, list[dict[str, Any]]], whole: bool) -> str:
+    """As `cais/mmlu`: parquet, the answer as a class label; every subject a configuration, or `all` only."""
+    kinds = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "subject": datasets.Value("string"),
+            "choices": datasets.Sequence(datasets.Value("string")),
+            "answer": datasets.ClassLabel(names=["A", "B", "C", "D"]),
+        }
+    )
+    names = ["all"] if whole else list(rows)
+    for name in names:
+        table = [row for some in rows.values() for row in some] if whole else rows[name]
+        for split in ("test", "validation", "dev"):
+            path = folder / name / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            marked = [{**row, "question": f"{split} {row['question']}"} for row in table]
+            datasets.Dataset.from_list(marked, features=kinds).to_parquet(str(path))
+    splits = ("test", "validation", "dev")
+    write_card(folder, {name: {split: f"{name}/{split}-*" for split in splits} for name in names})
+    return f"hub:{folder}"
+
+
+def hub_row(subject: str, number: int) -> dict[str, Any]:
+    choices = [f"{letter}{number}" for letter in "wxyz"]
+    return {"question": f"{subject} {number}", "subject": subject, "choices": choices, "answer": number % 4}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_hubs_mmlu(datasets: Any, tmp_path: Path, whole: bool) -> None:
+    rows = {subject: [hub_row(subject, i) for i in range(6)] for subject in ("anatomy", "virology")}
+    where = cais_mmlu(datasets, tmp_path / "mmlu", rows, whole)
+    found = load(where, shots=5)
+    assert Counter(found.subjects) == {"anatomy": 6, "virology": 6}
+    assert Question("anatomy", "test anatomy 3", ("w3", "x3", "y3", "z3"), 3, "en") in found.questions
+    assert [q.question for q in found.examples["virology"]] == [f"dev virology {i}" for i in range(5)]
+    assert set(load(where, split="val", subjects=["virology"]).subjects) == {"virology"}
+    assert load(where, split="val").questions[0].question.startswith("validation")
+    with pytest.raises(DataError, match="has no split 'train': choose one of dev, test, validation"):
+        load(where, split="train")
+    with pytest.raises(DataError, match="no question of 'sociology'"):
+        load(where, subjects=["anatomy", "sociology"])
+
+
+def test_mmlus_training_split_is_clients_text_and_no_benchmark(datasets: Any, tmp_path: Path) -> None:
+    # Questions of other sets: no subject on the hub, files named after the sets in the original folder.
+    hub = tmp_path / "hub"
+    cais_mmlu(datasets, hub, {"": [hub_row("", i) for i in range(9)]}, whole=True)
+    for path in (hub / "all").glob("test-*"):
+        path.rename(path.with_name(path.name.replace("test", "auxiliary_train")))
+    write_card(hub, {"all": {split: f"all/{split}-*" for split in ("auxiliary_train", "dev")}})
+    folder = mmlu_folder(tmp_path / "folder")
+    for name in ("arc_easy", "race"):
+        write_csv(folder / "auxiliary_train" / f"{name}.csv", mmlu_rows(name, 10))
+    for where, count in ((f"hub:{hub}", 9), (str(folder), 20)):
+        wanted = config.Data(source=f"mmlu:{where}", split="auxiliary_train", held_out_share=0.2, alpha=100.0)
+        source = open_source(wanted, population=2, seed=0)
+        assert len(source.held_out(100)) == round(0.2 * count)
+        assert all(record["response"] in "ABCD" for record in source.client(0))
+        with pytest.raises(DataError, match="text to train on"):
+            load(where, split="auxiliary_train")
+    with pytest.raises(DataError, match="has no subjects"):
+        read_questions(TAXONOMIES["mmlu"], str(folder), "auxiliary_train", ["anatomy"])
+
+
+def test_bad_rows_of_the_hubs_mmlu_name_configuration_and_row(datasets: Any, tmp_path: Path) -> None:
+    good = hub_row("anatomy", 0)
+    for number, (change, message) in enumerate(
+        (
+            ({"choices": ["a", "b", "c"]}, "instead of a list of four options"),
+            ({"answer": -1}, "the question has no right answer"),
+            ({"answer": None}, "the question has no right answer"),
+            ({"question": None, "subject": "anatomi"}, ""),
+        )
+    ):
+        folder = tmp_path / str(number)
+        where = cais_mmlu(datasets, folder, {"anatomy": [good, {**good, **change}]}, whole=False)
+        if not message:  # the configuration says the subject, so the column is not asked
+            assert len(load(where).questions) == 2
+            continue
+        with pytest.raises(DataError, match=f"configuration anatomy, split test, row 2: .*{message}"):
+            load(where)
+    with pytest.raises(DataError, match=r"row 2: 'anatomi' is not a subject.*did you mean 'anatomy'"):
+        load(cais_mmlu(datasets, tmp_path / "all", {"": [good, {**good, "subject": "anatomi"}]}, whole=True))
+
+
+def ceval_exam(folder: Path, rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+    """As `ceval/ceval-exam`: one configuration per subject; here as CSV."""
+    for split in ("val", "dev"):
+        write_csv(folder / "law" / f"{split}.csv", [header, *rows])
+    write_csv(folder / "law" / "test.csv", [header, ["0", "问", "甲", "乙", "丙", "丁", "", ""][: len(header)]])
+    write_card(folder, {"law": {split: f"law/{split}.csv" for split in ("val", "dev", "test")}})
+    return f"hub:{folder}"
+
+
+def test_the_hubs_ceval(datasets: Any, tmp_path: Path) -> None:
+    rows = [[str(i), f"问{i}", "甲", "乙", "丙", "丁", "ABCD"[i % 4], "因为"] for i in range(6)]
+    where = ceval_exam(tmp_path / "ceval", rows)
+    found = load(where, "ceval", shots=2)
+    assert Question("law", "问5", ("甲", "乙", "丙", "丁"), 1, "zh") in found.questions
+    assert len(found.examples["law"]) == 2
+    with pytest.raises(DataError, match=r"configuration law, split test, row 1: .*no right answer.*use its split val"):
+        load(where, "ceval", split="test")
+    where = ceval_exam(tmp_path / "lacking", [row[:7] for row in rows], [*HEADER[:4], "E", *HEADER[5:7]])
+    with pytest.raises(DataError, match="configuration law, split val, row 1: there is no column 'C'"):
+        load(where, "ceval")
+    where = ceval_exam(tmp_path / "outside", [*rows, ["6", "问", "甲", "乙", "丙", "丁", "F", ""]])
+    with pytest.raises(DataError, match="row 7: the answer is 'F'"):
+        load(where, "ceval")
+
+
+def test_a_hub_that_cannot_be_had(datasets: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"evaluation\.mmlu = '.*' cannot be loaded"):
+        load(f"hub:{tmp_path / 'nothing'}")
+    where = cais_mmlu(datasets, tmp_path / "mmlu", {"anatomi": [hub_row("anatomi", 0)]}, whole=False)
+    with pytest.raises(DataError, match=r"configuration anatomi: 'anatomi' is not a subject.*'anatomy'"):
+        load(where)
+
+
+# --- the embedded world ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mmlu", "ceval"])
+def test_the_embedded_questions_are_the_worlds_own(name: str) -> None:
+    found = load("embedded", name, count=60, seed=4)
+    assert list(found.questions) == World().benchmark(name, count=60, seed=derive_seed(4, "benchmark"))
+    assert found.examples == {}
+    subject = found.subjects[0]
+    assert set(load("embedded", name, count=20, subjects=[subject]).subjects) == {subject}
+    with pytest.raises(DataError, match="is not a subject"):
+        load("embedded", name, count=20, subjects=["anatomy"])
+    with pytest.raises(DataError, match="has no end"):
+        load("embedded", name)
+
+
+@pytest.mark.parametrize("name", ["mmlu", "ceval"])
+def test_embedded_worked_examples_are_never_asked(name: str) -> None:
+    examples: set[tuple[str, frozenset[str]]] = set()
+    for seed in range(4):
+        found = load("embedded", name, count=500, seed=seed, shots=5)
+        assert set(found.examples) == set(found.subjects)
+        assert all(len(set(series)) == 5 for series in found.examples.values())
+        examples |= {(q.question, frozenset(q.choices)) for series in found.examples.values() for q in series}
+        assert not examples & {(q.question, frozenset(q.choices)) for q in found.questions}
+    assert len(examples) == 25  # the series is fixed, as a dev split is
+    fewer = load("embedded", name, count=500, seed=0, shots=2)
+    assert all(found.examples[subject][:2] == series for subject, series in fewer.examples.items())
+
+
+# --- recipes ---------------------------------------------------------------------------------------
+
+
+def test_subjects_of_a_recipe_are_dealt_to_the_benchmarks_that_know_them(tmp_path: Path) -> None:
+    where = {"mmlu": str(mmlu_folder(tmp_path / "m")), "ceval": str(ceval_folder(tmp_path / "c"))}
+    wanted = config.Evaluation(subjects=("anatomy", "law"), questions=100, **where)
+    found = load_benchmarks(wanted, config.Data(), seed=0)
+    assert {name: set(one.subjects) for name, one in found.items()} == {"mmlu": {"anatomy"}, "ceval": {"law"}}
+    with pytest.raises(DataError, match="has none of ceval"):
+        load_benchmarks(config.Evaluation(subjects=("anatomy",), **where), config.Data(), seed=0)
+    with pytest.raises(DataError, match="'lax' is not a subject of mmlu"):
+        load_benchmarks(config.Evaluation(subjects=("anatomy", "lax", "law"), **where), config.Data(), seed=0)
+
+
+def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
+    folder = str(mmlu_folder(tmp_path))
+    for options, split in (({}, "test"), ({"split": "val"}, "val"), ({"shots": 1}, "dev")):
+        wanted = config.Evaluation(benchmarks=("mmlu",), mmlu=folder, **options)
+        with pytest.raises(DataError, match=f"clients would be trained on split '{split}'"):
+            load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}", split=split), seed=0)
+        assert load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}x", split=split), seed=0)
+    wanted = config.Evaluation(benchmarks=("mmlu",), mmlu=folder)
+    assert load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}", split="dev"), seed=0)
+    # Other spellings of the same place and the same split.
+    for other in (f"{folder}/", f"{folder}/../{Path(folder).name}"):
+        with pytest.raises(DataError, match="clients would be trained on"):
+            load_benchmarks(wanted, config.Data(source=f"mmlu:{other}", split="test"), seed=0)
+    validation = config.Evaluation(benchmarks=("mmlu",), mmlu=folder, split="val")
+    with pytest.raises(DataError, match="clients would be trained on split 'validation'"):
+        load_benchmarks(validation, config.Data(source=f"mmlu:{folder}", split="validation"), seed=0)
+
+
+# --- prompts ---------------------------------------------------------------------------------------
+
+COLOUR = Question("high_school_physics", " What is red? ", ("light", "heat", "mass", "time"), 0, "en")
+LAW = Question("law", "什么是法？", ("甲", "乙", "丙", "丁"), 3, "zh")
+
+
+def test_the_standard_prompts() -> None:
+    assert prompt_with_examples(COLOUR, [COLOUR], "standard") == (
+        "The following are multiple choice questions (with answers) about high school physics.\n\n"
+        "What is red?\nA. light\nB. heat\nC. mass\nD. time\nAnswer: A\n\n"
+        "What is red?\nA. light\nB. heat\nC. mass\nD. time\nAnswer:"
+    )
+    assert prompt_with_examples(LAW, [LAW], "standard") == (
+        "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n"
+        "什么是法？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案： D\n\n"
+        "什么是法？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
+    )
+
+
+def test_the_plain_prompt_is_a_clients_record() -> None:
+    assert prompt_with_examples(COLOUR) == prompt_of(COLOUR, "plain")
+    assert prompt_with_examples(COLOUR, [LAW, COLOUR]) == (
+        "什么是法？ A. 甲 B. 乙 C. 丙 D. 丁\nAnswer: D\n\n"
+        "What is red?  A. light B. heat C. mass D. time\nAnswer: A\n\n"
+        "What is red?  A. light B. heat C. mass D. time\nAnswer:"
+    )
+    with pytest.raises(ValueError, match="template is 'fancy'"):
+        prompt_with_examples(COLOUR, template="fancy")

@@ -1,0 +1,177 @@
+"""Scores against a direct computation, and intervals against their definition."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import processors
+from torch.nn import functional
+
+from conftest import random_examples, tiny_base
+from drencoder.data.benchmarks.few_shot import prompt_with_examples
+from drencoder.data.embedded_world.world import World, prompt_of, record_of
+from drencoder.data.prompts_template import LETTER_CONTINUATIONS, render
+from drencoder.data.tokenization import Example, make_example
+from drencoder.errors import DataError
+from drencoder.evaluation.held_out import (
+    ask_questions,
+    choice_scores,
+    held_out_loss,
+    held_out_outcomes,
+    multiple_choice,
+    question_examples,
+)
+from drencoder.models.lora import LoraModel, load_base
+from drencoder.recipe import recipe as config
+
+
+def tiny_lora() -> LoraModel:
+    return LoraModel(tiny_base(), config.Adapter(rank=2), seed=0)
+
+
+def test_held_out_loss_is_the_mean_over_response_tokens() -> None:
+    lora, examples = tiny_lora(), random_examples(30, 1)
+    estimate = held_out_loss(lora, lora.initial_D, examples)
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.tokens])
+        with torch.no_grad():
+            logits = lora.base.model(input_ids=ids).logits[0]
+        start = example.prompt_length
+        loss = functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
+        total, count = total + loss.item(), count + example.targets
+    assert estimate.value == pytest.approx(total / count, rel=1e-5)
+    assert estimate.low < estimate.value < estimate.high
+    assert estimate.count == 30
+
+
+def test_one_pass_over_the_prompt_scores_like_four_whole_texts() -> None:
+    lora = tiny_lora()
+    prompts = random_examples(12, 2)
+    single = [
+        [Example((*p.tokens[: p.prompt_length], letter), p.prompt_length) for letter in (5, 6, 7, 8)] for p in prompts
+    ]
+    quick = choice_scores(lora, lora.initial_D, single)
+    for row, options in zip(quick, single, strict=True):
+        for score, option in zip(row, options, strict=True):
+            ids = torch.tensor([option.tokens])
+            with torch.no_grad():
+                log_p = lora.base.model(input_ids=ids).logits[0, -2].log_softmax(-1)
+            assert score.item() == pytest.approx(log_p[option.tokens[-1]].item(), abs=1e-4)
+
+
+def test_options_of_several_tokens_are_scored_as_texts() -> None:
+    lora = tiny_lora()
+    options = [[Example((3, 4, 5, 6 + i, 9), 3) for i in range(4)]]
+    scores = choice_scores(lora, lora.initial_D, options)[0]
+    for score, option in zip(scores, options[0], strict=True):
+        ids = torch.tensor([option.tokens])
+        with torch.no_grad():
+            log_p = lora.base.model(input_ids=ids).logits[0].log_softmax(-1)
+        expected = log_p[2, option.tokens[3]] + log_p[3, option.tokens[4]]
+        assert score.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_accuracy_and_wilson_interval() -> None:
+    lora = tiny_lora()
+    options = [[Example((2 + i, 3, 10 + j), 2) for j in range(4)] for i in range(40)]
+    picks = choice_scores(lora, lora.initial_D, options).argmax(1).tolist()
+    answers = [pick if i < 30 else (pick + 1) % 4 for i, pick in enumerate(picks)]
+    estimate = multiple_choice(lora, lora.initial_D, options, answers)
+    assert estimate.value == 0.75
+    z = 1.959963984540054
+    for bound in (estimate.low, estimate.high):  # Wilson's bounds solve |p_hat - p| = z sqrt(p (1 - p) / n)
+        assert abs(0.75 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 40), rel=1e-6)
+
+
+def test_nothing_to_evaluate_is_one_sentence() -> None:
+    lora = tiny_lora()
+    with pytest.raises(DataError, match="no held-out example"):
+        held_out_loss(lora, lora.initial_D, [])
+    with pytest.raises(DataError, match="no multiple-choice question"):
+        multiple_choice(lora, lora.initial_D, [], [])
+
+
+def test_questions_are_asked_as_clients_records_are(tiny_folder: Path) -> None:
+    base = load_base(config.Model(source=str(tiny_folder)))
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    question = World().benchmark("mmlu", count=1, seed=0)[0]
+    (options,) = question_examples(lora, [question], 512)
+    prompt = prompt_of(question, "plain")
+    for option, letter in zip(options, LETTER_CONTINUATIONS, strict=True):
+        assert base.tokenizer.decode(option.tokens) == prompt + letter
+
+
+def test_outcomes_are_the_losses_of_single_texts() -> None:
+    lora, examples = tiny_lora(), random_examples(20, 7)
+    losses, targets = held_out_outcomes(lora, lora.initial_D, examples)
+    assert targets == [example.targets for example in examples]
+    for loss, example in zip(losses, examples, strict=True):
+        alone = held_out_loss(lora, lora.initial_D, [example])
+        assert alone.value * example.targets == pytest.approx(loss, rel=1e-4)
+    assert held_out_loss(lora, lora.initial_D, examples).value == pytest.approx(sum(losses) / sum(targets))
+
+
+def test_too_long_prompts_lose_whole_worked_examples_from_the_front(tiny_folder: Path) -> None:
+    base = load_base(config.Model(source=str(tiny_folder)))
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    question, *shots = World().benchmark("mmlu", count=6, seed=0)
+    examples = {question.subject: shots}
+
+    def length(kept: int, template: str) -> int:
+        prompt = prompt_with_examples(question, shots[5 - kept :], template)
+        return max(len(base.tokenize(prompt + letter)) for letter in LETTER_CONTINUATIONS)
+
+    for template, reserved in (("plain", 1), ("standard", 0)):
+        for kept in range(6):
+            exact = length(kept, template) + reserved
+            for limit, expected in ((exact, kept), (exact - 1, kept - 1)):
+                if expected < 0:
+                    continue
+                asked = ask_questions(lora, [question], limit, examples=examples, template=template)
+                assert asked.shots == [expected]
+                prompt = prompt_with_examples(question, shots[5 - expected :], template)
+                for option, letter in zip(asked.options[0], LETTER_CONTINUATIONS, strict=True):
+                    assert base.tokenizer.decode(option.tokens) == prompt + letter
+        (options,) = ask_questions(lora, [question], 20, examples=examples, template=template).options
+        for option, letter in zip(options, LETTER_CONTINUATIONS, strict=True):
+            assert len(option.tokens) == 20 - reserved
+            text = prompt_with_examples(question, (), template) + letter
+            assert text.endswith(base.tokenizer.decode(option.tokens))
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_plain_question_is_cut_as_a_clients_record_is(tiny_folder: Path, starts: bool) -> None:
+    base = load_base(config.Model(source=str(tiny_folder)))
+    if starts:  # as LLaMA's tokenizer puts a token before every text
+        base.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<end> $A", special_tokens=[("<end>", base.end_id)]
+        )
+    assert base.start_ids == ((base.end_id,) if starts else ())
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    for question in World().benchmark("ceval", count=8, seed=1):
+        for limit in (12, 40, 400):
+            record = make_example(*render(record_of(question)), base.tokenize, base.end_id, limit, base.start_ids)
+            option = question_examples(lora, [question], limit)[0][question.answer]
+            assert record is not None
+            assert option.tokens == record.tokens[:-1]
+            assert option.prompt_length == record.prompt_length
+            assert record.tokens[: len(base.start_ids)] == base.start_ids
+            assert len(record.tokens) <= limit
+
+
+def test_letters_that_melt_into_the_prompt_are_scored_all_the_same() -> None:
+    class Melting:
+        eos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [2 + ord(letter) % 90 for letter in text.replace(": ", ";")]}
+
+    base = dataclasses.replace(tiny_base(), tokenizer=Melting())
+    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    question = World().benchmark("mmlu", count=1, seed=0)[0]
+    (options,) = question_examples(lora, [question], 512, template="standard")
+    assert all(option.targets >= 1 for option in options)
+    assert len({option.tokens for option in options}) == 4

@@ -1,0 +1,488 @@
+"""`privacy.trust = "secure-aggregation"`: what is planned, charged, released and refused; whole runs with drop-outs."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from conftest import tiny_overrides
+from drencoder.audit.scene import plan_under
+from drencoder.encoders.wire import WireFormat
+from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundError
+from drencoder.federated.in_process import LocalEngine
+from drencoder.federated.query import CohortQuery, Origin
+from drencoder.federated.secure_round import hosted, node_of, round_settings, summed
+from drencoder.privacy.accounting import GaussianEvent, epsilon_gaussian
+from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.mechanism import (
+    ReplayNoise,
+    SecureNoise,
+    clip_rows,
+    quantiser_for,
+    release_shares,
+    unmasked_sum,
+)
+from drencoder.privacy.plan import PrivacyPlan, make_plan
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.runs import run as experiment
+from drencoder.runs.build import EngineMaker, Live, build
+from drencoder.runs.plan_overview import survey
+from drencoder.runs.verify import verify_run
+from drencoder.secure_aggregation.crypto import NodeKey
+from drencoder.secure_aggregation.messages import Stage
+
+ROOT = Path(__file__).parents[2]
+PLAN: dict[str, Any] = {
+    "trust": "secure-aggregation", "population": 1000, "sampling_rate": 0.05, "rounds": 10, "delta": 1e-5,
+    "dropout_share": 0.25, "honest_share": 0.75,
+}  # fmt: skip
+KEY = bytes(range(32))
+
+
+@pytest.fixture
+def ledger_fn(tmp_path):
+    opened = []
+
+    def build_ledger(**change):
+        facts = {**PLAN, "noise_multiplier": 1.0, **change}
+        plan = make_plan(**facts)
+        opened.append(Ledger.create(tmp_path / f"{len(opened)}.jsonl", plan, run_id="r", key=KEY))
+        return opened[-1]
+
+    yield build_ledger
+    for ledger in opened:
+        ledger.close()
+
+
+def query_of(values=64, clip=0.5, slot=1):
+    return CohortQuery(
+        slot=slot, noise_in="code", clip_l2=clip, encode=lambda update: update, decode=lambda code: code, linear=True,
+        update_size=values, wire=WireFormat(values, 7), origin=Origin("update"),
+    )  # fmt: skip
+
+
+# The plan
+
+
+def test_the_fewest_honest_shares_together_have_the_noise_of_the_charge():
+    plan = make_plan(**PLAN, epsilon=2.0)
+    terms = plan.share_terms(1)
+    bound = int(stats.binom.ppf(1e-6, 1000, 0.05))
+    assert terms.least_contributors == math.ceil(0.75 * bound) == plan.least_contributors(1)
+    assert terms.honest == math.floor(0.75 * terms.least_contributors)
+    assert terms.multiplier * math.sqrt(terms.honest) == pytest.approx(plan.noise_multiplier)
+    assert stats.binom.sf(terms.most_contributors, 1000, 0.05) < 1e-12
+
+
+def test_the_target_binds_the_client_who_knows_its_own_share():
+    plan = make_plan(**PLAN, epsilon=2.0)
+    seen = plan.epsilons()
+    honest = plan.share_terms(1).honest
+    assert plan.budget_observer == "clients"
+    assert seen["clients"].epsilon_pld == pytest.approx(2.0, abs=1e-6)
+    for observer, unknown in (("server", honest), ("clients", honest - 1), ("public", honest)):
+        mu = math.sqrt(honest / unknown) / plan.noise_multiplier
+        assert seen[observer].epsilon_pld == pytest.approx(epsilon_gaussian(mu, 1e-5), abs=1e-5)
+        assert seen[observer].by_relation["replace_one"].epsilon_pld == pytest.approx(
+            epsilon_gaussian(2 * mu, 1e-5), abs=1e-5
+        )
+    assert seen["server"].epsilon_pld < 2.0
+
+
+def test_epsilon_is_stated_at_a_delta_that_leaves_room_for_discrete_noise():
+    plan, local = make_plan(**PLAN, noise_multiplier=1.0), make_plan(**{**PLAN, "trust": "local"}, noise_multiplier=1.0)
+    assert plan.gaussian_delta == 1e-5 * (1 - 1e-6)
+    assert local.gaussian_delta == 1e-5
+    assert plan.epsilons()["server"].epsilon_pld > local.epsilons()["server"].epsilon_pld
+    assert plan.epsilons()["server"].delta == 1e-5
+    slack = plan.share_terms(1).slack
+    worst = plan.epsilons()["clients"].by_relation["replace_one"].epsilon_pld
+    assert slack * len(plan.slots) * (1 + math.exp(worst)) == pytest.approx(1e-6 * 1e-5, rel=1e-3)
+
+
+def test_more_contributors_than_planned_make_every_epsilon_smaller_and_fewer_cannot_be():
+    plan = make_plan(**PLAN, epsilon=4.0)
+    least = plan.least_contributors(1)
+    (few,) = plan.composition("server", {1: (1, 1)}) or ()
+    (planned,) = plan.composition("server", {1: (1, least)}) or ()
+    (many,) = plan.composition("server", {1: (1, 2 * least)}) or ()
+    assert few == planned == GaussianEvent(plan.noise_multiplier)
+    ratio = plan.honest(2 * least) / plan.honest(least)
+    assert isinstance(many, GaussianEvent)
+    assert many.noise_multiplier == pytest.approx(plan.noise_multiplier * math.sqrt(ratio))
+
+
+def test_dropouts_and_dishonest_clients_make_shares_larger():
+    def share(**change):
+        return make_plan(**{**PLAN, **change}, noise_multiplier=1.0).share_terms(1).multiplier
+
+    assert share(dropout_share=0.0) < share() < share(dropout_share=0.49)
+    assert share(honest_share=1.0) < share() < share(honest_share=0.3)
+    # Under local trust each client would add all of it.
+    assert share() < 0.3
+
+
+def test_nothing_is_amplified_and_a_client_pays_once_a_block():
+    plan = make_plan(**PLAN, noise_multiplier=1.0)
+    twice = make_plan(**PLAN, noise_multiplier=1.0, participation_cap=2)
+    assert len(plan.composition("server", plan.schedule()) or ()) == 1
+    (event,) = twice.composition("server", twice.schedule()) or ()
+    assert event == GaussianEvent(1.0, count=2)
+    with pytest.raises(PrivacyError, match="raise the participation cap"):
+        make_plan(**{**PLAN, "sampling_rate": 0.2}, noise_multiplier=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"dropout_share": 0.5}, r"\[0, 0.5\)"),
+        ({"honest_share": 0.0}, r"\(0, 1\]"),
+        ({"non_private": ("round",), "noise_multiplier": None}, "without noise"),
+        ({"decodes_each": True}, "only their sum"),
+    ],
+)
+def test_impossible_plans_are_refused(change, match):
+    with pytest.raises(PrivacyError, match=match):
+        make_plan(**{**PLAN, "noise_multiplier": 1.0, **change})
+
+
+def test_the_plan_survives_json_and_other_modes_look_as_before():
+    plan = make_plan(**PLAN, epsilon=3.0)
+    assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    local = make_plan(**{**PLAN, "trust": "local", "dropout_share": 0.0, "honest_share": 1.0}, epsilon=3.0)
+    assert "honest_share" not in local.to_dict()
+    assert PrivacyPlan.from_dict(local.to_dict()) == local
+    with pytest.raises(PrivacyError, match="honest_share"):
+        PrivacyPlan.from_dict({k: v for k, v in plan.to_dict().items() if k != "honest_share"})
+
+
+def test_a_plan_whose_epsilon_is_too_large_for_discrete_noise_is_refused(ledger_fn):
+    permit = ledger_fn(noise_multiplier=0.05).charge(1)
+    with pytest.raises(PrivacyError, match="smaller epsilon"):
+        quantiser_for(permit, 64, 0.5)
+
+
+def test_such_a_recipe_is_refused_before_anything_is_charged():
+    with pytest.raises(PrivacyError, match="smaller epsilon"):
+        survey(load_recipe(None, ["privacy.trust=secure-aggregation", "privacy.epsilon=40"]))
+    survey(load_recipe(None, ["privacy.trust=secure-aggregation", "privacy.epsilon=20", "encoder.name=identity"]))
+
+
+# Shares and their sum
+
+
+def aggregate_rows(query, permit, cohort, update_ND, *, nodes=4, threshold=3, drop=None, noise=None):
+    noise = noise or SecureNoise()
+    keys = [NodeKey.generate() for _ in range(nodes)]
+    own = hosted(cohort, nodes)
+    settings = round_settings(query, permit, list(map(len, own)), [key.public for key in keys], threshold)
+    rows = {client: row for row, client in enumerate(cohort)}
+
+    def share_of(clients):
+        return query.share(update_ND[[rows[client] for client in clients]], clients, permit, noise)
+
+    party = [node_of(settings, node, key, own[node], 5, share_of) for node, key in enumerate(keys)]
+
+    def exchange(stage, requests):
+        return {n: party[n].answer(stage, data) for n, data in requests.items() if (stage, n) != drop}
+
+    return query.release([summed(settings, own, exchange)], permit, noise)
+
+
+def test_the_released_sum_has_the_promised_noise_and_no_other(ledger_fn):
+    ledger, query = ledger_fn(), query_of(values=6000)
+    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    update_ND = torch.randn(len(cohort), 6000)
+    outcome = aggregate_rows(query, permit, cohort, update_ND)
+    exact = clip_rows(update_ND, 0.5).values_NV.sum(0, dtype=torch.float64)
+    noise = (outcome.release.value.double() - exact).numpy()
+    assert outcome.release.contributors == len(cohort)
+    for scale, right in ((1.0, True), (2 / 3, False), (3 / 2, False)):
+        p_value = stats.kstest(noise / (scale * outcome.release.noise_std), "norm").pvalue
+        assert (p_value > 1e-6) == right
+    # The promise of the ledger: sigma C for the fewest honest ones, so this much for all who came, and hardly more.
+    promised = 0.5 * math.sqrt(len(cohort) / permit.shares.honest)
+    assert promised <= outcome.release.noise_std <= promised * 1.02
+
+
+def test_the_sum_does_not_depend_on_how_clients_are_spread(ledger_fn):
+    sums = []
+    for nodes, threshold in ((2, 2), (4, 3), (5, 5)):
+        ledger, query = ledger_fn(noise="replay"), query_of()
+        permit, cohort = ledger.charge(1), ledger.cohort(1)
+        update_ND = torch.randn(len(cohort), 64, generator=torch.Generator().manual_seed(1))
+        sums.append(
+            aggregate_rows(query, permit, cohort, update_ND, nodes=nodes, threshold=threshold, noise=ReplayNoise(3))
+        )
+    assert all(torch.equal(found.release.value, sums[0].release.value) for found in sums)
+
+
+def test_a_lost_node_takes_its_clients_and_their_noise_with_it(ledger_fn):
+    ledger, query = ledger_fn(), query_of()
+    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    outcome = aggregate_rows(query, permit, cohort, torch.zeros(len(cohort), 64), drop=(Stage.MASK, 1))
+    stayed = sum(client % 4 != 1 for client in cohort)
+    assert outcome.release.contributors == stayed < len(cohort)
+    shares = quantiser_for(permit, 64, 0.5).share_std * math.sqrt(stayed)
+    assert outcome.release.noise_std == pytest.approx(shares)
+    ledger.record_contributors(1, stayed)
+    assert ledger.spent()["server"] <= ledger.plan.epsilons()["server"].epsilon_pld
+
+
+def test_a_broken_update_goes_as_zero_and_is_not_told(ledger_fn):
+    ledger, query = ledger_fn(), query_of()
+    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    update_ND = torch.zeros(len(cohort), 64)
+    update_ND[3, 5], update_ND[4, 0] = math.nan, math.inf
+    outcome = aggregate_rows(query, permit, cohort, update_ND)
+    assert outcome.nonfinite == 0
+    assert outcome.release.value.abs().max() < 6 * outcome.release.noise_std
+
+
+def test_shares_and_sums_need_their_permit(ledger_fn):
+    ledger = ledger_fn()
+    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    codes = clip_rows(torch.zeros(2, 8), 0.5)
+    release_shares(codes, cohort[:2], permit, SecureNoise())
+    with pytest.raises(PrivacyError, match="second time"):
+        release_shares(codes, cohort[1:3], permit, SecureNoise())
+    stranger = next(client for client in range(1000) if client not in cohort)
+    with pytest.raises(PrivacyError, match="not in the cohort"):
+        release_shares(codes, [stranger, cohort[4]], permit, SecureNoise())
+    with pytest.raises(PrivacyError, match="secure noise"):
+        release_shares(codes, cohort[4:6], permit, ReplayNoise(1))
+    total = np.zeros(8, dtype=np.uint32)
+    least = permit.shares.least_contributors
+    with pytest.raises(PrivacyError, match="void"):
+        unmasked_sum(total, cohort[: least - 1], permit, 0.5)
+    with pytest.raises(PrivacyError, match="void"):
+        unmasked_sum(total, [*cohort[:least], cohort[0]], permit, 0.5)
+    with pytest.raises(PrivacyError, match="not in the cohort"):
+        unmasked_sum(total, [*cohort, stranger], permit, 0.5)
+    unmasked_sum(total, cohort, permit, 0.5)
+    with pytest.raises(PrivacyError, match="charged for one release"):
+        unmasked_sum(total, cohort, permit, 0.5)
+
+
+def test_no_client_has_a_message_of_its_own(ledger_fn):
+    permit, query = ledger_fn().charge(1), query_of()
+    with pytest.raises(PrivacyError, match="no message of its own"):
+        query.upload(torch.zeros(1, 64), [0], permit, SecureNoise())
+    with pytest.raises(PrivacyError, match="linear encoder"):
+        dataclasses.replace(query, linear=False).share(torch.zeros(1, 64), [0], permit, SecureNoise())
+    local = ledger_fn(trust="local", dropout_share=0.0, honest_share=1.0).charge(1)
+    with pytest.raises(PrivacyError, match="not quantised"):
+        query.bits(local)
+
+
+def test_a_cohort_that_is_too_small_is_void_before_anybody_trains(ledger_fn):
+    permit = ledger_fn().charge(1)
+    with pytest.raises(VoidRoundError, match="plan needs"):
+        round_settings(query_of(), permit, [1, 2], [KEY], 1)
+    with pytest.raises(VoidRoundError, match="plan needs"):
+        round_settings(query_of(), permit, [500, 400], [KEY], 1)
+
+
+def test_a_node_refuses_a_round_that_counts_other_clients_for_it(ledger_fn):
+    permit, keys = ledger_fn().charge(1), [NodeKey.generate() for _ in range(3)]
+    settings = round_settings(query_of(), permit, [20, 20, 20], [key.public for key in keys], 2)
+    with pytest.raises(SecureError, match="hosts 2 clients and the round counts 20"):
+        node_of(settings, 1, keys[1], [4, 7], 5, lambda clients: np.zeros(64, dtype=np.uint32))
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["encoder.name=autoencoder"], "set encoder.name = 'random'"),
+        (["privacy.noise_in=update"], "set privacy.noise_in = 'code'"),
+        (["encoder.wire_dtype=int8"], "set encoder.wire_dtype = 'float32'"),
+        (["encoder.wire_dtype=float16"], "set encoder.wire_dtype = 'float32'"),
+        (["encoder.name=autoencoder", "prior.source=gradients"], "secure-aggregation"),
+        (["federation.nodes=10", "privacy.dropout_share=0.45"], "raise honest_share"),
+    ],
+)
+def test_what_secure_aggregation_cannot_do_is_refused_in_one_sentence(overrides, match):
+    with pytest.raises(RecipeError, match=match):
+        load_recipe(None, ["privacy.trust=secure-aggregation", *overrides])
+
+
+@pytest.mark.parametrize(("nodes", "threshold"), [(2, 2), (3, 3), (4, 3), (10, 8)])
+def test_more_than_half_of_the_nodes_are_needed_to_the_end(nodes, threshold):
+    recipe = load_recipe(None, ["privacy.trust=secure-aggregation", f"federation.nodes={nodes}"])
+    assert recipe.threshold == threshold > nodes / 2
+
+
+def test_few_honest_contributors_are_warned_about():
+    few = survey(load_recipe(None, ["privacy.trust=secure-aggregation", "federation.sampling_rate=0.002"]))
+    many = survey(load_recipe(None, ["privacy.trust=secure-aggregation"]))
+    assert any("are sure and honest" in sentence for sentence in few.warnings())
+    assert many.warnings() == []
+
+
+def test_an_audit_of_such_a_recipe_has_plans_of_the_trusts_it_attacks(tiny_folder):
+    live = build(recipe_of(tiny_folder))
+    for trust in ("local", "central"):
+        plan = plan_under(live, trust)
+        assert (plan.trust, plan.target_epsilon) == (trust, 8.0)
+
+
+# Whole runs
+
+
+def recipe_of(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(
+        None,
+        [
+            *tiny_overrides(folder), "privacy.trust=secure-aggregation", "federation.population=300", "prior.source=moments",
+            "federation.sampling_rate=0.15", "privacy.dropout_share=0.34", "federation.nodes=3", *overrides,
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> experiment.RunResult:
+    return experiment.run(recipe_of(tiny_folder), tmp_path_factory.mktemp("secure") / "one")
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_a_whole_run_agrees_with_two_accountants(finished: experiment.RunResult) -> None:
+    assert verify_run(finished.folder).trouble == ""
+    command = [sys.executable, str(ROOT / "tools" / "reaccount.py"), str(finished.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    certificate = finished.certificate
+    assert certificate["private"]
+    assert certificate["plan"]["trust"] == "secure-aggregation"
+    seen = {name: float(row["epsilon_pld"]) for name, row in certificate["observers"].items()}
+    # More came than the fewest that were planned for.
+    assert seen["server"] == seen["public"] < seen["clients"] < 8.0
+    assert certificate["statement"].startswith("Against the other clients: (")
+    assert "75%" in certificate["statement"]
+    assert certificate["results"]["this run"]["loss"] != certificate["results"]["base model"]["loss"]
+    assert "secure-aggregation" in (finished.folder / "report.html").read_text()
+
+
+def test_counted_bytes_are_the_planned_ones(finished: experiment.RunResult, tiny_folder: Path) -> None:
+    overview = survey(recipe_of(tiny_folder))
+    assert finished.certificate["bytes"]["uploaded"] == overview.total_bytes
+    assert finished.certificate["bytes"]["counted"] == "counted"
+    # Plain LoRA is counted for the same senders: three nodes in four rounds.
+    assert finished.certificate["bytes"]["plain_lora"] == overview.plain_lora_bytes == 12 * 4 * overview.adapter_size
+    assert finished.certificate["bytes"]["bits_per_value"] in (16, 24)
+
+
+def test_the_ledger_knows_how_many_contributed(finished: experiment.RunResult) -> None:
+    found = [(r["kind"], r["slot"]) for r in lines_of(finished.folder) if r["kind"] in ("charge", "contributors")]
+    assert found == [(kind, slot) for slot in range(5) for kind in ("charge", "contributors")]
+
+
+@pytest.fixture
+def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes nodes of the local engine vanish."""
+
+    def lose(lost: Any) -> None:
+        def built(recipe: Recipe, engine: EngineMaker | None = None) -> Live:
+            live = build(recipe, engine)
+            return dataclasses.replace(live, engine=dataclasses.replace(live.engine, lost=lost))
+
+        monkeypatch.setattr(experiment, "build", built)
+
+    return lose
+
+
+def test_a_run_survives_drop_outs(tiny_folder: Path, tmp_path: Path, losing: Any) -> None:
+    losing(lambda slot, stage, node: slot in (2, 3) and stage >= Stage.MASK and node == slot - 2)
+    result = experiment.run(recipe_of(tiny_folder, "seed=1"), tmp_path / "run")
+    assert [row["round"] for row in result.metrics] == [0, 1, 2, 3, 4]
+    records = lines_of(tmp_path / "run")
+    counts = {r["slot"]: r["contributors"] for r in records if r["kind"] == "contributors"}
+    with Ledger.open(tmp_path / "run" / "ledger.jsonl", read_only=True) as ledger:
+        for slot in (2, 3):
+            cohort = ledger.sampler().cohort(slot)
+            assert counts[slot] == sum(client % 3 != slot - 2 for client in cohort) < len(cohort)
+    assert verify_run(tmp_path / "run").trouble == ""
+
+
+def test_a_void_round_keeps_its_charge_and_changes_nothing(tiny_folder: Path, tmp_path: Path, losing: Any) -> None:
+    losing(lambda slot, stage, node: slot in (0, 3) and stage == Stage.UNMASK and node < 2)
+    heard: list[str] = []
+
+    class Ear:
+        def planned(self, overview: Any) -> None: ...
+        def say(self, text: str) -> None:
+            heard.append(text)
+
+        def round_done(self, row: Any) -> None: ...
+        def finished(self, certificate: Any) -> None: ...
+
+    result = experiment.run(recipe_of(tiny_folder), tmp_path / "run", Ear())
+    assert sum("void" in text for text in heard) == 2
+    records = lines_of(tmp_path / "run")
+    assert [r["slot"] for r in records if r["kind"] == "charge"] == [0, 1, 2, 3, 4]
+    assert [r["slot"] for r in records if r["kind"] == "contributors"] == [1, 2, 4]
+    assert sum("was abandoned" in r.get("text", "") for r in records) == 2
+    assert result.certificate["stage1"]["lost"] is True
+    rows = {row["round"]: row for row in result.metrics}
+    assert rows[3]["loss"] == rows[2]["loss"]
+    assert rows[3]["bytes_up"] == rows[2]["bytes_up"]
+    assert verify_run(tmp_path / "run").trouble == ""
+    command = [sys.executable, str(ROOT / "tools" / "reaccount.py"), str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+class _KilledError(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_and_skips_what_may_have_been_released(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LocalEngine.gather
+
+    def dying(self: LocalEngine, query: CohortQuery, *rest: Any) -> Any:
+        if query.slot == 2:
+            raise _KilledError
+        return original(self, query, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "gather", dying)
+        with pytest.raises(_KilledError):
+            experiment.run(recipe_of(tiny_folder), tmp_path / "run")
+    result = experiment.resume(tmp_path / "run")
+    records = lines_of(tmp_path / "run")
+    assert [r["slot"] for r in records if r["kind"] == "charge"] == [0, 1, 2, 3, 4]
+    assert [r["slot"] for r in records if r["kind"] == "contributors"] == [0, 1, 3, 4]
+    assert [row["round"] for row in result.metrics] == [0, 1, 2, 3, 4]
+    assert verify_run(tmp_path / "run").trouble == ""
+
+
+def test_replayed_runs_are_the_same_whatever_the_nodes(tiny_folder: Path, tmp_path: Path) -> None:
+    losses = []
+    for nodes in (3, 4):
+        recipe = recipe_of(
+            tiny_folder, "privacy.noise=replay", f"federation.nodes={nodes}", "privacy.dropout_share=0.25"
+        )
+        result = experiment.run(recipe, tmp_path / str(nodes))
+        assert not result.certificate["private"]
+        losses.append(result.certificate["results"]["this run"]["loss"]["value"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_following_clip_works_on_sums(tiny_folder: Path, tmp_path: Path) -> None:
+    result = experiment.run(recipe_of(tiny_folder, "privacy.clip=adaptive", "federation.rounds=2"), tmp_path / "run")
+    assert verify_run(tmp_path / "run").trouble == ""
+    assert result.certificate["rounds"] == 2

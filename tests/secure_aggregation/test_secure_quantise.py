@@ -1,0 +1,152 @@
+"""Codes as integers: no code grows past the stated bound, no sum wraps around, and the mean is right."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from drencoder.errors import PrivacyError
+from drencoder.secure_aggregation.discrete import SMOOTHING_STD
+from drencoder.secure_aggregation.quantise import Quantiser
+
+
+def system_words(count):
+    return np.frombuffer(os.urandom(8 * count), dtype="<u8")
+
+
+def rounding_up(count):
+    """The worst uniform numbers: every fraction goes up."""
+    return np.zeros(count, dtype=np.uint64)
+
+
+def rows(count, size, clip, seed=0, length=1 - 1e-6):
+    values = np.random.default_rng(seed).standard_normal((count, size))
+    return (values * (length * clip / np.linalg.norm(values, axis=1))[:, None]).astype(np.float32)
+
+
+def made(values=256, clip=0.7, share=0.2, clients=20):
+    return Quantiser.plan(values=values, clip_l2=clip, share_multiplier=share, most_clients=clients)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.integers(1, 400),
+    clip=st.floats(1e-6, 1e6),
+    share=st.floats(0.01, 5),
+    clients=st.integers(1, 2000),
+    seed=st.integers(0, 2**32 - 1),
+    worst=st.booleans(),
+)
+def test_no_rounded_code_is_longer_than_the_bound(values, clip, share, clients, seed, worst):
+    quantiser = made(values, clip, share, clients)
+    code = rows(1, values, clip, seed)[0]
+    rounded = quantiser.rounded(code, rounding_up if worst else system_words)
+    assert sum(int(v) ** 2 for v in rounded) <= quantiser.bound_steps**2
+    assert np.abs(rounded * quantiser.step - code).max() <= quantiser.step * (1 + 1e-6)
+    assert quantiser.growth <= 0.25
+    assert quantiser.bound_l2 == pytest.approx(clip * (1 + quantiser.growth))
+
+
+def test_a_code_that_cannot_be_rounded_up_is_rounded_towards_zero():
+    # 21 steps for 400 values: a code of 1.04 steps each has the clip's length, and all of them rounded up are twice as long.
+    tight = Quantiser(400, 1.0, 21.0, 0.2, 20, 24)
+    code = np.full(400, 1.04 / 21, dtype=np.float32)
+    assert np.linalg.norm(code) < 1.0
+    assert np.linalg.norm(np.ceil(code * 21)) > tight.bound_steps
+    rounded = tight.rounded(code, rounding_up)
+    assert np.array_equal(rounded, np.ones(400))
+    # With honest randomness hardly any value goes up, and the first rounding is kept.
+    assert 400 < tight.rounded(code, system_words).sum() < 460
+
+
+def test_rounding_is_unbiased():
+    quantiser = made(values=64, share=0.05)
+    code = rows(1, 64, 0.7)[0]
+    mean = np.mean([quantiser.rounded(code, system_words) for _ in range(4000)], axis=0)
+    assert np.abs(mean - code.astype(float) / quantiser.step).max() < 5 * 0.5 / math.sqrt(4000)
+
+
+def test_codes_that_are_too_long_or_not_finite_are_refused():
+    quantiser = made()
+    code = rows(1, 256, 0.7)[0]
+    for wrong in (code * 1.01, np.full(256, np.nan, dtype=np.float32), np.full(256, np.inf, dtype=np.float32)):
+        with pytest.raises(PrivacyError, match="longer than its clip"):
+            quantiser.rounded(wrong, system_words)
+    with pytest.raises(PrivacyError, match="shape"):
+        quantiser.rounded(code[:-1], system_words)
+
+
+@pytest.mark.parametrize(
+    ("values", "clients", "share"), [(1, 1, 1.0), (2048, 300, 0.05), (64, 3, 4.0), (512, 20_000, 0.01)]
+)
+def test_the_modular_sum_of_the_largest_codes_does_not_wrap(values, clients, share):
+    # All clients put their whole clip on one value, in the same direction: the worst sum there is.
+    quantiser = made(values, 1.0, share, clients)
+    code = np.zeros(values, dtype=np.float32)
+    code[0] = 1.0
+    one = quantiser.rounded(code, rounding_up)
+    for sign in (1, -1):
+        total = quantiser.residue(sign * one * clients)
+        assert quantiser.values_of(total)[0] == pytest.approx(sign * clients, rel=0.02)
+    tail = 7 * quantiser.std_steps * math.sqrt(clients)  # 7 standard deviations of the whole noise fit on top of it
+    assert one[0] * clients + tail < 2 ** (quantiser.bits - 1)
+
+
+def test_the_bits_are_the_fewest_that_hold_the_sum():
+    small, middle, large = made(64, clients=2), made(2048, clients=200), made(131_072, clients=5000)
+    assert (small.bits, middle.bits, large.bits) == (16, 24, 32)
+    for quantiser in (small, middle, large):
+        assert quantiser._reach < 2 ** (quantiser.bits - 1)
+    assert middle._reach > 2**15
+    assert large._reach > 2**23
+
+
+def test_steps_grow_before_the_modulus_overflows_and_then_the_plan_is_refused():
+    usual, crowded = made(131_072, clients=100), made(131_072, share=0.001, clients=600_000)
+    assert usual.growth == pytest.approx(0.01)
+    assert 0.01 < crowded.growth <= 0.25
+    assert crowded._reach < 2**31
+    with pytest.raises(PrivacyError, match="do not fit"):
+        made(8_388_608, share=0.001, clients=10_000_000)
+
+
+def test_impossible_plans_are_refused():
+    for change in ({"values": 0}, {"share": 0.0}, {"clip": -1.0}, {"clients": 0}, {"clip": math.nan}):
+        with pytest.raises(PrivacyError, match="must be positive"):
+            made(**change)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2 / 3, 3 / 2])
+def test_the_sum_is_the_codes_plus_noise_of_the_stated_deviation(scale):
+    clients, quantiser = 16, made(4096, share=0.25)
+    codes = rows(clients, 4096, 0.7)
+    total = np.zeros(4096, dtype=np.uint32)
+    for code in codes:
+        total += quantiser.noised(code, system_words)
+    released = quantiser.values_of(total & np.uint32(2**quantiser.bits - 1))
+    noise = released - codes.sum(axis=0, dtype=np.float64)
+    promised = scale * quantiser.share_std * math.sqrt(clients)
+    p_value = stats.kstest(noise / promised, "norm").pvalue
+    assert (p_value > 1e-6) if scale == 1.0 else (p_value < 1e-9)
+    # The promise is the plan's multiplier times the bound after rounding, and a little more.
+    assert quantiser.share_std > 0.25 * quantiser.bound_l2
+    assert quantiser.std_steps == pytest.approx(math.hypot(0.25 * quantiser.bound_steps, SMOOTHING_STD))
+
+
+def test_the_distance_is_far_below_any_delta():
+    for quantiser, shares in ((made(8_388_608, clients=1000), 1000), (made(64, share=0.01), 5)):
+        assert 0 < quantiser.distance(shares) < 1e-40
+
+
+def test_residues_and_values_are_inverse():
+    quantiser = made(6, clients=3)
+    steps = np.array([0, 1, -1, 2 ** (quantiser.bits - 1) - 1, -(2 ** (quantiser.bits - 1)), 77])
+    np.testing.assert_allclose(quantiser.values_of(quantiser.residue(steps)), steps * quantiser.step)
+    with pytest.raises(PrivacyError, match="modular sum"):
+        quantiser.values_of(np.full(6, 2**quantiser.bits, dtype=np.uint32))
+    with pytest.raises(PrivacyError, match="modular sum"):
+        quantiser.values_of(np.zeros(5, dtype=np.uint32))

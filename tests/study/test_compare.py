@@ -1,0 +1,309 @@
+"""A comparison: who runs when, what is tuned, what the table says, and that a second start runs nothing again."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import tiny_overrides
+from drencoder.errors import ArtifactError, DataError, RecipeError
+from drencoder.privacy.ledger import Ledger
+from drencoder.recipe.recipe import Compare, Recipe, load_recipe
+from drencoder.runs.plan_overview import privacy_plan
+from drencoder.study.compare import Cell, Track, best_step, compare, next_cells, run_cell, tracks_of
+from drencoder.study.compare_table import cells_of_table, rows_of, short_cells, write_comparison
+from drencoder.study.methods import METHODS, method_named
+
+DP = Track("dp-lora", 2.0)
+
+
+class Notes:
+    """Remembers which cells were reported."""
+
+    def __init__(self) -> None:
+        self.cells: list[Cell] = []
+
+    def started(self, tracks: Sequence[Track], seeds: int, tuning_runs: int) -> None: ...
+
+    def cell_done(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        self.cells.append(cell)
+
+
+def climb(losses: Mapping[float, float], runs: int) -> tuple[list[float], float]:
+    """The steps that tuning tries on a known landscape (inf where it is not given), and the one it settles on."""
+    wanted, results = Compare(tuning_runs=runs, seeds=(0,)), {}
+    tried: list[float] = []
+    cells = next_cells(DP, wanted, results)
+    while cells[0].seed == wanted.tuning_seed:
+        for cell in cells:
+            tried.append(cell.step)
+            results[cell] = {"loss": losses.get(cell.step, math.inf)}
+        cells = next_cells(DP, wanted, results)
+    assert [cell.seed for cell in cells] == [0]
+    assert cells[0].step == best_step(DP, wanted, results)
+    return tried, cells[0].step
+
+
+def test_tuning_goes_where_the_loss_falls() -> None:
+    assert climb({0: 1.0, -1: 2.0, 1: 0.5, 2: 0.1, 3: 0.3}, 5) == ([0, -1, 1, 2, 3], 2)
+    assert climb({0: 1.0, -1: 0.5, 1: 2.0, -2: 0.7, -1.5: 0.4}, 5) == ([0, -1, 1, -2, -1.5], -1.5)
+    assert climb({0: 0.5, -1: 1.0, 1: 0.8, 0.5: 0.3}, 4) == ([0, -1, 1, 0.5], 0.5)
+    assert climb({0: 1.0}, 1) == ([0], 0)
+    assert climb({0: 1.0, -1: 0.5}, 2) == ([0, -1], -1)
+
+
+def test_diverged_and_failed_runs_lose_and_ties_take_the_smaller_rate() -> None:
+    assert climb({0: math.nan, -1: 3.0, 1: math.inf}, 3)[1] == -1
+    assert climb({0: 1.0, -1: 1.0, 1: 1.0}, 3)[1] == -1
+    wanted = Compare(tuning_runs=1)
+    failed = {Cell(DP, wanted.tuning_seed, 0.0): {"error": "no"}}
+    assert [cell.seed for cell in next_cells(DP, wanted, failed)] == list(wanted.seeds)
+
+
+def test_every_method_gets_the_same_number_of_tuning_runs() -> None:
+    for runs in range(1, 8):
+        for landscape in ({0: 1.0}, {0: 3.0, 1: 2.0, 2: 1.0, 3: 0.5}, {0: 2.0, -1: 1.0, -2: 0.5}):
+            tried, _ = climb(landscape, runs)
+            assert len(tried) == len(set(tried)) == runs
+
+
+def test_private_methods_have_a_track_per_epsilon_and_others_one() -> None:
+    wanted = Compare(methods=("lora", "dp-lora"), epsilons=(1.0, 4.0))
+    assert tracks_of(wanted) == [Track("lora", None), Track("dp-lora", 1.0), Track("dp-lora", 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"methods": ("dp-laura",)}, "names 'dp-laura': choose from"),
+        ({"methods": ()}, "nothing to run"),
+        ({"seeds": ()}, "nothing to run"),
+        ({"seeds": (3, 100)}, "tuning_seed = 100"),
+        ({"methods": ("lora", "lora")}, "twice"),
+        ({"epsilons": (2.0, 2.0)}, "twice"),
+        ({"seeds": (0, 0, 1)}, "twice"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(knobs: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        tracks_of(Compare(**knobs))
+
+
+@pytest.mark.parametrize("rate", ["dp-lora", "dp-lora=fast", "=3", "laura=1"])
+def test_ill_formed_rates_are_one_sentence(rate: str) -> None:
+    with pytest.raises(RecipeError, match=r"compare\.rates|compare\.methods"):
+        METHODS["dp-lora"].first_rate(load_recipe(None, [f'compare.rates=["{rate}"]']))
+
+
+def test_methods_differ_in_what_they_say_and_in_nothing_else() -> None:
+    base = load_recipe("paper/embedded-dolly", ['compare.rates=["random=8"]'])
+    made = {name: METHODS[name].recipe(base, epsilon=2.0, seed=7, multiplier=3.0) for name in METHODS}
+    for name, recipe in made.items():
+        assert recipe.seed == 7
+        assert recipe.data == base.data
+        assert recipe.federation == base.federation
+        assert replace(recipe.adapter, start=base.adapter.start) == base.adapter
+        assert (recipe.adapter.start == "orthonormal") == (name == "ffa-orthonormal")
+        assert recipe.privacy.clip_l2 == base.privacy.clip_l2
+        plan = privacy_plan(recipe)
+        private = METHODS[name].private
+        assert (recipe.privacy.trust == "non-private") != private
+        assert ("round" in plan.non_private) != private
+        if private:
+            assert 1.99 < plan.epsilons()["server"].epsilon_pld <= 2.0 or name == "fedcg-dp"
+    assert made["random"].server.learning_rate == 24.0
+    assert made["dp-lora"].server.learning_rate == 3.0 * base.server.learning_rate
+    assert made["centralised"].local.learning_rate == 3.0 * base.local.learning_rate
+    assert made["dr-encoder"].privacy.noise_in == "update"
+    assert made["dr-encoder-code"].privacy.noise_in == "code"
+    for name in ("fedcg", "fedcg-dp"):
+        plan = privacy_plan(made[name])
+        assert "stage1" in plan.non_private
+        assert math.isinf(plan.epsilons()["server"].epsilon_pld)
+
+
+def test_fedcg_spends_its_budget_on_the_rounds() -> None:
+    base = load_recipe("paper/embedded-dolly")
+    plan = privacy_plan(METHODS["fedcg-dp"].recipe(base, epsilon=2.0, seed=0, multiplier=1.0))
+    assert plan.noise_multiplier > 1
+    assert plan.stage1_noise_multiplier == 0
+    assert method_named("fedcg-dp").private
+
+
+# --- a whole comparison, small --------------------------------------------------------------------------------
+
+
+def small(folder: Path, *more: str) -> Recipe:
+    methods = '["lora", "centralised", "dp-lora", "dr-encoder", "fedcg", "random"]'
+    return load_recipe(
+        None,
+        [
+            *tiny_overrides(folder), "data.examples_per_client=3", "federation.rounds=2", "encoder.train_steps=2",
+            "prior.synthetic=16", "prior.sampling_rate=0.5", "name=small", f"compare.methods={methods}",
+            "compare.epsilons=[8]", "compare.seeds=[0, 1, 2]", "compare.tuning_runs=1",
+            "privacy.noise=replay", *more,  # replay: cohorts depend on nothing but the seed
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Any]:
+    recipe, folder = small(tiny_folder), tmp_path_factory.mktemp("comparison") / "one"
+    notes = Notes()
+    results, tracks = compare(recipe, folder, notes, processes=1)
+    assert len(notes.cells) == len(set(notes.cells)) == len(tracks) * 4
+    return recipe, folder, (results, tracks)
+
+
+def test_a_second_start_runs_nothing_and_gives_the_same(compared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, folder, (results, tracks) = compared
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a finished cell was run again")
+
+    monkeypatch.setattr("drencoder.study.compare.run_cell", never)
+    again, same = compare(recipe, folder, Notes(), processes=1)
+    assert same == tracks
+    assert again == results
+
+
+def test_a_finished_comparison_can_be_extended(compared: Any) -> None:
+    recipe, folder, (results, tracks) = compared
+    more, notes = recipe.changed({"compare.methods": [*recipe.compare.methods, "noise"]}), Notes()
+    extended, longer = compare(more, folder, notes, processes=1)
+    assert longer == [*tracks, Track("noise", 8.0)]
+    assert {cell: extended[cell] for cell in results} == results
+    new = [cell for cell in extended if cell not in results]
+    assert [cell.track.method for cell in new] == ["noise"] * 4
+    assert all("error" not in extended[cell] for cell in new)
+    compare(recipe, folder, Notes(), processes=1)  # and asked for less again
+
+
+def test_the_table_has_all_methods_bytes_and_tests(compared: Any) -> None:
+    recipe, folder, (results, tracks) = compared
+    rows = {row.method: row for row in rows_of(recipe, tracks, results, folder)}
+    assert list(rows) == ["base model", "zero update", *recipe.compare.methods]
+    assert all(row.failures == [] for row in rows.values())
+    assert rows["base model"].loss == rows["zero update"].loss
+    dp, ours, published, fedcg = (rows[name] for name in ("dp-lora", "random", "dr-encoder", "fedcg"))
+    assert dp.loss_difference is None
+    assert ours.loss_difference is not None
+    assert ours.loss_difference.count == 3
+    assert ours.accuracy_difference is not None
+    assert ours.answers is not None
+    assert len(ours.answers) == 3
+    gained = sum(test.gained - test.lost for test in ours.answers)
+    assert ours.accuracy_difference.value == pytest.approx(gained / 3 / 16)  # 8 questions of each of two benchmarks
+    expected = sum(
+        results[Cell(Track(m, 8.0), s, 0.0)]["loss"] * w for m, w in (("random", 1), ("dp-lora", -1)) for s in (0, 1, 2)
+    )
+    assert ours.loss_difference.value == pytest.approx(expected / 3)
+    # Bytes: the sketch is a quarter of the adapter here; FedCG's stage 1 sends whole gradients, DR-Encoder's statistics.
+    assert dp.bytes_stage1 == 0
+    assert ours.bytes_stage2 is not None
+    assert dp.bytes_stage2 is not None
+    assert ours.bytes_stage2 < 0.4 * dp.bytes_stage2
+    assert fedcg.bytes_stage1 is not None
+    assert published.bytes_stage1 is not None
+    assert fedcg.bytes_stage1 > 5 * published.bytes_stage1 > 0
+    assert 7.9 < (dp.epsilon_server or 0) <= 8
+    assert math.isinf(fedcg.epsilon_server or 0)
+    assert rows["centralised"].bytes_stage2 == 0
+    assert rows["centralised"].learning_rate == recipe.local.learning_rate
+
+
+def test_files_say_the_same_as_the_table(compared: Any) -> None:
+    recipe, folder, (results, tracks) = compared
+    rows = rows_of(recipe, tracks, results, folder)
+    written = {path.name: path for path in write_comparison(recipe, rows, folder)}
+    headings, lines = cells_of_table(rows)
+    assert all(len(line) == len(headings) for line in lines)
+    short_headings, short = short_cells(rows)
+    assert all(len(line) == len(short_headings) for line in short)
+    markdown = written["table.md"].read_text("utf-8")
+    for line in lines:
+        assert "| " + " | ".join(line) + " |" in markdown
+    assert len(written["table.csv"].read_text("utf-8-sig").splitlines()) == len(lines) + 1
+    record = json.loads(written["table.json"].read_text("utf-8"))
+    assert [row["method"] for row in record["rows"]] == [row.method for row in rows]
+    assert record["rows"][-2]["epsilon_server"] == "inf"
+    for name in ("loss-against-epsilon.png", "accuracy-against-bytes.png"):
+        assert written[name].read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_recipe_or_a_foreign_folder_is_refused(compared: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    _, folder, _ = compared
+    with pytest.raises(ArtifactError, match="comparison of another recipe"):
+        compare(small(tiny_folder, "privacy.clip_l2=2"), folder, Notes(), processes=1)
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="already there"):
+        compare(small(tiny_folder), tmp_path, Notes(), processes=1)
+
+
+def test_a_failing_cell_is_a_row_and_not_a_crash(compared: Any) -> None:
+    recipe, folder, (results, tracks) = compared
+    broken = dict(results)
+    for seed in (1, 2):
+        broken[Cell(Track("random", 8.0), seed, 0.0)] = {"error": "it broke", "seconds": 1.0}
+    rows = {row.method: row for row in rows_of(recipe, tracks, broken, folder)}
+    assert rows["random"].seeds == [0]
+    assert len(rows["random"].failures) == 2
+    assert rows["random"].loss_difference is None  # one seed is no test
+    assert len(rows["random"].answers or []) == 1
+    broken[Cell(Track("random", 8.0), 0, 0.0)] = {"error": "it broke", "seconds": 1.0}
+    rows = {row.method: row for row in rows_of(recipe, tracks, broken, folder)}
+    assert rows["random"].loss is None
+    headings, lines = cells_of_table(list(rows.values()))
+    assert all(len(line) == len(headings) for line in lines)
+    assert "it broke" in " ".join(lines[-1])
+
+
+def test_base_rows_have_one_value_per_seed(compared: Any) -> None:
+    recipe, folder, (results, tracks) = compared
+    shifted = dict(results)
+    for cell, result in results.items():
+        base = result["base"] | {"loss": 20.0 if cell.seed == recipe.compare.tuning_seed else 10.0 + cell.seed}
+        shifted[cell] = result | {"base": base}
+    base = rows_of(recipe, tracks, shifted, folder)[0]
+    assert base.loss is not None
+    assert (base.loss.mean, base.loss.low, base.loss.high) == (11.0, 10.0, 12.0)
+
+
+def test_a_second_process_and_a_lost_run_destroy_nothing(compared: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe, folder, _ = compared
+    lock = os.open(folder / "lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ArtifactError, match="filled by another process"):
+        compare(recipe, folder, Notes(), processes=1)
+    os.close(lock)
+    # A cell whose run is under way elsewhere is refused; one that lost FedCG's gradients is kept under another name.
+    cell = Cell(Track("fedcg", None), 0, 0.0)
+    live = tmp_path / "cell"
+    shutil.copytree(folder / cell.folder, live)
+    for name in ("cell.json", "certificate.json", "checkpoints/latest.safetensors"):
+        (live / name).unlink()
+    with Ledger.open(live / "ledger.jsonl"), pytest.raises(ArtifactError, match="in use"):
+        run_cell(cell, recipe, live)
+    before = (live / "ledger.jsonl").read_bytes()
+    result = run_cell(cell, recipe, live)
+    assert "error" not in result
+    if (kept := live.with_name("cell.lost-1")).exists():
+        assert (kept / "ledger.jsonl").read_bytes() == before
+
+
+def test_what_may_be_otherwise_tomorrow_is_not_stored(compared: Any, tmp_path: Path) -> None:
+    recipe, _, _ = compared
+    away = recipe.changed({"data.source": str(tmp_path / "moved.jsonl")})
+    with pytest.raises(DataError):
+        run_cell(Cell(DP, 0, 0.0), away, tmp_path / "cell")
+    assert not (tmp_path / "cell" / "cell.json").exists()
+    odd = run_cell(Cell(Track("random", 8.0), 0, 40.0), recipe, tmp_path / "odd")  # a rate of 3^40
+    assert "diverged" in odd["error"]
+    assert json.loads((tmp_path / "odd" / "cell.json").read_text())["error"] == odd["error"]
