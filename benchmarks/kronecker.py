@@ -40,7 +40,7 @@ from drencoder.encoders.gaussian_prior import GaussianPrior, moment_statistics
 from drencoder.encoders.kronecker import KroneckerEncoder, energy_curve
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
 from drencoder.encoders.random_sketch import RandomSketch, allocate_code
-from drencoder.federated.query import ServerState, server_step
+from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.models.adapter_layout import Segment
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.rng import derive_seed

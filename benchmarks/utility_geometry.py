@@ -34,7 +34,7 @@ from drencoder.encoders.code_sizes import auto_ratio, few_coordinates
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
-from drencoder.federated.query import ServerState, server_step
+from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.privacy.mechanism import clip_rows
 from drencoder.privacy.plan import ALIGNMENT
 from drencoder.rng import derive_seed

@@ -12,7 +12,9 @@ from pathlib import Path
 from drencoder import load_recipe
 from drencoder.data.sources import open_source
 from drencoder.encoders.random_sketch import RandomSketch
-from drencoder.federated.query import ServerState, server_step, update_query
+from drencoder.federated.query import update_query
+from drencoder.federated.round import client_message, released_update, server_release
+from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel, load_base
 from drencoder.privacy.ledger import Ledger
@@ -40,13 +42,13 @@ with tempfile.TemporaryDirectory() as folder, Ledger.create(Path(folder) / "ledg
     # A client. Its text and its update stay here; the messages are what leaves.
     texts = Texts(open_source(recipe.data, population=100, seed=0), base, recipe.data.max_tokens, d1_share=0.0)
     update_ND = cohort_updates(lora, state.adapter_D, [texts.client(c, 1) for c in cohort], recipe.local, cohort)
-    upload = query.upload(update_ND, cohort, permit, SecureNoise())
+    upload = client_message(query, update_ND, cohort, permit, SecureNoise())
     print(f"{len(cohort)} clients sent {len(upload.messages[0])} bytes each, instead of {4 * lora.layout.size}")
 
     # The server. It sees noised codes only, adds them up, divides by the fixed expected size, decodes, steps.
-    outcome = query.release([upload], permit, SecureNoise())
+    outcome = server_release(query, [upload], permit, SecureNoise())
     ledger.record_contributors(1, len(cohort))
-    direction_D = query.direction(outcome.release, permit, plan.expected_cohort)
+    direction_D = released_update(query, outcome.release, permit, plan.expected_cohort)
     state = server_step(state, direction_D, recipe.server, recipe.server.learning_rate)
 
     for observer, guarantee in ledger.guarantees().items():

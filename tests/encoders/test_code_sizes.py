@@ -78,7 +78,7 @@ def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:
     overview = survey(recipe)
     lora = LoraModel(load_base(recipe.model), recipe.adapter, seed=0)
     assert overview.adapter_size == lora.layout.size
-    stage1 = moment_query(lora.layout.segments, recipe.prior).wire.message_size
+    stage1 = moment_query(lora.layout.segments, recipe.prior).spec.wire.message_size
     assert overview.stage1_bytes == 6 * stage1
     assert overview.message_bytes is not None
     assert overview.total_bytes == 4 * 6 * overview.message_bytes + 6 * stage1

@@ -26,6 +26,7 @@ from drencoder.encoders.wire import (
 )
 from drencoder.errors import CodeError
 from drencoder.federated.query import update_query
+from drencoder.federated.round import client_message, server_release
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.mechanism import ReplayNoise
@@ -178,9 +179,9 @@ def test_no_message_is_longer_than_the_clip(tmp_path: Path, dtype: WireDtype) ->
     rows = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
     with Ledger.create(tmp_path / "ledger.jsonl", privacy_plan(recipe), key=bytes(32)) as ledger:
         permit = ledger.charge(1)
-        upload = query.upload(rows, range(40), permit, ReplayNoise(0))
-        released = query.release([upload], permit, ReplayNoise(0)).release.value
-    sent_NK = unpack_rows(upload.messages, query.wire, 1).code_NK
+        upload = client_message(query, rows, range(40), permit, ReplayNoise(0))
+        released = server_release(query, [upload], permit, ReplayNoise(0)).release.value
+    sent_NK = unpack_rows(upload.messages, query.spec.wire, 1).code_NK
     assert sent_NK.norm(dim=1).double() == pytest.approx(0.5, rel=1e-5)
     assert torch.allclose(released.float(), sent_NK.sum(0), atol=1e-4)
 

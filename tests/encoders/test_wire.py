@@ -29,6 +29,7 @@ from drencoder.encoders.wire import (
 )
 from drencoder.errors import CodeError
 from drencoder.federated.query import update_query
+from drencoder.federated.round import client_message, server_release
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.mechanism import ReplayNoise
@@ -415,13 +416,13 @@ def test_a_server_that_adds_noise_clips_what_rounding_lengthened(tmp_path: Path,
     rows = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
     with Ledger.create(tmp_path / "ledger.jsonl", privacy_plan(recipe), key=bytes(32)) as ledger:
         permit = ledger.charge(1)
-        upload = query.upload(rows[:1], [3], permit, noise)
-        alone = query.upload(rows, range(40), permit, noise)
-        parts = [query.upload(rows[i : i + 7], range(40)[i : i + 7], permit, noise) for i in range(0, 40, 7)]
-        released = query.release([upload], permit, noise).release.value
+        upload = client_message(query, rows[:1], [3], permit, noise)
+        alone = client_message(query, rows, range(40), permit, noise)
+        parts = [client_message(query, rows[i : i + 7], range(40)[i : i + 7], permit, noise) for i in range(0, 40, 7)]
+        released = server_release(query, [upload], permit, noise).release.value
     assert [message for part in parts for message in part.messages] == alone.messages  # whoever trains together
     assert alone.messages[0] != upload.messages[0]  # another client's random numbers
-    sent = unpack_rows(alone.messages, query.wire, 1).code_NK.double().norm(dim=1)
+    sent = unpack_rows(alone.messages, query.spec.wire, 1).code_NK.double().norm(dim=1)
     assert (sent > 0.5).any(), "nothing to see: rounding lengthened no code"
     assert released.double().norm() <= 0.5
 

@@ -26,7 +26,7 @@ TRUSTS = {"local": [], "central": ["privacy.trust=central"], "secure-aggregation
 ENCODERS = {
     "adaptive": ["privacy.clip=adaptive"],
     "refreshed": ["encoder.name=hybrid", "prior.refresh=1", "prior.public_clients=4", "privacy.clip=adaptive", "encoder.ratio=0",
-                  "server.decoding=wiener", "encoder.gate=warn"],
+                  "encoder.gate=warn"],
     "kronecker": ["encoder.name=kronecker", "prior.public=embedded", "prior.provenance=made here", "prior.public_clients=4"],
     "published": ["encoder.name=autoencoder", "privacy.noise_in=update", "encoder.gate=warn", "encoder.train_steps=2"],
     "fedcg": [

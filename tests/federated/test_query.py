@@ -1,6 +1,7 @@
 """The round's algebra, and METHOD's privacy rules: each test fails when its rule is broken."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -11,17 +12,11 @@ from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.random_sketch import RandomSketch
-from drencoder.errors import PrivacyError
-from drencoder.federated.query import (
-    CohortQuery,
-    ServerState,
-    Upload,
-    gradient_query,
-    learning_rate,
-    moment_query,
-    server_step,
-    update_query,
-)
+from drencoder.errors import CodeError, PrivacyError
+from drencoder.federated.adaptive_clip import AdaptiveClip
+from drencoder.federated.query import Query, QuerySpec, gradient_query, moment_query, update_query
+from drencoder.federated.round import Upload, client_message, message_rows, released_update, server_release
+from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import ReplayNoise
@@ -67,9 +62,9 @@ def updates(count: int, seed: int = 0, norm: float = 3.0) -> torch.Tensor:
     return rows / rows.norm(dim=1, keepdim=True) * norm
 
 
-def gather(query: CohortQuery, rows: torch.Tensor, cohort: list[int], permit: Permit, step: int = 7) -> list[Upload]:
+def gather(query: Query, rows: torch.Tensor, cohort: list[int], permit: Permit, step: int = 7) -> list[Upload]:
     return [
-        query.upload(rows[start : start + step], cohort[start : start + step], permit, NOISE)
+        client_message(query, rows[start : start + step], cohort[start : start + step], permit, NOISE)
         for start in range(0, len(rows), step)
     ]
 
@@ -81,8 +76,8 @@ def test_without_noise_the_release_is_the_sum_of_clipped_codes(tmp_path: Path, n
     with ledger_of(tmp_path, recipe) as ledger:
         permit = ledger.charge(1)
         query = update_query(encoder, recipe, 1)
-        outcome = query.release(gather(query, rows, list(range(20)), permit), permit, NOISE)
-        direction = query.direction(outcome.release, permit, 80.0)
+        outcome = server_release(query, gather(query, rows, list(range(20)), permit), permit, NOISE)
+        direction = released_update(query, outcome.release, permit, 80.0)
     seed_free = query.encode(rows)
     clipped = seed_free * (0.5 / seed_free.norm(dim=1, keepdim=True)).clamp(max=1)
     assert torch.allclose(outcome.release.value, clipped.sum(0), atol=1e-4)
@@ -105,12 +100,12 @@ def test_every_combination_runs_or_is_refused_by_the_recipe(
         cohort = ledger.cohort(1)
         permit = ledger.charge(1)
         query = update_query(encoder, recipe, 1)
-        outcome = query.release(gather(query, updates(len(cohort)), cohort, permit), permit, NOISE)
-        direction = query.direction(outcome.release, permit, ledger.plan.expected_cohort)
+        outcome = server_release(query, gather(query, updates(len(cohort)), cohort, permit), permit, NOISE)
+        direction = released_update(query, outcome.release, permit, ledger.plan.expected_cohort)
     assert direction.shape == (D,)
     assert direction.isfinite().all()
     assert direction.norm() > 0
-    assert outcome.bytes_up == len(cohort) * query.wire.message_size
+    assert outcome.bytes_up == len(cohort) * query.spec.wire.message_size
     assert outcome.rejected == outcome.nonfinite == 0
     assert (outcome.release.contributors == len(cohort)) if trust == "local" else outcome.release.contributors is None
 
@@ -137,7 +132,7 @@ def test_noise_has_the_charged_scale_where_it_is_added(tmp_path: Path, trust: st
             cohort = cohort or ledger.cohort(1)
             permit = ledger.charge(1)
             query = update_query(encoder, chosen, 1)
-            outcome = query.release(gather(query, updates(len(cohort)), cohort, permit), permit, NOISE)
+            outcome = server_release(query, gather(query, updates(len(cohort)), cohort, permit), permit, NOISE)
             sums.append(outcome.release.value)
             if chosen is recipe:
                 multiplier, reported = permit.noise_multiplier, outcome.release.noise_std
@@ -155,9 +150,10 @@ def test_code_is_clipped_after_encoding_and_again_by_the_server(tmp_path: Path) 
     with ledger_of(tmp_path, recipe) as ledger:
         permit = ledger.charge(1)
         query = update_query(encoder, recipe, 1)
-        honest = query.upload(updates(1), [0], permit, NOISE)
-        cheat = dataclasses.replace(query, clip_l2=500.0).upload(updates(1, seed=1, norm=1e6), [1], permit, NOISE)
-        total = query.release([honest, cheat], permit, NOISE).release.value
+        honest = client_message(query, updates(1), [0], permit, NOISE)
+        loose = dataclasses.replace(query, spec=dataclasses.replace(query.spec, clip_l2=500.0))
+        cheat = client_message(loose, updates(1, seed=1, norm=1e6), [1], permit, NOISE)
+        total = server_release(query, [honest, cheat], permit, NOISE).release.value
         alone = query.encode(updates(1))[0]
     moved = (total - alone * (0.5 / alone.norm()).clamp(max=1)).norm().item()
     assert moved <= 0.5 * (1 + 1e-3)
@@ -170,15 +166,17 @@ def test_weights_are_equal_whatever_a_client_holds_and_the_denominator_is_fixed(
     with ledger_of(tmp_path, recipe) as ledger:
         query = update_query(encoder, recipe, 1)
         permit = ledger.charge(1)
-        few = query.direction(
-            query.release(gather(query, rows[:2], [0, 1], permit), permit, NOISE).release,
+        few = released_update(
+            query,
+            server_release(query, gather(query, rows[:2], [0, 1], permit), permit, NOISE).release,
             permit,
             ledger.plan.expected_cohort,
         )
         permit = ledger.charge(2)
         query = update_query(encoder, recipe, 2)
-        all_four = query.direction(
-            query.release(gather(query, rows, [0, 1, 2, 3], permit), permit, NOISE).release,
+        all_four = released_update(
+            query,
+            server_release(query, gather(query, rows, [0, 1, 2, 3], permit), permit, NOISE).release,
             permit,
             ledger.plan.expected_cohort,
         )
@@ -195,10 +193,10 @@ def test_broken_updates_and_messages_are_counted_and_change_nothing_else(tmp_pat
     with ledger_of(tmp_path, recipe) as ledger:
         permit = ledger.charge(1)
         query = update_query(encoder_of("random"), recipe, 1)
-        upload = query.upload(rows, list(range(6)), permit, NOISE)
+        upload = client_message(query, rows, list(range(6)), permit, NOISE)
         good = upload.messages[0]
         messages = [good, good[:-1], good + b"\0", b"", b"\xff" * len(good), upload.messages[1]]
-        outcome = query.release([Upload(tuple(range(6)), messages, upload.nonfinite)], permit, NOISE)
+        outcome = server_release(query, [Upload(tuple(range(6)), messages, upload.nonfinite)], permit, NOISE)
     assert outcome.nonfinite == 2
     assert outcome.rejected == 4
     assert outcome.release.value.isfinite().all()
@@ -211,7 +209,7 @@ def test_under_local_trust_the_server_learns_no_count_of_broken_updates(tmp_path
         permit = ledger.charge(1)
         rows = updates(3)
         rows[1] = math.nan
-        upload = update_query(encoder_of("random"), recipe, 1).upload(rows, cohort, permit, NOISE)
+        upload = client_message(update_query(encoder_of("random"), recipe, 1), rows, cohort, permit, NOISE)
     assert upload.nonfinite == 0
     assert len({len(message) for message in upload.messages}) == 1
 
@@ -232,12 +230,12 @@ def test_a_client_outside_the_cohort_or_a_second_time_is_refused(tmp_path: Path)
         cohort = ledger.cohort(1)
         permit = ledger.charge(1)
         query = update_query(encoder_of("random"), recipe, 1)
-        query.upload(updates(1), cohort[:1], permit, NOISE)
+        client_message(query, updates(1), cohort[:1], permit, NOISE)
         with pytest.raises(PrivacyError, match="second time"):
-            query.upload(updates(1), cohort[:1], permit, NOISE)
+            client_message(query, updates(1), cohort[:1], permit, NOISE)
         stranger = next(client for client in range(400) if client not in cohort)
         with pytest.raises(PrivacyError, match="not in the cohort"):
-            query.upload(updates(1), [stranger], permit, NOISE)
+            client_message(query, updates(1), [stranger], permit, NOISE)
 
 
 @pytest.mark.parametrize("trust", ["local", "central"])
@@ -249,7 +247,7 @@ def test_moments_are_noised_and_bounded_like_any_query(tmp_path: Path, trust: st
         query = moment_query(SEGMENTS, recipe.prior)
         same = updates(1).expand(len(cohort), D)
         uploads = gather(query, same, cohort, permit)
-        outcome = query.release(uploads, permit, NOISE)
+        outcome = server_release(query, uploads, permit, NOISE)
     exact = query.encode(same[:1])[0]
     exact = exact / exact.norm()
     error = outcome.release.value / len(cohort) - exact
@@ -279,7 +277,7 @@ def test_single_messages_are_shown_to_a_non_private_stage_only(tmp_path: Path, t
         cohort, permit = ledger.cohort(0), ledger.charge(0)
         query = gradient_query(D, recipe.prior)
         sent = updates(len(cohort), norm=1e3)
-        rows, count = query.rows(gather(query, sent, cohort, permit), permit)
+        rows, count = message_rows(query, gather(query, sent, cohort, permit), permit)
         assert torch.equal(rows, sent)  # as they are: neither clipped nor noised
         assert count == len(cohort) * (20 + 4 * D)
         if trust == "non-private":
@@ -287,17 +285,17 @@ def test_single_messages_are_shown_to_a_non_private_stage_only(tmp_path: Path, t
         permit = ledger.charge(1)
         query = update_query(encoder_of("identity"), recipe, 1)
         with pytest.raises(PrivacyError, match="Slot 1 is private"):
-            query.rows([], permit)
+            message_rows(query, [], permit)
 
 
 def test_statistics_of_several_epochs_are_one_clipped_vector(tmp_path: Path) -> None:
     recipe = recipe_of(**{"privacy.trust": "non-private", "prior.epochs": 3, "prior.clip_l2": 0.25})
     query = moment_query(SEGMENTS, recipe.prior)
-    assert (query.epochs, query.wire.code_size) == (3, 3 * 2 * len(SEGMENTS))
+    assert (query.spec.epochs, query.spec.wire.code_size) == (3, 3 * 2 * len(SEGMENTS))
     path = torch.cat([updates(5, seed=seed) for seed in range(3)], dim=1)
     with ledger_of(tmp_path, recipe) as ledger:
         permit = ledger.charge(0)
-        outcome = query.release(gather(query, path, list(range(5)), permit), permit, NOISE)
+        outcome = server_release(query, gather(query, path, list(range(5)), permit), permit, NOISE)
     assert outcome.release.value.norm() <= 5 * 0.25 * (1 + 1e-6)
     single = query.encode(path[:1])[0]
     once = moment_query(SEGMENTS, recipe_of().prior).encode(path[:1, D : 2 * D])[0]
@@ -337,3 +335,33 @@ def test_learning_rate_falls_linearly_to_its_share() -> None:
     assert [learning_rate(server, slot, 5) for slot in range(1, 6)] == pytest.approx([2.0, 1.55, 1.1, 0.65, 0.2])
     assert learning_rate(server, 1, 1) == 2.0
     assert learning_rate(config.Server(learning_rate=2.0), 5, 5) == 2.0
+
+
+@pytest.mark.parametrize("clip", [None, AdaptiveClip(0.4, 0.5, 0.3)])
+def test_a_spec_survives_the_journey_as_json(clip: AdaptiveClip | None) -> None:
+    recipe = recipe_of()
+    for query in (
+        moment_query(SEGMENTS, recipe.prior),
+        gradient_query(D, recipe.prior),
+        update_query(encoder_of("random"), recipe, 2, clip),
+    ):
+        facts = json.loads(json.dumps(query.spec.to_dict()))
+        assert QuerySpec.from_dict(facts) == query.spec
+        assert query.spec.has_possible_clip
+        for change in ({"kind": "other"}, {"slot": -1}, {"slot": True}, {"clip_l2": "1"}, {"wire": {}}, {"more": 1}):
+            with pytest.raises(CodeError, match="spec"):
+                QuerySpec.from_dict(facts | change)
+        with pytest.raises(CodeError, match="spec"):
+            QuerySpec.from_dict([])
+        assert not QuerySpec.from_dict(facts | {"clip_l2": 0.0}).has_possible_clip
+
+
+def test_specs_agree_up_to_the_rounding_of_a_clip_and_no_further() -> None:
+    recipe, encoder = recipe_of(), encoder_of("random")
+    spec = update_query(encoder, recipe, 1, AdaptiveClip(0.4, 0.5, 0.3)).spec
+    rounded = update_query(encoder, recipe, 1, AdaptiveClip(0.4 * (1 + 1e-9), 0.5, 0.3)).spec
+    assert spec.same_clip(rounded)
+    assert spec.same_but_for_clip(rounded)
+    assert not spec.same_clip(update_query(encoder, recipe, 1, AdaptiveClip(0.41, 0.5, 0.3)).spec)
+    assert not spec.same_but_for_clip(update_query(encoder, recipe, 2, AdaptiveClip(0.4, 0.5, 0.3)).spec)
+    assert not spec.same_but_for_clip(update_query(encoder_of("identity"), recipe, 1).spec)

@@ -17,9 +17,11 @@ from conftest import tiny_overrides
 from drencoder.audit.scene import plan_under
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundError
-from drencoder.federated.in_process import LocalEngine
-from drencoder.federated.query import CohortQuery, Origin
-from drencoder.federated.secure_round import hosted, node_of, round_settings, summed
+from drencoder.federated.in_process import InProcessEngine
+from drencoder.federated.query import Query, QuerySpec
+from drencoder.federated.query_encoders import UpdatesEncoder
+from drencoder.federated.round import client_message, client_share, modulus_bits, server_release
+from drencoder.federated.secure_round import clients_by_node, round_settings, secure_node, secure_sum
 from drencoder.privacy.accounting import GaussianEvent, epsilon_gaussian
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.mechanism import (
@@ -63,10 +65,8 @@ def ledger_fn(tmp_path):
 
 
 def query_of(values=64, clip=0.5, slot=1):
-    return CohortQuery(
-        slot=slot, noise_in="code", clip_l2=clip, encode=lambda update: update, decode=lambda code: code, linear=True,
-        update_size=values, wire=WireFormat(values, 7), origin=Origin("update"),
-    )  # fmt: skip
+    spec = QuerySpec("update", slot, "code", clip, 0, 1, True, values, WireFormat(values, 7))
+    return Query(spec, UpdatesEncoder(values))
 
 
 # The plan
@@ -182,19 +182,19 @@ def test_such_a_recipe_is_refused_before_anything_is_charged():
 def aggregate_rows(query, permit, cohort, update_ND, *, nodes=4, threshold=3, drop=None, noise=None):
     noise = noise or SecureNoise()
     keys = [NodeKey.generate() for _ in range(nodes)]
-    own = hosted(cohort, nodes)
+    own = clients_by_node(cohort, nodes)
     settings = round_settings(query, permit, list(map(len, own)), [key.public for key in keys], threshold)
     rows = {client: row for row, client in enumerate(cohort)}
 
     def share_of(clients):
-        return query.share(update_ND[[rows[client] for client in clients]], clients, permit, noise)
+        return client_share(query, update_ND[[rows[client] for client in clients]], clients, permit, noise)
 
-    party = [node_of(settings, node, key, own[node], 5, share_of) for node, key in enumerate(keys)]
+    party = [secure_node(settings, node, key, own[node], share_of(own[node])) for node, key in enumerate(keys)]
 
     def exchange(stage, requests):
         return {n: party[n].answer(stage, data) for n, data in requests.items() if (stage, n) != drop}
 
-    return query.release([summed(settings, own, exchange)], permit, noise)
+    return server_release(query, [secure_sum(settings, own, exchange)], permit, noise)
 
 
 def test_the_released_sum_has_the_promised_noise_and_no_other(ledger_fn):
@@ -275,12 +275,13 @@ def test_shares_and_sums_need_their_permit(ledger_fn):
 def test_no_client_has_a_message_of_its_own(ledger_fn):
     permit, query = ledger_fn().charge(1), query_of()
     with pytest.raises(PrivacyError, match="no message of its own"):
-        query.upload(torch.zeros(1, 64), [0], permit, SecureNoise())
+        client_message(query, torch.zeros(1, 64), [0], permit, SecureNoise())
+    fixed = dataclasses.replace(query, spec=dataclasses.replace(query.spec, summable=False))
     with pytest.raises(PrivacyError, match="linear encoder"):
-        dataclasses.replace(query, linear=False).share(torch.zeros(1, 64), [0], permit, SecureNoise())
+        client_share(fixed, torch.zeros(1, 64), [0], permit, SecureNoise())
     local = ledger_fn(trust="local", dropout_share=0.0, honest_share=1.0).charge(1)
     with pytest.raises(PrivacyError, match="not quantised"):
-        query.bits(local)
+        modulus_bits(query, local)
 
 
 def test_a_cohort_that_is_too_small_is_void_before_anybody_trains(ledger_fn):
@@ -295,7 +296,7 @@ def test_a_node_refuses_a_round_that_counts_other_clients_for_it(ledger_fn):
     permit, keys = ledger_fn().charge(1), [NodeKey.generate() for _ in range(3)]
     settings = round_settings(query_of(), permit, [20, 20, 20], [key.public for key in keys], 2)
     with pytest.raises(SecureError, match="hosts 2 clients and the round counts 20"):
-        node_of(settings, 1, keys[1], [4, 7], 5, lambda clients: np.zeros(64, dtype=np.uint32))
+        secure_node(settings, 1, keys[1], [4, 7], np.zeros(64, dtype=np.uint32))
 
 
 # Recipes
@@ -451,15 +452,15 @@ class _KilledError(BaseException):
 def test_a_killed_run_goes_on_and_skips_what_may_have_been_released(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = LocalEngine.gather
+    original = InProcessEngine.gather
 
-    def dying(self: LocalEngine, query: CohortQuery, *rest: Any) -> Any:
-        if query.slot == 2:
+    def dying(self: InProcessEngine, query: Query, *rest: Any) -> Any:
+        if query.spec.slot == 2:
             raise _KilledError
         return original(self, query, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalEngine, "gather", dying)
+        patch.setattr(InProcessEngine, "gather", dying)
         with pytest.raises(_KilledError):
             experiment.run(recipe_of(tiny_folder), tmp_path / "run")
     result = experiment.resume(tmp_path / "run")

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from deployment import small_recipe
 from drencoder.errors import ArtifactError, EngineError, PrivacyError
-from drencoder.federated.in_process import LocalEngine
+from drencoder.federated.query import QuerySpec, moment_query
 from drencoder.federated.remote.engine import Patience, engine_maker
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, Refusal
 from drencoder.federated.remote.site import Site
 from drencoder.flower.client_app import answering, open_site
 from drencoder.flower.transport import GridTransport
+from drencoder.models.client_training import CohortTrainer
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
@@ -259,20 +260,16 @@ def test_a_node_that_comes_back_without_the_encoder_is_sent_it_again(federation:
 
 def question(site: Site, made: Federation, **head: Any) -> bytes:
     """A sound stage-1 question to the site of node 0, with some facts of its head changed."""
-    live = site._live
-    plan, wire = live.plan, None
-    from drencoder.federated.query import moment_query
-
-    query = moment_query(live.lora.layout.segments, live.recipe.prior)
-    wire = (query.wire.dtype, query.wire.code_size, query.wire.encoder_tag)
+    live, plan = site._live, site._live.plan
     sound = Instruction(
-        nonce="n", run="run-1", slot=0, attempt=0, kind="moments", trust=plan.trust, noise=plan.noise,
-        noise_multiplier=plan.stage1_noise_multiplier, clip_l2=query.clip_l2, follower_clip=0.0, clients=(0, 3),
-        encoder="", wire=wire,
+        nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
+        spec=moment_query(live.lora.layout.segments, live.recipe.prior).spec, clients=(0, 3), encoder="",
     )  # fmt: skip
+    facts = sound.head()
+    facts["spec"] |= {key: head.pop(key) for key in list(head) if key in QuerySpec.__dataclass_fields__}
     values_D = head.pop("adapter", live.lora.initial_D.float())
     recipe = head.pop("recipe", site._recipe)
-    return pack_frame(Frame(Kind.QUERY, recipe, {**sound.head(), **head}, first=values_D.numpy().tobytes()))
+    return pack_frame(Frame(Kind.QUERY, recipe, {**facts, **head}, first=values_D.numpy().tobytes()))
 
 
 def refusal(data: bytes) -> Refusal:
@@ -295,7 +292,10 @@ def refusal(data: bytes) -> Refusal:
         ({"clients": [0, 0]}, Refusal.FOREIGN),
         ({"clip_l2": 1e9}, Refusal.CLIP),
         ({"clip_l2": -1.0}, Refusal.CLIP),
-        ({"wire": ["int2", 7, 7]}, Refusal.ENCODER),
+        ({"wire": {"dtype": "float32", "code_size": 7, "encoder_tag": 7}}, Refusal.ENCODER),
+        ({"wire": {"dtype": "int3", "code_size": 7, "encoder_tag": 7}}, Refusal.FOREIGN),
+        ({"epochs": 2}, Refusal.ENCODER),
+        ({"seed": 5}, Refusal.ENCODER),
         ({"adapter": torch.full((4,), 0.0)}, Refusal.ADAPTER),
         ({"adapter": None}, Refusal.ADAPTER),
         ({"more": 1}, Refusal.FOREIGN),
@@ -405,7 +405,7 @@ def test_a_full_disk_at_a_site_stops_the_answer(
 SECRET = "the patient in room 12"
 
 
-@pytest.mark.parametrize("where", ["training", "engine"])
+@pytest.mark.parametrize("where", ["training", "site"])
 def test_no_text_of_an_exception_reaches_the_server(
     where: str,
     federation: Callable[..., Federation],
@@ -418,7 +418,10 @@ def test_no_text_of_an_exception_reaches_the_server(
     def failing(*_: Any) -> Any:
         raise ValueError(SECRET)
 
-    monkeypatch.setattr(LocalEngine, "_updates" if where == "training" else "gather", failing)
+    if where == "training":
+        monkeypatch.setattr(CohortTrainer, "_train", failing)
+    else:
+        monkeypatch.setattr(Site, "_uploads", failing)
     answer = site.answer(question(site, made))
     assert SECRET.encode() not in answer
     assert SECRET not in "".join(capsys.readouterr())
@@ -432,14 +435,14 @@ def test_a_client_whose_training_raises_takes_nobody_with_it(
     made = federation("privacy.noise=replay")
     site = made.sites[0]
     sound = site.answer(question(site, made))
-    original = LocalEngine._updates
+    original = CohortTrainer._train
 
-    def sometimes(self: LocalEngine, query: Any, adapter_D: torch.Tensor, clients: Sequence[int]) -> torch.Tensor:
+    def sometimes(self: CohortTrainer, adapter_D: torch.Tensor, clients: Sequence[int], *rest: Any) -> torch.Tensor:
         if 3 in clients:
             raise RuntimeError("CUDA out of memory")
-        return original(self, query, adapter_D, clients)
+        return original(self, adapter_D, clients, *rest)
 
-    monkeypatch.setattr(LocalEngine, "_updates", sometimes)
+    monkeypatch.setattr(CohortTrainer, "_train", sometimes)
     broken = site.answer(question(site, made))
     first, second = (unpack_frame(data, Kind.QUERY_ANSWER, first=BIG, second=0).first for data in (sound, broken))
     half = len(first) // 2

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 
 from deployment import deployed, small_recipe, wait_for
 from drencoder.errors import ArtifactError, EngineError, RecipeError, SecureError
-from drencoder.federated.query import CohortQuery, moment_query
+from drencoder.federated import secure_round
+from drencoder.federated.query import Query, moment_query
 from drencoder.federated.remote.engine import Patience, engine_maker
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, Refusal, adapter_bytes
 from drencoder.federated.remote.roster import Roster, named_keys
 from drencoder.federated.remote.site import Site
+from drencoder.federated.round import modulus_bits
 from drencoder.federated.secure_round import round_settings
 from drencoder.flower.client_app import answering, open_site
 from drencoder.flower.keys import make_certificates, node_public_keys
@@ -123,7 +125,7 @@ def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: Stage, federati
 
     def lost(number: int, data: bytes) -> bool:
         if stage_of(data) == 1:
-            slots.append(unpack_frame(data, Kind.QUERY, first=BIG, second=BIG).head["slot"])
+            slots.append(unpack_frame(data, Kind.QUERY, first=BIG, second=BIG).head["spec"]["slot"])
         return number == 1 and slots[-1:] == [1] and stage_of(data) >= stage
 
     made.lost = lost
@@ -194,7 +196,7 @@ def test_a_server_that_is_killed_in_mid_round_skips_that_round(
 
     def killed(number: int, data: bytes) -> bool:
         if stage_of(data) == 1:
-            questions.append(unpack_frame(data, Kind.QUERY, first=BIG, second=BIG).head["slot"])
+            questions.append(unpack_frame(data, Kind.QUERY, first=BIG, second=BIG).head["spec"]["slot"])
         if questions[-1:] == [1] and stage_of(data) == stage:
             raise Killed
         return False
@@ -240,15 +242,15 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     An idle node's are zeros, which an adapter that has learned nothing shows as well: tests have clients on every node.
     """
     pieces: list[bytes] = []
-    share = CohortQuery.share
+    share = secure_round.client_share
 
     def keep(total_V: Any, bits: int) -> None:
         packed = pack_values(total_V, bits)
         pieces.extend(packed[start : start + 32] for start in range(0, len(packed) - 31, 4096))
 
-    def shared(self: CohortQuery, update_ND: Any, clients: Any, permit: Any, noise: Any) -> Any:
-        total_V = share(self, update_ND, clients, permit, noise)
-        keep(total_V, self.bits(permit))
+    def shared(query: Query, update_ND: Any, clients: Any, permit: Any, noise: Any) -> Any:
+        total_V = share(query, update_ND, clients, permit, noise)
+        keep(total_V, modulus_bits(query, permit))
         return total_V
 
     original = secure_node.SecureNode.__init__
@@ -261,7 +263,7 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
         original(self, settings, node, key, kept)
 
-    monkeypatch.setattr(CohortQuery, "share", shared)
+    monkeypatch.setattr(secure_round, "client_share", shared)
     monkeypatch.setattr(secure_node.SecureNode, "__init__", made)
     return pieces
 
@@ -303,9 +305,8 @@ def question(made: Federation, number: int, **head: Any) -> bytes:
     )()
     settings = round_settings(query, permit, counts, roster.keys, live.recipe.threshold)
     sound = Instruction(
-        nonce="n", run="run-1", slot=0, attempt=0, kind="moments", trust=plan.trust, noise=plan.noise,
-        noise_multiplier=plan.stage1_noise_multiplier, clip_l2=query.clip_l2, follower_clip=0.0, clients=own, encoder="",
-        wire=(query.wire.dtype, query.wire.code_size, query.wire.encoder_tag), counts=counts, roster=roster.digest,
+        nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
+        spec=query.spec, clients=own, encoder="", counts=counts, roster=roster.digest,
         request=settings.request(Stage.ADVERTISE, place, b"").hex(),
     )  # fmt: skip
     first = adapter_bytes(live.lora.initial_D)

@@ -16,7 +16,7 @@ from drencoder.encoders.code_sizes import code_size, power_ranks
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import EncoderError, ModelError
-from drencoder.federated.query import ServerState
+from drencoder.federated.server_optimizer import ServerState
 from drencoder.models.adapter_layout import Segment
 from drencoder.models.lora import LoraModel
 from drencoder.published.lowrank import LowRankEncoder
@@ -28,7 +28,7 @@ from drencoder.runs.build import build
 from drencoder.runs.checkpoint import Progress
 from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
 from drencoder.runs.plan_overview import survey
-from drencoder.runs.stage1 import refreshed
+from drencoder.runs.stage1 import refresh_encoder
 from drencoder.study.methods import METHODS
 from encoder_contract import some_codes, some_updates
 from encoder_toys import SEGMENTS, tile
@@ -229,17 +229,17 @@ def test_power_is_made_anew_from_the_momentum_and_others_stay(tiny_folder: Path,
     now = Progress(ServerState(state.adapter_D, momentum_D, state.second_D, 1))
     first = live.encoder(None)
     assert first.describe()["known_directions"] == 0
-    assert refreshed(live, now, first, 1) == (now, first)
-    later, encoder = refreshed(live, now, first, 2)
+    assert refresh_encoder(live, now, first, 1) == (now, first)
+    later, encoder = refresh_encoder(live, now, first, 2)
     assert (encoder is first) == (every == 2)
-    later, encoder = refreshed(live, now, first, 3)
+    later, encoder = refresh_encoder(live, now, first, 3)
     assert encoder.describe()["known_directions"] > 0
     assert encoder.code_size == first.code_size
     restored = live.encoder(None, dict(later.encoder_state or {}))
     assert restored.describe() == encoder.describe()
     random = build(recipe_of(tiny_folder, "random", "prior.public=embedded"))
     fixed = random.encoder(None)
-    assert refreshed(random, now, fixed, 2)[1] is fixed
+    assert refresh_encoder(random, now, fixed, 2)[1] is fixed
     assert random.public_updates(state.adapter_D, 2) is None
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.encoders.wire import unpack_rows
-from drencoder.federated.query import CohortQuery, update_query
+from drencoder.federated.query import Query, update_query
+from drencoder.federated.round import client_message, server_release
 from drencoder.privacy.accounting import NonPrivateEvent, Relation, gdp_mu
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import NoiseSource, Release, ReplayNoise, clip_rows
@@ -66,7 +67,7 @@ class Arm:
     def sabotaged(self) -> bool:
         return self.promised is not None and self.promised != self.noise_multiplier
 
-    def query(self, recipe: Recipe, slot: int) -> CohortQuery:
+    def query(self, recipe: Recipe, slot: int) -> Query:
         """Stage 2's own query of round `slot`, with this arm's encoder and clip."""
         privacy = config.Privacy(
             trust=self.trust,
@@ -118,11 +119,11 @@ def bound_mu(plan: PrivacyPlan, relation: Relation, slot: int = 1) -> float | No
     return None if isinstance(event, NonPrivateEvent) else gdp_mu((event,), relation)
 
 
-def expected_messages(query: CohortQuery, update_ND: Tensor) -> Tensor:
+def expected_messages(query: Query, update_ND: Tensor) -> Tensor:
     """What clients would send without the noise, (N, K), by the query's own encoder and clip: anybody can compute it."""
-    if query.noise_in == "update":
-        return query.encode(clip_rows(update_ND, query.clip_l2).values_NV)
-    return clip_rows(query.encode(update_ND), query.clip_l2).values_NV
+    if query.spec.noise_in == "update":
+        return query.encode(clip_rows(update_ND, query.spec.clip_l2).values_NV)
+    return clip_rows(query.encode(update_ND), query.spec.clip_l2).values_NV
 
 
 @final
@@ -133,17 +134,17 @@ class Wire:
     ledger: Ledger
     noise: NoiseSource
 
-    def messages(self, query: CohortQuery, update_ND: Tensor) -> Tensor:
+    def messages(self, query: Query, update_ND: Tensor) -> Tensor:
         """What the server sees under local trust, (N, K): the messages of clients 0..N-1, unpacked from their bytes."""
-        permit = self.ledger.charge(query.slot)
-        upload = query.upload(update_ND, range(len(update_ND)), permit, self.noise)
-        return unpack_rows(upload.messages, query.wire, query.slot).code_NK
+        permit = self.ledger.charge(query.spec.slot)
+        upload = client_message(query, update_ND, range(len(update_ND)), permit, self.noise)
+        return unpack_rows(upload.messages, query.spec.wire, query.spec.slot).code_NK
 
-    def release(self, query: CohortQuery, update_ND: Tensor, cohort: list[int]) -> tuple[Release, Permit]:
+    def release(self, query: Query, update_ND: Tensor, cohort: list[int]) -> tuple[Release, Permit]:
         """What leaves the server: the released sum over `cohort`; row i of `update_ND` is client i's."""
-        permit = self.ledger.charge(query.slot)
-        upload = query.upload(update_ND[cohort], cohort, permit, self.noise)
-        return query.release([upload], permit, self.noise).release, permit
+        permit = self.ledger.charge(query.spec.slot)
+        upload = client_message(query, update_ND[cohort], cohort, permit, self.noise)
+        return server_release(query, [upload], permit, self.noise).release, permit
 
 
 @contextlib.contextmanager

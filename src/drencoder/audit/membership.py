@@ -11,7 +11,7 @@ Three attacks; a score is an inner product with the candidate's expected message
   same. It is the adversary that differential privacy is defined by.
 * `realistic`: of a cohort's release the attacker knows the cohort's size and the population's mean only.
 
-A zero update is nothing to a network's code as well, since `steps.update_query` takes codes relative to its code.
+A zero update is nothing to a network's code as well, since `federated.query.update_query` takes codes relative to its code.
 
 "full clip" means updates so long that each fills the clip: the worst client that the guarantee covers, for whom the
 first two attacks reach the bound. There they test the mechanism itself, and an audit that takes noise away must see it.
@@ -28,6 +28,7 @@ from drencoder.audit.arms import Arm, expected_messages, opened
 from drencoder.audit.auc import auc_of, auc_within, gaussian_max_auc, gaussian_mu_of
 from drencoder.audit.findings import Auc, Finding
 from drencoder.audit.scene import Scene
+from drencoder.federated.round import released_update
 from drencoder.privacy.accounting import epsilon_gaussian
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
@@ -123,10 +124,10 @@ def cohort_attack(arm: Arm, recipe: Recipe, update_ND: Tensor, trials: int, seed
             query = arm.query(recipe, trial + 1)
             release, permit = wire.release(query, update_ND, present_N.nonzero()[:, 0].tolist())
             # A linear code is attacked where its noise is white, before it is decoded.
-            value_K = release.value if query.linear else query.direction(release, permit, 1.0)
+            value_K = release.value if query.spec.summable else released_update(query, release, permit, 1.0)
             if trial == 0 or arm.fresh:
                 expected_NK = expected_messages(query, update_ND)
-                expected_NK = expected_NK if query.linear else query.decode(expected_NK)
+                expected_NK = expected_NK if query.spec.summable else query.decode(expected_NK)
             score_TN[trial] = score(value_K.double(), expected_NK.double(), present_N)
     return auc_within(score_TN, present_TN, seed)
 

@@ -14,7 +14,8 @@ from drencoder.encoders.code_sizes import code_size
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.random_sketch import RandomSketch
-from drencoder.federated.query import CohortQuery, gradient_query, moment_query
+from drencoder.federated.query import Query, gradient_query, moment_query
+from drencoder.federated.round import client_message, message_rows
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.plan import PrivacyPlan, Trust
 from drencoder.published.autoencoder import Autoencoder
@@ -71,7 +72,7 @@ class Scene:
 
     # --- stage 1, as the run does it ---------------------------------------------------------------
 
-    def moments(self, segments: Segments) -> CohortQuery:
+    def moments(self, segments: Segments) -> Query:
         return moment_query(segments, replace(self.live.recipe.prior, epochs=1))
 
     def stage1_plan(self, clients: int, sigma: float | None) -> PrivacyPlan:
@@ -89,8 +90,8 @@ class Scene:
         query = gradient_query(update_ND.shape[1], replace(self.live.recipe.prior, epochs=1))
         with opened(self.stage1_plan(len(update_ND), None), self.seed) as wire:
             permit = wire.ledger.charge(0)
-            upload = query.upload(update_ND, range(len(update_ND)), permit, wire.noise)
-            return RealGradients.collected(query.rows([upload], permit)[0], permit)
+            upload = client_message(query, update_ND, range(len(update_ND)), permit, wire.noise)
+            return RealGradients.collected(message_rows(query, [upload], permit)[0], permit)
 
     def fit_real(
         self, segments: Segments, real: RealGradients, options: AutoencoderOptions, *, by_heart: bool = False

@@ -9,7 +9,7 @@ records hides each of them better, and this is not what is under test.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drencoder.data.tokenization import Example
 from drencoder.errors import DataError
-from drencoder.federated.query import ServerState, server_step
+from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
@@ -110,13 +110,8 @@ def _warmed(live: Live, texts: Sequence[Example]) -> Tensor:
 
 
 def _updates(live: Live, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:
-    """One update (len(texts), D) per client of one record, as the recipe's clients compute it.
-
-    A `state` is taken as the increment that the server reads from it.
-    """
+    """One update (len(texts), D) per client of one record, as the recipe's clients compute it."""
     local, many = live.recipe.local, max(2, live.recipe.speed.parallel_clients)
-    if local.upload == "state":
-        local = replace(local, upload="increment")
     parts = [
         cohort_updates(
             live.lora, adapter_D, [[one] for one in texts[at : at + many]], local, [0] * len(texts[at : at + many])

@@ -32,7 +32,7 @@ from drencoder.audit.findings import Finding
 from drencoder.audit.scene import Scene
 from drencoder.data.tokenization import Example
 from drencoder.errors import ModelError
-from drencoder.federated.query import CohortQuery
+from drencoder.federated.query import Query
 from drencoder.models.adapter_layout import Segment
 from drencoder.models.lora import LoraModel
 
@@ -85,7 +85,7 @@ class SpanAttack:
         )
 
 
-def shadow_scores(query: CohortQuery, value_NK: Tensor, shadow_MD: Tensor, shadow_MV: Tensor) -> Tensor:
+def shadow_scores(query: Query, value_NK: Tensor, shadow_MD: Tensor, shadow_MV: Tensor) -> Tensor:
     """Inner products of messages with the shadow clients' mean message per token, (N, V); zero for unseen tokens.
 
     Without noise the length of an update says nothing about a single token, and both sides are taken to length 1.

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
-from drencoder.federated.query import CohortQuery, Summed, Upload
+from drencoder.federated.query import Query
+from drencoder.federated.round import SecureSum, Upload
+from drencoder.models.client_training import ClientTrainer
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
@@ -30,8 +32,8 @@ class Engine(Protocol):
         ...
 
     def gather(
-        self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
-    ) -> Iterator[Upload | Summed]:
+        self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
+    ) -> Iterator[Upload | SecureSum]:
         """Asks every client of the cohort once; yields what they send, some clients at a time; under secure aggregation one sum.
 
         A client that does not answer is left out; nothing is weighted up for it. `noise` is for clients of this machine.
@@ -53,6 +55,6 @@ class RunComponents(Protocol):
     @property
     def lora(self) -> LoraModel: ...
     @property
-    def engine(self) -> Engine: ...
+    def trainer(self) -> ClientTrainer: ...
     def noise(self) -> NoiseSource: ...
     def encoder(self, prior: GaussianPrior | None, state: dict[str, Tensor] | None = None) -> Encoder: ...

@@ -1,32 +1,37 @@
 """A cohort's question under secure aggregation, for any engine: who hosts whom, a node's part, the server's part.
 
-An engine gives each node a `SecureNode` made by `node_of`, and calls `summed` with a function that carries a stage's messages to
-the nodes and their answers back. Neither knows stages of learning, encoders or epsilon; both see bytes.
+A node first computes what it adds up (`node_share`): its clients train before the protocol begins. Then an engine gives each
+node a `SecureNode` made by `secure_node`, and calls `secure_sum` with a function that carries a step's messages to the nodes and
+their answers back. Neither knows stages of learning, encoders or epsilon; both see bytes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from drencoder.errors import SecureError, VoidRoundError
-from drencoder.federated.query import CohortQuery, Summed
+from drencoder.federated.query import Query
+from drencoder.federated.round import SecureSum, client_share, modulus_bits
+from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.ledger import Permit
+from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.client import SecureNode
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import RoundSettings
 from drencoder.secure_aggregation.server import Exchange, SecureServer, aggregate
 
-__all__ = ["hosted", "node_of", "round_settings", "summed"]
+__all__ = ["clients_by_node", "node_share", "round_settings", "secure_node", "secure_sum"]
 
 
-def hosted(cohort: Sequence[int], nodes: int) -> list[list[int]]:
+def clients_by_node(cohort: Sequence[int], nodes: int) -> list[list[int]]:
     """The cohort's clients on each node: client number modulo nodes."""
     return [[client for client in cohort if client % nodes == node] for node in range(nodes)]
 
 
 def round_settings(
-    query: CohortQuery, permit: Permit, counts: Sequence[int], roster: Sequence[bytes], threshold: int
+    query: Query, permit: Permit, counts: Sequence[int], roster: Sequence[bytes], threshold: int
 ) -> RoundSettings:
     """The public facts of one round. Every party makes its own copy, from its own plan, recipe and roster.
 
@@ -45,8 +50,8 @@ def round_settings(
         run_id=permit.run_id,
         slot=permit.slot,
         attempt=permit.attempt,
-        values=query.wire.code_size,
-        bits=query.bits(permit),
+        values=query.spec.wire.code_size,
+        bits=modulus_bits(query, permit),
         threshold=threshold,
         least_clients=least,
         clients=tuple(counts),
@@ -54,38 +59,46 @@ def round_settings(
     )
 
 
-def node_of(
-    settings: RoundSettings,
-    node: int,
-    key: NodeKey,
+def node_share(
+    query: Query,
+    trainer: ClientTrainer,
+    adapter_D: Tensor,
     clients: Sequence[int],
-    parallel: int,
-    share_of: Callable[[Sequence[int]], npt.NDArray[np.uint32]],
-) -> SecureNode:
-    """A node that trains its clients when its masked vector is asked for, `parallel` of them at a time.
+    permit: Permit,
+    noise: NoiseSource,
+) -> npt.NDArray[np.uint32]:
+    """Trains a node's clients, some at a time, and adds up their shares: (V,) uint32 modulo 2^b. It must not leave unmasked.
 
-    `share_of(clients)` gives their updates' `CohortQuery.share`. The node refuses to start when the settings count
-    other clients for it than it hosts.
+    A large node needs no more memory than a batch of its clients and one vector.
+    """
+    total_V = np.zeros(query.spec.wire.code_size, dtype=np.uint32)
+    for start in range(0, len(clients), trainer.batch_clients):
+        batch = clients[start : start + trainer.batch_clients]
+        update_ND = trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
+        total_V += client_share(query, update_ND, batch, permit, noise)
+    return total_V & np.uint32((1 << modulus_bits(query, permit)) - 1)
+
+
+def secure_node(
+    settings: RoundSettings, node: int, key: NodeKey, clients: Sequence[int], share_V: npt.NDArray[np.uint32]
+) -> SecureNode:
+    """A node with the sum of its clients' shares.
+
+    Raises SecureError when the settings count other clients for it than it hosts.
     """
     if len(clients) != settings.clients[node]:
         raise SecureError(
             f"Node {node} hosts {len(clients)} clients and the round counts {settings.clients[node]}: refused."
         )
-
-    def vector() -> npt.NDArray[np.uint32]:
-        total_V = np.zeros(settings.values, dtype=np.uint32)
-        for start in range(0, len(clients), parallel):
-            total_V += share_of(clients[start : start + parallel])
-        return total_V & np.uint32((1 << settings.bits) - 1)
-
-    return SecureNode(settings, node, key, vector)
+    return SecureNode(settings, node, key, lambda: share_V)
 
 
-def summed(settings: RoundSettings, on_nodes: Sequence[Sequence[int]], exchange: Exchange) -> Summed:
-    """The server's part: all five stages, and whose codes are in the sum; `on_nodes` has each node's clients.
+def secure_sum(settings: RoundSettings, on_nodes: Sequence[Sequence[int]], exchange: Exchange) -> SecureSum:
+    """The server's part: all five steps, and whose codes are in the sum; `on_nodes` has each node's clients.
 
     Raises VoidRoundError when the round cannot be finished.
     """
-    found = aggregate(SecureServer(settings), exchange)
-    clients = tuple(client for node in found.nodes for client in on_nodes[node])
-    return Summed(clients, found.sum_V, sum(found.bytes_up.values()), sum(found.bytes_down.values()), found.rejected)
+    result = aggregate(SecureServer(settings), exchange)
+    clients = tuple(client for node in result.nodes for client in on_nodes[node])
+    up, down = sum(result.bytes_up.values()), sum(result.bytes_down.values())
+    return SecureSum(clients, result.sum_V, up, down, result.rejected)

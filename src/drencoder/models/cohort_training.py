@@ -20,7 +20,7 @@ from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["advanced", "client_update", "cohort_updates", "num_steps"]
+__all__ = ["adapter_after", "client_update", "cohort_updates", "num_steps"]
 
 Steps = list[list[Example]]
 
@@ -49,15 +49,13 @@ def num_steps(examples: Sequence[Example], local: config.Local) -> int:
     return batches if local.upload == "gradient" else batches * local.epochs
 
 
-def advanced(local: config.Local, start: Tensor, update_KD: Tensor, steps_K1: Tensor) -> Tensor:
+def adapter_after(local: config.Local, start: Tensor, update_KD: Tensor, steps_K1: Tensor) -> Tensor:
     """Where clients stand (K, D) after the training that gave `update_KD`, from a shared (D,) or an own (K, D) start.
 
     The inverse of what an update is: stage 1 goes on from here when it takes several epochs. A gradient has no
     path of its own, so it is followed for one step of `local.learning_rate`.
     """
     match local.upload:
-        case "state":
-            return update_KD
         case "increment":
             return start + update_KD
         case "pseudo-gradient":
@@ -68,8 +66,6 @@ def advanced(local: config.Local, start: Tensor, update_KD: Tensor, steps_K1: Te
 
 def _as_update(local: config.Local, start: Tensor, end: Tensor, steps: Tensor) -> Tensor:
     """Turns the trained adapter (..., D) into what is uploaded; `steps` is (..., 1)."""
-    if local.upload == "state":
-        return end
     if local.upload == "increment":
         return end - start
     return (end - start) / (local.learning_rate * steps)

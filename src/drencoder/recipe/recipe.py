@@ -173,17 +173,6 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             f"encoder.ratio = {encoder.ratio} would make codes longer than updates: give 1 or more, or 0 for a size from the plan."
         )
-    if recipe.server.decoding in ("precondition", "wiener") and not (encoder.informed and privacy.noise_in == "code"):
-        raise RecipeError(
-            f"server.decoding = {recipe.server.decoding!r} needs an encoder with a prior of its code, and noise there: set "
-            "encoder.name = 'hybrid' or 'kronecker' and privacy.noise_in = 'code', or server.decoding = 'plain'."
-        )
-    if recipe.server.decoding == "singular" and not (encoder.name == "identity" and privacy.noise_in == "code"):
-        raise RecipeError(
-            f"server.decoding = 'singular' shrinks whole LoRA tensors whose noise it knows, not those of encoder.name = "
-            f"{encoder.name!r} with privacy.noise_in = {privacy.noise_in!r}: set encoder.name = 'identity' and "
-            "privacy.noise_in = 'code', or server.decoding = 'plain'."
-        )
     if privacy.clip == "adaptive" and (encoder.name == "autoencoder" or privacy.noise_in == "update"):
         raise RecipeError(
             "privacy.clip = 'adaptive' needs codes that can be summed, noised as codes: set privacy.noise_in = 'code' and an "

@@ -94,9 +94,8 @@ class Local(Checked):
     upload: str = knob(
         "gradient",
         "gradient: mean gradient; pseudo-gradient: SGD path / (lr * steps); increment: AdamW increment; "
-        "state: the trained adapter itself (as a comparator only: almost all of it is shared start); "
         "zero: nothing at all (a control: what noise alone does)",
-        choices=("gradient", "pseudo-gradient", "increment", "state", "zero"),
+        choices=("gradient", "pseudo-gradient", "increment", "zero"),
     )
     epochs: int = knob(1, "local epochs (not for `gradient`)", low=1)
     batch_size: int = knob(8, "examples of a local step", low=1)
@@ -118,13 +117,6 @@ class Server(Checked):
     )
     beta2: float = knob(0.99, "beta2 of fedadam", low=0, below=1)
     tau: float = knob(1e-8, "adaptivity floor of fedadam", above=0)
-    decoding: str = knob(
-        "plain",
-        "what the server does to a noised mean before its step, knowing the noise: precondition (kronecker, hybrid) damps "
-        "coordinates in which the prior expects more signal than noise; wiener (the same) shrinks groups of coordinates by "
-        "their energy beyond the noise; singular (identity) shrinks each LoRA tensor's singular values; plain: nothing",
-        choices=("plain", "precondition", "wiener", "singular"),
-    )
 
 
 @dataclass(frozen=True)
@@ -185,11 +177,6 @@ class Encoder(Checked):
     def sized_by_ratio(self) -> bool:
         """Whether `ratio` decides how long its code is."""
         return self.name not in ("identity", "autoencoder", "ffa", "core")
-
-    @property
-    def informed(self) -> bool:
-        """Whether a prior says how much energy to expect in each code value."""
-        return self.name in ("kronecker", "hybrid")
 
     @property
     def takes_public(self) -> bool:

@@ -17,7 +17,8 @@ from drencoder.encoders.contract import Encoder
 from drencoder.published.fedcg import RealGradients
 from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
 from drencoder.federated.engine import Engine
-from drencoder.federated.in_process import LocalEngine
+from drencoder.federated.in_process import InProcessEngine
+from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.evaluation.held_out import question_examples
 from drencoder.data.tokenization import Example, make_examples
 from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
@@ -75,6 +76,7 @@ class Live:
     overview: Overview
     texts: Texts
     lora: LoraModel
+    trainer: ClientTrainer
     engine: Engine
 
     @property
@@ -229,11 +231,11 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
     federation = recipe.federation
-    engine = LocalEngine(
-        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site,
-        nodes=federation.nodes, threshold=recipe.threshold,
-    )  # fmt: skip
-    return Live(recipe, overview, texts, lora, engine)
+    trainer = CohortTrainer(
+        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site
+    )
+    engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
+    return Live(recipe, overview, texts, lora, trainer, engine)
 
 
 def set_threads(speed: config.Speed) -> None:

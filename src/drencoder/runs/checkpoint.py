@@ -16,7 +16,7 @@ from drencoder.errors import ArtifactError
 from drencoder.models.adapter_layout import Segment
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger
-from drencoder.federated.query import ServerState
+from drencoder.federated.server_optimizer import ServerState
 
 __all__ = ["Progress", "load_checkpoint", "save_checkpoint"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drencoder import __version__
-from drencoder.federated.adaptive_clip import ClipFollower
+from drencoder.federated.adaptive_clip import AdaptiveClip
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.build import EngineMaker, Live, build
 from drencoder.runs.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -29,8 +29,11 @@ from drencoder.runs.plan_overview import Overview, modular_bits
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.evaluation.outcomes import measure_all
-from drencoder.runs.stage1 import ask, bytes_down, bytes_up, fit_encoder, refreshed, run_stage1
-from drencoder.federated.query import ServerState, learning_rate, server_step, update_query
+from drencoder.runs.asking import ask_cohort, downloaded_bytes, uploaded_bytes
+from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
+from drencoder.federated.query import update_query
+from drencoder.federated.round import released_update
+from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
 
 __all__ = ["Listener", "RunResult", "resume", "run"]
 
@@ -128,7 +131,7 @@ def _drive(live: Live, folder: RunFolder, ledger: Ledger, now: Progress, listene
     if max(0, now.slot) not in {row["round"] for row in folder.read_metrics()}:
         _evaluate_round(live, folder, ledger, now, listener)  # the start, or a round killed before its row was written
     for slot in range(max(1, now.slot + 1), plan.rounds + 1):
-        now, encoder = refreshed(live, now, encoder, slot)
+        now, encoder = refresh_encoder(live, now, encoder, slot)
         try:
             now = _round(live, ledger, now, encoder, slot, listener)
         except BudgetError as error:
@@ -143,35 +146,33 @@ def _drive(live: Live, folder: RunFolder, ledger: Ledger, now: Progress, listene
 
 
 def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: int, listener: Listener) -> Progress:
-    """One round: charge, gather, release, step. Reads like the algorithm; steps.py has each line."""
+    """One round: charge, gather, release, step. Reads like the algorithm; `federated.round` has each line."""
     recipe, plan = live.recipe, live.plan
     if ledger.resume_rule(slot) == "skip":
         listener.say(f"round {slot} was charged but its result was lost: skipped, so that no client releases twice")
         return replace(now, slot=slot)
-    follower = _follower(recipe, now)
-    query = update_query(encoder, recipe, slot, follower, now.prior)
-    outcome, permit = ask(live, ledger, query, now.state.adapter_D, ledger.cohort(slot))
-    direction_D = query.direction(outcome.release, permit, plan.expected_cohort)
-    if recipe.local.upload == "state":
-        direction_D = direction_D - now.state.adapter_D
-    if outcome.rejected or outcome.nonfinite:
-        listener.say(f"round {slot}: {outcome.rejected} messages rejected, {outcome.nonfinite} updates not finite")
-    sent = bytes_up(outcome, plan.expected_cohort, query)
+    adaptive_clip = _adaptive_clip(recipe, now)
+    query = update_query(encoder, recipe, slot, adaptive_clip, now.prior)
+    result, permit = ask_cohort(live, ledger, query, now.state.adapter_D)
+    direction_D = released_update(query, result.release, permit, plan.expected_cohort)
+    if result.rejected or result.nonfinite:
+        listener.say(f"round {slot}: {result.rejected} messages rejected, {result.nonfinite} updates not finite")
+    sent = uploaded_bytes(result, plan.expected_cohort, query)
     state = server_step(now.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
-    clip_l2 = follower.after(outcome.release.value, plan.expected_cohort).clip_l2 if follower else None
-    asked = plan.expected_cohort if outcome.release.contributors is None else outcome.release.contributors
-    down = round(asked * bytes_down(encoder, live.lora.layout.size)) + outcome.bytes_down
+    next_clip = adaptive_clip.after(result.release.value, plan.expected_cohort).clip_l2 if adaptive_clip else None
+    asked = plan.expected_cohort if result.release.contributors is None else result.release.contributors
+    down = round(asked * downloaded_bytes(encoder, live.lora.layout.size)) + result.bytes_down
     return replace(
-        now, state=state, slot=slot, bytes_up=now.bytes_up + sent, clip_l2=clip_l2, bytes_down=now.bytes_down + down
+        now, state=state, slot=slot, bytes_up=now.bytes_up + sent, clip_l2=next_clip, bytes_down=now.bytes_down + down
     )
 
 
-def _follower(recipe: Recipe, now: Progress) -> ClipFollower | None:
-    """What follows the codes' norms in this round, if the recipe wants it."""
+def _adaptive_clip(recipe: Recipe, now: Progress) -> AdaptiveClip | None:
+    """The clip of this round, if it follows the codes' norms."""
     privacy = recipe.privacy
     if privacy.clip == "fixed":
         return None
-    return ClipFollower(now.clip_l2 or privacy.clip_l2, privacy.clip_quantile, privacy.clip_rate)
+    return AdaptiveClip(now.clip_l2 or privacy.clip_l2, privacy.clip_quantile, privacy.clip_rate)
 
 
 # --- evaluation ------------------------------------------------------------------------------------

@@ -22,47 +22,18 @@ from drencoder.errors import LostError, QuorumError
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.rng import derive_seed
-from drencoder.federated.query import CohortQuery, Outcome, ServerState, gradient_query, learning_rate, moment_query, server_step
+from drencoder.federated.query import gradient_query, moment_query
+from drencoder.federated.round import message_rows
+from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
+from drencoder.runs.asking import ask_cohort, uploaded_bytes
 
-__all__ = ["ask", "bytes_down", "bytes_up", "fit_encoder", "refreshed", "run_stage1"]
+__all__ = ["fit_encoder", "refresh_encoder", "run_stage1"]
 
 Say = Callable[[str], None]
 
 _GATE_UPDATES = 64  # synthetic ones at most
 _GATE_VALUES = 1 << 27  # and 512 MiB of them
 _GATE_CLIENTS = 16  # make-believe ones, of server-held text
-
-
-def ask(live: Live, ledger: Ledger, query: CohortQuery, adapter_D: Tensor, cohort: list[int]) -> tuple[Outcome, Permit]:
-    """Charge, gather, release: the same for both stages, in this order.
-
-    Raises:
-      EngineError: no clients can be reached; nothing was charged.
-      QuorumError: too few answered; their answers were thrown away and the charge stays.
-    """
-    live.engine.ready()
-    permit, noise = ledger.charge(query.slot), live.noise()
-    try:
-        outcome = query.release(live.engine.gather(query, adapter_D, cohort, permit, noise), permit, noise)
-    except QuorumError as error:
-        ledger.record_abandoned(query.slot, error.answered if permit.trust == "local" else None)
-        raise
-    if outcome.release.contributors is not None:
-        # How many noised codes hide each other is public but under central trust, and makes the epsilon of a sum.
-        ledger.record_contributors(query.slot, outcome.release.contributors)
-    return outcome, permit
-
-
-def bytes_up(outcome: Outcome, expected: float, query: CohortQuery) -> int:
-    """Bytes of a slot's uploads: counted, or expected where the size of a cohort is secret."""
-    if outcome.release.contributors is not None:
-        return outcome.bytes_up
-    return round(expected * query.wire.message_size)
-
-
-def bytes_down(encoder: Encoder, update_size: int) -> int:
-    """Bytes that one client needs for a round: the adapter in float32, and the encoder's bases where it has any."""
-    return 4 * update_size + int(encoder.describe().get("basis_bytes", 0))
 
 
 def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients | None]:
@@ -99,13 +70,13 @@ def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
     epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
     say(f"stage 1: asking {_words(live, cohort)} for two moments per tensor{epochs}")
     query = moment_query(segments, recipe.prior)
-    outcome, _ = ask(live, ledger, query, now.state.adapter_D, cohort)
-    release = outcome.release
+    result, _ = ask_cohort(live, ledger, query, now.state.adapter_D)
+    release = result.release
     mean_V = release.value / plan.stage1_cohort
     prior = GaussianPrior.from_statistics(mean_V, segments, release.noise_std / plan.stage1_cohort)
-    facts = {"statistics": query.wire.code_size, "message_bytes": query.wire.message_size}
+    facts = {"statistics": query.spec.wire.code_size, "message_bytes": query.spec.wire.message_size}
     say(f"stage 1: {facts['statistics']} noised statistics, prior rms {prior.rms:.2e}")
-    sent = bytes_up(outcome, plan.stage1_cohort, query)
+    sent = uploaded_bytes(result, plan.stage1_cohort, query)
     return replace(now, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=now.bytes_up + sent)
 
 
@@ -121,12 +92,12 @@ def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tupl
     for number in range(1, rounds + 1):
         # Federated collection: each of its rounds asks a part of the cohort, so that a client uploads once.
         uploads = live.engine.gather(query, state.adapter_D, cohort[number - 1 :: rounds], permit, live.noise())
-        rows, count = query.rows(uploads, permit)
+        rows, count = message_rows(query, uploads, permit)
         collected.append(rows.reshape(-1, live.lora.layout.size))
         sent += count
         state = _averaged(state, collected[-1], live.recipe, number)
     real = RealGradients.collected(torch.cat(collected), permit)
-    facts = {"gradients": len(real), "message_bytes": query.wire.message_size, "bytes": sent}
+    facts = {"gradients": len(real), "message_bytes": query.spec.wire.message_size, "bytes": sent}
     say(f"stage 1: {len(real)} real gradients collected, {sent:,} bytes")
     return replace(now, slot=0, stage1=facts, bytes_up=now.bytes_up + sent), real
 
@@ -136,8 +107,6 @@ def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) 
     if not len(rows_ND):
         return state
     direction_D = rows_ND.mean(dim=0)
-    if recipe.local.upload == "state":
-        direction_D = direction_D - state.adapter_D
     return server_step(state, direction_D, recipe.server, learning_rate(recipe.server, number, recipe.prior.epochs))
 
 
@@ -182,7 +151,7 @@ def _facts(result: GateResult) -> Mapping[str, Any]:
     }
 
 
-def refreshed(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[Progress, Encoder]:
+def refresh_encoder(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[Progress, Encoder]:
     """The encoder of round `slot`: one of public text or of the run's momentum is made anew every `prior.refresh` rounds.
 
     Bases of the start carry little a few rounds later (docs/log.md). Public text at the adapter as it is and released

@@ -18,7 +18,7 @@ from torch import Tensor
 from drencoder.encoders.wire import WireFormat, unpack_rows
 from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError
 from drencoder.federated.engine import RunComponents
-from drencoder.federated.query import CohortQuery, Summed, Upload
+from drencoder.federated.query import Query
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import (
@@ -32,7 +32,8 @@ from drencoder.federated.remote.instruction import (
 from drencoder.federated.remote.roster import is_secure
 from drencoder.federated.remote.rounds import StageMessages, Table, opened
 from drencoder.federated.remote.transport import Traffic, Transport
-from drencoder.federated.secure_round import round_settings, summed
+from drencoder.federated.round import SecureSum, Upload
+from drencoder.federated.secure_round import round_settings, secure_sum
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.messages import Stage, round_bytes
@@ -183,8 +184,8 @@ class FlowerEngine:
     # --- one question -------------------------------------------------------------------------
 
     def gather(
-        self, query: CohortQuery, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
-    ) -> Iterator[Upload | Summed]:
+        self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
+    ) -> Iterator[Upload | SecureSum]:
         """Asks the nodes of the cohort's clients at the same time and yields their messages in the order of the clients.
 
         Under central trust every node is asked whether it is there, so that a node learns nothing from being asked and the
@@ -207,15 +208,15 @@ class FlowerEngine:
             self._check_quorum(present, self._population, None, "of the population's clients have nodes that answered")
         else:
             present = sum(len(upload.clients) for upload in uploads.values())
-            self._say_bytes(query, before, self._plan.denominator(query.slot) * query.wire.message_size)
+            self._say_bytes(query, before, self._plan.denominator(query.spec.slot) * query.spec.wire.message_size)
             self._check_quorum(present, len(cohort), present, "of the cohort's clients answered")
         yield from _in_order(uploads.values())
 
-    def _say_bytes(self, query: CohortQuery, before: Traffic, planned: float) -> None:
+    def _say_bytes(self, query: Query, before: Traffic, planned: float) -> None:
         """A slot's payload beside the plan's. Not under central trust, where it would tell the size of a secret cohort."""
         now = self._transport.traffic
         self._say(
-            f"slot {query.slot}: {now.down - before.down:,} bytes down, {now.up - before.up:,} up; the plan expects codes of "
+            f"slot {query.spec.slot}: {now.down - before.down:,} bytes down, {now.up - before.up:,} up; the plan expects codes of "
             f"{planned:,.0f} up"
         )
 
@@ -224,11 +225,11 @@ class FlowerEngine:
             raise QuorumError(f"{present} of {total} {words}, and the quorum is {self._patience.quorum:g}.", answered)
 
     def _exchange(
-        self, query: CohortQuery, adapter_D: Tensor, permit: Permit, asked: Mapping[int, list[int]]
+        self, query: Query, adapter_D: Tensor, permit: Permit, asked: Mapping[int, list[int]]
     ) -> dict[int, Upload]:
         """Node -> what it sent, for the nodes that answered well."""
         questions = {node: _instruction(query, permit, clients) for node, clients in asked.items()}
-        limits = {node: len(clients) * query.wire.message_size for node, clients in asked.items()}
+        limits = {node: len(clients) * query.spec.wire.message_size for node, clients in asked.items()}
         answers = self._ask(query, adapter_D, questions, limits)
         uploads = {}
         for node, (answer, messages) in answers.items():
@@ -239,10 +240,10 @@ class FlowerEngine:
         return uploads
 
     def _ask(
-        self, query: CohortQuery, adapter_D: Tensor, questions: Mapping[int, Instruction], limits: Mapping[int, int]
+        self, query: Query, adapter_D: Tensor, questions: Mapping[int, Instruction], limits: Mapping[int, int]
     ) -> dict[int, tuple[Answer, bytes]]:
         """Node -> its answer of at most `limits[node]` bytes. A node that lacks the encoder is asked once more."""
-        shared = encoder_bytes(query.origin) if query.origin.kind == "update" else b""
+        shared = encoder_bytes(query) if query.spec.kind == "update" else b""
         name, adapter = fingerprint(shared), adapter_bytes(adapter_D)
         answers: dict[int, tuple[Answer, bytes]] = {}
         todo, full = dict(questions), False
@@ -275,8 +276,8 @@ class FlowerEngine:
         return answers
 
     def _summed(
-        self, table: Table, query: CohortQuery, adapter_D: Tensor, permit: Permit, cohort: Sequence[int]
-    ) -> Summed:
+        self, table: Table, query: Query, adapter_D: Tensor, permit: Permit, cohort: Sequence[int]
+    ) -> SecureSum:
         """Secure aggregation. Raises VoidRoundError, a QuorumError, when the sum cannot be had."""
         online = self._roll_call()
         seated = table.seated(online)
@@ -301,38 +302,34 @@ class FlowerEngine:
         messages = StageMessages(
             settings, seated, clients, opening, self._transport, self._recipe, self._patience.round_timeout, self._say
         )
-        found = summed(settings, clients, messages.exchange)
+        found = secure_sum(settings, clients, messages.exchange)
         planned, _ = round_bytes(len(settings.roster), settings.values, settings.bits)
         self._say_bytes(query, before, len(settings.roster) * planned)
         return found
 
 
-def _instruction(query: CohortQuery, permit: Permit, clients: Sequence[int]) -> Instruction:
+def _instruction(query: Query, permit: Permit, clients: Sequence[int]) -> Instruction:
     """The question to some clients; its name and its encoder's are given when it is sent."""
     return Instruction(
         nonce="",
         run=permit.run_id,
-        slot=permit.slot,
         attempt=permit.attempt,
-        kind=query.origin.kind,
         trust=permit.trust,
         noise=permit.noise,
         noise_multiplier=permit.noise_multiplier,
-        clip_l2=query.clip_l2,
-        follower_clip=query.origin.follower_clip or 0.0,
+        spec=query.spec,
         clients=tuple(clients),
         encoder="",
-        wire=(query.wire.dtype, query.wire.code_size, query.wire.encoder_tag),
     )
 
 
-def _checked(answer: Answer, data: bytes, query: CohortQuery, permit: Permit) -> Upload:
+def _checked(answer: Answer, data: bytes, query: Query, permit: Permit) -> Upload:
     """A node's messages. CodeError if one of them is bad: it spoils the whole answer of its node."""
-    size = query.wire.message_size
+    size = query.spec.wire.message_size
     if len(data) != len(answer.clients) * size:
         raise CodeError("messages of another size")
     messages = [data[start : start + size] for start in range(0, len(data), size)]
-    rows = unpack_rows(messages, query.wire, query.slot)
+    rows = unpack_rows(messages, query.spec.wire, query.spec.slot)
     if rows.rejected:
         raise CodeError(f"{rows.rejected} messages of another encoder or round, or not finite")
     if permit.trust == "local" and bool((_norms(rows.code_NK) > _longest(query, permit)).any()):
@@ -355,14 +352,14 @@ def _norms(code_NK: Tensor) -> Tensor:
     return torch.linalg.vector_norm(code_NK, dim=1, dtype=torch.float64)
 
 
-def _longest(query: CohortQuery, permit: Permit) -> float:
+def _longest(query: Query, permit: Permit) -> float:
     """The length that a message of an honest client has at most, save with a chance of 1e-14 (Laurent and Massart 2000,
     https://doi.org/10.1214/aos/1015957395); infinite where the noise is in another space than the message."""
-    if query.noise_in != "code":
+    if query.spec.noise_in != "code":
         return math.inf
-    noise_std = permit.noise_multiplier * query.clip_l2
-    longest = query.clip_l2 + noise_std * (math.sqrt(query.wire.code_size) + _TAIL)
-    return longest * (1 + 1e-6) + _rounding(query.wire, longest)
+    noise_std = permit.noise_multiplier * query.spec.clip_l2
+    longest = query.spec.clip_l2 + noise_std * (math.sqrt(query.spec.wire.code_size) + _TAIL)
+    return longest * (1 + 1e-6) + _rounding(query.spec.wire, longest)
 
 
 def _rounding(wire: WireFormat, longest: float) -> float:

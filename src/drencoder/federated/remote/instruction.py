@@ -18,7 +18,7 @@ from torch import Tensor
 
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.errors import CodeError
-from drencoder.federated.query import Origin
+from drencoder.federated.query import Query, QuerySpec
 from drencoder.models.adapter_layout import Segment
 
 __all__ = [
@@ -88,8 +88,8 @@ _WORDS = {
 class Instruction:
     """A query frame's head: which question, to which clients, under which charge.
 
-    `nonce` names this message; its answer repeats it. `encoder` is the fingerprint of the second part, which is left out where
-    the site has it. `wire` is (value type, code size, encoder tag) of the messages that the server expects.
+    `nonce` names this message; its answer repeats it. `spec` is the question, which the site compares with its own recipe's.
+    `encoder` is the fingerprint of the second part, which is left out where the site has it.
 
     Secure aggregation only: `counts` is how many clients of the cohort each node of the roster hosts, `roster` the digest of the
     nodes' keys, `request` the first stage's in hex.
@@ -97,17 +97,13 @@ class Instruction:
 
     nonce: str
     run: str
-    slot: int
     attempt: int
-    kind: str
     trust: str
     noise: str
     noise_multiplier: float
-    clip_l2: float
-    follower_clip: float
+    spec: QuerySpec
     clients: tuple[int, ...]
     encoder: str
-    wire: tuple[str, int, int]
     counts: tuple[int, ...] = ()
     roster: str = ""
     request: str = ""
@@ -118,23 +114,21 @@ class Instruction:
         return bool(self.clients or self.counts)
 
     def head(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "spec": self.spec.to_dict()}
 
     @classmethod
     def of(cls, head: Mapping[str, Any]) -> "Instruction":
         """Raises CodeError unless the head has exactly these fields with values of these types."""
-        wire, clients, counts = head.get("wire"), head.get("clients"), head.get("counts")
-        if set(head) != {field.name for field in fields(cls)} or not isinstance(wire, list) or len(wire) != 3:
+        clients, counts = head.get("clients"), head.get("counts")
+        if set(head) != {field.name for field in fields(cls)}:
             raise CodeError("a query's head lacks fields or has others")
-        texts = [head[key] for key in ("nonce", "run", "kind", "trust", "noise", "encoder", "roster", "request")] + [
-            wire[0]
-        ]
-        numbers = [head["slot"], head["attempt"], *wire[1:]]
-        scales = [head[key] for key in ("noise_multiplier", "clip_l2", "follower_clip")]
+        texts = [head[key] for key in ("nonce", "run", "trust", "noise", "encoder", "roster", "request")]
+        scale = head["noise_multiplier"]
         if not (
             all(isinstance(text, str) and len(text) <= 128 for text in texts)
-            and all(map(_is_count, numbers))
-            and all(isinstance(scale, (int, float)) and not isinstance(scale, bool) for scale in scales)
+            and _is_count(head["attempt"])
+            and isinstance(scale, int | float)
+            and not isinstance(scale, bool)
             and isinstance(clients, list)
             and all(map(_is_count, clients))
             and len(set(clients)) == len(clients)
@@ -142,7 +136,8 @@ class Instruction:
             and all(map(_is_count, counts))
         ):
             raise CodeError("a query's head has a field of the wrong type")
-        return cls(**{**head, "wire": tuple(wire), "clients": tuple(clients), "counts": tuple(counts)})
+        spec = QuerySpec.from_dict(head["spec"])
+        return cls(**{**head, "spec": spec, "clients": tuple(clients), "counts": tuple(counts)})
 
 
 @final
@@ -195,10 +190,10 @@ def adapter_of(data: bytes, size: int) -> Tensor:
     return torch.from_numpy(values_D)
 
 
-def encoder_bytes(origin: Origin) -> bytes:
+def encoder_bytes(query: Query) -> bytes:
     """What the encoder of a round is made from: its tensors, and the prior as JSON in the file's header."""
-    prior = json.dumps(origin.prior.to_dict() if origin.prior else None)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in origin.encoder_state.items()}
+    prior = json.dumps(query.prior.to_dict() if query.prior else None)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in query.encoder.state().items()}
     return save(tensors, metadata={"prior": prior})
 
 

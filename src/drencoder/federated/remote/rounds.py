@@ -51,7 +51,7 @@ class Table:
 @final
 @dataclass
 class StageMessages:
-    """Carries one round's stages; `exchange` is what `aggregation.summed` asks for. `clients[i]` are node i's."""
+    """Carries one round's stages; `exchange` is what `secure_round.secure_sum` asks for. `clients[i]` are node i's."""
 
     settings: RoundSettings
     seated: Mapping[int, int]

@@ -4,7 +4,7 @@ Nothing here is on disk. A site that is started again in mid-round has lost its 
 out; the site's ledger, which was charged before the round began here, keeps it from beginning a second time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from drencoder.errors import EngineError, SecureError
 from drencoder.federated.remote.roster import Roster, node_key
-from drencoder.federated.secure_round import node_of
+from drencoder.federated.secure_round import secure_node
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.client import SecureNode
 from drencoder.secure_aggregation.crypto import NodeKey
@@ -63,16 +63,15 @@ class Seat:
         name: str,
         settings: RoundSettings,
         clients: Sequence[int],
-        parallel: int,
-        share_of: Callable[[Sequence[int]], npt.NDArray[np.uint32]],
+        share_V: npt.NDArray[np.uint32],
         request: bytes,
     ) -> bytes:
-        """Starts the round called `name`, in place of any other, and answers its first stage.
+        """Starts the round called `name`, in place of any other, with the sum of its clients' shares; answers its first stage.
 
         The round must have been charged. Raises SecureError or VoidRoundError; then there is no round.
         """
         self._node = None
-        node = node_of(settings, self.number, self._key, clients, parallel, share_of)
+        node = secure_node(settings, self.number, self._key, clients, share_V)
         answer = node.answer(Stage.ADVERTISE, request)
         self._round, self._node = name, node
         return answer

@@ -5,9 +5,8 @@ the codes' norms, the clip: all three are used before the clip and the noise, so
 noised as the site's own plan says. It answers with messages that its ledger has charged, or with a number that says why not.
 """
 
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
@@ -24,15 +23,15 @@ from drencoder.errors import (
     SecureError,
     VoidRoundError,
 )
-from drencoder.federated.adaptive_clip import ClipFollower
+from drencoder.federated.adaptive_clip import AdaptiveClip
 from drencoder.federated.engine import RunComponents
-from drencoder.federated.in_process import LocalEngine
-from drencoder.federated.query import CohortQuery, Upload, gradient_query, moment_query, update_query
+from drencoder.federated.query import Query, gradient_query, moment_query, update_query
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, Refusal, adapter_of, encoder_of, fingerprint
 from drencoder.federated.remote.seat import Seat
-from drencoder.federated.secure_round import round_settings
+from drencoder.federated.round import Upload, client_message
+from drencoder.federated.secure_round import node_share, round_settings
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.site_ledger import AnsweredError, ForeignRunError, SiteLedger
@@ -146,22 +145,27 @@ class Site:
             raise _RefusedError(Refusal.ADAPTER) from None
         query = self._query(frame, asked)
         if self._seat is not None:
-            return self._begun(self._seat, query, adapter_D, asked)
+            return self._begin_secure_round(self._seat, query, adapter_D, asked)
         permit = self._charge(asked)
-        uploads = []
-        for upload in self._live.engine.gather(query, adapter_D, asked.clients, permit, self._live.noise()):
-            assert isinstance(upload, Upload)
-            uploads.append(upload)
+        uploads = list(self._uploads(query, adapter_D, asked.clients, permit))
         messages = b"".join(message for upload in uploads for message in upload.messages)
         nonfinite = sum(upload.nonfinite for upload in uploads)
-        self._say(f"slot {asked.slot}: {len(asked.clients)} clients answered, {len(messages):,} bytes")
+        self._say(f"slot {query.spec.slot}: {len(asked.clients)} clients answered, {len(messages):,} bytes")
         answer = Answer(asked.nonce, Refusal.NONE, asked.clients, nonfinite)
         return self._sent(answer, messages)
 
+    def _uploads(self, query: Query, adapter_D: Tensor, clients: Sequence[int], permit: Permit) -> Iterator[Upload]:
+        """Trains the clients, some at a time, and makes their messages."""
+        trainer, noise = self._live.trainer, self._live.noise()
+        for start in range(0, len(clients), trainer.batch_clients):
+            batch = clients[start : start + trainer.batch_clients]
+            update_ND = trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
+            yield client_message(query, update_ND, batch, permit, noise)
+
     # --- secure aggregation -------------------------------------------------------------------
 
-    def _begun(self, seat: Seat, query: CohortQuery, adapter_D: Tensor, asked: Instruction) -> bytes:
-        """The first stage. The clients train when their sum is asked for, three stages on."""
+    def _begin_secure_round(self, seat: Seat, query: Query, adapter_D: Tensor, asked: Instruction) -> bytes:
+        """The first step. The clients train before it, so that no later step waits for them."""
         if asked.roster != seat.roster.digest:
             raise _RefusedError(Refusal.ROSTER)
         if len(asked.counts) != len(seat.roster.keys) or asked.counts[seat.number] != len(asked.clients):
@@ -171,12 +175,11 @@ class Site:
         except ValueError:
             raise CodeError("a request that is not hexadecimal") from None
         # First the charge: a node that does not exist cannot sign anything twice.
-        permit, engine = self._charge(asked), self._live.engine
-        assert isinstance(engine, LocalEngine)
+        permit = self._charge(asked)
         settings = round_settings(query, permit, asked.counts, seat.roster.keys, seat.threshold)
-        share_of = engine.share_of(query, adapter_D, permit, self._live.noise())
-        answer = seat.begin(asked.nonce, settings, asked.clients, engine.parallel, share_of, request)
-        self._say(f"slot {asked.slot}: takes part with {len(asked.clients)} clients")
+        share_V = node_share(query, self._live.trainer, adapter_D, asked.clients, permit, self._live.noise())
+        answer = seat.begin(asked.nonce, settings, asked.clients, share_V, request)
+        self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} clients")
         return self._sent(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
 
     def _staged(self, data: bytes) -> bytes:
@@ -200,19 +203,20 @@ class Site:
 
     def _check_plan(self, asked: Instruction) -> None:
         plan = self._live.plan
-        if asked.slot not in plan.slots or (asked.trust, asked.noise) != (plan.trust, plan.noise):
+        slot = asked.spec.slot
+        if slot not in plan.slots or (asked.trust, asked.noise) != (plan.trust, plan.noise):
             raise _RefusedError(Refusal.PLAN)
-        own = _noise_multiplier(plan, asked.slot)
+        own = _noise_multiplier(plan, slot)
         if not abs(asked.noise_multiplier - own) <= _SAME * own:
             raise _RefusedError(Refusal.PLAN)
         if bool(asked.counts) != (self._seat is not None):
             raise _RefusedError(Refusal.PLAN)
-        if not 0 < asked.clip_l2 < math.inf or not 0 <= asked.follower_clip < math.inf:
+        if not asked.spec.has_possible_clip:
             raise _RefusedError(Refusal.CLIP)
 
     def _charge(self, asked: Instruction) -> Permit:
         try:
-            return self._ledger.charge(asked.run, asked.slot, asked.attempt, asked.clients)
+            return self._ledger.charge(asked.run, asked.spec.slot, asked.attempt, asked.clients)
         except ForeignRunError:
             raise _RefusedError(Refusal.RUN) from None
         except AnsweredError:
@@ -221,33 +225,31 @@ class Site:
             print(f"drencoder: {error}", file=sys.stderr)  # of this site's disk, not of a client's text
             raise _RefusedError(Refusal.STORAGE) from None
 
-    def _query(self, frame: Frame, asked: Instruction) -> CohortQuery:
-        """The server's query made again from this site's recipe; refused unless its messages are what the server expects."""
-        recipe, layout = self._live.recipe, self._live.lora.layout
-        if (asked.kind == "update") != (asked.slot > 0):
+    def _query(self, frame: Frame, asked: Instruction) -> Query:
+        """The query that this site's recipe makes for the slot; refused unless its spec is the one that was sent."""
+        recipe, layout, spec = self._live.recipe, self._live.lora.layout, asked.spec
+        if (spec.kind == "update") != (spec.slot > 0):
             raise _RefusedError(Refusal.PLAN)
-        if asked.kind == "update":
+        if spec.slot > 0:
             encoder = self._current_encoder(frame, asked)
-            query = update_query(encoder, recipe, asked.slot, self._follower(asked), self._prior)
-        elif asked.kind == "moments" and recipe.prior.source == "moments":
-            query = moment_query(layout.segments, recipe.prior)
-        elif asked.kind == "gradients" and recipe.prior.source == "gradients":
+            query = update_query(encoder, recipe, spec.slot, self._adaptive_clip(asked), self._prior)
+        elif recipe.prior.source == "gradients":
             query = gradient_query(layout.size, recipe.prior)
         else:
+            query = moment_query(layout.segments, recipe.prior)
+        if spec.kind != query.spec.kind:
             raise _RefusedError(Refusal.PLAN)
-        if (query.wire.dtype, query.wire.code_size, query.wire.encoder_tag) != asked.wire:
-            raise _RefusedError(Refusal.ENCODER)
-        if not math.isclose(query.clip_l2, asked.clip_l2, rel_tol=_SAME):
+        if not query.spec.same_clip(spec):
             raise _RefusedError(Refusal.CLIP)
+        if not query.spec.same_but_for_clip(spec):
+            raise _RefusedError(Refusal.ENCODER)
         return query
 
-    def _follower(self, asked: Instruction) -> ClipFollower | None:
-        privacy = self._live.recipe.privacy
-        if privacy.clip == "fixed":
-            return None
-        if asked.follower_clip == 0:
+    def _adaptive_clip(self, asked: Instruction) -> AdaptiveClip | None:
+        privacy, clip_l2 = self._live.recipe.privacy, asked.spec.adaptive_clip
+        if (privacy.clip == "fixed") != (clip_l2 is None):
             raise _RefusedError(Refusal.CLIP)
-        return ClipFollower(asked.follower_clip, privacy.clip_quantile, privacy.clip_rate)
+        return None if clip_l2 is None else AdaptiveClip(clip_l2, privacy.clip_quantile, privacy.clip_rate)
 
     def _current_encoder(self, frame: Frame, asked: Instruction) -> Encoder:
         """The encoder that the instruction names: the one of the last round, or made from the second part."""

@@ -1,0 +1,87 @@
+"""What a client computes, as one verb: from the shared adapter and its own records to updates.
+
+Legend: K clients, D adapter values, E epochs.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from drencoder.data.tokenization import Example
+from drencoder.models.cohort_training import adapter_after, client_update, cohort_updates, num_steps
+from drencoder.models.lora import LoraModel
+from drencoder.recipe import recipe as config
+from drencoder.rng import derive_seed
+
+__all__ = ["ClientTrainer", "CohortTrainer"]
+
+
+class ClientTrainer(Protocol):
+    """Trains clients. It knows neither codes, noise, rounds of a protocol nor epsilon."""
+
+    @property
+    def batch_clients(self) -> int:
+        """How many clients it is best given at a time."""
+        ...
+
+    def train_clients(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:
+        """Updates (K, E * D), float32: of each client the updates of `epochs` epochs, one after the other.
+
+        Row i is a function of the adapter, the seeds and the records of `clients[i]`.
+        """
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class CohortTrainer:
+    """Trains `batch_clients` clients of a causal language model as one batch; 1 = one by one through PEFT's own forward.
+
+    `examples_of(client, slot)` gives the tokenised examples that one client uses in a slot; they live for one batch of
+    clients. `tolerant` is for sites: a client whose training raises contributes NaN, which the clip makes zero, since what it
+    holds must not decide whether the others' contributions arrive (docs/guarantee.md).
+    """
+
+    lora: LoraModel
+    examples_of: Callable[[int, int], list[Example]]
+    local: config.Local
+    seed: int
+    batch_clients: int
+    tolerant: bool = False
+
+    def train_clients(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:
+        """See `ClientTrainer`."""
+        if not self.tolerant:
+            return self._train(adapter_D, clients, slot, epochs)
+        try:
+            return self._train(adapter_D, clients, slot, epochs)
+        except Exception as error:
+            failure = type(error).__name__  # its type only: the text of an exception may quote the client's
+        # Outside of the except clause, whose traceback would keep the failed batch's graph in memory.
+        if len(clients) > 1:
+            return torch.cat([self.train_clients(adapter_D, [client], slot, epochs) for client in clients])
+        print(f"client {clients[0]}: {failure} in training; it contributes zero", file=sys.stderr)
+        return torch.full((1, epochs * adapter_D.numel()), torch.nan, device=self.lora.device)
+
+    def _train(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:
+        records = [self.examples_of(client, slot) for client in clients]
+        steps_K1 = torch.tensor([[num_steps(examples, self.local)] for examples in records], device=self.lora.device)
+        adapter, updates = adapter_D.to(self.lora.device), []
+        for epoch in range(epochs):
+            seeds = [derive_seed(self.seed, "local-order", slot, client, epoch) for client in clients]
+            updates.append(self._train_epoch(adapter, records, seeds))
+            adapter = adapter_after(self.local, adapter, updates[-1], steps_K1)
+        return torch.cat(updates, dim=1)
+
+    def _train_epoch(self, adapter: Tensor, records: Sequence[list[Example]], seeds: Sequence[int]) -> Tensor:
+        """(K, D), from a shared (D,) or an own (K, D) adapter."""
+        if self.batch_clients > 1:
+            return cohort_updates(self.lora, adapter, records, self.local, seeds)
+        one_by_one = zip(adapter.expand(len(records), -1), records, seeds, strict=True)
+        return torch.stack(
+            [client_update(self.lora, own, examples, self.local, seed) for own, examples, seed in one_by_one]
+        )
