@@ -36,8 +36,8 @@ query = update_query(encoder, recipe, slot=1)
 state = ServerState.start(lora.initial_D)
 
 with tempfile.TemporaryDirectory() as folder, Ledger.create(Path(folder) / "ledger.jsonl", plan) as ledger:
-    cohort = ledger.cohort(1)  # who takes part
     permit = ledger.charge(1)  # on disk from here on; without a permit nothing is noised and nothing leaves
+    cohort = list(permit.cohort)  # who takes part
 
     # A client. Its text and its update stay here; the messages are what leaves.
     texts = Texts(open_source(recipe.data, population=100, seed=0), base, recipe.data.max_tokens, d1_share=0.0)

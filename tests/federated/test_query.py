@@ -97,8 +97,8 @@ def test_every_combination_runs_or_is_refused_by_the_recipe(
         return
     recipe, encoder = recipe_of(**overrides), encoder_of(name)
     with ledger_of(tmp_path, recipe) as ledger:
-        cohort = ledger.cohort(1)
         permit = ledger.charge(1)
+        cohort = list(permit.cohort)
         query = update_query(encoder, recipe, 1)
         outcome = server_release(query, gather(query, updates(len(cohort)), cohort, permit), permit, NOISE)
         direction = released_update(query, outcome.release, permit, ledger.plan.expected_cohort)
@@ -129,8 +129,8 @@ def test_noise_has_the_charged_scale_where_it_is_added(tmp_path: Path, trust: st
         folder = tmp_path / str(index)
         folder.mkdir()
         with ledger_of(folder, chosen) as ledger:
-            cohort = cohort or ledger.cohort(1)
             permit = ledger.charge(1)
+            cohort = cohort or list(permit.cohort)
             query = update_query(encoder, chosen, 1)
             outcome = server_release(query, gather(query, updates(len(cohort)), cohort, permit), permit, NOISE)
             sums.append(outcome.release.value)
@@ -205,8 +205,8 @@ def test_broken_updates_and_messages_are_counted_and_change_nothing_else(tmp_pat
 def test_under_local_trust_the_server_learns_no_count_of_broken_updates(tmp_path: Path) -> None:
     recipe = recipe_of()
     with ledger_of(tmp_path, recipe) as ledger:
-        cohort = ledger.cohort(1)[:3]
         permit = ledger.charge(1)
+        cohort = list(permit.cohort)[:3]
         rows = updates(3)
         rows[1] = math.nan
         upload = client_message(update_query(encoder_of("random"), recipe, 1), rows, cohort, permit, NOISE)
@@ -227,8 +227,8 @@ def test_public_hides_among_others_only_where_codes_are_summed_as_they_are(name:
 def test_a_client_outside_the_cohort_or_a_second_time_is_refused(tmp_path: Path) -> None:
     recipe = recipe_of()
     with ledger_of(tmp_path, recipe) as ledger:
-        cohort = ledger.cohort(1)
         permit = ledger.charge(1)
+        cohort = list(permit.cohort)
         query = update_query(encoder_of("random"), recipe, 1)
         client_message(query, updates(1), cohort[:1], permit, NOISE)
         with pytest.raises(PrivacyError, match="second time"):
@@ -242,8 +242,8 @@ def test_a_client_outside_the_cohort_or_a_second_time_is_refused(tmp_path: Path)
 def test_moments_are_noised_and_bounded_like_any_query(tmp_path: Path, trust: str) -> None:
     recipe = recipe_of(**{"privacy.trust": trust, "prior.clip_l2": 1.0})
     with ledger_of(tmp_path, recipe) as ledger:
-        cohort = ledger.cohort(0)
         permit = ledger.charge(0)
+        cohort = list(permit.cohort)
         query = moment_query(SEGMENTS, recipe.prior)
         same = updates(1).expand(len(cohort), D)
         uploads = gather(query, same, cohort, permit)
@@ -274,7 +274,8 @@ def test_single_messages_are_shown_to_a_non_private_stage_only(tmp_path: Path, t
     fedcg = {"prior.source": "gradients", "encoder.name": "autoencoder", "privacy.noise_in": "update"}
     recipe = recipe_of(**{"privacy.trust": trust, **fedcg})
     with ledger_of(tmp_path, recipe) as ledger:
-        cohort, permit = ledger.cohort(0), ledger.charge(0)
+        permit = ledger.charge(0)
+        cohort = list(permit.cohort)
         query = gradient_query(D, recipe.prior)
         sent = updates(len(cohort), norm=1e3)
         rows, count = message_rows(query, gather(query, sent, cohort, permit), permit)

@@ -199,7 +199,8 @@ def aggregate_rows(query, permit, cohort, update_ND, *, nodes=4, threshold=3, dr
 
 def test_the_released_sum_has_the_promised_noise_and_no_other(ledger_fn):
     ledger, query = ledger_fn(), query_of(values=6000)
-    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    permit = ledger.charge(1)
+    cohort = list(permit.cohort)
     update_ND = torch.randn(len(cohort), 6000)
     outcome = aggregate_rows(query, permit, cohort, update_ND)
     exact = clip_rows(update_ND, 0.5).values_NV.sum(0, dtype=torch.float64)
@@ -217,7 +218,8 @@ def test_the_sum_does_not_depend_on_how_clients_are_spread(ledger_fn):
     sums = []
     for nodes, threshold in ((2, 2), (4, 3), (5, 5)):
         ledger, query = ledger_fn(noise="replay"), query_of()
-        permit, cohort = ledger.charge(1), ledger.cohort(1)
+        permit = ledger.charge(1)
+        cohort = list(permit.cohort)
         update_ND = torch.randn(len(cohort), 64, generator=torch.Generator().manual_seed(1))
         sums.append(
             aggregate_rows(query, permit, cohort, update_ND, nodes=nodes, threshold=threshold, noise=ReplayNoise(3))
@@ -227,7 +229,8 @@ def test_the_sum_does_not_depend_on_how_clients_are_spread(ledger_fn):
 
 def test_a_lost_node_takes_its_clients_and_their_noise_with_it(ledger_fn):
     ledger, query = ledger_fn(), query_of()
-    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    permit = ledger.charge(1)
+    cohort = list(permit.cohort)
     outcome = aggregate_rows(query, permit, cohort, torch.zeros(len(cohort), 64), drop=(Stage.MASK, 1))
     stayed = sum(client % 4 != 1 for client in cohort)
     assert outcome.release.contributors == stayed < len(cohort)
@@ -239,7 +242,8 @@ def test_a_lost_node_takes_its_clients_and_their_noise_with_it(ledger_fn):
 
 def test_a_broken_update_goes_as_zero_and_is_not_told(ledger_fn):
     ledger, query = ledger_fn(), query_of()
-    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    permit = ledger.charge(1)
+    cohort = list(permit.cohort)
     update_ND = torch.zeros(len(cohort), 64)
     update_ND[3, 5], update_ND[4, 0] = math.nan, math.inf
     outcome = aggregate_rows(query, permit, cohort, update_ND)
@@ -249,7 +253,8 @@ def test_a_broken_update_goes_as_zero_and_is_not_told(ledger_fn):
 
 def test_shares_and_sums_need_their_permit(ledger_fn):
     ledger = ledger_fn()
-    permit, cohort = ledger.charge(1), ledger.cohort(1)
+    permit = ledger.charge(1)
+    cohort = list(permit.cohort)
     codes = clip_rows(torch.zeros(2, 8), 0.5)
     release_shares(codes, cohort[:2], permit, SecureNoise())
     with pytest.raises(PrivacyError, match="second time"):

@@ -12,17 +12,17 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_overrides
-from drencoder.runs.assess import assess
 from drencoder.cli.assess_view import assessment_tables
-from drencoder.runs.build import build
-from drencoder.recipe.recipe import load_recipe
-from drencoder.data.benchmarks.questions import load_benchmark
 from drencoder.data.benchmarks.few_shot import prompt_with_examples
-from drencoder.data.sources import open_source
+from drencoder.data.benchmarks.questions import load_benchmark
 from drencoder.data.prompts_template import LETTER_CONTINUATIONS, render
+from drencoder.data.sources import open_source
 from drencoder.errors import ArtifactError, DataError, DrencoderError, ModelError, RecipeError
-from drencoder.models.lora import LoraModel, load_base
 from drencoder.evaluation.statistics import Assessment
+from drencoder.models.lora import LoraModel, load_base
+from drencoder.recipe.recipe import load_recipe
+from drencoder.runs.assess import assess
+from drencoder.runs.build import build
 
 
 @pytest.fixture(scope="module")

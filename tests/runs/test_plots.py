@@ -10,6 +10,9 @@ from rich.console import Console
 
 from drencoder.cli.curves_view import curve_tables
 from drencoder.errors import ArtifactError, RecipeError
+from drencoder.privacy.curves import budget_curves
+from drencoder.privacy.plan import make_plan
+from drencoder.privacy.tradeoff import tradeoffs
 from drencoder.runs.plots import (
     plot_accuracy_against_bytes,
     plot_curves,
@@ -19,9 +22,6 @@ from drencoder.runs.plots import (
     save_figure,
     svg_text,
 )
-from drencoder.privacy.curves import budget_curves
-from drencoder.privacy.plan import make_plan
-from drencoder.privacy.tradeoff import tradeoffs
 
 DELTA = 1e-5
 SAMPLED = make_plan(trust="central", population=100, sampling_rate=0.05, rounds=3, delta=DELTA, noise_multiplier=1.0)

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_overrides
-from drencoder.runs import run as experiment
-from drencoder.runs.build import build
-from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.errors import ArtifactError, DataError, ModelError
 from drencoder.federated.in_process import InProcessEngine
 from drencoder.models.client_training import CohortTrainer
-from drencoder.errors import ArtifactError, DataError, ModelError
 from drencoder.privacy.ledger import Ledger
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.runs import run as experiment
+from drencoder.runs.build import build
 from drencoder.runs.verify import verify_run
 
 ROOT = Path(__file__).parents[2]
@@ -291,9 +291,7 @@ def test_cohort_parallel_and_one_by_one_give_the_same_run(tiny_folder: Path, tmp
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "encoder", ["identity", "autoencoder", "kronecker", "hybrid", "ffa", "top-k", "core", "power"]
-)
+@pytest.mark.parametrize("encoder", ["identity", "autoencoder", "kronecker", "hybrid", "ffa", "top-k", "core", "power"])
 def test_other_encoders_run_to_the_end(tiny_folder: Path, tmp_path: Path, encoder: str) -> None:
     overrides = [f"encoder.name={encoder}", "encoder.gate=warn", "encoder.train_steps=3", "federation.rounds=2"]
     overrides += ["prior.public=self"]

@@ -51,6 +51,8 @@ _TOKEN = object()
 class Permit:
     """Leave to release one slot once, made by `Ledger.charge` only (anything else gets a TypeError).
 
+    `cohort` has the clients that this charge was written for, ascending: ask these and no others. Under central trust with
+    secure noise it is a secret that is in no file; nothing may tell it or its size.
     Central: one sum. Local: one code of each client of `cohort`; a client that is not in it, or that comes
     a second time, is refused. Secure aggregation: one share of each client, on the terms of `shares`, and one sum of them.
     """
@@ -62,7 +64,7 @@ class Permit:
     event: Event
     relation: Relation
     noise: Noise
-    cohort: frozenset[int] | None = field(repr=False)
+    cohort: tuple[int, ...] = field(repr=False)
     run_id: str = ""  # of the ledger: other machines tell this run's questions from another's by it
     shares: ShareTerms | None = None
     token: InitVar[object] = None
@@ -87,9 +89,9 @@ class Permit:
 
     def spend_clients(self, client_ids: list[int]) -> None:
         """Uses the permit up for these clients. Raises PrivacyError, then none of them is used up."""
-        if self.cohort is None:
+        if self.trust == "central":
             raise PrivacyError("Under central trust clients release nothing: the server releases the sum.")
-        if strangers := set(client_ids) - self.cohort:
+        if strangers := set(client_ids) - set(self.cohort):
             raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {self.slot}.")
         twice = self._spent & set(client_ids)
         if twice or len(set(client_ids)) < len(client_ids):
@@ -221,10 +223,6 @@ class Ledger:
                 counts[record["slot"]] = counts.get(record["slot"], 0) + 1
         return counts
 
-    def cohort(self, slot: int) -> list[int]:
-        """The clients of the next attempt at `slot`."""
-        return self._sampler.cohort(slot, self.charges().get(slot, 0))
-
     def sampler(self) -> Sampler:
         return self._sampler
 
@@ -265,6 +263,8 @@ class Ledger:
     def charge(self, slot: int) -> Permit:
         """Charges one release of `slot`: checks the budget, writes and fsyncs, then permits.
 
+        The permit has the cohort that was drawn for this charge: no other one can be had.
+
         Raises BudgetError when the composition would pass the budget (nothing is written),
         PrivacyError for a slot outside the plan or one that must be skipped, ArtifactError when the line
         cannot be made durable (nothing may be released).
@@ -277,7 +277,7 @@ class Ledger:
                 f"pass their participation cap of {plan.participation_cap}. Skip it"
                 + ("; a lost stage 1 needs a new run." if slot == 0 else ".")
             )
-        cohort = frozenset(self._sampler.cohort(slot, attempt)) if plan.capped else None
+        cohort = tuple(self._sampler.cohort(slot, attempt))
         record = {"stage": plan.stage(slot), "slot": slot, "trust": plan.trust}
         if rule == "redo" and plan.noise == "replay":
             self._append({"kind": "repeat", **record})
@@ -351,7 +351,7 @@ class Ledger:
         self._head = hashlib.sha256(line).hexdigest()
 
 
-def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: frozenset[int] | None, run_id: str) -> Permit:
+def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: tuple[int, ...], run_id: str) -> Permit:
     """For the two ledgers, the run's and a site's, when the charge is on disk."""
     return Permit(
         trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=plan.event(slot),

@@ -266,9 +266,9 @@ def received_codes(
     `noise_std` is the noise of a value as it stands now, nan where a decoder made it unknown.
     Raises PrivacyError for a client that is not in the permit's cohort.
     """
-    if permit.cohort is None:
+    if permit.trust == "central":
         raise PrivacyError("Under central trust what arrives is not a release: add it up as BoundedCodes.")
-    if strangers := set(client_ids) - permit.cohort:
+    if strangers := set(client_ids) - set(permit.cohort):
         raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {permit.slot}.")
     return Releases(values_NV, tuple(client_ids), noise_std, permit.slot, clip_l2, token=_TOKEN)
 
@@ -340,8 +340,7 @@ def unmasked_sum(sum_V: npt.NDArray[np.uint32], client_ids: Sequence[int], permi
     """
     quantiser, terms = quantiser_for(permit, sum_V.size, clip_l2), permit.shares
     assert terms is not None
-    assert permit.cohort is not None
-    if strangers := set(client_ids) - permit.cohort:
+    if strangers := set(client_ids) - set(permit.cohort):
         raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {permit.slot}.")
     count = len(set(client_ids))
     if not terms.least_contributors <= count == len(client_ids):

@@ -100,8 +100,7 @@ class SiteLedger:
                 self._append({"kind": "run", "run": run})
             if slot not in self._begun or not {(client, slot, attempt) for client in clients} <= self._answered:
                 self._append({"kind": "answer", "slot": slot, "attempt": attempt, "clients": list(clients)})
-        cohort = frozenset(clients) if self.plan.capped else None
-        return _permit(self.plan, slot, attempt, cohort, run)
+        return _permit(self.plan, slot, attempt, tuple(clients), run)
 
     def _check_fresh(self, slot: int, attempt: int, clients: Sequence[int]) -> None:
         if self.plan.trust == "secure-aggregation" and slot in self._begun:

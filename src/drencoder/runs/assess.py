@@ -9,18 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from drencoder.recipe import recipe as config
-from drencoder.runs.run_folder import RunFolder
-from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.data.benchmarks.questions import Benchmark, load_benchmarks
-from drencoder.data.sources import open_source
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.prompts_template import render
+from drencoder.data.sources import open_source
+from drencoder.data.tokenization import make_examples
 from drencoder.errors import ArtifactError, DataError, ModelError
 from drencoder.evaluation.held_out import AskedQuestions, ask_questions, choice_picks, held_out_outcomes
-from drencoder.data.tokenization import make_examples
-from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
-from drencoder.rng import derive_seed
 from drencoder.evaluation.statistics import (
     Assessment,
     BenchmarkAssessment,
@@ -31,6 +26,11 @@ from drencoder.evaluation.statistics import (
     ratio_of_sums,
     score_benchmark,
 )
+from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
+from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.rng import derive_seed
+from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["assess"]
 

@@ -6,30 +6,30 @@ from functools import cached_property
 
 import torch
 
-from drencoder.recipe import recipe as config
-from drencoder.recipe.recipe import Recipe
 from drencoder.data.benchmarks.questions import load_benchmarks
+from drencoder.data.prompts_template import render
 from drencoder.data.public_text import PublicText, open_public
 from drencoder.data.sources import HostedSource, Source, open_source
-from drencoder.data.prompts_template import render
-from drencoder.published.autoencoder import AutoencoderOptions, StepCallback
+from drencoder.data.tokenization import Example, make_examples
 from drencoder.encoders.contract import Encoder
-from drencoder.published.fedcg import RealGradients
-from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
+from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.encoders.lora_init import START_TEXTS, public_start
+from drencoder.encoders.matrix_normal_prior import PublicUpdates
+from drencoder.evaluation.held_out import question_examples
 from drencoder.federated.engine import Engine
 from drencoder.federated.in_process import InProcessEngine
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
-from drencoder.evaluation.held_out import question_examples
-from drencoder.data.tokenization import Example, make_examples
+from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
-from drencoder.runs.plan_overview import Overview, planned_code_size, planned_start, survey
-from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.published.autoencoder import AutoencoderOptions, StepCallback
+from drencoder.published.fedcg import RealGradients
+from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
-from drencoder.encoders.lora_init import START_TEXTS, public_start
-from drencoder.encoders.matrix_normal_prior import PublicUpdates
-from drencoder.models.cohort_training import cohort_updates
+from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
+from drencoder.runs.plan_overview import Overview, planned_code_size, planned_start, survey
 
 __all__ = ["EngineMaker", "Live", "SiteText", "build", "build_site"]
 
@@ -231,9 +231,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
     federation = recipe.federation
-    trainer = CohortTrainer(
-        lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site
-    )
+    trainer = CohortTrainer(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site)
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
     return Live(recipe, overview, texts, lora, trainer, engine)
 

@@ -11,12 +11,12 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from drencoder.runs.run_folder import RunFolder
-from drencoder.errors import ArtifactError
-from drencoder.models.adapter_layout import Segment
 from drencoder.encoders.gaussian_prior import GaussianPrior
-from drencoder.privacy.ledger import Ledger
+from drencoder.errors import ArtifactError
 from drencoder.federated.server_optimizer import ServerState
+from drencoder.models.adapter_layout import Segment
+from drencoder.privacy.ledger import Ledger
+from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["Progress", "load_checkpoint", "save_checkpoint"]
 

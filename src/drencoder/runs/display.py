@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from drencoder.encoders.code_sizes import bytes_text
-from drencoder.runs.plan_overview import Overview
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.runs.plan_overview import Overview
 
 __all__ = ["RunDisplay", "epsilon_text", "interrupted", "observers_table", "plan_tables", "summary_table"]
 

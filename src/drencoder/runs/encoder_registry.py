@@ -8,21 +8,21 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions, StepCallback
+from drencoder.encoders.code_sizes import code_size
 from drencoder.encoders.contract import Encoder, check_segments
-from drencoder.published.fedcg import RealGradients
+from drencoder.encoders.gaussian_prior import GaussianPrior, SyntheticGradients, sample_structured
 from drencoder.encoders.hybrid import HybridEncoder
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.kronecker import KroneckerEncoder
-from drencoder.published.lowrank import LowRankEncoder
-from drencoder.encoders.code_sizes import code_size
+from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, PublicUpdates, matrix_shape
 from drencoder.encoders.random_sketch import RandomSketch, allocate_code
-from drencoder.published.subset import SubsetEncoder, is_lora_b
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
-from drencoder.encoders.gaussian_prior import GaussianPrior, SyntheticGradients, sample_structured
+from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions, StepCallback
+from drencoder.published.fedcg import RealGradients
+from drencoder.published.lowrank import LowRankEncoder
+from drencoder.published.subset import SubsetEncoder, is_lora_b
 from drencoder.rng import derive_seed
-from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, PublicUpdates, matrix_shape
 
 __all__ = ["ENCODERS", "EncoderRequest", "build_encoder"]
 

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from drencoder.recipe.recipe import Recipe
 from drencoder.encoders.code_sizes import (
     BITS_PER_VALUE,
     FEW_COORDINATES,
@@ -26,6 +25,7 @@ from drencoder.encoders.code_sizes import (
 )
 from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
+from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
 
 __all__ = ["Overview", "modular_bits", "planned_code_size", "planned_start", "privacy_plan", "survey"]

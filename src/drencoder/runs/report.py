@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drencoder.runs.run_folder import RunFolder
 from drencoder.errors import ArtifactError
 from drencoder.runs.plots import plot_rounds, svg_text
+from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["write_report"]
 

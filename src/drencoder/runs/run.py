@@ -15,25 +15,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drencoder import __version__
-from drencoder.federated.adaptive_clip import AdaptiveClip
-from drencoder.runs.run_folder import RunFolder
-from drencoder.runs.build import EngineMaker, Live, build
-from drencoder.runs.checkpoint import Progress, load_checkpoint, save_checkpoint
-from drencoder.recipe.recipe import Recipe, load_recipe
-from drencoder.encoders.contract import Encoder
 from drencoder.encoders.code_sizes import plain_lora_bytes
+from drencoder.encoders.contract import Encoder
 from drencoder.encoders.wire import WireFormat, noise_entropy
 from drencoder.errors import ArtifactError, BudgetError, LostError, QuorumError
 from drencoder.evaluation.held_out import held_out_loss, multiple_choice
-from drencoder.runs.plan_overview import Overview, modular_bits
-from drencoder.privacy.ledger import Ledger
-from drencoder.privacy.plan import PrivacyPlan
 from drencoder.evaluation.outcomes import measure_all
-from drencoder.runs.asking import ask_cohort, downloaded_bytes, uploaded_bytes
-from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
+from drencoder.federated.adaptive_clip import AdaptiveClip
 from drencoder.federated.query import update_query
 from drencoder.federated.round import released_update
 from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
+from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.runs.asking import ask_cohort, downloaded_bytes, uploaded_bytes
+from drencoder.runs.build import EngineMaker, Live, build
+from drencoder.runs.checkpoint import Progress, load_checkpoint, save_checkpoint
+from drencoder.runs.plan_overview import Overview, modular_bits
+from drencoder.runs.run_folder import RunFolder
+from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
 
 __all__ = ["Listener", "RunResult", "resume", "run"]
 

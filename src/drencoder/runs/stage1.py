@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drencoder.runs.build import Live
-from drencoder.runs.checkpoint import Progress
-from drencoder.recipe.recipe import Recipe
 from drencoder.encoders.contract import Encoder
-from drencoder.published.fedcg import RealGradients
+from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.viability import GateResult, measure_viability, require_viable
 from drencoder.errors import LostError, QuorumError
-from drencoder.encoders.gaussian_prior import GaussianPrior
-from drencoder.privacy.ledger import Ledger, Permit
-from drencoder.rng import derive_seed
 from drencoder.federated.query import gradient_query, moment_query
 from drencoder.federated.round import message_rows
 from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
+from drencoder.privacy.ledger import Ledger
+from drencoder.published.fedcg import RealGradients
+from drencoder.recipe.recipe import Recipe
+from drencoder.rng import derive_seed
 from drencoder.runs.asking import ask_cohort, uploaded_bytes
+from drencoder.runs.build import Live
+from drencoder.runs.checkpoint import Progress
 
 __all__ = ["fit_encoder", "refresh_encoder", "run_stage1"]
 
@@ -66,9 +66,8 @@ def _uninformed(live: Live, now: Progress) -> Progress:
 def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
     """The charged, noised moments of one cohort, and the prior that is fitted to them."""
     recipe, plan, segments = live.recipe, live.plan, live.lora.layout.segments
-    cohort = ledger.cohort(0)
     epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
-    say(f"stage 1: asking {_words(live, cohort)} for two moments per tensor{epochs}")
+    say(f"stage 1: asking about {live.plan.stage1_cohort:.0f} clients for two moments per tensor{epochs}")
     query = moment_query(segments, recipe.prior)
     result, _ = ask_cohort(live, ledger, query, now.state.adapter_D)
     release = result.release
@@ -84,9 +83,11 @@ def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tupl
     """FedCG: every client's own gradients, one by one and without noise."""
     recipe = live.recipe
     query = gradient_query(live.lora.layout.size, recipe.prior)
-    cohort = ledger.cohort(0)
-    say(f"stage 1: asking {_words(live, cohort)} for their REAL gradients, un-noised (FedCG: not private)")
+    say(
+        f"stage 1: asking about {live.plan.stage1_cohort:.0f} clients for their REAL gradients, un-noised (FedCG: not private)"
+    )
     permit = ledger.charge(0)
+    cohort = list(permit.cohort)
     rounds = recipe.prior.epochs if recipe.prior.collection == "federated" else 1
     state, collected, sent = now.state, [], 0
     for number in range(1, rounds + 1):
@@ -108,11 +109,6 @@ def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) 
         return state
     direction_D = rows_ND.mean(dim=0)
     return server_step(state, direction_D, recipe.server, learning_rate(recipe.server, number, recipe.prior.epochs))
-
-
-def _words(live: Live, cohort: list[int]) -> str:
-    plan = live.plan
-    return f"{len(cohort)} clients" if plan.capped else f"about {plan.stage1_cohort:.0f} clients"
 
 
 def fit_encoder(live: Live, now: Progress, real: RealGradients | None, say: Say) -> tuple[Progress, Encoder]:

@@ -5,11 +5,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from drencoder.runs.run_folder import RunFolder
-from drencoder.recipe.recipe import load_recipe
 from drencoder.errors import ArtifactError
-from drencoder.runs.plan_overview import privacy_plan
 from drencoder.privacy.ledger import Ledger
+from drencoder.recipe.recipe import load_recipe
+from drencoder.runs.plan_overview import privacy_plan
+from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["Verification", "verify_run"]
 
