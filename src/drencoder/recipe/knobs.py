@@ -11,6 +11,7 @@ from dataclasses import field
 from typing import Any, get_type_hints
 
 from drencoder.errors import RecipeError
+from drencoder.recipe.removed import reject_removed_value
 
 __all__ = ["Checked", "coerce", "knob"]
 
@@ -65,6 +66,7 @@ def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
     """Checks a value, or every item of a list, against its declared bounds."""
     for item in value if isinstance(value, tuple) else (value,):
         if bounds["choices"] and item not in bounds["choices"]:
+            reject_removed_value(where, item)
             raise RecipeError(f"{where} = {item!r} is not known: choose one of {', '.join(bounds['choices'])}.")
         if isinstance(item, int | float) and not isinstance(item, bool):
             _check_number(where, item, bounds)

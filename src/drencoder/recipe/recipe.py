@@ -18,6 +18,7 @@ import tomli_w
 
 from drencoder.errors import RecipeError
 from drencoder.recipe.knobs import coerce
+from drencoder.recipe.removed import reject_removed_key
 from drencoder.recipe.sections import (
     Adapter,
     Compare,
@@ -133,6 +134,7 @@ class Recipe:
         parts: dict[str, Any] = {}
         for key, value in tables.items():
             if key not in known:
+                reject_removed_key(key)
                 raise RecipeError(_unknown(f"{origin}: {key!r}", key, known))
             if key not in _SECTIONS:
                 parts[key] = value
@@ -143,6 +145,7 @@ class Recipe:
             keys = {declared.name for declared in dataclasses.fields(section)}
             for inner in value:
                 if inner not in keys:
+                    reject_removed_key(f"{key}.{inner}")
                     raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, keys))
             parts[key] = section(**value)
         return cls(**parts)
@@ -288,6 +291,8 @@ def _override(tables: dict[str, Any], override: str) -> None:
     table = tables
     if sections:
         if sections[0] not in _SECTIONS:
+            reject_removed_key(key.strip())
+            reject_removed_key(sections[0])
             raise RecipeError(_unknown(f"--set {key.strip()}: {sections[0]!r}", sections[0], set(_SECTIONS)))
         table = tables.setdefault(sections[0], {})
         if not isinstance(table, dict):

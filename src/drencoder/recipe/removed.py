@@ -1,0 +1,38 @@
+"""Knobs, and values of knobs, that earlier versions had: what the error for each of them says. No torch, no TOML.
+
+The table is read only for a key or a value that is not valid any more, so an entry may stand here before its knob goes.
+"""
+
+from drencoder.errors import RecipeError
+
+__all__ = ["REMOVED", "reject_removed_key", "reject_removed_value"]
+
+_LM_EVAL = "use `drencoder evaluate --tasks ...`"
+_ROTATED = "use rotated4, rotated2 or rotated1, or float32"
+
+REMOVED: dict[str, str] = {
+    "server.decoding": "the server always decodes plainly",
+    "encoder.wire_dtype=float16": _ROTATED,
+    "encoder.wire_dtype=int8": _ROTATED,
+    "encoder.wire_dtype=int4": _ROTATED,
+    "encoder.wire_dtype=int2": _ROTATED,
+    "local.upload=state": "use increment",
+    "evaluation.template": f"{_LM_EVAL}, which asks with each benchmark's own prompt",
+    "evaluation.shots": "use `drencoder evaluate --tasks ... --shots`",
+    "evaluation.max_tokens": f"{_LM_EVAL}; the quick questions of a run are cut at data.max_tokens",
+    "evaluation.split": f"{_LM_EVAL}, which knows each benchmark's test part",
+}
+"""`section`, `section.key` or `section.key=value` -> the end of a sentence that says what to do instead."""
+
+
+def reject_removed_key(where: str) -> None:
+    """Raises `RecipeError` for a section or a `section.key` that an earlier version had; does nothing for any other."""
+    if where in REMOVED:
+        raise RecipeError(f"{where} was removed in 0.2: {REMOVED[where]}.")
+
+
+def reject_removed_value(where: str, value: object) -> None:
+    """Raises `RecipeError` for a value that `section.key` could have in an earlier version; does nothing for any other."""
+    ending = REMOVED.get(f"{where}={value}")
+    if ending is not None:
+        raise RecipeError(f"{where} = {value!r} was removed in 0.2: {ending}.")
