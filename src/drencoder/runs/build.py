@@ -230,7 +230,6 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
-    federation = recipe.federation
     trainer = CohortTrainer(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site)
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
     return Live(recipe, overview, texts, lora, trainer, engine)
