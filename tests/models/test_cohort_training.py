@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import random_examples, tiny_base
 from drencoder.data.tokenization import collate
 from drencoder.errors import ModelError
-from drencoder.models.cohort_training import adapter_after, client_update, cohort_updates, num_steps
-from drencoder.models.lora import LoraModel
+from drencoder.models.cohort_training import adapter_after, cohort_updates, num_steps
+from drencoder.models.lora import BaseModel, LoraModel
 from drencoder.recipe import recipe as config
+from peft_reference import client_update
 
 UPLOADS = ("gradient", "pseudo-gradient", "increment")
 
@@ -80,14 +82,78 @@ def test_a_path_goes_on_from_where_each_client_stands(upload: str) -> None:
         assert (second[i] - again).norm() < 5e-2 * again.norm()
 
 
-def test_a_client_does_not_see_its_neighbours() -> None:
-    lora = make_lora()
-    local = config.Local(upload="increment", batch_size=2)
-    mine, others = random_examples(5, 1), [random_examples(9, 2), random_examples(2, 3)]
-    adapter_D = moved(lora)
-    alone = cohort_updates(lora, adapter_D, [mine], local, [7])[0]
-    among = cohort_updates(lora, adapter_D, [others[0], mine, others[1]], local, [1, 7, 2])[1]
-    assert (among - alone).norm() < 2e-2 * alone.norm()
+COMPANIES = {
+    "alone": [],
+    "two": [(9, 2), (2, 3)],
+    "many": [(count, seed) for seed, count in enumerate((5, 5, 1, 9, 5, 12, 5, 5, 5), start=10)],
+    "alike": [(5, seed) for seed in range(20, 40)],
+}
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2", "llama-head", "llama-bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("upload", UPLOADS)
+def test_no_bit_of_an_update_depends_on_who_shares_the_batch(upload: str, dropout: float, base: str) -> None:
+    """Others leave, join, and have other texts and lengths; the client stands first, in the middle and last."""
+    lora = LORAS[base](dropout)
+    local = config.Local(upload=upload, batch_size=2, epochs=2, learning_rate=0.01)
+    examples, adapter_D = random_examples(5, 1), moved(lora)
+    alone = cohort_updates(lora, adapter_D, [examples], local, [7])[0]
+    assert alone.isfinite().all()
+    assert alone.any()
+    for company in COMPANIES.values():
+        others = [random_examples(count, seed) for count, seed in company]
+        seeds = [100 + seed for _, seed in company]
+        for place in (0, len(others) // 2, len(others)):
+            clients, own_seeds = [*others], [*seeds]
+            clients.insert(place, examples)
+            own_seeds.insert(place, 7)
+            assert torch.equal(cohort_updates(lora, adapter_D, clients, local, own_seeds)[place], alone)
+
+
+def gpt2(dropout: float) -> LoraModel:
+    """Fused projections in transposed layers (Conv1D)."""
+    torch.manual_seed(2)
+    shape = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    base = tiny_base()
+    model = GPT2LMHeadModel(shape).eval().requires_grad_(False)
+    wrapped = BaseModel(model, base.tokenizer, "gpt2")
+    return LoraModel(wrapped, config.Adapter(rank=3, dropout=dropout, targets=("c_attn", "c_fc")), seed=5)
+
+
+def bfloat16(dropout: float) -> LoraModel:
+    base = tiny_base()
+    base.model.to(torch.bfloat16)
+    return LoraModel(base, config.Adapter(rank=3, dropout=dropout), seed=5)
+
+
+LORAS = {
+    "llama": lambda dropout: make_lora(dropout=dropout),
+    "llama-head": lambda dropout: make_lora(dropout=dropout, targets=("q_proj", "lm_head")),
+    "llama-bfloat16": bfloat16,
+    "gpt2": gpt2,
+}
+
+
+def test_a_layer_that_gets_a_part_of_the_tokens_is_refused_by_name() -> None:
+    base = tiny_base()
+
+    class Routed(torch.nn.Module):
+        """Gives every other token to its layer, as an expert of a mixture gets those that were routed to it."""
+
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.expert = layer
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            result = torch.zeros(*states.shape[:-1], self.expert.out_features)
+            result[:, ::2] = self.expert(states[:, ::2])
+            return result
+
+    layer = base.model.model.layers[1].mlp
+    layer.up_proj = Routed(layer.up_proj)
+    with pytest.raises(ModelError, match=r"up_proj\.expert.*clients could not be told apart"):
+        LoraModel(base, config.Adapter(rank=3, targets=("expert",)), seed=5)
 
 
 def test_gradient_is_a_descent_direction() -> None:

@@ -87,13 +87,14 @@ def make_examples(
     return examples
 
 
-def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+def collate(rows: Sequence[Sequence[Example]], pad_id: int, length: int = 1) -> Batch:
     """Lays K clients' examples into one (K*R, L) batch; missing examples are rows of padding.
 
-    R is the largest number of examples of a client and L the longest example of all.
+    R is the largest number of examples of a client, and L the longest example of all but at least `length`.
     """
     width = max((len(row) for row in rows), default=0)
-    length = max((len(example.tokens) for row in rows for example in row), default=1)
+    longest = max((len(example.tokens) for row in rows for example in row), default=1)
+    length = max(length, longest)
     input_ids = torch.full((len(rows) * width, length), pad_id, dtype=torch.int64)
     predicted = torch.zeros((len(rows) * width, length), dtype=torch.bool)
     for k, row in enumerate(rows):

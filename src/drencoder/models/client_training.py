@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drencoder.data.tokenization import Example
-from drencoder.models.cohort_training import adapter_after, client_update, cohort_updates, num_steps
+from drencoder.models.cohort_training import adapter_after, cohort_updates, num_steps
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
@@ -39,7 +39,7 @@ class ClientTrainer(Protocol):
 @final
 @dataclass(frozen=True)
 class CohortTrainer:
-    """Trains `batch_clients` clients of a causal language model as one batch; 1 = one by one through PEFT's own forward.
+    """Trains up to `batch_clients` clients of a causal language model as one batch.
 
     `examples_of(client, slot)` gives the tokenised examples that one client uses in a slot; they live for one batch of
     clients. `tolerant` is for sites: a client whose training raises contributes NaN, which the clip makes zero, since what it
@@ -73,15 +73,6 @@ class CohortTrainer:
         adapter, updates = adapter_D.to(self.lora.device), []
         for epoch in range(epochs):
             seeds = [derive_seed(self.seed, "local-order", slot, client, epoch) for client in clients]
-            updates.append(self._train_epoch(adapter, records, seeds))
+            updates.append(cohort_updates(self.lora, adapter, records, self.local, seeds))
             adapter = adapter_after(self.local, adapter, updates[-1], steps_K1)
         return torch.cat(updates, dim=1)
-
-    def _train_epoch(self, adapter: Tensor, records: Sequence[list[Example]], seeds: Sequence[int]) -> Tensor:
-        """(K, D), from a shared (D,) or an own (K, D) adapter."""
-        if self.batch_clients > 1:
-            return cohort_updates(self.lora, adapter, records, self.local, seeds)
-        one_by_one = zip(adapter.expand(len(records), -1), records, seeds, strict=True)
-        return torch.stack(
-            [client_update(self.lora, own, examples, self.local, seed) for own, examples, seed in one_by_one]
-        )

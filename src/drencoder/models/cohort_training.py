@@ -1,11 +1,11 @@
-"""What a client computes: from the shared adapter and its own examples to one update vector.
+"""What clients compute together: from the shared adapter and each one's own examples to one update vector each.
 
-Legend: K clients trained together, D adapter values. Two paths give the same updates to float tolerance
-(tests/test_training.py): `cohort_updates`, all K clients in one batch, and `client_update`, one client
-through PEFT's own forward. An update is a *descent direction*: the server adds it.
+Legend: K clients trained together, D adapter values. An update is a *descent direction*: the server adds it.
 
-Nothing of one client reaches another: stacked adapters and optimiser slots are per client, the base is
-frozen and in eval mode, and the batch dimension is never mixed.
+What a client sends must be a function of the adapter, the seeds and its own records, bit for bit (docs/guarantee.md). So
+only clients whose batches have the same shape share a batch, the shape follows from a client's own examples, its dropout masks
+come from a generator of its own, and every product is its own (`LoraModel.stacked`). Adapters and optimiser slots are per
+client, and the base is frozen and in eval mode.
 """
 
 import random
@@ -13,16 +13,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from drencoder.data.tokenization import Example, collate
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["adapter_after", "client_update", "cohort_updates", "num_steps"]
+__all__ = ["adapter_after", "cohort_updates", "num_steps"]
 
 Steps = list[list[Example]]
+
+_LENGTH_STEP = 8
 
 
 def _schedule(examples: Sequence[Example], local: config.Local, seed: int) -> Steps:
@@ -44,7 +45,7 @@ def _optimizer(local: config.Local, tensors: list[Tensor]) -> torch.optim.Optimi
 
 
 def num_steps(examples: Sequence[Example], local: config.Local) -> int:
-    """Optimiser steps of one call of `client_update` (the batches of one gradient)."""
+    """Optimiser steps of one client's training (the batches of one gradient)."""
     batches = -(-len(examples) // local.batch_size)
     return batches if local.upload == "gradient" else batches * local.epochs
 
@@ -64,11 +65,11 @@ def adapter_after(local: config.Local, start: Tensor, update_KD: Tensor, steps_K
             return start + local.learning_rate * update_KD
 
 
-def _as_update(local: config.Local, start: Tensor, end: Tensor, steps: Tensor) -> Tensor:
-    """Turns the trained adapter (..., D) into what is uploaded; `steps` is (..., 1)."""
+def _as_update(local: config.Local, start_KD: Tensor, end_KD: Tensor, steps: int) -> Tensor:
+    """Turns trained adapters into what is uploaded."""
     if local.upload == "increment":
-        return end - start
-    return (end - start) / (local.learning_rate * steps)
+        return end_KD - start_KD
+    return (end_KD - start_KD) / (local.learning_rate * max(1, steps))
 
 
 def cohort_updates(
@@ -80,97 +81,71 @@ def cohort_updates(
 ) -> Tensor:
     """Updates (K, D), float32, of K clients that train at the same time, from a shared (D,) or an own (K, D) adapter.
 
-    Clients may differ in their number of examples; one that has finished stands still while the others
-    go on. `seeds` shuffles each client's examples.
+    Clients may differ in number and length of examples. `seeds` has one for each client: of its examples' order and its
+    dropout. Row i does not depend on the other clients, bit for bit.
     """
+    update_KD = torch.zeros(len(clients), lora.layout.size, device=lora.device)
     if local.upload == "zero":
-        return torch.zeros(len(clients), lora.layout.size, device=lora.device)
-    schedules = [_schedule(examples, local, seed) for examples, seed in zip(clients, seeds, strict=True)]
-    steps_K1 = torch.tensor([[len(steps)] for steps in schedules], device=lora.device)
+        return update_KD
     start_KD = adapter.to(lora.device).expand(len(clients), lora.layout.size)
+    schedules = [_schedule(examples, local, seed) for examples, seed in zip(clients, seeds, strict=True)]
+    for length, members in _same_shapes(schedules).items():
+        places = torch.tensor(members, device=lora.device)
+        trained = _train_alike(
+            lora, start_KD[places], [schedules[i] for i in members], length[-1], local, [seeds[i] for i in members]
+        )
+        update_KD[places] = trained
+    return update_KD
+
+
+def _same_shapes(schedules: Sequence[Steps]) -> dict[tuple[int, ...], list[int]]:
+    """Shape of a client's batches (examples of each step, then padded length) -> the clients that have it.
+
+    A length is rounded up to a multiple of 8, so that there are few shapes. It is a function of the client's own examples.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for client, steps in enumerate(schedules):
+        longest = max((len(example.tokens) for step in steps for example in step), default=1)
+        shape = (*map(len, steps), -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
+        groups.setdefault(shape, []).append(client)
+    return groups
+
+
+def _train_alike(
+    lora: LoraModel,
+    start_KD: Tensor,
+    schedules: Sequence[Steps],
+    length: int,
+    local: config.Local,
+    seeds: Sequence[int],
+) -> Tensor:
+    """Updates (K, D) of clients that have the same number of examples in each step; texts are padded to `length`."""
+    count = len(schedules)
     stack = {name: tensor.clone().requires_grad_() for name, tensor in lora.layout.unflatten(start_KD).items()}
-    generator = None
-    if lora.dropout and seeds:
-        generator = torch.Generator(lora.device).manual_seed(derive_seed(seeds[0], "dropout", *seeds))
-    if local.upload == "gradient":
-        totals = torch.tensor([sum(example.targets for example in row) for row in clients], device=lora.device)
-        with lora.stacked(stack, generator):
-            for rows in _by_step(schedules):
-                (_client_losses(lora, rows) / totals).sum().backward()
+    generators = [torch.Generator(lora.device).manual_seed(derive_seed(seed, "dropout")) for seed in seeds]
+    batches = [list(step) for step in zip(*schedules, strict=True)]
+    optimizer = None if local.upload == "gradient" else _optimizer(local, list(stack.values()))
+    total_K = _targets(lora, [[example for step in steps for example in step] for steps in schedules])
+    for rows in batches:
+        batch = collate(rows, lora.base.pad_id, length).to(lora.device)
+        with lora.stacked(stack, isolated=True, generators=generators):
+            loss_K = lora.client_losses(batch, count)
+        if optimizer is None:
+            (loss_K / total_K).sum().backward()
+        else:
+            optimizer.zero_grad()
+            (loss_K / _targets(lora, rows)).sum().backward()
+            optimizer.step()
+    if optimizer is None:
         return -lora.layout.flatten({name: _grad(tensor) for name, tensor in stack.items()})
-
-    optimizer = _optimizer(local, list(stack.values()))
-    for index, rows in enumerate(_by_step(schedules)):
-        counts = torch.tensor([max(1, sum(e.targets for e in row)) for row in rows], device=lora.device)
-        optimizer.zero_grad()
-        with lora.stacked(stack, generator):
-            (_client_losses(lora, rows) / counts).sum().backward()
-        active = index < steps_K1[:, 0]
-        before = [tensor.detach().clone() for tensor in stack.values()]
-        optimizer.step()
-        with torch.no_grad():  # AdamW's momentum would still move a client that has finished
-            for tensor, old in zip(stack.values(), before, strict=True):
-                tensor[~active] = old[~active]
     end_KD = lora.layout.flatten({name: tensor.detach() for name, tensor in stack.items()})
-    return _as_update(local, start_KD, end_KD, steps_K1)
+    return _as_update(local, start_KD, end_KD, len(batches))
 
 
-def _by_step(schedules: Sequence[Steps]) -> list[list[list[Example]]]:
-    """Step s of every client, side by side; clients that have finished bring an empty row."""
-    length = max((len(steps) for steps in schedules), default=0)
-    return [[steps[s] if s < len(steps) else [] for steps in schedules] for s in range(length)]
-
-
-def _client_losses(lora: LoraModel, rows: Sequence[Sequence[Example]]) -> Tensor:
-    """Summed token losses of each client, (K,)."""
-    batch = collate(rows, lora.base.pad_id).to(lora.device)
-    losses_M = lora.token_losses(batch)
-    width = batch.input_ids.shape[0] // len(rows)
-    owner_M = batch.predicted.nonzero()[:, 0] // width
-    return torch.zeros(len(rows), device=losses_M.device).index_add(0, owner_M, losses_M)
+def _targets(lora: LoraModel, rows: Sequence[Sequence[Example]]) -> Tensor:
+    """Predicted tokens of each client, (K,), at least 1."""
+    return torch.tensor([max(1, sum(example.targets for example in row)) for row in rows], device=lora.device)
 
 
 def _grad(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def client_update(
-    lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example], local: config.Local, seed: int
-) -> Tensor:
-    """Update (D,), float32, of one client through PEFT's own forward: the reference for `cohort_updates`."""
-    if local.upload == "zero":
-        return torch.zeros(lora.layout.size, device=lora.device)
-    steps = _schedule(examples, local, seed)
-    with torch.random.fork_rng(devices=[lora.device] if lora.device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(seed, "dropout"))  # PEFT's dropout knows no generator of its own
-        return _train_through_peft(lora, adapter_D, examples, steps, local)
-
-
-def _train_through_peft(
-    lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example], steps: Steps, local: config.Local
-) -> Tensor:
-    adapter_D = adapter_D.to(lora.device)
-    with lora.peft(adapter_D) as model:
-        parameters = lora.peft_parameters()
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        if local.upload == "gradient":
-            total = sum(example.targets for example in examples)
-            for batch in steps:
-                (_summed_loss(model, batch, lora) / total).backward()
-            return -lora.layout.flatten({name: _grad(parameter) for name, parameter in parameters.items()})
-        optimizer = _optimizer(local, list(parameters.values()))
-        for batch in steps:
-            optimizer.zero_grad()
-            (_summed_loss(model, batch, lora) / sum(example.targets for example in batch)).backward()
-            optimizer.step()
-        end_D = lora.layout.flatten({name: parameter.detach() for name, parameter in parameters.items()})
-    return _as_update(local, adapter_D, end_D, torch.tensor([len(steps)], device=end_D.device))
-
-
-def _summed_loss(model: torch.nn.Module, examples: Sequence[Example], lora: LoraModel) -> Tensor:
-    batch = collate([examples], lora.base.pad_id).to(lora.device)
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
-    labels = batch.input_ids.masked_fill(~batch.predicted, -100)[:, 1:]
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
