@@ -8,8 +8,9 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import random_examples, tiny_base
-from drencoder.data.tokenization import collate
+from drencoder.data.tokenization import Example, collate
 from drencoder.errors import ModelError
+from drencoder.models.client_training import CohortTrainer
 from drencoder.models.cohort_training import adapter_after, cohort_updates, num_steps
 from drencoder.models.lora import BaseModel, LoraModel
 from drencoder.recipe import recipe as config
@@ -246,3 +247,34 @@ def test_dropout_is_used_in_training_only() -> None:
     dropped = cohort_updates(lora, adapter_D, examples, config.Local(), [1])
     plain = cohort_updates(lora_without, adapter_D, examples, config.Local(), [1])
     assert not torch.allclose(dropped, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("upload", UPLOADS)
+def test_a_client_without_text_sends_a_zero_update_and_changes_nobody_elses(upload: str) -> None:
+    lora, local = make_lora(), config.Local(upload=upload, batch_size=2, learning_rate=0.01)
+    first, last = random_examples(3, 1), random_examples(5, 2)
+    both = cohort_updates(lora, moved(lora), [first, last], local, [1, 2])
+    among = cohort_updates(lora, moved(lora), [first, [], last], local, [1, 9, 2])
+    assert not among[1].any()
+    assert torch.equal(among[[0, 2]], both)
+
+
+def test_a_client_whose_training_raises_takes_nobody_with_it_and_shows_no_text(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora, secret = make_lora(), "the patient in room 12"
+
+    def examples_of(client: int, slot: int) -> list[Example]:
+        if client == 3:
+            raise ValueError(secret)
+        return random_examples(4, client)
+
+    trainer = CohortTrainer(lora, examples_of, config.Local(), 0, 8)
+    without = trainer.train_clients(moved(lora), [1, 2, 4], 1, 1)
+    among = trainer.train_clients(moved(lora), [1, 2, 3, 4], 1, 1)
+    assert among[2].isnan().all()
+    assert torch.equal(among[[0, 1, 3]], without)
+    shown = "".join(capsys.readouterr())
+    assert "ValueError" in shown
+    assert secret not in shown
+    assert "3" not in shown  # nor who is in the cohort

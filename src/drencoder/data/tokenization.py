@@ -69,20 +69,21 @@ def make_examples(
     end_id: int,
     max_tokens: int,
     *,
-    owner: str,
+    owner: str = "",
     start: Sequence[int] = (),
 ) -> list[Example]:
-    """Tokenises the rendered records of one owner.
+    """Tokenises the rendered records of one owner; records with an empty response are left out.
 
     Raises:
-      DataError: no record has a usable response.
+      DataError: no record is left, and `owner` names whose they are. Without a name that is no error: a client without
+        text sends a zero update.
     """
     made = (make_example(prompt, response, tokenize, end_id, max_tokens, start) for prompt, response in rendered)
     examples = [example for example in made if example is not None]
-    if not examples:
+    if owner and not examples:
         raise DataError(
             f"{owner} has no usable text: every record's response is empty. Give it at least one record with a "
-            "non-empty response, or leave it out of the population."
+            "non-empty response."
         )
     return examples
 

@@ -42,8 +42,9 @@ class CohortTrainer:
     """Trains up to `batch_clients` clients of a causal language model as one batch.
 
     `examples_of(client, slot)` gives the tokenised examples that one client uses in a slot; they live for one batch of
-    clients. `tolerant` is for sites: a client whose training raises contributes NaN, which the clip makes zero, since what it
-    holds must not decide whether the others' contributions arrive (docs/guarantee.md).
+    clients. A client without examples sends a zero update. A client whose training raises sends NaN, which the clip makes
+    zero and counts: what it holds must not decide whether the others' contributions arrive (docs/guarantee.md). A fault that
+    is nobody's own shows before a round is paid for, when the viability gate trains on the server's own text.
     """
 
     lora: LoraModel
@@ -51,12 +52,9 @@ class CohortTrainer:
     local: config.Local
     seed: int
     batch_clients: int
-    tolerant: bool = False
 
     def train_clients(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:
         """See `ClientTrainer`."""
-        if not self.tolerant:
-            return self._train(adapter_D, clients, slot, epochs)
         try:
             return self._train(adapter_D, clients, slot, epochs)
         except Exception as error:
@@ -64,7 +62,8 @@ class CohortTrainer:
         # Outside of the except clause, whose traceback would keep the failed batch's graph in memory.
         if len(clients) > 1:
             return torch.cat([self.train_clients(adapter_D, [client], slot, epochs) for client in clients])
-        print(f"client {clients[0]}: {failure} in training; it contributes zero", file=sys.stderr)
+        # Not its number: under central trust nobody may learn who is in a cohort.
+        print(f"a client's training failed ({failure}); it contributes zero", file=sys.stderr)
         return torch.full((1, epochs * adapter_D.numel()), torch.nan, device=self.lora.device)
 
     def _train(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:

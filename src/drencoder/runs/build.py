@@ -52,7 +52,7 @@ class Texts:
         if self.d1_share and len(records) > 1:
             first = min(len(records) - 1, max(1, round(self.d1_share * len(records))))
             records = records[:first] if slot == 0 else records[first:]
-        return self._examples(map(render, records), f"client {client}")
+        return self._examples(map(render, records))
 
     def held_out(self, count: int) -> list[Example]:
         return self._examples(map(render, self.source.held_out(count)), "the server's held-out set")
@@ -63,7 +63,7 @@ class Texts:
         examples = self._examples(self.public.draw(count * size, seed), "the public text")
         return [examples[start : start + size] for start in range(0, len(examples), size)]
 
-    def _examples(self, rendered: Iterable[tuple[str, str]], owner: str) -> list[Example]:
+    def _examples(self, rendered: Iterable[tuple[str, str]], owner: str = "") -> list[Example]:
         base = self.base
         return make_examples(rendered, base.tokenize, base.end_id, self.max_tokens, owner=owner, start=base.start_ids)
 
@@ -230,7 +230,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
-    trainer = CohortTrainer(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients, tolerant=site)
+    trainer = CohortTrainer(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
     return Live(recipe, overview, texts, lora, trainer, engine)
 
