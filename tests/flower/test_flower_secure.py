@@ -30,8 +30,8 @@ from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.verify import verify_run
-from drencoder.secure_aggregation import client as secure_node
-from drencoder.secure_aggregation.messages import Stage, pack_values
+from drencoder.secure_aggregation import client as secagg_client
+from drencoder.secure_aggregation.messages import ProtocolStep, pack_values
 from flower_grid import InProcessGrid
 
 BIG = 1 << 24
@@ -117,8 +117,8 @@ def adapter(run: experiment.RunResult) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in load_file(run.adapter / "adapter_model.safetensors").values()])
 
 
-@pytest.mark.parametrize("stage", Stage)
-def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: Stage, federation: Callable[..., Federation]) -> None:
+@pytest.mark.parametrize("stage", ProtocolStep)
+def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: ProtocolStep, federation: Callable[..., Federation]) -> None:
     """In round 1; in round 2 it is back. The sum has its clients exactly if its masked vector had come."""
     made = federation(EVERY_NODE)
     slots: list[int] = []
@@ -133,7 +133,7 @@ def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: Stage, federati
     counts = {row["slot"]: row["contributors"] for row in rows_of(run.folder) if row["kind"] == "contributors"}
     with Ledger.open(run.ledger, read_only=True) as ledger:
         cohorts = {slot: ledger.sampler().cohort(slot) for slot in (0, 1, 2)}
-    in_sum = [c for c in cohorts[1] if stage > Stage.MASK or c % NODES != 1]
+    in_sum = [c for c in cohorts[1] if stage > ProtocolStep.MASK or c % NODES != 1]
     assert counts == {0: len(cohorts[0]), 1: len(in_sum), 2: len(cohorts[2])}
     assert any(client % NODES == 1 for client in cohorts[1])
     assert verify_run(run.folder).trouble == ""
@@ -150,9 +150,9 @@ def test_idle_nodes_take_part_in_the_sum(federation: Callable[..., Federation]) 
     assert verify_run(run.folder).trouble == ""
 
 
-@pytest.mark.parametrize("stage", Stage)
+@pytest.mark.parametrize("stage", ProtocolStep)
 def test_two_lost_nodes_make_the_round_void_and_its_charge_stays(
-    stage: Stage, federation: Callable[..., Federation]
+    stage: ProtocolStep, federation: Callable[..., Federation]
 ) -> None:
     made = federation()
     made.lost = lambda number, data: number in (0, 3) and stage_of(data) >= stage
@@ -170,7 +170,7 @@ def test_a_site_that_is_started_again_in_mid_round_has_dropped_out(federation: C
     original = made.sites[2].answer
 
     def restarting(data: bytes) -> bytes:
-        if stage_of(data) == Stage.CONFIRM and made.sites[2] is not fresh:
+        if stage_of(data) == ProtocolStep.CONFIRM and made.sites[2] is not fresh:
             made.sites[2] = fresh
             return fresh.answer(data)
         return original(data)
@@ -186,9 +186,9 @@ class Killed(BaseException):
     """The server's process ends."""
 
 
-@pytest.mark.parametrize("stage", [Stage.MASK, Stage.UNMASK])
+@pytest.mark.parametrize("stage", [ProtocolStep.MASK, ProtocolStep.UNMASK])
 def test_a_server_that_is_killed_in_mid_round_skips_that_round(
-    stage: Stage, federation: Callable[..., Federation]
+    stage: ProtocolStep, federation: Callable[..., Federation]
 ) -> None:
     """Its round was charged and its answers are gone; nobody answers a second time for it, and the next round is whole."""
     made = federation()
@@ -253,7 +253,7 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         keep(total_V, modulus_bits(query, permit))
         return total_V
 
-    original = secure_node.SecureNode.__init__
+    original = secagg_client.SecAggClient.__init__
 
     def made(self: Any, settings: Any, node: int, key: Any, vector: Any) -> None:
         def kept() -> Any:
@@ -264,7 +264,7 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         original(self, settings, node, key, kept)
 
     monkeypatch.setattr(secure_round, "client_share", shared)
-    monkeypatch.setattr(secure_node.SecureNode, "__init__", made)
+    monkeypatch.setattr(secagg_client.SecAggClient, "__init__", made)
     return pieces
 
 
@@ -282,7 +282,7 @@ def test_nothing_unmasked_is_in_any_frame(federation: Callable[..., Federation],
 def test_the_search_would_find_an_unmasked_vector(
     federation: Callable[..., Federation], unmasked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secure_node, "mask", lambda total_V, key, sign: None)
+    monkeypatch.setattr(secagg_client, "apply_mask", lambda total_V, key, sign: None)
     made = federation("federation.rounds=1", EVERY_NODE)
     made.run()
     assert shown(unmasked, made.frames) >= 2 * NODES
@@ -307,7 +307,7 @@ def question(made: Federation, number: int, **head: Any) -> bytes:
     sound = Instruction(
         nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
         spec=query.spec, clients=own, encoder="", counts=counts, roster=roster.digest,
-        request=settings.request(Stage.ADVERTISE, place, b"").hex(),
+        request=settings.frame_request(ProtocolStep.ADVERTISE, place, b"").hex(),
     )  # fmt: skip
     first = adapter_bytes(live.lora.initial_D)
     return pack_frame(Frame(Kind.QUERY, made.sites[number]._recipe, {**sound.head(), **head}, first=first))
