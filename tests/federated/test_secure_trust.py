@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from conftest import tiny_overrides
-from drencoder.audit.scene import plan_under
+from drencoder.audit.setup import plan_under
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundError
 from drencoder.federated.in_process import InProcessEngine

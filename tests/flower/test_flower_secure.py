@@ -20,10 +20,10 @@ from drencoder.federated.remote.roster import Roster, named_keys
 from drencoder.federated.remote.site import Site
 from drencoder.federated.round import modulus_bits
 from drencoder.federated.secure_round import round_settings
-from drencoder.flower.client_app import answering, open_site
-from drencoder.flower.keys import make_certificates, node_public_keys
+from drencoder.flower.client_app import make_client_app, open_site
+from drencoder.flower.keys import make_certificates, read_public_keys
 from drencoder.flower.server_app import ServerOptions
-from drencoder.flower.simulation import run_simulated
+from drencoder.flower.simulation import simulate_run
 from drencoder.flower.transport import GridTransport
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.site_ledger import SiteLedger
@@ -62,7 +62,7 @@ class Federation:
         self.lost: Callable[[int, bytes], bool] = lambda number, data: False
         (folder / "recipe.toml").write_text(recipe.to_toml())
         make_certificates(folder / "certs", NODES, [])
-        self.keys = named_keys(recipe, node_public_keys(folder / "certs" / "nodes"))
+        self.keys = named_keys(recipe, read_public_keys(folder / "certs" / "nodes"))
         self.sites = [self.site(number) for number in range(NODES)]
         self.grid = InProcessGrid([self._app(number) for number in range(NODES)])
 
@@ -81,7 +81,7 @@ class Federation:
                 self.frames.append(answer)
                 return answer
 
-        app = answering(lambda context: Recorded())  # type: ignore[arg-type,return-value]
+        app = make_client_app(lambda context: Recorded())  # type: ignore[arg-type,return-value]
         return app
 
     def run(self, name: str = "run", **more: Any) -> experiment.RunResult:
@@ -405,7 +405,7 @@ def test_rosters_are_files_of_keys_in_any_order(tmp_path: Path) -> None:
     make_certificates(tmp_path / "certs", NODES, [])
     own = tmp_path / "certs" / "node2" / "roster"
     roster, recipe = Roster.read(own), secure_recipe()
-    assert roster == Roster.of(named_keys(recipe, node_public_keys(tmp_path / "certs" / "nodes")).values())
+    assert roster == Roster.of(named_keys(recipe, read_public_keys(tmp_path / "certs" / "nodes")).values())
     lines = own.read_bytes().splitlines()
     other = tmp_path / "roster"
     other.write_bytes(b"\n\n".join(reversed(lines)))
@@ -426,8 +426,8 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     recipe, path = secure_recipe(), tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
     with pytest.raises(RecipeError, match=r"federation.nodes = 4 in the recipe and --nodes has 3 keys"):
-        named_keys(recipe, node_public_keys(tmp_path / "certs" / "nodes"))
-    assert named_keys(small_recipe(), node_public_keys(tmp_path / "certs" / "nodes")) == {}
+        named_keys(recipe, read_public_keys(tmp_path / "certs" / "nodes"))
+    assert named_keys(small_recipe(), read_public_keys(tmp_path / "certs" / "nodes")) == {}
 
     def opened(**files: Path) -> Site:
         return open_site(str(path), "0/4", data=None, state=tmp_path / "state", **files)
@@ -442,7 +442,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="needs the public keys of all nodes"):
         opened(key=tmp_path / "more" / "node0" / "key")
     with pytest.raises(EngineError, match="Ray's workers do not"):
-        run_simulated(ServerOptions(recipe, tmp_path / "run"), NODES)
+        simulate_run(ServerOptions(recipe, tmp_path / "run"), NODES)
 
 
 # Processes

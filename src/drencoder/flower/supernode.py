@@ -9,6 +9,7 @@ import signal
 import time
 import types
 
+from drencoder.errors import hide_crash_messages
 from drencoder.flower.processes import die_with_parent
 from drencoder.flower.superlink import check_version
 
@@ -20,6 +21,7 @@ POLL = "DRENCODER_POLL"  # environment: seconds between two looks at most
 
 def main() -> None:
     """Starts the SuperNode."""
+    hide_crash_messages()
     die_with_parent(signal.SIGTERM)  # lets it sign off
     check_version()
     cap = float(os.environ.get(POLL, "0.5"))
