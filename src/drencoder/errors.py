@@ -24,10 +24,12 @@ or whatever Python raises, never one of these. Such an exception may quote a cli
 place are shown (`describe_crash`).
 """
 
+import contextlib
 import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 _SHOW_TRACEBACK = "DRENCODER_TRACEBACK"
@@ -130,8 +132,12 @@ def report_crash(error: BaseException) -> None:
         traceback.print_exception(error, file=sys.stderr)
 
 
-def hide_crash_messages() -> None:
-    """Makes this process report every uncaught exception, of threads too, with `report_crash`. For entry points only."""
+@contextlib.contextmanager
+def hide_crash_messages() -> Iterator[None]:
+    """Reports whatever the block, or a thread beside it, raises with `report_crash`, and ends the process with code 70.
+
+    DrencoderError is no exception: an entry point handles it inside the block. Raises SystemExit.
+    """
 
     def report_uncaught(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -142,8 +148,15 @@ def hide_crash_messages() -> None:
         if uncaught.exc_value is not None and not isinstance(uncaught.exc_value, SystemExit):
             report_crash(uncaught.exc_value)
 
-    sys.excepthook = report_uncaught
-    threading.excepthook = report_thread
+    before = sys.excepthook, threading.excepthook
+    sys.excepthook, threading.excepthook = report_uncaught, report_thread
+    try:
+        yield
+    except Exception as error:
+        report_crash(error)
+        raise SystemExit(70) from None
+    finally:
+        sys.excepthook, threading.excepthook = before
 
 
 def _place(frame: traceback.FrameSummary) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
-from drencoder.errors import ArtifactError, EngineError, RecipeError
+from drencoder.errors import EngineError, RecipeError
 
 __all__ = ["add_flower_commands"]
 
@@ -79,8 +79,7 @@ def server(
 
     keys = read_public_keys(nodes or certs / "nodes")
     patience = Patience(quorum, round_timeout, wait, len(keys))
-    folder, config = choose_run(recipe, set_, out, resume)
-    _check_resumable(resume)
+    folder, config = choose_run(recipe, set_, out, resume, needs_ledger=True)
     from drencoder.flower.deploy import ServerEndpoint, run_server
     from drencoder.flower.server_app import ServerOptions
     from drencoder.runs.display import make_console, resume_hint, show_run_folder
@@ -172,8 +171,7 @@ def simulate(
     _check_flower()
     from drencoder.federated.remote.engine import Patience
 
-    folder, config = choose_run(recipe, set_, out, resume)
-    _check_resumable(resume)
+    folder, config = choose_run(recipe, set_, out, resume, needs_ledger=True)
     from drencoder.flower.simulation import isolate_network, simulate_run
 
     isolate_network()
@@ -182,9 +180,3 @@ def simulate(
 
     result = simulate_run(ServerOptions(None if resume else config, folder, Patience(nodes=nodes)), nodes)
     show_run_folder(make_console(), result.folder)
-
-
-def _check_resumable(run: Path | None) -> None:
-    """Raises ArtifactError when a run that is to go on has no ledger."""
-    if run is not None and not (run / "ledger.jsonl").exists():
-        raise ArtifactError(f"{run} has no ledger: give the folder of a started run, or start anew without --resume.")

@@ -17,7 +17,7 @@ from rich.text import Text
 from drencoder import __version__
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
-from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages, report_crash
+from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
 from drencoder.recipe.recipe import Recipe, load_recipe, shipped_recipes
 
 __all__ = ["app", "main"]
@@ -317,29 +317,28 @@ add_flower_commands(app)
 
 def main() -> None:
     """Entry point of `drencoder` and of `python -m drencoder`."""
-    hide_crash_messages()
-    try:
+    with hide_crash_messages():
         try:
-            app()
-        finally:
-            sys.stdout.flush()  # here, where a closed or full output can still be told from a failed check
-    except DrencoderError as error:
-        from drencoder.runs.display import printable
+            try:
+                app()
+            finally:
+                sys.stdout.flush()  # here, where a closed or full output can still be told from a failed check
+        except DrencoderError as error:
+            from drencoder.runs.display import printable
 
-        print(f"drencoder: {printable(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # typer and rich make exit code 1 of it
+            print(f"drencoder: {printable(error)}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except SystemExit as stop:
+            if isinstance(stop.__context__, BrokenPipeError):  # typer and rich make exit code 1 of it
+                _stop_writing(141)
+            raise
+        except BrokenPipeError:
             _stop_writing(141)
-        raise
-    except BrokenPipeError:
-        _stop_writing(141)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+                raise
             print("drencoder: the output cannot be written, since the disk is full: make room.", file=sys.stderr)
             _stop_writing(2)
-        report_crash(error)
-        raise SystemExit(70) from None
 
 
 def _stop_writing(code: int) -> NoReturn:

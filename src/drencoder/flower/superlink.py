@@ -105,7 +105,6 @@ class Guard:
 
 def main() -> None:
     """Starts the SuperLink with the guard in front."""
-    hide_crash_messages()
     die_with_parent(signal.SIGKILL)  # it holds nothing that must be kept, and its port must be free for a restart
     check_version()
     module = importlib.import_module("flwr.superlink.cli.flower_superlink")  # the package's attribute is a function
@@ -122,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with hide_crash_messages():
+        main()

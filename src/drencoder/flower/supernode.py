@@ -21,7 +21,6 @@ POLL = "DRENCODER_POLL"  # environment: seconds between two looks at most
 
 def main() -> None:
     """Starts the SuperNode."""
-    hide_crash_messages()
     die_with_parent(signal.SIGTERM)  # lets it sign off
     check_version()
     cap = float(os.environ.get(POLL, "0.5"))
@@ -38,4 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with hide_crash_messages():
+        main()
