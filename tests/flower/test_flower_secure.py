@@ -118,7 +118,9 @@ def adapter(run: experiment.RunResult) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stage", ProtocolStep)
-def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: ProtocolStep, federation: Callable[..., Federation]) -> None:
+def test_a_node_that_is_lost_at_any_stage_is_done_without(
+    stage: ProtocolStep, federation: Callable[..., Federation]
+) -> None:
     """In round 1; in round 2 it is back. The sum has its clients exactly if its masked vector had come."""
     made = federation(EVERY_NODE)
     slots: list[int] = []

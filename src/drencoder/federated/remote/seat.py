@@ -17,7 +17,7 @@ from drencoder.federated.secure_round import secure_node
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
-from drencoder.secure_aggregation.messages import RoundSettings, ProtocolStep
+from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 
 __all__ = ["Seat"]
 
