@@ -34,7 +34,7 @@ def lie(folder: Path, number: int, port: int, seed: int) -> None:
     """A node whose answers are cut, changed, repeated or made of noise half of the time."""
     from drencoder.federated.remote.frames import Kind
     from drencoder.flower.client_app import open_site
-    from drencoder.flower.deploy import SitePlace, run_site
+    from drencoder.flower.deploy import SiteEndpoint, run_site
 
     own = folder / "certs" / f"node{number}"
     site = open_site(
@@ -58,7 +58,7 @@ def lie(folder: Path, number: int, port: int, seed: int) -> None:
         return chance.choice(lies)
 
     site.answer = answer  # type: ignore[method-assign]
-    run_site(site, SitePlace(f"127.0.0.1:{port}", own / "ca.crt", own / "key", own / "state", 0.1))
+    run_site(site, SiteEndpoint(f"127.0.0.1:{port}", own / "ca.crt", own / "key", own / "state", 0.1))
 
 
 class Weather:

@@ -4,7 +4,7 @@
 
 One client a node, threshold as the default recipe has it (a quarter of the nodes may drop out). "without" is a node that
 sends its float32 code as it is (`encoders.wire`) and a server that unpacks and adds up. "with" is the whole protocol of
-`secure/` in one process and one thread: five stages, their messages as bytes, nothing left out. Rounding and noise of a code
+`secure_aggregation/` in one process and one thread: five steps, their messages as bytes, nothing left out. Rounding and noise of a code
 have a column of their own: distributed noise costs them whatever protocol carries the sum. Printed are medians over
 repeats, of the nodes' the median node's; nothing is asserted but that the sum is the right one.
 """
@@ -26,12 +26,12 @@ from rich.table import Table
 
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
-from drencoder.secure_aggregation.client import SecureNode
+from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.discrete import discrete_gaussian
-from drencoder.secure_aggregation.messages import RoundSettings, Stage
+from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 from drencoder.secure_aggregation.quantise import Quantiser
-from drencoder.secure_aggregation.server import SecureServer, aggregate
+from drencoder.secure_aggregation.server import SecAggServer, aggregate
 
 NODES = (3, 10, 30)
 VALUES = (2_048, 131_072, 8_388_608)
@@ -55,22 +55,22 @@ def protocol(nodes: int, quantiser: Quantiser, dropped: int) -> dict[str, float]
         "benchmark", 1, 0, quantiser.values, quantiser.bits, threshold, 1, (1,) * nodes, tuple(k.public for k in keys)
     )
     # All nodes have the same vector, so that 30 of them fit into memory; the masks are their own all the same.
-    vector_V = quantiser.residue(np.random.default_rng(1).integers(-1000, 1000, quantiser.values))
-    party = [SecureNode(settings, node, keys[node], lambda: vector_V) for node in range(nodes)]
+    vector_V = quantiser.to_residues(np.random.default_rng(1).integers(-1000, 1000, quantiser.values))
+    party = [SecAggClient(settings, node, keys[node], lambda: vector_V) for node in range(nodes)]
     spent = dict.fromkeys(range(nodes), 0.0)
 
-    def exchange(stage: Stage, requests: Mapping[int, bytes]) -> dict[int, bytes]:
+    def exchange(step: ProtocolStep, requests: Mapping[int, bytes]) -> dict[int, bytes]:
         answers = {}
         for node, request in requests.items():
-            if stage >= Stage.MASK and node < dropped:
+            if step >= ProtocolStep.MASK and node < dropped:
                 continue
             started = time.perf_counter()
-            answers[node] = party[node].answer(stage, request)
+            answers[node] = party[node].answer(step, request)
             spent[node] += time.perf_counter() - started
         return answers
 
     started = time.perf_counter()
-    found = aggregate(SecureServer(settings), exchange)
+    found = aggregate(SecAggServer(settings), exchange)
     whole = time.perf_counter() - started
     modulus = np.uint32((1 << quantiser.bits) - 1)
     assert np.array_equal(found.sum_V, (vector_V * np.uint32(nodes - dropped)) & modulus)
@@ -101,7 +101,7 @@ def plainly(nodes: int, code_V: np.ndarray) -> dict[str, float]:
 
 def noising(quantiser: Quantiser, code_V: np.ndarray) -> dict[str, float]:
     started = time.perf_counter()
-    quantiser.noised(code_V, system_words)
+    quantiser.round_and_noise(code_V, system_words)
     return {"noise_seconds": time.perf_counter() - started}
 
 

@@ -26,7 +26,7 @@ def small_recipe(*overrides: str) -> Recipe:
     )  # fmt: skip
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -47,7 +47,7 @@ class Deployment:
     """Commands in `folder`, each with a log; all ended at the end."""
 
     def __init__(self, folder: Path, recipe: Recipe, nodes: int = 3) -> None:
-        self.folder, self.port, self.nodes = folder, free_port(), nodes
+        self.folder, self.port, self.nodes = folder, find_free_port(), nodes
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.toml").write_text(recipe.to_toml())

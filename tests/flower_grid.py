@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from drencoder.flower.transport import payload_of, with_payload
+from drencoder.flower.transport import read_payload, wrap_payload
 
 Tamper = Callable[[bytes], bytes]
 
@@ -53,17 +53,17 @@ class InProcessGrid(Grid):
             message.metadata.__dict__.update(_message_id=identifier, _run_id=1, _src_node_id=1)
             identifiers.append(identifier)
             arrived = message_from_proto(message_to_proto(message))
-            if index in self.mute and payload_of(arrived.content)[5] != 1:
+            if index in self.mute and read_payload(arrived.content)[5] != 1:
                 continue
-            self.seen.append((index, payload_of(arrived.content)))
+            self.seen.append((index, read_payload(arrived.content)))
             context = Context(run_id=1, node_id=index + 1, node_config={}, state=RecordDict(), run_config={})
             try:
                 if index in self.dead:
                     raise ConnectionError
                 reply = self.apps[index](message=arrived, context=context)
                 reply = message_from_proto(message_to_proto(reply))
-                if index in self.tamper and payload_of(arrived.content)[5] != 1:  # not the hello
-                    reply.content = with_payload(self.tamper[index](payload_of(reply.content)))
+                if index in self.tamper and read_payload(arrived.content)[5] != 1:  # not the hello
+                    reply.content = wrap_payload(self.tamper[index](read_payload(reply.content)))
             except ConnectionError:
                 reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=arrived)
             except Exception:

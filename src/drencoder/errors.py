@@ -20,8 +20,20 @@
         └── LostError         a killed run left nothing that could be resumed
 
 Each message names the value, the bound and the cure. A bug of ours is an `AssertionError`
-or whatever Python raises, never one of these.
+or whatever Python raises, never one of these. Such an exception may quote a client's text, so only its type and
+place are shown (`describe_crash`).
 """
+
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+_SHOW_TRACEBACK = "DRENCODER_TRACEBACK"
+_PACKAGE = Path(__file__).parent
 
 
 class DrencoderError(Exception):
@@ -90,3 +102,71 @@ class ArtifactError(DrencoderError):
 
 class LostError(ArtifactError):
     """A killed run left nothing that could be resumed."""
+
+
+def describe_crash(error: BaseException) -> str:
+    """Describes an exception that nobody foresaw by its type and place, and never by its message.
+
+    A message may quote a client's record, and so may the messages of the exceptions that caused it. File names and line
+    numbers are of source code.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [_place(frame) for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)][-1:]
+    if frames and _place(frames[-1]) not in places:
+        places.append(_place(frames[-1]))
+    where = f" at {', raised at '.join(places)}" if places else ""
+    return (
+        f"unforeseen {type(error).__name__}{where}. Its message is not shown, since it may quote private text. Please "
+        f"report this line; {_SHOW_TRACEBACK}=1 shows the whole traceback, which may hold text of records."
+    )
+
+
+def report_crash(error: BaseException) -> None:
+    """Prints `describe_crash` to stderr; the whole traceback only where the environment has DRENCODER_TRACEBACK=1."""
+    print(f"drencoder: {describe_crash(error)}", file=sys.stderr)
+    if os.environ.get(_SHOW_TRACEBACK) == "1":
+        print(
+            f"{_SHOW_TRACEBACK}=1: the lines below may hold text of records. Read them before you pass them on.",
+            file=sys.stderr,
+        )
+        traceback.print_exception(error, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def hide_crash_messages() -> Iterator[None]:
+    """Reports whatever the block, or a thread beside it, raises with `report_crash`, and ends the process with code 70.
+
+    DrencoderError is no exception: an entry point handles it inside the block. Raises SystemExit.
+    """
+
+    def report_uncaught(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            return
+        report_crash(error)
+
+    def report_thread(uncaught: threading.ExceptHookArgs) -> None:
+        if uncaught.exc_value is not None and not isinstance(uncaught.exc_value, SystemExit):
+            report_crash(uncaught.exc_value)
+
+    before = sys.excepthook, threading.excepthook
+    sys.excepthook, threading.excepthook = report_uncaught, report_thread
+    try:
+        yield
+    except Exception as error:
+        report_crash(error)
+        raise SystemExit(70) from None
+    finally:
+        sys.excepthook, threading.excepthook = before
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    """Returns file:line (function); the file below the package's or the library's folder, not the whole path."""
+    path = Path(frame.filename)
+    roots = [_PACKAGE.parent, *(parent for parent in path.parents if parent.name in ("site-packages", "dist-packages"))]
+    for root in roots:
+        if path.is_relative_to(root):
+            path = path.relative_to(root)
+            break
+    else:
+        path = Path(path.name)
+    return f"{path}:{frame.lineno} ({frame.name})"

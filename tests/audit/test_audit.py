@@ -15,20 +15,29 @@ from torch.nn import functional
 
 from conftest import tiny_base, tiny_overrides
 from drencoder.audit import membership, subjects
-from drencoder.audit.arms import Arm, opened
-from drencoder.audit.auc import auc_of, auc_within, gaussian_max_auc, gaussian_mu_of
+from drencoder.audit.arms import Arm, open_channel
+from drencoder.audit.auc import estimate_auc, estimate_clustered_auc, gaussian_max_auc, gaussian_mu_from_auc
 from drencoder.audit.findings import Auc, Audit, Finding
 from drencoder.audit.leakages import audit_leakages
-from drencoder.audit.membership import all_others_known, cohort_attack, realistic, server_attack, smallest_cohort
-from drencoder.audit.memory import recall
-from drencoder.audit.tokens import SpanAttack, found_share, present_tokens, shadow_scores
+from drencoder.audit.membership import (
+    cohort_attack,
+    score_against_mean,
+    score_knowing_others,
+    server_attack,
+    smallest_cohort,
+)
+from drencoder.audit.setup import AuditSetup, plan_under
+from drencoder.audit.tokens import SpanAttack, mark_present_tokens, score_by_shadow_clients, share_of_tokens_found
+from drencoder.audit.training_set import attack_training_set
 from drencoder.cli.audit_view import audit_tables
 from drencoder.data.tokenization import Example
+from drencoder.encoders.code_sizes import auto_ratio
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.errors import DataError, ModelError
 from drencoder.models.adapter_layout import Segment
 from drencoder.models.lora import LoraModel
+from drencoder.published.fitting import AutoencoderOptions
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import Live, build
@@ -51,16 +60,16 @@ def brute_auc(positive: Tensor, negative: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_auc_is_the_share_of_won_pairs_ties_counted_half(seed: int) -> None:
     positive, negative = (normal(17, seed=seed) + 0.5).round(decimals=0), normal(11, seed=9 + seed).round(decimals=0)
-    assert auc_of(positive, negative).value == pytest.approx(brute_auc(positive, negative), abs=1e-12)
-    mirrored = auc_of(-positive, -negative)
-    assert mirrored.value == pytest.approx(1 - auc_of(positive, negative).value, abs=1e-12)
+    assert estimate_auc(positive, negative).value == pytest.approx(brute_auc(positive, negative), abs=1e-12)
+    mirrored = estimate_auc(-positive, -negative)
+    assert mirrored.value == pytest.approx(1 - estimate_auc(positive, negative).value, abs=1e-12)
 
 
 def test_delong_is_the_variance_of_placements() -> None:
     positive, negative = normal(40, seed=1) + 1, normal(30, seed=2)
     won = (positive[:, None] > negative).double()
     deviation = math.sqrt(float(won.mean(1).var() / 40 + won.mean(0).var() / 30))
-    auc, value = auc_of(positive, negative), float(won.mean())
+    auc, value = estimate_auc(positive, negative), float(won.mean())
     half = 1.959964 * deviation / (value * (1 - value))
     assert math.log(auc.low / (1 - auc.low)) == pytest.approx(math.log(value / (1 - value)) - half, abs=1e-4)
     assert auc.floor < auc.low < auc.value < auc.high < 1
@@ -71,11 +80,11 @@ def test_intervals_cover_and_the_wrong_one_does_not() -> None:
     covered = clustered = naive = 0
     for seed in range(300):
         truth = gaussian_max_auc(1.0)
-        auc = auc_of(normal(40, seed=3 * seed) + 1, normal(40, seed=3 * seed + 1))
+        auc = estimate_auc(normal(40, seed=3 * seed) + 1, normal(40, seed=3 * seed + 1))
         covered += auc.low <= truth <= auc.high
         score = normal(24, 1, seed=3 * seed) * 2 + normal(24, 10, seed=3 * seed + 1)  # a row's scores rise together
         true = (torch.arange(24) % 2 == 0)[:, None].expand(24, 10)
-        within, flat = auc_within(score, true, seed), auc_of(score[true], score[~true])
+        within, flat = estimate_clustered_auc(score, true, seed), estimate_auc(score[true], score[~true])
         clustered += within.low <= 0.5 <= within.high
         naive += flat.low <= 0.5 <= flat.high
     assert 270 <= covered <= 297  # 285 expected, 4 sigma is 15
@@ -91,36 +100,36 @@ def test_within_compares_the_same_column_only() -> None:
         for c in range(1, 6)
     ]
     met = [int(true[:, c].sum() * (~true[:, c]).sum()) for c in range(1, 6)]
-    auc = auc_within(score, true, 0)
+    auc = estimate_clustered_auc(score, true, 0)
     assert auc.value == pytest.approx(float(sum(won)) / sum(met), abs=1e-12)
-    assert auc_within(score + 100 * torch.arange(6), true, 0) == auc  # a column's level wins nothing
+    assert estimate_clustered_auc(score + 100 * torch.arange(6), true, 0) == auc  # a column's level wins nothing
     assert auc.positives == int(true[:, 1:].sum())
-    assert auc == auc_within(score, true, 0)
+    assert auc == estimate_clustered_auc(score, true, 0)
 
 
 def test_perfect_and_blind_attacks_keep_an_interval() -> None:
     ones, zeros = torch.ones(30), torch.zeros(30)
-    perfect, blind = auc_of(ones, zeros), auc_of(ones, ones)
+    perfect, blind = estimate_auc(ones, zeros), estimate_auc(ones, ones)
     assert (perfect.value, perfect.high) == (1.0, 1.0)
     assert perfect.low == pytest.approx(0.025 ** (1 / 30))
     assert (blind.value, blind.high - 0.5) == (0.5, pytest.approx(0.5 - blind.low))
     with pytest.raises(DataError, match="at least 2"):
-        auc_of(ones[:1], zeros)
+        estimate_auc(ones[:1], zeros)
     with pytest.raises(DataError, match="not a number"):
-        auc_of(ones * math.nan, zeros)
+        estimate_auc(ones * math.nan, zeros)
     with pytest.raises(DataError, match="at least 8 rows"):
-        auc_within(torch.ones(7, 2), torch.ones(7, 2) > 0, 0)
+        estimate_clustered_auc(torch.ones(7, 2), torch.ones(7, 2) > 0, 0)
     with pytest.raises(DataError, match="nothing to tell apart"):
-        auc_within(torch.ones(8, 2), torch.ones(8, 2) > 0, 0)
+        estimate_clustered_auc(torch.ones(8, 2), torch.ones(8, 2) > 0, 0)
 
 
 @pytest.mark.parametrize("mu", [0.1, 1.0, 2.5])
 def test_the_gaussian_bound_is_the_area_and_has_an_inverse(mu: float) -> None:
-    auc = auc_of(normal(100_000, seed=6) + mu, normal(100_000, seed=7))
+    auc = estimate_auc(normal(100_000, seed=6) + mu, normal(100_000, seed=7))
     assert abs(auc.value - gaussian_max_auc(mu)) < 6 * (auc.value - auc.floor) / 3.29
-    assert gaussian_mu_of(gaussian_max_auc(mu)) == pytest.approx(mu)
-    assert gaussian_mu_of(0.4) == 0.0
-    assert gaussian_mu_of(1.0) == math.inf
+    assert gaussian_mu_from_auc(gaussian_max_auc(mu)) == pytest.approx(mu)
+    assert gaussian_mu_from_auc(0.4) == 0.0
+    assert gaussian_mu_from_auc(1.0) == math.inf
 
 
 # --- leakage 3: the bound holds, and sabotage is seen ------------------------------------------------
@@ -150,9 +159,9 @@ def test_the_strongest_adversary_of_a_sum_meets_the_bound(trust: str) -> None:
     arm = Arm("x", "x", RandomSketch.build(SEGMENTS, 64), noise_multiplier=0.8, trust=trust)  # type: ignore[arg-type]
     smallest = smallest_cohort(64, 24, 0)
     bound = gaussian_max_auc(arm.max_mu("add_remove", smallest) or math.nan)
-    auc = cohort_attack(arm, load_recipe(), long_updates(24), 64, 0, all_others_known)
+    auc = cohort_attack(arm, load_recipe(), long_updates(24), 64, 0, score_knowing_others)
     assert auc.floor < bound < auc.value + 6 * (auc.value - auc.floor) / 3.29 + 0.02  # cohorts larger than the smallest
-    weaker = cohort_attack(arm, load_recipe(), long_updates(24), 64, 0, realistic)
+    weaker = cohort_attack(arm, load_recipe(), long_updates(24), 64, 0, score_against_mean)
     assert weaker.floor < bound
 
 
@@ -165,7 +174,7 @@ def test_noise_below_the_promise_is_found(trust: str, runs: float) -> None:
     if trust == "local":
         auc = server_attack(arm, load_recipe(), long_updates(24), 32, 0)
     else:
-        auc = cohort_attack(arm, load_recipe(), long_updates(24), 128, 0, all_others_known)
+        auc = cohort_attack(arm, load_recipe(), long_updates(24), 128, 0, score_knowing_others)
     assert bound == gaussian_max_auc(1 / 0.8)
     assert Finding("release", "x", "x", "x", auc, bound, sabotaged=True).exposed
 
@@ -189,11 +198,11 @@ class Rote:
 
 def test_an_encoder_that_learnt_by_heart_is_found_and_one_that_did_not_is_not() -> None:
     member, other, third = normal(60, 8, seed=9).float().split(20)
-    found = recall(Rote(member), Rote(third), member, other)  # type: ignore[arg-type]
+    found = attack_training_set(Rote(member), Rote(third), member, other)  # type: ignore[arg-type]
     assert found.error.value == found.calibrated.value == 1.0
     assert found.member_error == pytest.approx(0.01, abs=1e-4)
     assert found.other_error == 1.0
-    blind = recall(Rote(third), Rote(third), member, other)  # type: ignore[arg-type]
+    blind = attack_training_set(Rote(third), Rote(third), member, other)  # type: ignore[arg-type]
     assert blind.error.value == blind.calibrated.value == 0.5
 
 
@@ -220,8 +229,8 @@ def live() -> Iterator[Live]:
 def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Live) -> None:
     scene = subjects.gather_subjects(live, 24, 0)
     span, segments = SpanAttack.of(live.lora), live.lora.layout.segments
-    present = present_tokens(scene.target_texts, len(span.input_VH))
-    shadows = present_tokens(scene.shadow_texts, len(span.input_VH))
+    present = mark_present_tokens(scene.target_texts, len(span.input_VH))
+    shadows = mark_present_tokens(scene.shadow_texts, len(span.input_VH))
     measured: dict[str, tuple[Auc, float, Auc]] = {}
     for arm in (
         Arm("raw", "x", IdentityEncoder(segments)),
@@ -229,11 +238,11 @@ def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Live
         Arm("noised", "x", RandomSketch.build(segments, 512), noise_multiplier=2.0),
     ):
         query = arm.query(live.recipe, 1)
-        with opened(arm.plan(24, 1), 0) as wire:
-            message = wire.messages(query, scene.target_ND)
+        with open_channel(arm.plan(24, 1), 0) as channel:
+            message = channel.messages(query, scene.target_ND)
         scores = span.scores(query.decode(message))
-        shadow = auc_within(shadow_scores(query, message, scene.shadow_MD, shadows), present, 0)
-        measured[arm.name] = auc_within(scores, present, 0), found_share(scores, present), shadow
+        shadow = estimate_clustered_auc(score_by_shadow_clients(query, message, scene.shadow_MD, shadows), present, 0)
+        measured[arm.name] = estimate_clustered_auc(scores, present, 0), share_of_tokens_found(scores, present), shadow
     assert measured["raw"][0].low > 0.9
     assert measured["raw"][1] > 0.8
     assert measured["bare"][2].low > 0.65  # encoding alone hides little
@@ -254,7 +263,7 @@ def test_an_audit_is_whole_and_the_same_for_the_same_seed(monkeypatch: pytest.Mo
     assert {finding.leakage for finding in first.findings} == {"tokens", "training set", "release"}
     assert len(said) == 5
     assert not first.broken
-    assert first.example["wanted"] > first.example["right"] >= 0
+    assert first.example["num_tokens"] > first.example["right"] >= 0
     tables = audit_tables(first)
     console = Console(width=200, record=True, file=io.StringIO())
     for table in tables:
@@ -264,13 +273,37 @@ def test_an_audit_is_whole_and_the_same_for_the_same_seed(monkeypatch: pytest.Mo
     assert all(finding.arm in text for finding in first.findings)
 
 
+@pytest.mark.parametrize("encoder", ["hybrid", "random"])
+def test_a_recipe_whose_plan_chooses_the_code_size_is_audited(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`encoder.ratio = 0` is the default: the plan chooses. An own recipe with nothing but that ended in a division by 0."""
+    monkeypatch.setattr(subjects, "_SHADOWS", 64)
+    small = ["adapter.rank=2", "adapter.targets=['q_proj', 'v_proj']", f"encoder.name={encoder}", "encoder.ratio=0"]
+    components = build(load_recipe(None, [*QUICK, *small]))
+    assert components.recipe.encoder.ratio == 0
+    setup = AuditSetup(
+        components=components,
+        subjects=subjects.gather_subjects(components, 8, 0),
+        seed=0,
+        trials=8,
+        options=AutoencoderOptions(steps=2, architecture="cnn1d"),
+        local=plan_under(components, "local"),
+        central=plan_under(components, "central"),
+    )
+    prior = setup.fit_prior(setup.subjects.collected_ND, setup.segments, setup.stage1_sigma)
+    size = setup.segments[-1].stop
+    ratio = auto_ratio(size, setup.local.k_star(), components.recipe.wire_dtype)
+    assert setup.build_sketch(prior).code_size == round(size / ratio)
+    arm = setup.make_arms()[-1]
+    assert server_attack(arm, components.recipe, setup.subjects.target_ND, 8, 0).floor < 1
+
+
 def test_findings_sort_themselves() -> None:
-    sure = auc_of(torch.ones(500), torch.zeros(500))
+    sure = estimate_auc(torch.ones(500), torch.zeros(500))
     honest, broken = Finding("release", "a", "s", "t", sure), Finding("release", "b", "s", "t", sure, 0.8)
     noticed, missed = (dataclasses.replace(broken, sabotaged=True, max_auc=bound) for bound in (0.8, 1.0))
     audit = Audit((honest, broken, noticed, missed), {}, {})
     assert audit.broken == (broken,)
-    assert audit.toothless == (missed,)
+    assert audit.unnoticed == (missed,)
 
 
 # --- bad input ---------------------------------------------------------------------------------------
@@ -300,8 +333,8 @@ def test_a_model_whose_first_input_is_not_its_token_is_refused() -> None:
 
 def test_tokens_before_the_last_place_count() -> None:
     texts = [Example((5, 6, 7), 2), Example((5, 8, 8, 1), 2)]
-    present = present_tokens(texts, 10)
+    present = mark_present_tokens(texts, 10)
     assert [row.nonzero()[:, 0].tolist() for row in present] == [[5, 6], [5, 8]]
     score = torch.zeros(2, 10)
     score[0, 6] = score[1, 3] = 1.0
-    assert found_share(score, present) == 0.5  # token 5 is in both and counts for neither
+    assert share_of_tokens_found(score, present) == 0.5  # token 5 is in both and counts for neither

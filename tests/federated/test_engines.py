@@ -14,8 +14,8 @@ from deployment import deployed, small_recipe
 from drencoder.federated.remote.engine import Patience, engine_maker
 from drencoder.federated.remote.roster import named_keys
 from drencoder.federated.remote.site import Site
-from drencoder.flower.client_app import answering, open_site
-from drencoder.flower.keys import make_certificates, node_public_keys
+from drencoder.flower.client_app import make_client_app, open_site
+from drencoder.flower.keys import make_certificates, read_public_keys
 from drencoder.flower.transport import GridTransport
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
@@ -46,10 +46,10 @@ def in_process(recipe: Recipe, folder: Path) -> experiment.RunResult:
     (folder / "recipe.toml").write_text(recipe.to_toml())
 
     def app_of(site: Site):  # type: ignore[no-untyped-def]
-        return answering(lambda _: site)
+        return make_client_app(lambda _: site)
 
     make_certificates(folder / "certs", 3, [])
-    keys = named_keys(recipe, node_public_keys(folder / "certs" / "nodes"))
+    keys = named_keys(recipe, read_public_keys(folder / "certs" / "nodes"))
     sites = [
         open_site(
             str(folder / "recipe.toml"), f"{i}/3", data=None, state=folder / f"{i}", key=folder / f"certs/node{i}/key"

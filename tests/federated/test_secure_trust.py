@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from conftest import tiny_overrides
-from drencoder.audit.scene import plan_under
+from drencoder.audit.setup import plan_under
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundError
 from drencoder.federated.in_process import InProcessEngine
@@ -39,7 +39,7 @@ from drencoder.runs.build import EngineMaker, Live, build
 from drencoder.runs.plan_overview import survey
 from drencoder.runs.verify import verify_run
 from drencoder.secure_aggregation.crypto import NodeKey
-from drencoder.secure_aggregation.messages import Stage
+from drencoder.secure_aggregation.messages import ProtocolStep
 
 ROOT = Path(__file__).parents[2]
 PLAN: dict[str, Any] = {
@@ -231,7 +231,7 @@ def test_a_lost_node_takes_its_clients_and_their_noise_with_it(ledger_fn):
     ledger, query = ledger_fn(), query_of()
     permit = ledger.charge(1)
     cohort = list(permit.cohort)
-    outcome = aggregate_rows(query, permit, cohort, torch.zeros(len(cohort), 64), drop=(Stage.MASK, 1))
+    outcome = aggregate_rows(query, permit, cohort, torch.zeros(len(cohort), 64), drop=(ProtocolStep.MASK, 1))
     stayed = sum(client % 4 != 1 for client in cohort)
     assert outcome.release.contributors == stayed < len(cohort)
     shares = quantiser_for(permit, 64, 0.5).share_std * math.sqrt(stayed)
@@ -411,7 +411,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_run_survives_drop_outs(tiny_folder: Path, tmp_path: Path, losing: Any) -> None:
-    losing(lambda slot, stage, node: slot in (2, 3) and stage >= Stage.MASK and node == slot - 2)
+    losing(lambda slot, stage, node: slot in (2, 3) and stage >= ProtocolStep.MASK and node == slot - 2)
     result = experiment.run(recipe_of(tiny_folder, "seed=1"), tmp_path / "run")
     assert [row["round"] for row in result.metrics] == [0, 1, 2, 3, 4]
     records = lines_of(tmp_path / "run")
@@ -424,7 +424,7 @@ def test_a_run_survives_drop_outs(tiny_folder: Path, tmp_path: Path, losing: Any
 
 
 def test_a_void_round_keeps_its_charge_and_changes_nothing(tiny_folder: Path, tmp_path: Path, losing: Any) -> None:
-    losing(lambda slot, stage, node: slot in (0, 3) and stage == Stage.UNMASK and node < 2)
+    losing(lambda slot, stage, node: slot in (0, 3) and stage == ProtocolStep.UNMASK and node < 2)
     heard: list[str] = []
 
     class Ear:

@@ -26,10 +26,10 @@ from drencoder.cli import main as cli
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.engine import Patience
-from drencoder.flower.keys import make_certificates, node_public_keys
+from drencoder.flower.keys import make_certificates, read_public_keys
 from drencoder.flower.server_app import ServerOptions
 from drencoder.flower.superlink import Guard
-from drencoder.flower.tasks import app_bundle, app_digest
+from drencoder.flower.tasks import build_app_bundle, digest_app
 from drencoder.runs import run as experiment
 from drencoder.runs.verify import verify_run
 
@@ -166,13 +166,13 @@ def test_certs_are_private_complete_and_for_the_named_hosts(tmp_path: Path) -> N
     )
     assert names.value.get_values_for_type(x509.DNSName) == ["drencoder.example.org", "localhost"]
     assert "192.0.2.5" in map(str, names.value.get_values_for_type(x509.IPAddress))
-    assert list(node_public_keys(folder / "nodes")) == ["node0", "node1"]
+    assert list(read_public_keys(folder / "nodes")) == ["node0", "node1"]
     assert (folder / "node1" / "clients").read_text() == "1/2\n"
     with pytest.raises(ArtifactError, match="already there"):
         make_certificates(folder, 2, [])
     (folder / "nodes" / "twin.pub").write_bytes((folder / "nodes" / "node0.pub").read_bytes())
     with pytest.raises(ArtifactError, match="another node"):
-        node_public_keys(folder / "nodes")
+        read_public_keys(folder / "nodes")
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_the_packaged_app_points_at_installed_code_and_is_the_same_each_time() -> None:
-    bundle = app_bundle()
-    assert app_digest(bundle) == app_digest(app_bundle())
+    bundle = build_app_bundle()
+    assert digest_app(bundle) == digest_app(build_app_bundle())
     with zipfile.ZipFile(io.BytesIO(bundle)) as files:
         assert not [name for name in files.namelist() if name.endswith(".py")]  # no code travels
         project = tomllib.loads(files.read("pyproject.toml").decode())
@@ -270,10 +270,10 @@ def test_the_packaged_app_points_at_installed_code_and_is_the_same_each_time() -
     for reference, kind in ((app["components"]["serverapp"], ServerApp), (app["components"]["clientapp"], ClientApp)):
         module, name = reference.split(":")
         assert isinstance(getattr(importlib.import_module(module), name), kind)
-    options = ServerOptions.of({**app["config"], "out": "runs/x"})
+    options = ServerOptions.from_run_config({**app["config"], "out": "runs/x"})
     assert (options.out, options.patience) == (Path("runs/x"), Patience())
     with pytest.raises(RecipeError, match="one of them"):
-        ServerOptions.of(app["config"])
+        ServerOptions.from_run_config(app["config"])
 
 
 def test_a_run_with_another_app_is_refused_by_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +299,7 @@ def test_a_run_with_another_app_is_refused_by_a_number(monkeypatch: pytest.Monke
 
         def PushTaskOutput(self, request: object) -> None: ...
 
-    monkeypatch.setattr(tasks.TaskOffice, "_client", lambda self, *_: Client())
+    monkeypatch.setattr(tasks.TaskClient, "_client", lambda self, *_: Client())
     monkeypatch.setattr(tasks, "HeartbeatSender", lambda _: SimpleNamespace(start=lambda: None, stop=lambda: None))
     monkeypatch.setattr(tasks, "make_task_heartbeat_fn_http", lambda _: None)
     monkeypatch.setattr(tasks, "push_message", lambda client, reply, context: pushed.append(reply))
@@ -310,11 +310,11 @@ def test_a_run_with_another_app_is_refused_by_a_number(monkeypatch: pytest.Monke
         asked.append(message)
         raise ValueError("the patient in room 12")
 
-    office = tasks.TaskOffice("127.0.0.1:1", b"secret")
-    for content, code in ((b"another app", 1013), (app_bundle(), 2)):
+    office = tasks.TaskClient("127.0.0.1:1", b"secret")
+    for content, code in ((b"another app", 1013), (build_app_bundle(), 2)):
         given = (message, context, None, SimpleNamespace(content=content))
         monkeypatch.setattr(tasks, "pull_task_input", lambda client, given=given: given)
-        office.client_task("token", made, frozenset({app_digest(app_bundle())}))
+        office.answer_client_task("token", made, frozenset({digest_app(build_app_bundle())}))
         assert pushed[-1].error.code == code
         assert pushed[-1].error.reason == ""
     assert len(asked) == 1

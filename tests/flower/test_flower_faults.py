@@ -18,7 +18,7 @@ from drencoder.federated.remote.engine import Patience, engine_maker
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, Refusal
 from drencoder.federated.remote.site import Site
-from drencoder.flower.client_app import answering, open_site
+from drencoder.flower.client_app import make_client_app, open_site
 from drencoder.flower.transport import GridTransport
 from drencoder.models.client_training import CohortTrainer
 from drencoder.privacy.site_ledger import SiteLedger
@@ -57,7 +57,7 @@ class Federation:
         self.sites = [self.site(number) for number in range(3)]
 
         def app_of(number: int):  # type: ignore[no-untyped-def]
-            return answering(lambda _: self.sites[number])
+            return make_client_app(lambda _: self.sites[number])
 
         self.grid = InProcessGrid([app_of(number) for number in range(3)])
 

@@ -20,18 +20,18 @@ from drencoder.federated.remote.roster import Roster, named_keys
 from drencoder.federated.remote.site import Site
 from drencoder.federated.round import modulus_bits
 from drencoder.federated.secure_round import round_settings
-from drencoder.flower.client_app import answering, open_site
-from drencoder.flower.keys import make_certificates, node_public_keys
+from drencoder.flower.client_app import make_client_app, open_site
+from drencoder.flower.keys import make_certificates, read_public_keys
 from drencoder.flower.server_app import ServerOptions
-from drencoder.flower.simulation import run_simulated
+from drencoder.flower.simulation import simulate_run
 from drencoder.flower.transport import GridTransport
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.verify import verify_run
-from drencoder.secure_aggregation import client as secure_node
-from drencoder.secure_aggregation.messages import Stage, pack_values
+from drencoder.secure_aggregation import client as secagg_client
+from drencoder.secure_aggregation.messages import ProtocolStep, pack_values
 from flower_grid import InProcessGrid
 
 BIG = 1 << 24
@@ -62,7 +62,7 @@ class Federation:
         self.lost: Callable[[int, bytes], bool] = lambda number, data: False
         (folder / "recipe.toml").write_text(recipe.to_toml())
         make_certificates(folder / "certs", NODES, [])
-        self.keys = named_keys(recipe, node_public_keys(folder / "certs" / "nodes"))
+        self.keys = named_keys(recipe, read_public_keys(folder / "certs" / "nodes"))
         self.sites = [self.site(number) for number in range(NODES)]
         self.grid = InProcessGrid([self._app(number) for number in range(NODES)])
 
@@ -81,7 +81,7 @@ class Federation:
                 self.frames.append(answer)
                 return answer
 
-        app = answering(lambda context: Recorded())  # type: ignore[arg-type,return-value]
+        app = make_client_app(lambda context: Recorded())  # type: ignore[arg-type,return-value]
         return app
 
     def run(self, name: str = "run", **more: Any) -> experiment.RunResult:
@@ -117,8 +117,10 @@ def adapter(run: experiment.RunResult) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in load_file(run.adapter / "adapter_model.safetensors").values()])
 
 
-@pytest.mark.parametrize("stage", Stage)
-def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: Stage, federation: Callable[..., Federation]) -> None:
+@pytest.mark.parametrize("stage", ProtocolStep)
+def test_a_node_that_is_lost_at_any_stage_is_done_without(
+    stage: ProtocolStep, federation: Callable[..., Federation]
+) -> None:
     """In round 1; in round 2 it is back. The sum has its clients exactly if its masked vector had come."""
     made = federation(EVERY_NODE)
     slots: list[int] = []
@@ -133,7 +135,7 @@ def test_a_node_that_is_lost_at_any_stage_is_done_without(stage: Stage, federati
     counts = {row["slot"]: row["contributors"] for row in rows_of(run.folder) if row["kind"] == "contributors"}
     with Ledger.open(run.ledger, read_only=True) as ledger:
         cohorts = {slot: ledger.sampler().cohort(slot) for slot in (0, 1, 2)}
-    in_sum = [c for c in cohorts[1] if stage > Stage.MASK or c % NODES != 1]
+    in_sum = [c for c in cohorts[1] if stage > ProtocolStep.MASK or c % NODES != 1]
     assert counts == {0: len(cohorts[0]), 1: len(in_sum), 2: len(cohorts[2])}
     assert any(client % NODES == 1 for client in cohorts[1])
     assert verify_run(run.folder).trouble == ""
@@ -150,9 +152,9 @@ def test_idle_nodes_take_part_in_the_sum(federation: Callable[..., Federation]) 
     assert verify_run(run.folder).trouble == ""
 
 
-@pytest.mark.parametrize("stage", Stage)
+@pytest.mark.parametrize("stage", ProtocolStep)
 def test_two_lost_nodes_make_the_round_void_and_its_charge_stays(
-    stage: Stage, federation: Callable[..., Federation]
+    stage: ProtocolStep, federation: Callable[..., Federation]
 ) -> None:
     made = federation()
     made.lost = lambda number, data: number in (0, 3) and stage_of(data) >= stage
@@ -170,7 +172,7 @@ def test_a_site_that_is_started_again_in_mid_round_has_dropped_out(federation: C
     original = made.sites[2].answer
 
     def restarting(data: bytes) -> bytes:
-        if stage_of(data) == Stage.CONFIRM and made.sites[2] is not fresh:
+        if stage_of(data) == ProtocolStep.CONFIRM and made.sites[2] is not fresh:
             made.sites[2] = fresh
             return fresh.answer(data)
         return original(data)
@@ -186,9 +188,9 @@ class Killed(BaseException):
     """The server's process ends."""
 
 
-@pytest.mark.parametrize("stage", [Stage.MASK, Stage.UNMASK])
+@pytest.mark.parametrize("stage", [ProtocolStep.MASK, ProtocolStep.UNMASK])
 def test_a_server_that_is_killed_in_mid_round_skips_that_round(
-    stage: Stage, federation: Callable[..., Federation]
+    stage: ProtocolStep, federation: Callable[..., Federation]
 ) -> None:
     """Its round was charged and its answers are gone; nobody answers a second time for it, and the next round is whole."""
     made = federation()
@@ -253,7 +255,7 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         keep(total_V, modulus_bits(query, permit))
         return total_V
 
-    original = secure_node.SecureNode.__init__
+    original = secagg_client.SecAggClient.__init__
 
     def made(self: Any, settings: Any, node: int, key: Any, vector: Any) -> None:
         def kept() -> Any:
@@ -264,7 +266,7 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         original(self, settings, node, key, kept)
 
     monkeypatch.setattr(secure_round, "client_share", shared)
-    monkeypatch.setattr(secure_node.SecureNode, "__init__", made)
+    monkeypatch.setattr(secagg_client.SecAggClient, "__init__", made)
     return pieces
 
 
@@ -282,7 +284,7 @@ def test_nothing_unmasked_is_in_any_frame(federation: Callable[..., Federation],
 def test_the_search_would_find_an_unmasked_vector(
     federation: Callable[..., Federation], unmasked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secure_node, "mask", lambda total_V, key, sign: None)
+    monkeypatch.setattr(secagg_client, "apply_mask", lambda total_V, key, sign: None)
     made = federation("federation.rounds=1", EVERY_NODE)
     made.run()
     assert shown(unmasked, made.frames) >= 2 * NODES
@@ -307,7 +309,7 @@ def question(made: Federation, number: int, **head: Any) -> bytes:
     sound = Instruction(
         nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
         spec=query.spec, clients=own, encoder="", counts=counts, roster=roster.digest,
-        request=settings.request(Stage.ADVERTISE, place, b"").hex(),
+        request=settings.frame_request(ProtocolStep.ADVERTISE, place, b"").hex(),
     )  # fmt: skip
     first = adapter_bytes(live.lora.initial_D)
     return pack_frame(Frame(Kind.QUERY, made.sites[number]._recipe, {**sound.head(), **head}, first=first))
@@ -405,7 +407,7 @@ def test_rosters_are_files_of_keys_in_any_order(tmp_path: Path) -> None:
     make_certificates(tmp_path / "certs", NODES, [])
     own = tmp_path / "certs" / "node2" / "roster"
     roster, recipe = Roster.read(own), secure_recipe()
-    assert roster == Roster.of(named_keys(recipe, node_public_keys(tmp_path / "certs" / "nodes")).values())
+    assert roster == Roster.of(named_keys(recipe, read_public_keys(tmp_path / "certs" / "nodes")).values())
     lines = own.read_bytes().splitlines()
     other = tmp_path / "roster"
     other.write_bytes(b"\n\n".join(reversed(lines)))
@@ -426,8 +428,8 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     recipe, path = secure_recipe(), tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
     with pytest.raises(RecipeError, match=r"federation.nodes = 4 in the recipe and --nodes has 3 keys"):
-        named_keys(recipe, node_public_keys(tmp_path / "certs" / "nodes"))
-    assert named_keys(small_recipe(), node_public_keys(tmp_path / "certs" / "nodes")) == {}
+        named_keys(recipe, read_public_keys(tmp_path / "certs" / "nodes"))
+    assert named_keys(small_recipe(), read_public_keys(tmp_path / "certs" / "nodes")) == {}
 
     def opened(**files: Path) -> Site:
         return open_site(str(path), "0/4", data=None, state=tmp_path / "state", **files)
@@ -442,7 +444,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="needs the public keys of all nodes"):
         opened(key=tmp_path / "more" / "node0" / "key")
     with pytest.raises(EngineError, match="Ray's workers do not"):
-        run_simulated(ServerOptions(recipe, tmp_path / "run"), NODES)
+        simulate_run(ServerOptions(recipe, tmp_path / "run"), NODES)
 
 
 # Processes

@@ -15,19 +15,19 @@ from scipy import stats
 
 from drencoder.errors import SecureError, VoidRoundError
 from drencoder.secure_aggregation import crypto, shamir
-from drencoder.secure_aggregation.client import SecureNode, survivors_text
-from drencoder.secure_aggregation.crypto import Agreement, NodeKey, public_key_bytes, verified
+from drencoder.secure_aggregation.client import SecAggClient, digest_survivors
+from drencoder.secure_aggregation.crypto import KeyAgreement, NodeKey, is_signed, public_key_bytes
 from drencoder.secure_aggregation.messages import (
     KEYS_BYTES,
     SEALED_BYTES,
+    ProtocolStep,
     RoundSettings,
-    Stage,
+    pack_rows,
     pack_values,
-    rows_body,
     unpack_rows,
     unpack_values,
 )
-from drencoder.secure_aggregation.server import SecureServer, aggregate
+from drencoder.secure_aggregation.server import SecAggServer, aggregate
 
 HEADER = 44
 KEYS = [NodeKey.generate() for _ in range(7)]
@@ -50,35 +50,35 @@ class Party:
         self.settings = settings
         self.vectors = chance.integers(0, 2**settings.bits, size, dtype=np.uint32) if vectors is None else vectors
         self.nodes = [
-            SecureNode(settings, node, KEYS[node], lambda node=node: self.vectors[node]) for node in settings.nodes
+            SecAggClient(settings, node, KEYS[node], lambda node=node: self.vectors[node]) for node in settings.nodes
         ]
-        self.dropped: dict[int, Stage] = {}  # node -> first stage that it does not answer
-        self.sent: dict[tuple[Stage, int], bytes] = {}
-        self.tap = lambda stage, node, data: data
+        self.dropped: dict[int, ProtocolStep] = {}  # node -> first step that it does not answer
+        self.sent: dict[tuple[ProtocolStep, int], bytes] = {}
+        self.tap = lambda step, node, data: data
 
-    def exchange(self, stage, requests):
+    def exchange(self, step, requests):
         answers = {}
         for node, request in requests.items():
-            if stage >= self.dropped.get(node, Stage.UNMASK + 1):
+            if step >= self.dropped.get(node, ProtocolStep.UNMASK + 1):
                 continue
-            answers[node] = self.tap(stage, node, self.nodes[node].answer(stage, request))
-            self.sent[stage, node] = answers[node]
+            answers[node] = self.tap(step, node, self.nodes[node].answer(step, request))
+            self.sent[step, node] = answers[node]
         return answers
 
     def run(self):
-        return aggregate(SecureServer(self.settings), self.exchange)
+        return aggregate(SecAggServer(self.settings), self.exchange)
 
     def plain(self, nodes):
         total = sum(self.vectors[node].astype(object) for node in nodes)
         return np.array(total % 2**self.settings.bits, dtype=np.uint32)
 
 
-def until(party, stage):
-    """Runs a party up to `stage` and gives the server and that stage's requests."""
-    server = SecureServer(party.settings)
-    for earlier in Stage:
-        requests = server.requests(earlier)
-        if earlier == stage:
+def until(party, step):
+    """Runs a party up to `step` and gives the server and that step's requests."""
+    server = SecAggServer(party.settings)
+    for earlier in ProtocolStep:
+        requests = server.make_requests(earlier)
+        if earlier == step:
             return server, requests
         server.accept(earlier, party.exchange(earlier, requests))
     raise AssertionError
@@ -97,38 +97,38 @@ def test_the_sum_is_the_plain_modular_sum(nodes, threshold, bits):
     assert found.rejected == 0
 
 
-@pytest.mark.parametrize("dropped", [d for count in (1, 2) for d in itertools.product(Stage, repeat=count)])
-def test_drop_outs_at_every_stage_are_recovered_from(dropped):
+@pytest.mark.parametrize("dropped", [d for count in (1, 2) for d in itertools.product(ProtocolStep, repeat=count)])
+def test_drop_outs_at_every_step_are_recovered_from(dropped):
     party = Party(round_of(5, 3))
-    party.dropped = {3 - node: stage for node, stage in enumerate(dropped)}
+    party.dropped = {3 - node: step for node, step in enumerate(dropped)}
     found = party.run()
     # A vector is in the sum if it was sent, whoever vanishes afterwards.
-    there = tuple(node for node in range(5) if party.dropped.get(node, Stage.UNMASK) > Stage.MASK)
+    there = tuple(node for node in range(5) if party.dropped.get(node, ProtocolStep.UNMASK) > ProtocolStep.MASK)
     assert found.nodes == there
     assert np.array_equal(found.sum_V, party.plain(there))
 
 
-@pytest.mark.parametrize("stage", list(Stage))
-def test_too_many_drop_outs_void_the_round(stage):
+@pytest.mark.parametrize("step", list(ProtocolStep))
+def test_too_many_drop_outs_void_the_round(step):
     party = Party(round_of(5, 3))
-    party.dropped = dict.fromkeys((0, 2, 4), stage)
-    with pytest.raises(VoidRoundError, match=f"2 of 5 nodes answered {stage.name}"):
+    party.dropped = dict.fromkeys((0, 2, 4), step)
+    with pytest.raises(VoidRoundError, match=f"2 of 5 nodes answered {step.name}"):
         party.run()
 
 
 def test_too_few_clients_void_the_round_on_both_sides():
     party = Party(round_of(3, 2, clients=(1, 8, 1), least=9))
-    party.dropped = {1: Stage.MASK}
+    party.dropped = {1: ProtocolStep.MASK}
     with pytest.raises(VoidRoundError, match="2 clients"):
         party.run()
     # A server that goes on all the same meets nodes that do not.
     settings = party.settings
     party = Party(settings)
-    _, requests = until(party, Stage.CONFIRM)
-    few = settings.request(Stage.CONFIRM, 0, rows_body({0: b"", 2: b""}))
+    _, requests = until(party, ProtocolStep.CONFIRM)
+    few = settings.frame_request(ProtocolStep.CONFIRM, 0, pack_rows({0: b"", 2: b""}))
     with pytest.raises(VoidRoundError, match="2 clients"):
-        party.nodes[0].answer(Stage.CONFIRM, few)
-    assert party.nodes[1].answer(Stage.CONFIRM, requests[1])  # all ten are enough
+        party.nodes[0].answer(ProtocolStep.CONFIRM, few)
+    assert party.nodes[1].answer(ProtocolStep.CONFIRM, requests[1])  # all ten are enough
 
 
 # What the server sees
@@ -140,7 +140,7 @@ def test_masked_vectors_look_uniform_and_contain_no_plain_vector():
     found = party.run()
     assert np.array_equal(found.sum_V, np.full(20_000, 21))
     plain = pack_values(party.vectors[0], 16)
-    masked = [unpack_values(party.sent[Stage.MASK, node][HEADER:], 20_000, 16) for node in range(3)]
+    masked = [unpack_values(party.sent[ProtocolStep.MASK, node][HEADER:], 20_000, 16) for node in range(3)]
     for vector in masked:
         assert stats.chisquare(np.bincount(vector >> 8, minlength=256)).pvalue > 1e-5
         assert stats.chisquare(np.bincount(vector & 255, minlength=256)).pvalue > 1e-5
@@ -164,17 +164,17 @@ def test_two_rounds_never_share_masks():
     for facts in (round_of(3, 2), round_of(3, 2), round_of(3, 2, attempt=1), round_of(3, 2, slot=2)):
         party = Party(facts, vectors=vectors)
         party.run()
-        seen |= {party.sent[Stage.MASK, node][HEADER:] for node in range(3)}
+        seen |= {party.sent[ProtocolStep.MASK, node][HEADER:] for node in range(3)}
     assert len(seen) == 12
     # Even with the same keys another round, slot or attempt has other masks.
-    mine, peer = Agreement(), Agreement()
+    mine, peer = KeyAgreement(), KeyAgreement()
     contexts = {round_of(3, 2, slot=slot, attempt=attempt).context for slot in (1, 2) for attempt in (0, 1)}
-    assert len({mine.secret(peer.public, context, b"mask 0 1") for context in contexts}) == 4
+    assert len({mine.derive_secret(peer.public, context, b"mask 0 1") for context in contexts}) == 4
 
 
 def test_no_message_holds_a_secret():
     party = Party(round_of(4, 3))
-    secrets = [node._seed for node in party.nodes] + [node._masking.private() for node in party.nodes]
+    secrets = [node._seed for node in party.nodes] + [node._masking.private_bytes() for node in party.nodes]
     party.run()
     traffic = b"".join(party.sent.values())
     assert all(secret not in traffic for secret in secrets)
@@ -184,27 +184,27 @@ def test_no_message_holds_a_secret():
 # What a server or a peer may try
 
 
-def refused(party, node, stage, request, match):
+def refused(party, node, step, request, match):
     with pytest.raises(SecureError, match=match):
-        party.nodes[node].answer(stage, request)
-    with pytest.raises(SecureError, match="each stage has one answer"):  # and nothing more after that
-        party.nodes[node].answer(stage, request)
+        party.nodes[node].answer(step, request)
+    with pytest.raises(SecureError, match="each step has one answer"):  # and nothing more after that
+        party.nodes[node].answer(step, request)
 
 
-@pytest.mark.parametrize("stage", list(Stage))
-def test_each_stage_is_answered_once_and_in_order(stage):
+@pytest.mark.parametrize("step", list(ProtocolStep))
+def test_each_step_is_answered_once_and_in_order(step):
     party = Party(round_of(3, 2))
-    _, requests = until(party, stage)
-    with pytest.raises(SecureError, match="each stage has one answer"):
-        party.nodes[1].answer(Stage(stage % 5 + 1), requests[1])  # one too far, or back at the start
-    party.nodes[1].answer(stage, requests[1])
-    with pytest.raises(SecureError, match="each stage has one answer"):
-        party.nodes[1].answer(stage, requests[1])  # a replay
+    _, requests = until(party, step)
+    with pytest.raises(SecureError, match="each step has one answer"):
+        party.nodes[1].answer(ProtocolStep(step % 5 + 1), requests[1])  # one too far, or back at the start
+    party.nodes[1].answer(step, requests[1])
+    with pytest.raises(SecureError, match="each step has one answer"):
+        party.nodes[1].answer(step, requests[1])  # a replay
 
 
-@pytest.mark.parametrize("stage", list(Stage))
+@pytest.mark.parametrize("step", list(ProtocolStep))
 @pytest.mark.parametrize("change", ["slot", "attempt", "run", "threshold", "least", "clients", "roster"])
-def test_messages_of_another_round_are_refused(stage, change):
+def test_messages_of_another_round_are_refused(step, change):
     other = {
         "slot": round_of(slot=2),
         "attempt": round_of(attempt=1),
@@ -215,91 +215,122 @@ def test_messages_of_another_round_are_refused(stage, change):
         "roster": RoundSettings("run", 1, 0, VALUES, BITS, 3, 1, (2,) * 5, tuple(k.public for k in KEYS[2:7])),
     }[change]
     party = Party(round_of())
-    _, requests = until(party, stage)
-    refused(party, 0, stage, other.request(stage, 0, requests[0][HEADER:]), "context")
+    _, requests = until(party, step)
+    refused(party, 0, step, other.frame_request(step, 0, requests[0][HEADER:]), "context")
 
 
-@pytest.mark.parametrize("stage", list(Stage))
-def test_malformed_requests_are_refused_before_they_are_parsed(stage):
+@pytest.mark.parametrize("step", list(ProtocolStep))
+def test_malformed_requests_are_refused_before_they_are_parsed(step):
     for damage, match in (
         (lambda data: data[:HEADER][:-1], "impossible size"),
         (lambda data: data + bytes(100_000), "impossible size"),
         (lambda data: b"DREC" + data[4:], "magic"),
-        (lambda data: data[:5] + bytes([data[5] % 5 + 1]) + data[6:], "stage"),
+        (lambda data: data[:5] + bytes([data[5] % 5 + 1]) + data[6:], "step"),
         (lambda data: data[:6] + b"\2" + data[7:], "direction"),
         (lambda data: data[:8] + b"\1" + data[9:], "node"),
     ):
         party = Party(round_of())
-        _, requests = until(party, stage)
-        refused(party, 0, stage, damage(requests[0]), match)
+        _, requests = until(party, step)
+        refused(party, 0, step, damage(requests[0]), match)
 
 
 def test_keys_that_their_owner_did_not_sign_are_refused():
     # A server in the middle puts in its own X25519 keys, signed by a node key that is not in the roster.
     party = Party(round_of())
-    _, requests = until(party, Stage.SHARE)
+    _, requests = until(party, ProtocolStep.SHARE)
     rows = unpack_rows(requests[0][HEADER:], KEYS_BYTES, range(5))
-    mine = Agreement().public + Agreement().public
+    mine = KeyAgreement().public + KeyAgreement().public
     rows[3] = mine + NodeKey.generate().sign(mine)
-    refused(party, 0, Stage.SHARE, party.settings.request(Stage.SHARE, 0, rows_body(rows)), "not signed")
+    refused(
+        party, 0, ProtocolStep.SHARE, party.settings.frame_request(ProtocolStep.SHARE, 0, pack_rows(rows)), "not signed"
+    )
     # So are the right keys under another node's number, and one's own entry left out or exchanged.
     party = Party(round_of())
-    _, requests = until(party, Stage.SHARE)
+    _, requests = until(party, ProtocolStep.SHARE)
     rows = unpack_rows(requests[0][HEADER:], KEYS_BYTES, range(5))
     swapped = rows | {1: rows[2], 2: rows[1]}
-    refused(party, 0, Stage.SHARE, party.settings.request(Stage.SHARE, 0, rows_body(swapped)), "not signed")
+    refused(
+        party,
+        0,
+        ProtocolStep.SHARE,
+        party.settings.frame_request(ProtocolStep.SHARE, 0, pack_rows(swapped)),
+        "not signed",
+    )
     alone = {node: row for node, row in rows.items() if node != 1}
-    refused(party, 1, Stage.SHARE, party.settings.request(Stage.SHARE, 1, rows_body(alone)), "with its own")
+    refused(
+        party,
+        1,
+        ProtocolStep.SHARE,
+        party.settings.frame_request(ProtocolStep.SHARE, 1, pack_rows(alone)),
+        "with its own",
+    )
 
 
 def test_keys_of_an_earlier_round_are_refused():
     earlier, now = Party(round_of(slot=1)), Party(round_of(slot=2))
-    old = unpack_rows(until(earlier, Stage.SHARE)[1][0][HEADER:], KEYS_BYTES, range(5))
-    _, requests = until(now, Stage.SHARE)
+    old = unpack_rows(until(earlier, ProtocolStep.SHARE)[1][0][HEADER:], KEYS_BYTES, range(5))
+    _, requests = until(now, ProtocolStep.SHARE)
     rows = unpack_rows(requests[0][HEADER:], KEYS_BYTES, range(5)) | {4: old[4]}
-    refused(now, 0, Stage.SHARE, now.settings.request(Stage.SHARE, 0, rows_body(rows)), "not signed")
+    refused(
+        now, 0, ProtocolStep.SHARE, now.settings.frame_request(ProtocolStep.SHARE, 0, pack_rows(rows)), "not signed"
+    )
 
 
-@pytest.mark.parametrize("stage", [Stage.SHARE, Stage.MASK, Stage.CONFIRM, Stage.UNMASK])
-def test_lists_below_the_threshold_are_refused(stage):
-    width = {Stage.SHARE: KEYS_BYTES, Stage.MASK: SEALED_BYTES, Stage.CONFIRM: 0, Stage.UNMASK: 96}[stage]
+@pytest.mark.parametrize("step", [ProtocolStep.SHARE, ProtocolStep.MASK, ProtocolStep.CONFIRM, ProtocolStep.UNMASK])
+def test_lists_below_the_threshold_are_refused(step):
+    width = {
+        ProtocolStep.SHARE: KEYS_BYTES,
+        ProtocolStep.MASK: SEALED_BYTES,
+        ProtocolStep.CONFIRM: 0,
+        ProtocolStep.UNMASK: 96,
+    }[step]
     party = Party(round_of(5, 3))
-    _, requests = until(party, stage)
+    _, requests = until(party, step)
     rows = unpack_rows(requests[0][HEADER:], width, range(5))
-    keep = 1 if stage == Stage.MASK else 2  # a node counts itself beside its peers' sealed shares
-    few = rows_body(dict(list(rows.items())[:keep]))
-    refused(party, 0, stage, party.settings.request(stage, 0, few), "Only 2 nodes are left")
+    keep = 1 if step == ProtocolStep.MASK else 2  # a node counts itself beside its peers' sealed shares
+    few = pack_rows(dict(list(rows.items())[:keep]))
+    refused(party, 0, step, party.settings.frame_request(step, 0, few), "Only 2 nodes are left")
 
 
 def test_changed_or_misdirected_shares_are_refused():
     for change in ("flip", "swap"):
         party = Party(round_of())
-        _, requests = until(party, Stage.MASK)
+        _, requests = until(party, ProtocolStep.MASK)
         rows = unpack_rows(requests[0][HEADER:], SEALED_BYTES, range(5))
         if change == "flip":
             rows[2] = rows[2][:5] + bytes([rows[2][5] ^ 1]) + rows[2][6:]
         else:
             rows[2], rows[3] = rows[3], rows[2]
-        refused(party, 0, Stage.MASK, party.settings.request(Stage.MASK, 0, rows_body(rows)), "does not open")
+        refused(
+            party,
+            0,
+            ProtocolStep.MASK,
+            party.settings.frame_request(ProtocolStep.MASK, 0, pack_rows(rows)),
+            "does not open",
+        )
 
 
 def test_nobody_reveals_both_shares_of_a_node():
     """The attack on plain Bonawitz: tell some nodes that 4 dropped out, and the others that it did not."""
     party = Party(round_of(5, 3))
-    server, requests = until(party, Stage.CONFIRM)
+    server, requests = until(party, ProtocolStep.CONFIRM)
     settings = party.settings
-    all_five, without = rows_body(dict.fromkeys(range(5), b"")), rows_body(dict.fromkeys(range(4), b""))
-    signed = {node: party.nodes[node].answer(Stage.CONFIRM, settings.request(Stage.CONFIRM, node, body))[HEADER:]
+    all_five, without = pack_rows(dict.fromkeys(range(5), b"")), pack_rows(dict.fromkeys(range(4), b""))
+    signed = {node: party.nodes[node].answer(ProtocolStep.CONFIRM, settings.frame_request(ProtocolStep.CONFIRM, node, body))[HEADER:]
               for node, body in ((0, all_five), (1, all_five), (2, without), (3, without), (4, all_five))}  # fmt: skip
     # Three signatures exist for the first story, and only nodes that signed it take them.
-    story = rows_body({node: signed[node] for node in (0, 1, 4)})
-    reply = party.nodes[0].answer(Stage.UNMASK, settings.request(Stage.UNMASK, 0, story))
+    story = pack_rows({node: signed[node] for node in (0, 1, 4)})
+    reply = party.nodes[0].answer(ProtocolStep.UNMASK, settings.frame_request(ProtocolStep.UNMASK, 0, story))
     kinds = {node: row[0] for node, row in unpack_rows(reply[HEADER:], 67, range(5)).items()}
     assert kinds == dict.fromkeys(range(5), 2)  # seeds only
-    refused(party, 2, Stage.UNMASK, settings.request(Stage.UNMASK, 2, story), "not in the sum")  # 4 is not, for node 2
-    mixed = rows_body({node: signed[node] for node in (0, 1, 2)})
-    refused(party, 3, Stage.UNMASK, settings.request(Stage.UNMASK, 3, mixed), "two stories")
-    refused(party, 0, Stage.UNMASK, settings.request(Stage.UNMASK, 0, story), "one answer")  # never a second time
+    refused(
+        party, 2, ProtocolStep.UNMASK, settings.frame_request(ProtocolStep.UNMASK, 2, story), "not in the sum"
+    )  # 4 is not, for node 2
+    mixed = pack_rows({node: signed[node] for node in (0, 1, 2)})
+    refused(party, 3, ProtocolStep.UNMASK, settings.frame_request(ProtocolStep.UNMASK, 3, mixed), "two stories")
+    refused(
+        party, 0, ProtocolStep.UNMASK, settings.frame_request(ProtocolStep.UNMASK, 0, story), "one answer"
+    )  # never a second time
     del server, requests
 
 
@@ -343,55 +374,63 @@ def test_the_bound_on_colluding_nodes_keeps_the_honest_sum_in_one_piece(nodes, t
 
 def test_a_signature_by_a_stranger_does_not_count():
     party = Party(round_of(5, 3))
-    _, requests = until(party, Stage.UNMASK)
+    _, requests = until(party, ProtocolStep.UNMASK)
     rows = unpack_rows(requests[0][HEADER:], 96, range(5))
-    text = survivors_text(party.settings, rows_body(dict.fromkeys(range(5), b"")))
+    text = digest_survivors(party.settings, pack_rows(dict.fromkeys(range(5), b"")))
     rows[2] = NodeKey.generate().sign(text)
-    refused(party, 0, Stage.UNMASK, party.settings.request(Stage.UNMASK, 0, rows_body(rows)), "two stories")
+    refused(
+        party,
+        0,
+        ProtocolStep.UNMASK,
+        party.settings.frame_request(ProtocolStep.UNMASK, 0, pack_rows(rows)),
+        "two stories",
+    )
 
 
 def test_a_dropped_node_reveals_its_key_and_never_its_seed():
     party = Party(round_of(5, 3))
-    party.dropped = {4: Stage.MASK}
+    party.dropped = {4: ProtocolStep.MASK}
     party.run()
-    kinds = {node: row[0] for node, row in unpack_rows(party.sent[Stage.UNMASK, 0][HEADER:], 67, range(5)).items()}
+    kinds = {
+        node: row[0] for node, row in unpack_rows(party.sent[ProtocolStep.UNMASK, 0][HEADER:], 67, range(5)).items()
+    }
     assert kinds == {0: 2, 1: 2, 2: 2, 3: 2, 4: 1}
 
 
 def test_a_node_with_another_key_or_a_wrong_vector_does_not_start():
     settings = round_of(3, 2)
     with pytest.raises(SecureError, match="another key"):
-        SecureNode(settings, 0, KEYS[1], lambda: np.zeros(VALUES, dtype=np.uint32))
+        SecAggClient(settings, 0, KEYS[1], lambda: np.zeros(VALUES, dtype=np.uint32))
     for wrong in (np.zeros(VALUES + 1, dtype=np.uint32), np.full(VALUES, 2**BITS, dtype=np.uint32)):
         party = Party(settings, vectors=np.stack([wrong] * 3))
-        _, requests = until(party, Stage.MASK)
-        refused(party, 0, Stage.MASK, requests[0], "has a vector")
+        _, requests = until(party, ProtocolStep.MASK)
+        refused(party, 0, ProtocolStep.MASK, requests[0], "has a vector")
 
 
 # What a node may try
 
 
-@pytest.mark.parametrize("stage", list(Stage))
+@pytest.mark.parametrize("step", list(ProtocolStep))
 @pytest.mark.parametrize("lie", ["empty", "short", "long", "random", "other round", "other node"])
-def test_a_lying_node_is_left_out_and_counted(stage, lie):
+def test_a_lying_node_is_left_out_and_counted(step, lie):
     party = Party(round_of(5, 3))
     other = round_of(5, 3, slot=9)
 
     def tap(at, node, data):
-        if (at, node) != (stage, 2):
+        if (at, node) != (step, 2):
             return data
         return {
             "empty": b"",
             "short": data[:-1],
             "long": data + b"\0",
             "random": os.urandom(len(data)),
-            "other round": other.answer(stage, 2, data[HEADER:]),
-            "other node": party.settings.answer(stage, 1, data[HEADER:]),
+            "other round": other.frame_answer(step, 2, data[HEADER:]),
+            "other node": party.settings.frame_answer(step, 1, data[HEADER:]),
         }[lie]
 
     party.tap = tap
     found = party.run()
-    there = tuple(node for node in range(5) if node != 2 or stage > Stage.MASK)
+    there = tuple(node for node in range(5) if node != 2 or step > ProtocolStep.MASK)
     assert found.nodes == there
     assert np.array_equal(found.sum_V, party.plain(there))
     assert found.rejected == 1
@@ -400,12 +439,12 @@ def test_a_lying_node_is_left_out_and_counted(stage, lie):
 def test_wrong_revealed_shares_void_the_round_instead_of_spoiling_the_sum():
     party = Party(round_of(3, 2))
 
-    def tap(stage, node, data):
-        if stage != Stage.UNMASK or node != 0:
+    def tap(step, node, data):
+        if step != ProtocolStep.UNMASK or node != 0:
             return data
         rows = unpack_rows(data[HEADER:], 67, range(3))
         rows[1] = rows[1][:-1] + bytes([rows[1][-1] ^ 1])
-        return party.settings.answer(stage, node, rows_body(rows))
+        return party.settings.frame_answer(step, node, pack_rows(rows))
 
     party.tap = tap
     with pytest.raises(VoidRoundError, match=r"wrong|fit together"):
@@ -414,28 +453,28 @@ def test_wrong_revealed_shares_void_the_round_instead_of_spoiling_the_sum():
 
 def test_answers_of_nodes_that_were_not_asked_do_not_count():
     party = Party(round_of(3, 2))
-    party.dropped = {2: Stage.ADVERTISE}
-    server, requests = until(party, Stage.SHARE)
-    answers = party.exchange(Stage.SHARE, requests)
-    server.accept(Stage.SHARE, answers | {2: answers[0], 17: b"x"})
+    party.dropped = {2: ProtocolStep.ADVERTISE}
+    server, requests = until(party, ProtocolStep.SHARE)
+    answers = party.exchange(ProtocolStep.SHARE, requests)
+    server.accept(ProtocolStep.SHARE, answers | {2: answers[0], 17: b"x"})
     assert server.rejected == 2
 
 
 @settings(max_examples=150, deadline=None)
-@given(stage=st.sampled_from(list(Stage)), data=st.binary(max_size=400), keep=st.integers(0, 60))
-def test_random_bytes_never_do_more_than_be_refused(stage, data, keep):
+@given(step=st.sampled_from(list(ProtocolStep)), data=st.binary(max_size=400), keep=st.integers(0, 60))
+def test_random_bytes_never_do_more_than_be_refused(step, data, keep):
     facts = round_of(3, 2)
-    good = facts.request(stage, 0, b"")
-    node = SecureNode(facts, 0, KEYS[0], lambda: np.zeros(VALUES, dtype=np.uint32))
-    node._next = stage
+    good = facts.frame_request(step, 0, b"")
+    node = SecAggClient(facts, 0, KEYS[0], lambda: np.zeros(VALUES, dtype=np.uint32))
+    node._next = step
     message = good[:keep] + data
-    if stage == Stage.ADVERTISE and message == good:
+    if step == ProtocolStep.ADVERTISE and message == good:
         return
     with pytest.raises(SecureError):
-        node.answer(stage, message)
-    server = SecureServer(facts)
+        node.answer(step, message)
+    server = SecAggServer(facts)
     with pytest.raises(VoidRoundError):
-        server.accept(Stage.ADVERTISE, {0: facts.answer(Stage.ADVERTISE, 0, data), 1: message})
+        server.accept(ProtocolStep.ADVERTISE, {0: facts.frame_answer(ProtocolStep.ADVERTISE, 0, data), 1: message})
     assert server.rejected == 2
 
 
@@ -474,15 +513,15 @@ def test_any_threshold_shares_give_the_secret_and_fewer_do_not(secret, count, da
 def test_masks_are_the_cipher_stream_in_any_chunks(monkeypatch):
     key = bytes(range(32))
     whole, parts = np.zeros(1000, dtype=np.uint32), np.zeros(1000, dtype=np.uint32)
-    crypto.mask(whole, key, 1)
+    crypto.apply_mask(whole, key, 1)
     monkeypatch.setattr(crypto, "_MASK_VALUES", 64)
-    crypto.mask(parts, key, 1)
+    crypto.apply_mask(parts, key, 1)
     assert np.array_equal(whole, parts)
-    crypto.mask(parts, key, -1)
+    crypto.apply_mask(parts, key, -1)
     assert not parts.any()
     # RFC 8439's first block for the zero key and nonce.
     zero = np.zeros(4, dtype=np.uint32)
-    crypto.mask(zero, bytes(32), 1)
+    crypto.apply_mask(zero, bytes(32), 1)
     assert zero.tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28"
 
 
@@ -494,10 +533,10 @@ def test_node_keys_are_the_ones_that_ssh_keygen_makes(tmp_path):
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     node = NodeKey.load(private)
     assert node.public == public_key_bytes(public)
-    assert verified(node.public, node.sign(b"text"), b"text")
-    assert not verified(node.public, node.sign(b"text"), b"other")
-    assert not verified(node.public, bytes(96), b"text")
-    assert not verified(bytes(49), node.sign(b"text"), b"text")
+    assert is_signed(node.public, node.sign(b"text"), b"text")
+    assert not is_signed(node.public, node.sign(b"text"), b"other")
+    assert not is_signed(node.public, bytes(96), b"text")
+    assert not is_signed(bytes(49), node.sign(b"text"), b"text")
     small = ec.generate_private_key(ec.SECP256R1())
     wrong = small.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -512,7 +551,7 @@ def test_node_keys_are_the_ones_that_ssh_keygen_makes(tmp_path):
 
 def test_a_degenerate_peer_key_is_refused():
     with pytest.raises(SecureError, match="degenerate"):
-        Agreement().secret(bytes(32), b"context", b"purpose")
+        KeyAgreement().derive_secret(bytes(32), b"context", b"purpose")
 
 
 def test_the_package_uses_no_pickle():

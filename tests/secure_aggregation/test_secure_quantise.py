@@ -44,7 +44,7 @@ def made(values=256, clip=0.7, share=0.2, clients=20):
 def test_no_rounded_code_is_longer_than_the_bound(values, clip, share, clients, seed, worst):
     quantiser = made(values, clip, share, clients)
     code = rows(1, values, clip, seed)[0]
-    rounded = quantiser.rounded(code, rounding_up if worst else system_words)
+    rounded = quantiser.round_code(code, rounding_up if worst else system_words)
     assert sum(int(v) ** 2 for v in rounded) <= quantiser.bound_steps**2
     assert np.abs(rounded * quantiser.step - code).max() <= quantiser.step * (1 + 1e-6)
     assert quantiser.growth <= 0.25
@@ -57,16 +57,16 @@ def test_a_code_that_cannot_be_rounded_up_is_rounded_towards_zero():
     code = np.full(400, 1.04 / 21, dtype=np.float32)
     assert np.linalg.norm(code) < 1.0
     assert np.linalg.norm(np.ceil(code * 21)) > tight.bound_steps
-    rounded = tight.rounded(code, rounding_up)
+    rounded = tight.round_code(code, rounding_up)
     assert np.array_equal(rounded, np.ones(400))
     # With honest randomness hardly any value goes up, and the first rounding is kept.
-    assert 400 < tight.rounded(code, system_words).sum() < 460
+    assert 400 < tight.round_code(code, system_words).sum() < 460
 
 
 def test_rounding_is_unbiased():
     quantiser = made(values=64, share=0.05)
     code = rows(1, 64, 0.7)[0]
-    mean = np.mean([quantiser.rounded(code, system_words) for _ in range(4000)], axis=0)
+    mean = np.mean([quantiser.round_code(code, system_words) for _ in range(4000)], axis=0)
     assert np.abs(mean - code.astype(float) / quantiser.step).max() < 5 * 0.5 / math.sqrt(4000)
 
 
@@ -75,9 +75,9 @@ def test_codes_that_are_too_long_or_not_finite_are_refused():
     code = rows(1, 256, 0.7)[0]
     for wrong in (code * 1.01, np.full(256, np.nan, dtype=np.float32), np.full(256, np.inf, dtype=np.float32)):
         with pytest.raises(PrivacyError, match="longer than its clip"):
-            quantiser.rounded(wrong, system_words)
+            quantiser.round_code(wrong, system_words)
     with pytest.raises(PrivacyError, match="shape"):
-        quantiser.rounded(code[:-1], system_words)
+        quantiser.round_code(code[:-1], system_words)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_the_modular_sum_of_the_largest_codes_does_not_wrap(values, clients, sha
     quantiser = made(values, 1.0, share, clients)
     code = np.zeros(values, dtype=np.float32)
     code[0] = 1.0
-    one = quantiser.rounded(code, rounding_up)
+    one = quantiser.round_code(code, rounding_up)
     for sign in (1, -1):
-        total = quantiser.residue(sign * one * clients)
-        assert quantiser.values_of(total)[0] == pytest.approx(sign * clients, rel=0.02)
+        total = quantiser.to_residues(sign * one * clients)
+        assert quantiser.to_values(total)[0] == pytest.approx(sign * clients, rel=0.02)
     tail = 7 * quantiser.std_steps * math.sqrt(clients)  # 7 standard deviations of the whole noise fit on top of it
     assert one[0] * clients + tail < 2 ** (quantiser.bits - 1)
 
@@ -126,8 +126,8 @@ def test_the_sum_is_the_codes_plus_noise_of_the_stated_deviation(scale):
     codes = rows(clients, 4096, 0.7)
     total = np.zeros(4096, dtype=np.uint32)
     for code in codes:
-        total += quantiser.noised(code, system_words)
-    released = quantiser.values_of(total & np.uint32(2**quantiser.bits - 1))
+        total += quantiser.round_and_noise(code, system_words)
+    released = quantiser.to_values(total & np.uint32(2**quantiser.bits - 1))
     noise = released - codes.sum(axis=0, dtype=np.float64)
     promised = scale * quantiser.share_std * math.sqrt(clients)
     p_value = stats.kstest(noise / promised, "norm").pvalue
@@ -145,8 +145,8 @@ def test_the_distance_is_far_below_any_delta():
 def test_residues_and_values_are_inverse():
     quantiser = made(6, clients=3)
     steps = np.array([0, 1, -1, 2 ** (quantiser.bits - 1) - 1, -(2 ** (quantiser.bits - 1)), 77])
-    np.testing.assert_allclose(quantiser.values_of(quantiser.residue(steps)), steps * quantiser.step)
+    np.testing.assert_allclose(quantiser.to_values(quantiser.to_residues(steps)), steps * quantiser.step)
     with pytest.raises(PrivacyError, match="modular sum"):
-        quantiser.values_of(np.full(6, 2**quantiser.bits, dtype=np.uint32))
+        quantiser.to_values(np.full(6, 2**quantiser.bits, dtype=np.uint32))
     with pytest.raises(PrivacyError, match="modular sum"):
-        quantiser.values_of(np.zeros(5, dtype=np.uint32))
+        quantiser.to_values(np.zeros(5, dtype=np.uint32))

@@ -2,7 +2,7 @@
 
 Legend: N clients, D adapter values, K values of a message.
 
-An arm is an encoder, a place for the noise and a noise multiplier. `Wire` asks the real query for its messages or its
+An arm (as in a trial) is an encoder, a place for the noise and a noise multiplier. `Channel` asks the real query for its messages or its
 release, against a permit of a real ledger in a temporary folder; noise is replayable, so that an audit can be repeated.
 Nothing here clips, noises or encodes by itself: what is audited is what runs.
 """
@@ -30,7 +30,7 @@ from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 
-__all__ = ["Arm", "Wire", "audit_plan", "bound_mu", "expected_messages", "opened"]
+__all__ = ["Arm", "Channel", "audit_plan", "bound_mu", "expected_messages", "open_channel"]
 
 _UNCLIPPED = 1e6  # an un-protected update travels as it is
 
@@ -43,7 +43,7 @@ class Arm:
     Args:
       name: what the table calls it.
       sees: what the attacker has, in words.
-      encoder: the map on the wire.
+      encoder: the map from updates to codes.
       noise_in: `code` or `update` (as published).
       noise_multiplier: noise std / clip that runs; 0 = no clip and no noise.
       promised: the multiplier that the accounting was told; another one only where the audit sabotages itself.
@@ -65,10 +65,11 @@ class Arm:
 
     @property
     def sabotaged(self) -> bool:
+        """Whether the audit runs this arm with other noise than the accounting was told."""
         return self.promised is not None and self.promised != self.noise_multiplier
 
     def query(self, recipe: Recipe, slot: int) -> Query:
-        """Stage 2's own query of round `slot`, with this arm's encoder and clip."""
+        """Returns stage 2's own query of round `slot`, with this arm's encoder and clip."""
         privacy = config.Privacy(
             trust=self.trust,
             noise_in=self.noise_in,
@@ -78,10 +79,11 @@ class Arm:
         return update_query(self.encoder, Recipe(seed=recipe.seed, privacy=privacy), slot)
 
     def plan(self, clients: int, rounds: int) -> PrivacyPlan:
+        """Returns a plan that asks all of `clients` in each of `rounds`, with this arm's noise."""
         return audit_plan(self.trust, clients, rounds, self.noise_multiplier if self._noisy else None)
 
     def max_mu(self, relation: Relation, contributors: int = 1) -> float | None:
-        """mu that the accounting promises for one release; None without a promise.
+        """Returns the mu that the accounting promises for one release; None without a promise.
 
         Local trust: a sum hides each client behind the noise of `contributors` clients.
         """
@@ -98,7 +100,7 @@ class Arm:
 
 
 def audit_plan(trust: Trust, clients: int, rounds: int, sigma: float | None, *, stage1: bool = False) -> PrivacyPlan:
-    """All clients in every slot, exact Gaussian accounting. `sigma` None is a plan without noise."""
+    """Returns a plan with all clients in every slot and exact Gaussian accounting. `sigma` None is a plan without noise."""
     return make_plan(
         trust=trust,
         population=clients,
@@ -114,13 +116,13 @@ def audit_plan(trust: Trust, clients: int, rounds: int, sigma: float | None, *, 
 
 
 def bound_mu(plan: PrivacyPlan, relation: Relation, slot: int = 1) -> float | None:
-    """Exact mu of one release of `slot`; None where the plan promises nothing."""
+    """Returns the exact mu of one release of `slot`; None where the plan promises nothing."""
     event = plan.event(slot)
     return None if isinstance(event, NonPrivateEvent) else gdp_mu((event,), relation)
 
 
 def expected_messages(query: Query, update_ND: Tensor) -> Tensor:
-    """What clients would send without the noise, (N, K), by the query's own encoder and clip: anybody can compute it."""
+    """Returns what clients would send without the noise, (N, K). Anybody can compute it with the query's encoder and clip."""
     if query.spec.noise_in == "update":
         return query.encode(clip_rows(update_ND, query.spec.clip_l2).values_NV)
     return clip_rows(query.encode(update_ND), query.spec.clip_l2).values_NV
@@ -128,31 +130,31 @@ def expected_messages(query: Query, update_ND: Tensor) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class Wire:
-    """An open ledger and its noise: what turns updates into messages and releases, slot by slot."""
+class Channel:
+    """An open ledger and its noise, which turn updates into messages and releases, slot by slot."""
 
     ledger: Ledger
     noise: NoiseSource
 
     def messages(self, query: Query, update_ND: Tensor) -> Tensor:
-        """What the server sees under local trust, (N, K): the messages of clients 0..N-1, unpacked from their bytes."""
+        """Returns what the server sees under local trust, (N, K): the messages of clients 0..N-1, unpacked from their bytes."""
         permit = self.ledger.charge(query.spec.slot)
         upload = client_message(query, update_ND, range(len(update_ND)), permit, self.noise)
         return unpack_rows(upload.messages, query.spec.wire, query.spec.slot).code_NK
 
     def release(self, query: Query, update_ND: Tensor, cohort: list[int]) -> tuple[Release, Permit]:
-        """What leaves the server: the released sum over `cohort`; row i of `update_ND` is client i's."""
+        """Returns what leaves the server: the released sum over `cohort`; row i of `update_ND` is client i's."""
         permit = self.ledger.charge(query.spec.slot)
         upload = client_message(query, update_ND[cohort], cohort, permit, self.noise)
         return server_release(query, [upload], permit, self.noise).release, permit
 
 
 @contextlib.contextmanager
-def opened(plan: PrivacyPlan, seed: int) -> Iterator[Wire]:
-    """A ledger of this plan in a temporary folder, and the replayable noise of `seed`."""
+def open_channel(plan: PrivacyPlan, seed: int) -> Iterator[Channel]:
+    """Opens a ledger of this plan in a temporary folder, with the replayable noise of `seed`."""
     key = hashlib.sha256(f"audit/{seed}".encode()).digest()
     with (
         tempfile.TemporaryDirectory(prefix="drencoder-audit-") as folder,
         Ledger.create(Path(folder) / "ledger.jsonl", plan, key=key) as ledger,
     ):
-        yield Wire(ledger, ReplayNoise(derive_seed(seed, "audit-noise")))
+        yield Channel(ledger, ReplayNoise(derive_seed(seed, "audit-noise")))

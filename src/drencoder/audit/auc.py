@@ -1,16 +1,16 @@
-"""How well an attack tells two cases apart: the area under its ROC curve, with a 95 % confidence interval.
+"""This module measures how well an attack tells two cases apart: the area under its ROC curve, with a 95 % interval.
 
 Legend: P positives, Q negatives, C clusters (rows of dependent scores: one client's, one release's), H hypotheses
 (columns: one token, one candidate).
 
 AUC is the chance that a positive scores higher than a negative, ties counted half (Mann-Whitney). Two designs:
 
-* `auc_of`: all scores are independent. Variance by DeLong, DeLong and Clarke-Pearson 1988
+* `estimate_auc`: all scores are independent. Variance by DeLong, DeLong and Clarke-Pearson 1988
   (https://doi.org/10.2307/2531595), on the logit scale so that the interval stays inside (0, 1).
-* `auc_within`: scores of one row depend on each other, and only scores of the same column are compared. Then a token
+* `estimate_clustered_auc`: scores of one row depend on each other, and only scores of the same column are compared. Then a token
   that is simply frequent, or a client that is simply unusual, wins nothing. Interval by resampling rows.
 
-Scores that separate perfectly have no variance to estimate; `_unseen` says what the sample size still allows.
+Scores that separate perfectly have no variance to estimate; `_limits_without_variance` says what the sample size still allows.
 """
 
 import math
@@ -23,7 +23,7 @@ from drencoder.audit.findings import Auc
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
-__all__ = ["auc_of", "auc_within", "gaussian_max_auc", "gaussian_mu_of"]
+__all__ = ["estimate_auc", "estimate_clustered_auc", "gaussian_max_auc", "gaussian_mu_from_auc"]
 
 _TAIL = 0.025  # chance to lie beyond one end of the interval
 _ALARM_TAIL = 0.0005  # the same for `floor`
@@ -31,8 +31,8 @@ _RESAMPLES = 2000
 _NORMAL = NormalDist()
 
 
-def auc_of(positive_P: Tensor, negative_Q: Tensor) -> Auc:
-    """AUC of independent scores, with DeLong's interval.
+def estimate_auc(positive_P: Tensor, negative_Q: Tensor) -> Auc:
+    """Estimates the AUC of independent scores, with DeLong's interval.
 
     Raises:
       DataError: fewer than two scores on a side, or a score that is not a number.
@@ -48,14 +48,14 @@ def auc_of(positive_P: Tensor, negative_Q: Tensor) -> Auc:
     value = float(won_P.mean())
     variance = float(won_P.var() / num_P + won_Q.var() / num_Q)
     if variance > 0:
-        low, high, floor = (_on_logit_scale(value, variance, tail) for tail in (_TAIL, 1 - _TAIL, _ALARM_TAIL))
+        low, high, floor = (_logit_quantile(value, variance, tail) for tail in (_TAIL, 1 - _TAIL, _ALARM_TAIL))
     else:
-        low, high, floor = _unseen(value, min(num_P, num_Q))
+        low, high, floor = _limits_without_variance(value, min(num_P, num_Q))
     return Auc(value, low, high, floor, num_P, num_Q)
 
 
-def auc_within(score_CH: Tensor, positive_CH: Tensor, seed: int) -> Auc:
-    """AUC over pairs of scores in the same column, one where `positive_CH` is true and one where it is false.
+def estimate_clustered_auc(score_CH: Tensor, positive_CH: Tensor, seed: int) -> Auc:
+    """Estimates the AUC over pairs of scores in the same column, one where `positive_CH` is true and one where it is false.
 
     Resamples rows 2,000 times; the same for the same seed.
 
@@ -65,7 +65,7 @@ def auc_within(score_CH: Tensor, positive_CH: Tensor, seed: int) -> Auc:
     rows = score_CH.shape[0]
     if rows < 8:
         raise DataError(f"A resampled interval needs at least 8 rows, got {rows}: add clients.")
-    won_CC, met_CC = _contests(score_CH.detach().double().cpu(), positive_CH.cpu())
+    won_CC, met_CC = _count_won_pairs(score_CH.detach().double().cpu(), positive_CH.cpu())
     if not float(met_CC.sum()):
         raise DataError("Every hypothesis is true for all rows or for none, so there is nothing to tell apart.")
     value = float(won_CC.sum() / met_CC.sum())
@@ -79,14 +79,14 @@ def auc_within(score_CH: Tensor, positive_CH: Tensor, seed: int) -> Auc:
     low, high = torch.quantile(drawn_B, tails).tolist()
     floor = value + _NORMAL.inv_cdf(_ALARM_TAIL) * float(drawn_B.std())  # 2,000 resamples have no such quantile
     if low == high:
-        low, high, floor = _unseen(value, rows // 2)
+        low, high, floor = _limits_without_variance(value, rows // 2)
     contested_H = positive_CH.any(0) & ~positive_CH.all(0)
     positives = int(positive_CH[:, contested_H].sum())
     return Auc(value, low, high, floor, positives, int(contested_H.sum()) * rows - positives, rows)
 
 
 def gaussian_max_auc(mu: float) -> float:
-    """The largest AUC of any attack on a mu-GDP release: Phi(mu / sqrt 2).
+    """Returns the largest AUC of any attack on a mu-GDP release: Phi(mu / sqrt 2).
 
     From the trade-off function of Dong, Roth and Su 2019 (https://arxiv.org/abs/1905.02383, definition 2.6): the best
     test of N(0, 1) against N(mu, 1) has power Phi(mu + Phi^-1(alpha)), whose integral over alpha is this.
@@ -94,29 +94,29 @@ def gaussian_max_auc(mu: float) -> float:
     return _NORMAL.cdf(mu / math.sqrt(2))
 
 
-def gaussian_mu_of(auc: float) -> float:
-    """Inverse of `gaussian_max_auc` on [0.5, 1]: a release with this AUC is not mu-GDP for any smaller mu."""
+def gaussian_mu_from_auc(auc: float) -> float:
+    """Inverts `gaussian_max_auc` on [0.5, 1]: a release with this AUC is not mu-GDP for any smaller mu."""
     if auc >= 1:
         return math.inf
     return math.sqrt(2) * _NORMAL.inv_cdf(max(0.5, auc))
 
 
 def _share_below(score_N: Tensor, other_M: Tensor) -> Tensor:
-    """For each score the share of `other_M` below it, ties counted half."""
+    """Returns for each score the share of `other_M` below it, ties counted half."""
     ordered_M = other_M.sort().values
     below_N = torch.searchsorted(ordered_M, score_N, right=False)
     up_to_N = torch.searchsorted(ordered_M, score_N, right=True)
     return (below_N + up_to_N).double() / (2 * other_M.numel())
 
 
-def _on_logit_scale(value: float, variance: float, tail: float) -> float:
-    """Quantile of a normal on the logit scale (Pepe 2003, ISBN 0198509847, section 5.2)."""
+def _logit_quantile(value: float, variance: float, tail: float) -> float:
+    """Returns a quantile of a normal on the logit scale (Pepe 2003, ISBN 0198509847, section 5.2)."""
     centre = math.log(value / (1 - value))
     return 1 / (1 + math.exp(-centre - _NORMAL.inv_cdf(tail) * math.sqrt(variance) / (value * (1 - value))))
 
 
-def _unseen(value: float, pairs: int) -> tuple[float, float, float]:
-    """Limits when all pairs had one outcome: `pairs` disjoint pairs agree, so another outcome is rarer than `rare`.
+def _limits_without_variance(value: float, pairs: int) -> tuple[float, float, float]:
+    """Returns (low, high, floor) when all pairs had one outcome: `pairs` disjoint pairs agree, so another outcome is rarer than `rare`.
 
     (1 - rare)^pairs = tail: Clopper and Pearson's bound for no event in `pairs` trials.
     """
@@ -124,16 +124,16 @@ def _unseen(value: float, pairs: int) -> tuple[float, float, float]:
     return value * (1 - rare), value + (1 - value) * rare, value * (1 - rarest)
 
 
-def _contests(score_CH: Tensor, positive_CH: Tensor) -> tuple[Tensor, Tensor]:
-    """won_CC[i, j]: points of row i's positives against row j's negatives in the same columns; met_CC: how many."""
+def _count_won_pairs(score_CH: Tensor, positive_CH: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (won_CC, met_CC). won_CC[i, j]: points of row i's positives against row j's negatives in the same columns; met_CC: how many."""
     if bool(score_CH.isnan().any()):
         raise DataError("A score is not a number, so no AUC can be computed: check that all updates are finite.")
     rows = score_CH.shape[0]
     won_CC, met_CC = torch.zeros(2, rows, rows, dtype=torch.float64)
     for column in (positive_CH.any(0) & ~positive_CH.all(0)).nonzero()[:, 0].tolist():
         score_C, true_C = score_CH[:, column], positive_CH[:, column]
-        mine_p, yours_q = true_C.nonzero()[:, 0], (~true_C).nonzero()[:, 0]
-        ahead_pq = (score_C[mine_p][:, None] - score_C[yours_q]).sign()
-        won_CC[mine_p[:, None], yours_q] += (ahead_pq + 1) / 2
-        met_CC[mine_p[:, None], yours_q] += 1
+        positive_p, negative_q = true_C.nonzero()[:, 0], (~true_C).nonzero()[:, 0]
+        ahead_pq = (score_C[positive_p][:, None] - score_C[negative_q]).sign()
+        won_CC[positive_p[:, None], negative_q] += (ahead_pq + 1) / 2
+        met_CC[positive_p[:, None], negative_q] += 1
     return won_CC, met_CC

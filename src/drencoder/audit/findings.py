@@ -1,4 +1,4 @@
-"""What an audit found: rows of measured attacks beside what the accounting allows. No torch."""
+"""This module holds what an audit found: measured attacks beside what the accounting allows. No torch here."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
@@ -62,6 +62,7 @@ class Finding:
         return self.max_auc is not None and self.auc.floor > self.max_auc
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the finding as JSON-ready values."""
         return asdict(self) | {"exposed": self.exposed}
 
 
@@ -81,17 +82,17 @@ class Audit:
         return tuple(finding for finding in self.findings if finding.exposed and not finding.sabotaged)
 
     @property
-    def toothless(self) -> tuple[Finding, ...]:
+    def unnoticed(self) -> tuple[Finding, ...]:
         """Sabotage that went unnoticed: then the audit proves nothing."""
         return tuple(finding for finding in self.findings if finding.sabotaged and not finding.exposed)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns the audit as JSON-ready values."""
         return {
             "facts": self.facts,
             "findings": [finding.to_dict() for finding in self.findings],
             "broken": len(self.broken),
-            "toothless": len(self.toothless),
+            "unnoticed": len(self.unnoticed),
             "example": self.example,
             "notes": list(self.notes),
         }

@@ -2,7 +2,7 @@
 
 The order is the paper's (DR-Encoder: Wu et al., AAAI-25, https://arxiv.org/abs/2412.17053, introduction): the upload, the
 encoder, the result. Arms: no protection (plain LoRA), FedCG (CG-FedLLM, https://arxiv.org/abs/2405.13746) as published
-and with noise, DR-Encoder as published, an un-noised sketch, and this package's default. All private arms have the
+and with noise, DR-Encoder as published, an un-noised sketch, and this package's random sketch with noise. All private arms have the
 recipe's epsilon. One audit is one seed: the clients that are drawn, one set of trained encoders, replayable noise.
 """
 
@@ -10,10 +10,10 @@ from typing import Any, Literal, Protocol
 
 from drencoder.audit.findings import Audit
 from drencoder.audit.membership import release_findings
-from drencoder.audit.memory import training_set_findings
-from drencoder.audit.scene import Scene, plan_under
+from drencoder.audit.setup import AuditSetup, plan_under
 from drencoder.audit.subjects import gather_subjects
 from drencoder.audit.tokens import SpanAttack, token_findings
+from drencoder.audit.training_set import training_set_findings
 from drencoder.errors import DataError
 from drencoder.published.fitting import AutoencoderOptions
 from drencoder.runs.build import Live
@@ -34,25 +34,25 @@ _NOTES = (
 )
 
 
-class Speaker(Protocol):
+class Listener(Protocol):
     """Is told what happens."""
 
     def say(self, text: str) -> None: ...
 
 
 def audit_leakages(
-    live: Live,
+    components: Live,
     *,
     clients: int = 64,
     seed: int = 0,
-    listener: Speaker | None = None,
+    listener: Listener | None = None,
     trials: int = 32,
     train_steps: int = 200,
 ) -> Audit:
     """Runs the three experiments on the recipe's model, text, adapter and epsilon. The same for the same arguments.
 
     Args:
-      live: what `build.build` returns.
+      components: what `build.build` returns.
       clients: size of each of the three groups of clients (attacked, in stage 1, reference); at least 8.
       trials: releases that each membership attack sees; at least 8.
       train_steps: of each auto-encoder.
@@ -64,43 +64,43 @@ def audit_leakages(
     if trials < _MIN_TRIALS:
         raise DataError(f"The audit was asked for {trials} trials; its intervals need at least {_MIN_TRIALS}.")
     say = listener.say if listener else lambda _text: None
-    span = SpanAttack.of(live.lora)  # refuse an unknown model before any training
+    span = SpanAttack.of(components.lora)  # refuse an unknown model before any training
     say(f"audit: training {3 * clients} clients of one record, and shadow clients on the server's own text")
-    scene = Scene(
-        live=live,
-        subjects=gather_subjects(live, clients, seed),
+    setup = AuditSetup(
+        components=components,
+        subjects=gather_subjects(components, clients, seed),
         seed=seed,
         trials=trials,
         options=AutoencoderOptions(steps=train_steps, architecture=_ARCHITECTURE),
-        local=plan_under(live, "local"),
-        central=plan_under(live, "central"),
+        local=plan_under(components, "local"),
+        central=plan_under(components, "central"),
     )
     say("audit: an auto-encoder from noised statistics (DR-Encoder) and one from real gradients (FedCG)")
-    arms = scene.arms()
+    arms = setup.make_arms()
     say("audit, leakage 1: tokens of a client's text, from its upload")
-    tokens, example = token_findings(scene, arms, span)
+    tokens, example = token_findings(setup, arms, span)
     say("audit, leakage 2: membership in the auto-encoder's training set")
-    training_set = training_set_findings(scene)
+    training_set = training_set_findings(setup)
     say("audit, leakage 3: membership in a release")
-    findings = (*tokens, *training_set, *release_findings(scene, arms))
-    return Audit(findings, _facts(scene), example, _NOTES)
+    findings = (*tokens, *training_set, *release_findings(setup, arms))
+    return Audit(findings, _facts(setup), example, _NOTES)
 
 
-def _facts(scene: Scene) -> dict[str, Any]:
-    recipe = scene.live.recipe
+def _facts(setup: AuditSetup) -> dict[str, Any]:
+    recipe = setup.components.recipe
     return {
         "recipe": recipe.name,
         "model": recipe.model.source,
-        "adapter_size": scene.segments[-1].stop,
-        "clients": len(scene.subjects.target_ND),
-        "shadow_clients": len(scene.subjects.shadow_MD),
-        "seed": scene.seed,
-        "trials": scene.trials,
-        "train_steps": scene.options.steps,
-        "architecture": scene.options.architecture,
+        "adapter_size": setup.segments[-1].stop,
+        "clients": len(setup.subjects.target_ND),
+        "shadow_clients": len(setup.subjects.shadow_MD),
+        "seed": setup.seed,
+        "trials": setup.trials,
+        "train_steps": setup.options.steps,
+        "architecture": setup.options.architecture,
         "epsilon": recipe.privacy.epsilon,
         "delta": recipe.privacy.delta,
-        "local_noise_multiplier": scene.sigma,
-        "stage1_noise_multiplier": scene.stage1_sigma,
-        "central_noise_multiplier": scene.central.noise_multiplier,
+        "local_noise_multiplier": setup.sigma,
+        "stage1_noise_multiplier": setup.stage1_sigma,
+        "central_noise_multiplier": setup.central.noise_multiplier,
     }

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drencoder.audit.arms import Arm, expected_messages, opened
-from drencoder.audit.auc import auc_of, auc_within, gaussian_max_auc, gaussian_mu_of
+from drencoder.audit.arms import Arm, expected_messages, open_channel
+from drencoder.audit.auc import estimate_auc, estimate_clustered_auc, gaussian_max_auc, gaussian_mu_from_auc
 from drencoder.audit.findings import Auc, Finding
-from drencoder.audit.scene import Scene
+from drencoder.audit.setup import AuditSetup
 from drencoder.federated.round import released_update
 from drencoder.privacy.accounting import epsilon_gaussian
 from drencoder.recipe.recipe import Recipe
@@ -42,18 +42,18 @@ _LONG = 1e3  # clips
 _MORE_TRIALS = 6  # times: perfect separation in few trials proves little
 
 
-def release_findings(scene: Scene, arms: Sequence[Arm]) -> list[Finding]:
-    """All three attacks on every arm, on central trust, and on three arms whose noise is not what was promised."""
-    recipe, target_ND, seed, trials = scene.live.recipe, scene.subjects.target_ND, scene.seed, scene.trials
+def release_findings(setup: AuditSetup, arms: Sequence[Arm]) -> list[Finding]:
+    """Runs all three attacks on every arm, on central trust, and on three arms whose noise is not what was promised."""
+    recipe, target_ND, seed, trials = setup.components.recipe, setup.subjects.target_ND, setup.seed, setup.trials
     full_ND = functional.normalize(target_ND, dim=1) * (_LONG * recipe.privacy.clip_l2)
     findings: list[Finding] = []
 
     def add(arm: Arm, sees: str, attack: str, auc: Auc, mu: float | None) -> None:
         bound = None if mu is None else gaussian_max_auc(mu)
-        note = _at_least(auc, recipe.privacy.delta) if "full clip" in attack else ""
+        note = _epsilon_lower_bound(auc, recipe.privacy.delta) if "full clip" in attack else ""
         findings.append(Finding("release", arm.name, sees, attack, auc, bound, note=note, sabotaged=arm.sabotaged))
 
-    for arm in (*arms, *_central_and_sabotaged(scene, arms[-1])):
+    for arm in (*arms, *_make_sabotaged_arms(setup, arms[-1])):
         linear, promise = arm.encoder.linear, arm.max_mu("add_remove")
         few = trials if linear else max(8, trials // 2)  # networks are slow
         many = _MORE_TRIALS * trials if arm.sabotaged else few
@@ -66,16 +66,16 @@ def release_findings(scene: Scene, arms: Sequence[Arm]) -> list[Finding]:
         if arm.trust == "local":
             add(arm, arm.sees, "server" + words, server_attack(arm, recipe, worst_ND, few, seed), promise)
         if not arm.sabotaged:
-            auc = cohort_attack(arm, recipe, target_ND, few, seed, realistic)
+            auc = cohort_attack(arm, recipe, target_ND, few, seed, score_against_mean)
             add(arm, f"sum of {some} clients or more", "realistic", auc, mu_few)
         if linear:  # else what the others add to the sum is not known, even to one who knows them
-            auc = cohort_attack(arm, recipe, worst_ND, many, seed, all_others_known)
+            auc = cohort_attack(arm, recipe, worst_ND, many, seed, score_knowing_others)
             add(arm, f"sum of {least} clients or more", "all others known" + words, auc, mu_many)
     return findings
 
 
-def _central_and_sabotaged(scene: Scene, default: Arm) -> tuple[Arm, ...]:
-    local, sigma = scene.sigma, scene.central.noise_multiplier
+def _make_sabotaged_arms(setup: AuditSetup, default: Arm) -> tuple[Arm, ...]:
+    local, sigma = setup.sigma, setup.central.noise_multiplier
     central = replace(default, name="drencoder, central trust", sees="release", noise_multiplier=sigma, trust="central")
     return (
         central,
@@ -85,78 +85,78 @@ def _central_and_sabotaged(scene: Scene, default: Arm) -> tuple[Arm, ...]:
     )
 
 
-def _at_least(auc: Auc, delta: float) -> str:
-    """An AUC as a lower bound on the epsilon of this one release, were it Gaussian, with 97.5 % confidence."""
-    return f"epsilon >= {epsilon_gaussian(gaussian_mu_of(auc.low), delta):.2f}"
+def _epsilon_lower_bound(auc: Auc, delta: float) -> str:
+    """Returns an AUC as a lower bound on the epsilon of one release, were it Gaussian, with 97.5 % confidence."""
+    return f"epsilon >= {epsilon_gaussian(gaussian_mu_from_auc(auc.low), delta):.2f}"
 
 
 # --- the attacks -----------------------------------------------------------------------------------
 
 
 def server_attack(arm: Arm, recipe: Recipe, update_ND: Tensor, trials: int, seed: int) -> Auc:
-    """The server against single messages under local trust; half of them, at random, hold nothing.
+    """Lets the server attack single messages under local trust; half of them, at random, hold nothing.
 
     The clients are fixed and every message has noise of its own, so all scores are independent.
     """
-    present_TN = _coins(trials, len(update_ND), seed)
+    present_TN = _draw_cohorts(trials, len(update_ND), seed)
     score_TN = torch.empty(present_TN.shape, dtype=torch.float64)
-    with opened(arm.plan(len(update_ND), trials), seed) as wire:
+    with open_channel(arm.plan(len(update_ND), trials), seed) as channel:
         for trial, present_N in enumerate(present_TN):
             query = arm.query(recipe, trial + 1)  # a new round: a new sketch
             if trial == 0 or arm.fresh:
                 expected_NK = expected_messages(query, update_ND) - expected_messages(
                     query, torch.zeros_like(update_ND[:1])
                 )
-            message_NK = wire.messages(query, update_ND * present_N[:, None])
-            score_TN[trial] = _match(message_NK, expected_NK)
-    return auc_of(score_TN[present_TN], score_TN[~present_TN])
+            message_NK = channel.messages(query, update_ND * present_N[:, None])
+            score_TN[trial] = _project(message_NK, expected_NK)
+    return estimate_auc(score_TN[present_TN], score_TN[~present_TN])
 
 
 def cohort_attack(arm: Arm, recipe: Recipe, update_ND: Tensor, trials: int, seed: int, score: Score) -> Auc:
-    """An attacker against the released sum over cohorts that each client joins with chance 1/2.
+    """Lets an attacker see the released sum over cohorts that each client joins with chance 1/2.
 
     One release's scores share its noise, so trials are resampled, and a candidate meets only itself.
     """
-    present_TN = _coins(trials, len(update_ND), seed)
+    present_TN = _draw_cohorts(trials, len(update_ND), seed)
     score_TN = torch.empty(present_TN.shape, dtype=torch.float64)
-    with opened(arm.plan(len(update_ND), trials), seed) as wire:
+    with open_channel(arm.plan(len(update_ND), trials), seed) as channel:
         for trial, present_N in enumerate(present_TN):
             query = arm.query(recipe, trial + 1)
-            release, permit = wire.release(query, update_ND, present_N.nonzero()[:, 0].tolist())
+            release, permit = channel.release(query, update_ND, present_N.nonzero()[:, 0].tolist())
             # A linear code is attacked where its noise is white, before it is decoded.
             value_K = release.value if query.spec.summable else released_update(query, release, permit, 1.0)
             if trial == 0 or arm.fresh:
                 expected_NK = expected_messages(query, update_ND)
                 expected_NK = expected_NK if query.spec.summable else query.decode(expected_NK)
             score_TN[trial] = score(value_K.double(), expected_NK.double(), present_N)
-    return auc_within(score_TN, present_TN, seed)
+    return estimate_clustered_auc(score_TN, present_TN, seed)
 
 
-def realistic(release_K: Tensor, expected_NK: Tensor, present_N: Tensor) -> Tensor:
-    """Matches what is special about a candidate, after the mean of a cohort of this size is taken off."""
+def score_against_mean(release_K: Tensor, expected_NK: Tensor, present_N: Tensor) -> Tensor:
+    """Scores what is special about a candidate, after the mean of a cohort of this size is taken off."""
     mean_K = expected_NK.mean(0)
     rest_K = release_K - present_N.sum() * mean_K
-    return _match(rest_K[None], expected_NK - mean_K)
+    return _project(rest_K[None], expected_NK - mean_K)
 
 
-def all_others_known(release_K: Tensor, expected_NK: Tensor, present_N: Tensor) -> Tensor:
-    """Matches a candidate with what the others of the cohort leave."""
+def score_knowing_others(release_K: Tensor, expected_NK: Tensor, present_N: Tensor) -> Tensor:
+    """Scores a candidate against what is left of the sum when all other members are taken off."""
     member_NK = expected_NK * present_N[:, None]
-    return _match(release_K - (member_NK.sum(0) - member_NK), expected_NK)
+    return _project(release_K - (member_NK.sum(0) - member_NK), expected_NK)
 
 
 def smallest_cohort(trials: int, clients: int, seed: int) -> int:
-    """Of the cohorts that `cohort_attack` draws: how many noises hide a client at least."""
-    return max(1, int(_coins(trials, clients, seed).sum(1).min()))
+    """Returns the size of the smallest cohort that `cohort_attack` draws: so many noises hide a client at least."""
+    return max(1, int(_draw_cohorts(trials, clients, seed).sum(1).min()))
 
 
-def _coins(trials: int, clients: int, seed: int) -> Tensor:
-    """Who is in, (T, N) bool: fair coins."""
+def _draw_cohorts(trials: int, clients: int, seed: int) -> Tensor:
+    """Returns who is in each cohort, (T, N) bool, by fair coins."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "audit-cohorts", trials))
     return torch.rand(trials, clients, generator=generator) < 0.5
 
 
-def _match(value_NK: Tensor, expected_NK: Tensor) -> Tensor:
-    """Inner products of rows, in units of the expected row's length."""
+def _project(value_NK: Tensor, expected_NK: Tensor) -> Tensor:
+    """Returns the inner products of rows, (N,) float64, in units of the expected row's length."""
     length_N = torch.linalg.vector_norm(expected_NK.double(), dim=1).clamp(min=1e-30)
     return (value_NK.double() * expected_NK.double()).sum(1) / length_N

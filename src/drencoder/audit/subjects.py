@@ -1,4 +1,4 @@
-"""Whose updates are attacked: disjoint groups of clients, and what the attacker knows of the population.
+"""This module draws whose updates are attacked: disjoint groups of clients, and what the attacker knows of the population.
 
 Legend: N clients of a group, M shadow clients, D adapter values.
 
@@ -47,13 +47,13 @@ class Subjects:
     shadow_MD: Tensor
 
 
-def gather_subjects(live: Live, clients: int, seed: int) -> Subjects:
+def gather_subjects(components: Live, clients: int, seed: int) -> Subjects:
     """Trains all groups, `clients` in each but the shadows.
 
     Raises:
       DataError: fewer than 8 clients, a population that is too small, or too little held-out text.
     """
-    population = live.recipe.federation.population
+    population = components.recipe.federation.population
     if clients < MIN_CLIENTS:
         raise DataError(f"The audit was asked for {clients} clients; its intervals need at least {MIN_CLIENTS}.")
     if population < 3 * MIN_CLIENTS:
@@ -66,11 +66,11 @@ def gather_subjects(live: Live, clients: int, seed: int) -> Subjects:
             f"The audit of {clients:,} clients needs three such groups and the population has {population:,}: ask for "
             f"{population // 3:,} clients at most."
         )
-    warm, shadow_texts = _server_texts(live)
-    adapter_D = _warmed(live, warm)
+    warm, shadow_texts = _split_server_texts(components)
+    adapter_D = _train_start(components, warm)
     start = derive_seed(seed, "audit-clients") % (population - 3 * clients + 1)
-    chosen = [live.texts.client(start + client, 1)[0] for client in range(3 * clients)]
-    target_ND, collected_ND, reference_ND = _updates(live, adapter_D, chosen).split(clients)
+    chosen = [components.texts.client(start + client, 1)[0] for client in range(3 * clients)]
+    target_ND, collected_ND, reference_ND = _train_updates(components, adapter_D, chosen).split(clients)
     return Subjects(
         adapter_D=adapter_D,
         target_texts=chosen[:clients],
@@ -78,15 +78,15 @@ def gather_subjects(live: Live, clients: int, seed: int) -> Subjects:
         collected_ND=collected_ND,
         reference_ND=reference_ND,
         shadow_texts=shadow_texts,
-        shadow_MD=_updates(live, adapter_D, shadow_texts),
+        shadow_MD=_train_updates(components, adapter_D, shadow_texts),
     )
 
 
-def _server_texts(live: Live) -> tuple[list[Example], list[Example]]:
-    """The server's own text: what warms the adapter, and what its make-believe clients hold."""
-    wanted = _WARM_STEPS * _WARM_EXAMPLES
-    held_out = live.texts.held_out(wanted + _SHADOWS)
-    warm = min(wanted, len(held_out) // 2)
+def _split_server_texts(components: Live) -> tuple[list[Example], list[Example]]:
+    """Splits the server's own text into what trains the adapter at first and what its make-believe clients hold."""
+    num_warm = _WARM_STEPS * _WARM_EXAMPLES
+    held_out = components.texts.held_out(num_warm + _SHADOWS)
+    warm = min(num_warm, len(held_out) // 2)
     if len(held_out) - warm < _MIN_SHADOWS:
         raise DataError(
             f"The server holds {len(held_out)} records out; the attacker learns from at least {2 * _MIN_SHADOWS}: "
@@ -95,26 +95,30 @@ def _server_texts(live: Live) -> tuple[list[Example], list[Example]]:
     return held_out[:warm], held_out[warm:]
 
 
-def _warmed(live: Live, texts: Sequence[Example]) -> Tensor:
-    """The adapter (D,) after a few non-private steps on the server's own text, as in a later round.
+def _train_start(components: Live, texts: Sequence[Example]) -> Tensor:
+    """Returns the adapter (D,) after a few non-private steps on the server's own text, as in a later round.
 
     LoRA starts with B = 0, where A has no gradient and shows nothing of the input.
     """
-    state = ServerState.start(live.lora.initial_D)
+    state = ServerState.start(components.lora.initial_D)
     gradient = config.Local(upload="gradient", batch_size=_WARM_EXAMPLES)
     size = -(-len(texts) // _WARM_STEPS)
     for begin in range(0, len(texts), size):
-        update_1D = cohort_updates(live.lora, state.adapter_D, [texts[begin : begin + size]], gradient, [0])
+        update_1D = cohort_updates(components.lora, state.adapter_D, [texts[begin : begin + size]], gradient, [0])
         state = server_step(state, update_1D[0].cpu(), _WARM_SERVER, _WARM_SERVER.learning_rate)
     return state.adapter_D
 
 
-def _updates(live: Live, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:
-    """One update (len(texts), D) per client of one record, as the recipe's clients compute it."""
-    local, many = live.recipe.local, max(2, live.recipe.speed.parallel_clients)
+def _train_updates(components: Live, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:
+    """Computes one update (len(texts), D) per client of one record, as the recipe's clients do."""
+    local, many = components.recipe.local, max(2, components.recipe.speed.parallel_clients)
     parts = [
         cohort_updates(
-            live.lora, adapter_D, [[one] for one in texts[at : at + many]], local, [0] * len(texts[at : at + many])
+            components.lora,
+            adapter_D,
+            [[one] for one in texts[at : at + many]],
+            local,
+            [0] * len(texts[at : at + many]),
         )
         for at in range(0, len(texts), many)
     ]

@@ -26,25 +26,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drencoder.audit.arms import Arm, bound_mu, expected_messages, opened
-from drencoder.audit.auc import auc_within, gaussian_max_auc
+from drencoder.audit.arms import Arm, bound_mu, expected_messages, open_channel
+from drencoder.audit.auc import estimate_clustered_auc, gaussian_max_auc
 from drencoder.audit.findings import Finding
-from drencoder.audit.scene import Scene
+from drencoder.audit.setup import AuditSetup
 from drencoder.data.tokenization import Example
 from drencoder.errors import ModelError
 from drencoder.federated.query import Query
 from drencoder.models.adapter_layout import Segment
 from drencoder.models.lora import LoraModel
 
-__all__ = ["SpanAttack", "found_share", "present_tokens", "shadow_scores", "token_findings"]
+__all__ = ["SpanAttack", "mark_present_tokens", "score_by_shadow_clients", "share_of_tokens_found", "token_findings"]
 
 _FIRST_INPUT = re.compile(r"(?P<module>.*\.layers\.0\.\w+\.(q|k|v)_proj)\.lora_A\.weight")
 _RANK_TOLERANCE = 1e-5  # singular values below this share of the largest are rounding
 _PEFT_PREFIX = "base_model.model."
 
 
-def present_tokens(texts: Sequence[Example], vocabulary: int) -> Tensor:
-    """Which tokens stand in each text before its last place, (N, V) bool; the last one is predicted only."""
+def mark_present_tokens(texts: Sequence[Example], vocabulary: int) -> Tensor:
+    """Returns which tokens stand in each text before its last place, (N, V) bool; the last one is predicted only."""
     present_NV = torch.zeros(len(texts), vocabulary, dtype=torch.bool)
     for row, text in enumerate(texts):
         present_NV[row, list(text.tokens[:-1])] = True
@@ -61,17 +61,21 @@ class SpanAttack:
 
     @classmethod
     def of(cls, lora: LoraModel) -> "SpanAttack":
-        """Raises ModelError: no first-layer q, k or v is adapted, or its input is not a function of the token alone."""
+        """Prepares the attack on this model.
+
+        Raises:
+          ModelError: no first-layer q, k or v is adapted, or its input is not a function of the token alone.
+        """
         segments = tuple(segment for segment in lora.layout.segments if _FIRST_INPUT.fullmatch(segment.name))
         if not segments:
             raise ModelError(
                 "The token attack reads the first layer's q, k or v and the adapter has none of them: add q_proj, k_proj or "
                 "v_proj to adapter.targets and layer 0 to adapter.layers."
             )
-        return cls(segments, functional.normalize(_first_inputs(lora, segments[0]), dim=1))
+        return cls(segments, functional.normalize(_compute_first_inputs(lora, segments[0]), dim=1))
 
     def scores(self, update_ND: Tensor) -> Tensor:
-        """Share of each token's input inside the span of the update's rows, (N, V)."""
+        """Returns the share of each token's input inside the span of the update's rows, (N, V)."""
         rows_NRH = torch.cat(
             [update_ND[:, one.start : one.stop].reshape(-1, *one.shape) for one in self.segments], dim=1
         )
@@ -85,8 +89,8 @@ class SpanAttack:
         )
 
 
-def shadow_scores(query: Query, value_NK: Tensor, shadow_MD: Tensor, shadow_MV: Tensor) -> Tensor:
-    """Inner products of messages with the shadow clients' mean message per token, (N, V); zero for unseen tokens.
+def score_by_shadow_clients(query: Query, value_NK: Tensor, shadow_MD: Tensor, shadow_MV: Tensor) -> Tensor:
+    """Returns the inner products of messages with the shadow clients' mean message per token, (N, V); zero for unseen tokens.
 
     Without noise the length of an update says nothing about a single token, and both sides are taken to length 1.
     """
@@ -99,72 +103,78 @@ def shadow_scores(query: Query, value_NK: Tensor, shadow_MD: Tensor, shadow_MV: 
     return functional.normalize(value_NK, dim=1) @ template_VK.T
 
 
-def found_share(score_NV: Tensor, present_NV: Tensor) -> float:
-    """Share of a text's tokens among its own n best-scored ones, n the number of tokens looked for; mean over clients.
+def share_of_tokens_found(score_NV: Tensor, present_NV: Tensor) -> float:
+    """Returns the share of a text's tokens among its own n best-scored ones, n the number of tokens looked for; mean over clients.
 
     Tokens that all texts share are known beforehand and count on neither side.
     """
     known_V = present_NV.all(0)
     shares = []
     for score_V, present_V in zip(score_NV, present_NV & ~known_V, strict=True):
-        wanted = int(present_V.sum())
-        if wanted:
-            best = score_V.masked_fill(known_V, float("-inf")).topk(wanted).indices
+        count = int(present_V.sum())
+        if count:
+            best = score_V.masked_fill(known_V, float("-inf")).topk(count).indices
             shares.append(float(present_V[best].float().mean()))
     return sum(shares) / max(1, len(shares))
 
 
-def token_findings(scene: Scene, arms: Sequence[Arm], span: SpanAttack) -> tuple[list[Finding], dict[str, Any]]:
-    """Both attacks on every arm's messages and on stage 1's; and one text beside what was read of it unprotected."""
-    subjects, vocabulary = scene.subjects, len(span.input_VH)
-    present_NV = present_tokens(subjects.target_texts, vocabulary)
-    shadow_MV = present_tokens(subjects.shadow_texts, vocabulary)
+def token_findings(setup: AuditSetup, arms: Sequence[Arm], span: SpanAttack) -> tuple[list[Finding], dict[str, Any]]:
+    """Runs both attacks on every arm's messages and on stage 1's.
+
+    Returns the findings, and one text beside what was read of it unprotected.
+    """
+    subjects, vocabulary = setup.subjects, len(span.input_VH)
+    present_NV = mark_present_tokens(subjects.target_texts, vocabulary)
+    shadow_MV = mark_present_tokens(subjects.shadow_texts, vocabulary)
     findings: list[Finding] = []
     example: dict[str, Any] = {}
 
     def add(arm: str, sees: str, attack: str, score_NV: Tensor, mu: float | None) -> None:
         bound = None if mu is None else gaussian_max_auc(mu)
-        auc, found = auc_within(score_NV, present_NV, scene.seed), found_share(score_NV, present_NV)
+        auc, found = (
+            estimate_clustered_auc(score_NV, present_NV, setup.seed),
+            share_of_tokens_found(score_NV, present_NV),
+        )
         findings.append(Finding("tokens", arm, sees, attack, auc, bound, found))
 
     for arm in arms:
-        query, mu = arm.query(scene.live.recipe, 1), arm.max_mu("replace_one")
-        with opened(arm.plan(len(present_NV), 1), scene.seed) as wire:
-            message_NK = wire.messages(query, subjects.target_ND)
+        query, mu = arm.query(setup.components.recipe, 1), arm.max_mu("replace_one")
+        with open_channel(arm.plan(len(present_NV), 1), setup.seed) as channel:
+            message_NK = channel.messages(query, subjects.target_ND)
         by_span_NV = span.scores(query.decode(message_NK))
-        by_shadow_NV = shadow_scores(query, message_NK, subjects.shadow_MD, shadow_MV)
+        by_shadow_NV = score_by_shadow_clients(query, message_NK, subjects.shadow_MD, shadow_MV)
         # FedCG's stage 1 uploads the very values of an unprotected update, whatever its stage 2 does.
         names = [(arm.name, arm.sees)] + ([] if example else [("FedCG, stage 1", "real gradient")])
         for name, sees in names:
             add(name, sees, "span", by_span_NV, mu)
             add(name, sees, "shadow", by_shadow_NV, mu)
-        example = example or _recovered(scene, by_span_NV[0], subjects.target_texts[0])
-    for sees, sigma in (("statistics, no noise", None), ("noised statistics", scene.stage1_sigma)):
-        query, plan = scene.moments(scene.segments), scene.stage1_plan(len(present_NV), sigma)
-        with opened(plan, scene.seed) as wire:
-            statistic_NV = wire.messages(query, subjects.target_ND)
-        by_shadow_NV = shadow_scores(query, statistic_NV, subjects.shadow_MD, shadow_MV)
+        example = example or _decode_example(setup, by_span_NV[0], subjects.target_texts[0])
+    for sees, sigma in (("statistics, no noise", None), ("noised statistics", setup.stage1_sigma)):
+        query, plan = setup.make_moment_query(setup.segments), setup.make_stage1_plan(len(present_NV), sigma)
+        with open_channel(plan, setup.seed) as channel:
+            statistic_NV = channel.messages(query, subjects.target_ND)
+        by_shadow_NV = score_by_shadow_clients(query, statistic_NV, subjects.shadow_MD, shadow_MV)
         add("DR-Encoder, stage 1", sees, "shadow", by_shadow_NV, bound_mu(plan, "replace_one", slot=0))
     return findings, example
 
 
-def _recovered(scene: Scene, score_V: Tensor, text: Example) -> dict[str, Any]:
-    """A text beside its n best-scored tokens, best first."""
-    tokenizer, tokens = scene.live.lora.base.tokenizer, list(text.tokens[:-1])
+def _decode_example(setup: AuditSetup, score_V: Tensor, text: Example) -> dict[str, Any]:
+    """Returns a text beside its n best-scored tokens, best first."""
+    tokenizer, tokens = setup.components.lora.base.tokenizer, list(text.tokens[:-1])
     best = score_V.topk(len(set(tokens))).indices.tolist()
     return {
         "text": tokenizer.decode(tokens),
         "recovered": [tokenizer.decode([token]) for token in best],
         "right": len(set(best) & set(tokens)),
-        "wanted": len(best),
+        "num_tokens": len(best),
     }
 
 
 @torch.no_grad()
-def _first_inputs(lora: LoraModel, segment: Segment) -> Tensor:
-    """Every token's input (V, H) to the first layer's projections: its embedding after the layer's own norm.
+def _compute_first_inputs(lora: LoraModel, segment: Segment) -> Tensor:
+    """Computes every token's input (V, H) to the first layer's projections: its embedding after the layer's own norm.
 
-    Checked against what the layer is really given: a model that adds positions or scales has another input.
+    The result is checked against what the layer is really given: a model that adds positions or scales is refused.
     """
     base, match = lora.base.model, _FIRST_INPUT.fullmatch(segment.name)
     assert match is not None
@@ -172,7 +182,7 @@ def _first_inputs(lora: LoraModel, segment: Segment) -> Tensor:
     projection = base.get_submodule(match["module"].removeprefix(_PEFT_PREFIX))
     norm = getattr(layer, "input_layernorm", None)
     if norm is None:
-        raise _unsupported(lora)
+        raise _unsupported_model(lora)
     input_VH = norm(base.get_input_embeddings().weight)
     seen: list[Tensor] = []
     handle = projection.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
@@ -182,11 +192,11 @@ def _first_inputs(lora: LoraModel, segment: Segment) -> Tensor:
     finally:
         handle.remove()
     if not torch.allclose(seen[0][0].float(), input_VH[probe].float(), rtol=1e-2, atol=1e-2):
-        raise _unsupported(lora)
+        raise _unsupported_model(lora)
     return input_VH.float().cpu()
 
 
-def _unsupported(lora: LoraModel) -> ModelError:
+def _unsupported_model(lora: LoraModel) -> ModelError:
     kind = lora.base.model.config.model_type
     return ModelError(
         f"The token attack knows models whose first layer is given the normalised token embedding alone (Llama, Qwen, "

@@ -4,6 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drencoder.audit.findings import LEAKAGES, Audit, Finding
+from drencoder.runs.display import make_table, printable
 
 __all__ = ["audit_tables"]
 
@@ -14,7 +15,7 @@ _CAPTION = (
 
 
 def audit_tables(audit: Audit) -> list[Table]:
-    """One table per leakage; then one text read from an unprotected upload; then what to keep in mind."""
+    """Returns one table per leakage, one text that was read from an unprotected upload, and what to keep in mind."""
     tables = [
         _findings_table(title, [finding for finding in audit.findings if finding.leakage == leakage])
         for leakage, title in LEAKAGES.items()
@@ -23,47 +24,47 @@ def audit_tables(audit: Audit) -> list[Table]:
 
 
 def _findings_table(title: str, findings: list[Finding]) -> Table:
-    found = any(finding.found is not None for finding in findings)
-    table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left")
+    has_tokens = any(finding.found is not None for finding in findings)
+    table = make_table(title, caption=_CAPTION)
+    table.show_header = True
     for heading in ("arm", "the attacker sees", "attack"):
         table.add_column(heading)
-    for heading in ("AUC", "max AUC", *(("found",) if found else ()), "pos / neg"):
+    for heading in ("AUC", "max AUC", *(("found",) if has_tokens else ()), "pos / neg"):
         table.add_column(heading, justify="right", no_wrap=True)
     if any(finding.note for finding in findings):
         table.add_column("note")
     for finding in findings:
         style = "red" if finding.max_auc is None else "dim" if finding.sabotaged else ""
-        cells = [finding.arm, finding.sees, finding.attack, _auc(finding)]
+        cells: list[str | Text] = [finding.arm, finding.sees, finding.attack, _auc_cell(finding)]
         cells.append("-" if finding.max_auc is None else f"{finding.max_auc:.3f}")
-        if found:
+        if has_tokens:
             cells.append("" if finding.found is None else f"{finding.found:.0%}")
         cells += [f"{finding.auc.positives} / {finding.auc.negatives}", finding.note]
         table.add_row(*cells[: len(table.columns)], style=style)
     return table
 
 
-def _auc(finding: Finding) -> str:
+def _auc_cell(finding: Finding) -> Text:
     auc = finding.auc
-    mark = " [bold]![/bold]" if finding.exposed else ""
-    return f"{auc.value:.3f} \\[{auc.low:.3f}, {auc.high:.3f}]{mark}"
+    return Text.assemble(f"{auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]", (" !" if finding.exposed else "", "bold"))
 
 
 def _example_table(audit: Audit) -> Table:
     example = audit.example
-    table = Table(title="One text, read from an unprotected upload", title_justify="left", show_header=False)
-    table.add_row("the client's text", Text(example["text"]))
-    table.add_row(f"{example['wanted']} best tokens", Text(" | ".join(token.strip() for token in example["recovered"])))
+    table = make_table("One text, read from an unprotected upload")
+    table.add_row("the client's text", Text(printable(example["text"])))
+    best = " | ".join(token.strip() for token in example["recovered"])
+    table.add_row(f"{example['num_tokens']} best tokens", Text(printable(best)))
     table.add_row("of them right", str(example["right"]))
     return table
 
 
 def _verdict_table(audit: Audit) -> Table:
-    table = Table(title="What to keep in mind", title_justify="left", show_header=False)
+    table = make_table("What to keep in mind")
     for finding in audit.broken:
-        table.add_row(
-            f"[red]A promise was measured not to hold[/red]: {finding.arm}, {finding.sees}, {finding.attack}."
-        )
-    for finding in audit.toothless:
+        where = f": {finding.arm}, {finding.sees}, {finding.attack}."
+        table.add_row(Text.assemble(("A promise was measured not to hold", "red"), where))
+    for finding in audit.unnoticed:
         table.add_row(f"Sabotage went unnoticed ({finding.arm}, {finding.attack}): raise trials, or lower epsilon.")
     for note in audit.notes:
         table.add_row(note)

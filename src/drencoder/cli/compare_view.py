@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from drencoder.runs.display import make_progress, make_table, printable
 from drencoder.study.compare import Cell, Track
 from drencoder.study.compare_table import Row, short_cells
 
@@ -24,13 +25,12 @@ class CompareDisplay:
         self._tuning_seed = tuning_seed
         self._losses: dict[Track, dict[Cell, float]] = {}
         self._failed: dict[Track, int] = {}
-        self._progress = Progress(
-            TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        )
+        self._progress = make_progress("cells")
         self._began = time.monotonic()
         self._live: Live | None = None
 
     def started(self, tracks: Sequence[Track], seeds: int, tuning_runs: int) -> None:
+        """Shows the empty table: one line per track."""
         self._losses = {track: {} for track in tracks}
         self._failed = dict.fromkeys(tracks, 0)
         self._seeds, self._tuning_runs = seeds, tuning_runs
@@ -40,10 +40,12 @@ class CompareDisplay:
             self._live.start(refresh=True)
 
     def cell_done(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Shows the result of one cell, or why it failed."""
         self._progress.advance(self._task)
         if "error" in result:
             self._failed[cell.track] += 1
-            self.console.print(f"[yellow]{cell.track}, seed {cell.seed}:[/yellow] {result['error']}", highlight=False)
+            where = f"{cell.track}, seed {cell.seed}: "
+            self.console.print(Text.assemble((where, "yellow"), printable(result["error"])))
         self._losses[cell.track][cell] = result.get("loss", math.nan)
         if self._live is not None:
             self._live.update(self._screen(), refresh=True)
@@ -51,19 +53,18 @@ class CompareDisplay:
             kind = "tuning" if cell.seed == self._tuning_seed else f"seed {cell.seed}"
             self.console.print(
                 f"{time.monotonic() - self._began:7.1f} s  {cell.track}, {kind}, rate step {cell.step:+g}: "
-                f"held-out loss {result['loss']:.3f} in {result['seconds']:.0f} s",
-                highlight=False,
+                f"held-out loss {result['loss']:.3f} in {result['seconds']:.0f} s"
             )
 
     def close(self) -> None:
+        """Leaves the last state of the live table on the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def _screen(self) -> Group:
-        table = Table(title="Comparison", title_justify="left")
-        for heading in ("method", "ε", "tuning", "seeds", "held-out loss so far", "failed"):
-            table.add_column(heading, justify="left" if heading == "method" else "right")
+        headings = ("method", "ε", "tuning", "seeds", "held-out loss so far", "failed")
+        table = make_table("Comparison", *headings, words=("method",))
         for track, losses in self._losses.items():
             tuning = [loss for cell, loss in losses.items() if cell.seed == self._tuning_seed]
             final = [loss for cell, loss in losses.items() if cell.seed != self._tuning_seed and loss == loss]
@@ -79,16 +80,12 @@ class CompareDisplay:
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:
-    """The table of a finished comparison, for the terminal: means; table.md has all."""
+    """Returns the means of a finished comparison for the terminal; the file table.md has all numbers."""
     headings, lines = short_cells(rows)
-    table = Table(
-        title="Comparison, means over seeds",
-        title_justify="left",
-        caption="Δ loss: paired with DP-LoRA at the same ε; * its 95 % interval over seeds excludes zero",
-        caption_justify="left",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    caption = "Δ loss: paired with DP-LoRA at the same ε; * its 95 % interval over seeds excludes zero"
+    table = make_table("Comparison, means over seeds", *headings, words=("method",), caption=caption)
+    for column in table.columns:
+        column.no_wrap = True
     for line in lines:
         table.add_row(*line)
     return table

@@ -6,22 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from drencoder.errors import ArtifactError, EngineError, RecipeError
-from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
+from drencoder.errors import EngineError, RecipeError
 
 __all__ = ["add_flower_commands"]
 
-RecipeArgument = Annotated[
-    str | None, typer.Argument(metavar="[RECIPE]", help="TOML file or shipped recipe; none = the embedded quickstart")
-]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one knob")]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="run folder to make; default runs/NAME, runs/NAME-2, ...")
-]
-ResumeOption = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with a killed run")]
 QuorumOption = Annotated[
     float, typer.Option("--quorum", help="share of the cohort (central trust: of the population) that must answer")
 ]
@@ -37,10 +27,11 @@ def add_flower_commands(app: typer.Typer) -> None:
     app.command()(simulate)
 
 
-def _needs_flower() -> None:
-    from drencoder.flower.processes import QUIET
+def _check_flower() -> None:
+    """Turns Flower's telemetry off and raises EngineError where Flower is not installed."""
+    from drencoder.flower.processes import QUIET_ENVIRONMENT
 
-    os.environ.update(QUIET)
+    os.environ.update(QUIET_ENVIRONMENT)
     if importlib.util.find_spec("flwr") is None:
         raise EngineError("flwr is not installed here: pip install 'drencoder[flower]'.")
 
@@ -55,13 +46,12 @@ def certs(
 ) -> None:
     """Makes an authority, the server's certificate, and a key for each site."""
     from drencoder.flower.keys import make_certificates
+    from drencoder.runs.display import make_console, printable
 
     written = make_certificates(folder, nodes, host or [], days=days)
-    console = Console()
-    console.print(f"{len(written)} files in {escape(str(folder))}.", highlight=False)
-    console.print(
-        "Server: ca.crt, server.crt, server.key and nodes/. Site i: node[i]/. Keep ca.key off both.", markup=False
-    )
+    console = make_console()
+    console.print(f"{len(written)} files in {printable(folder)}.")
+    console.print("Server: ca.crt, server.crt, server.key and nodes/. Site i: node[i]/. Keep ca.key off both.")
 
 
 def server(
@@ -83,28 +73,26 @@ def server(
     wait: WaitOption = 600.0,
 ) -> None:
     """The main job with its clients on other machines (drencoder client)."""
-    _needs_flower()
+    _check_flower()
     from drencoder.federated.remote.engine import Patience
-    from drencoder.flower.keys import node_public_keys
+    from drencoder.flower.keys import read_public_keys
 
-    keys = node_public_keys(nodes or certs / "nodes")
+    keys = read_public_keys(nodes or certs / "nodes")
     patience = Patience(quorum, round_timeout, wait, len(keys))
-    folder, wanted = _run_of(recipe, set_, out, resume)
-    from drencoder.flower.deploy import ServerPlace, run_server
+    folder, config = choose_run(recipe, set_, out, resume, needs_ledger=True)
+    from drencoder.flower.deploy import ServerEndpoint, run_server
     from drencoder.flower.server_app import ServerOptions
-    from drencoder.runs.display import interrupted
+    from drencoder.runs.display import make_console, resume_hint, show_run_folder
 
     # Not into the run folder, which must be new; beside it, where an operator looks.
     log = folder.parent / f"{folder.name}.superlink" / "superlink.log"
-    place = ServerPlace(certs, keys, host, port, log)
+    endpoint = ServerEndpoint(certs, keys, host, port, log)
     try:
-        result = run_server(ServerOptions(wanted, folder, patience), place)
+        result = run_server(ServerOptions(None if resume else config, folder, patience), endpoint)
     except KeyboardInterrupt:
-        Console().print(interrupted("server", folder))
+        make_console().print(resume_hint("server", folder), soft_wrap=True)
         raise SystemExit(130) from None
-    Console().print(
-        f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)"
-    )
+    show_run_folder(make_console(), result.folder)
 
 
 def client(
@@ -142,30 +130,31 @@ def client(
     poll: Annotated[float, typer.Option("--poll", min=0.05, max=3.0, help="seconds between two looks for work")] = 0.5,
 ) -> None:
     """A site: answers the server's questions for its clients, and keeps a ledger of its own."""
-    _needs_flower()
+    _check_flower()
     if clients is None:
         beside = key.parent / "clients"
         if not beside.is_file():
             raise RecipeError(f"which clients are at this site? {beside} is not there: give --clients, say 0-9 or 0/3.")
         clients = beside.read_text("utf-8").strip()
-    from drencoder.flower.deploy import SitePlace, run_site
+    from drencoder.flower.deploy import SiteEndpoint, run_site
 
-    place = SitePlace(server, root or key.parent / "ca.crt", key, state or key.parent / "state", poll)
-    place.check()
+    endpoint = SiteEndpoint(server, root or key.parent / "ca.crt", key, state or key.parent / "state", poll)
+    endpoint.check()
     from drencoder.flower.client_app import open_site
+    from drencoder.runs.display import make_console, printable
 
-    console = Console()
+    console = make_console()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False)
+        console.print(printable(text))
 
     say("loading the model")
     site = open_site(
-        recipe, clients, data=data, state=place.state, min_noise=min_noise, key=key, roster=roster, say=say
+        recipe, clients, data=data, state=endpoint.state, min_noise=min_noise, key=key, roster=roster, say=say
     )
-    say(f"ready: clients {site.hosted}, ledger {place.state / 'site.jsonl'}")
+    say(f"ready: clients {site.hosted}, ledger {endpoint.state / 'site.jsonl'}")
     try:
-        run_site(site, place)
+        run_site(site, endpoint)
     except KeyboardInterrupt:
         say("stopped")
         raise SystemExit(130) from None
@@ -179,40 +168,15 @@ def simulate(
     resume: ResumeOption = None,
 ) -> None:
     """The main job on Flower's simulation engine (Ray), in processes of this machine."""
-    _needs_flower()
+    _check_flower()
     from drencoder.federated.remote.engine import Patience
 
-    folder, wanted = _run_of(recipe, set_, out, resume)
-    from drencoder.flower.simulation import alone_on_the_network, run_simulated
+    folder, config = choose_run(recipe, set_, out, resume, needs_ledger=True)
+    from drencoder.flower.simulation import isolate_network, simulate_run
 
-    alone_on_the_network()
+    isolate_network()
     from drencoder.flower.server_app import ServerOptions
+    from drencoder.runs.display import make_console, show_run_folder
 
-    result = run_simulated(ServerOptions(wanted, folder, Patience(nodes=nodes)), nodes)
-    Console().print(
-        f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)"
-    )
-
-
-def _run_of(
-    recipe: str | None, set_: list[str] | None, out: Path | None, resume: Path | None
-) -> tuple[Path, Recipe | None]:
-    """(run folder, recipe; None = the folder's own goes on)."""
-    from drencoder.runs.run_folder import RunFolder
-
-    if resume is not None:
-        if recipe is not None or set_ or out is not None:
-            raise RecipeError("--resume continues a run with its own recipe: give no recipe, --set or --out beside it.")
-        if not (resume / "ledger.jsonl").exists():
-            raise ArtifactError(
-                f"{resume} has no ledger: give the folder of a started run, or start anew without --resume."
-            )
-        RunFolder.open(resume)
-        return resume, None
-    wanted = load_recipe(recipe, set_ or ())
-    folder, number = out or Path("runs") / wanted.name, 1
-    while out is None and folder.exists():
-        number += 1
-        folder = Path("runs") / f"{wanted.name}-{number}"
-    RunFolder.check_free(folder)
-    return folder, wanted
+    result = simulate_run(ServerOptions(None if resume else config, folder, Patience(nodes=nodes)), nodes)
+    show_run_folder(make_console(), result.folder)

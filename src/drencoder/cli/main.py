@@ -1,21 +1,23 @@
 """The command line. Commands parse, call one function each, and print; torch is imported only where it is needed.
 
-Exit codes: 0 done, 1 a check failed, 2 the user can mend it (one sentence says how), 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 the user can mend it (one sentence says how), 70 an error that nobody foresaw (its
+type and place are shown, its message is not: it may quote a record), 130 interrupted, 141 nobody reads the output any more.
 """
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from drencoder import __version__
 from drencoder.cli.flower import add_flower_commands
-from drencoder.errors import DrencoderError, RecipeError
+from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
+from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
 from drencoder.recipe.recipe import Recipe, load_recipe, shipped_recipes
 
 __all__ = ["app", "main"]
@@ -24,20 +26,16 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # it would print local variables: clients' text
+    pretty_exceptions_show_locals=False,
     help="Differentially private federated fine-tuning of language models with encoded LoRA updates.",
 )
 
-RecipeArgument = Annotated[
-    str | None, typer.Argument(metavar="[RECIPE]", help="TOML file or shipped recipe; none = the embedded quickstart")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one knob, e.g. privacy.epsilon=2")
-]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"drencoder {__version__}")
         raise typer.Exit
 
@@ -45,7 +43,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     pass
@@ -55,50 +53,27 @@ def _root(
 def run(
     recipe: RecipeArgument = None,
     set_: SetOption = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="run folder to make; default runs/NAME, runs/NAME-2, ...")
-    ] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with a killed run")] = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
 ) -> None:
     """The main job: stage 1, stage 2, evaluation. Leaves an adapter, a ledger and a certificate."""
-    from drencoder.runs.display import RunDisplay, interrupted
+    from drencoder.runs.display import RunDisplay, make_console, resume_hint, show_run_folder
 
-    console = Console()
-    if resume is not None:
-        if recipe is not None or set_ or out is not None:
-            raise RecipeError("--resume continues a run with its own recipe: give no recipe, --set or --out beside it.")
-        folder = resume
-        wanted = _recipe_of(resume)
-    else:
-        wanted = load_recipe(recipe, set_ or ())
-        folder = out or _fresh_folder(Path("runs"), wanted.name)
-    display = RunDisplay(console, rounds=wanted.federation.rounds, encoder=wanted.encoder.name, name=wanted.name)
+    console = make_console()
+    folder, config = choose_run(recipe, set_, out, resume)
+    display = RunDisplay(console, rounds=config.federation.rounds, encoder=config.encoder.name, name=config.name)
     try:
         display.say("loading torch and transformers")
         from drencoder.runs import run as experiment
 
-        result = experiment.resume(folder, display) if resume else experiment.run(wanted, folder, display)
+        result = experiment.resume(folder, display) if resume else experiment.run(config, folder, display)
     except KeyboardInterrupt:
         display.close()
-        console.print(interrupted("run", folder))
+        console.print(resume_hint("run", folder), soft_wrap=True)
         raise SystemExit(130) from None
     finally:
         display.close()
-    console.print(f"Run folder: {escape(str(result.folder))}  (adapter/, ledger.jsonl, certificate.json, report.html)")
-
-
-def _fresh_folder(parent: Path, name: str) -> Path:
-    candidate, number = parent / name, 1
-    while candidate.exists():
-        number += 1
-        candidate = parent / f"{name}-{number}"
-    return candidate
-
-
-def _recipe_of(folder: Path) -> Recipe:
-    from drencoder.runs.run_folder import RunFolder
-
-    return load_recipe(RunFolder.open(folder).recipe)
+    show_run_folder(console, result.folder)
 
 
 @app.command()
@@ -121,33 +96,33 @@ def plan(
     """Epsilon per observer, noise, code size and bytes, before anything is spent."""
     from drencoder.runs.plan_overview import survey
 
-    wanted = load_recipe(recipe, set_ or ())
+    config = load_recipe(recipe, set_ or ())
     if curve:
-        _plan_curve(wanted, _numbers(sigmas), observer, relation, plot, json_)
+        _show_curve(config, _parse_numbers(sigmas), observer, relation, plot, json_)
         return
     if sigmas or observer or relation or plot:
         raise RecipeError("--sigmas, --observer, --relation and --plot belong to --curve: give it too.")
-    overview = survey(wanted)
+    overview = survey(config)
     if json_:
         print(json.dumps(overview.to_dict(), indent=2))
         return
-    from drencoder.runs.display import plan_tables
+    from drencoder.runs.display import make_console, plan_tables, show_note
 
-    console = Console()
-    for table in plan_tables(overview, wanted.name, wanted.encoder.name):
+    console = make_console()
+    for table in plan_tables(overview, config.name, config.encoder.name):
         console.print(table)
     for warning in overview.warnings():
-        console.print(f"[yellow]Note:[/yellow] {escape(warning)}")
+        show_note(console, "Note", warning)
 
 
-def _numbers(text: str) -> list[float] | None:
+def _parse_numbers(text: str) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")] if text else None
     except ValueError:
         raise RecipeError(f"--sigmas {text!r} is not a list of numbers: write, say, 0.8,1,1.5.") from None
 
 
-def _plan_curve(
+def _show_curve(
     recipe: Recipe,
     sigmas: list[float] | None,
     observer: str | None,
@@ -158,6 +133,7 @@ def _plan_curve(
     from drencoder.cli.curves_view import curve_tables
     from drencoder.privacy.curves import budget_curves
     from drencoder.privacy.tradeoff import tradeoffs
+    from drencoder.runs.display import make_console
     from drencoder.runs.plan_overview import privacy_plan
     from drencoder.runs.plots import plot_curves, plot_tradeoff, save_figure
 
@@ -167,11 +143,11 @@ def _plan_curve(
         print(json.dumps(curves.to_dict(), indent=2))
     else:
         for table in curve_tables(curves):
-            Console().print(table)
+            make_console().print(table)
     if plot is not None:
         written = [save_figure(plot_curves(curves), plot)]
-        made = tradeoffs(planned, observer=observer, relation=relation)  # type: ignore[arg-type]
-        written.append(save_figure(plot_tradeoff(made), plot.with_stem(f"{plot.stem}-tradeoff")))
+        curves_of_attacks = tradeoffs(planned, observer=observer, relation=relation)  # type: ignore[arg-type]
+        written.append(save_figure(plot_tradeoff(curves_of_attacks), plot.with_stem(f"{plot.stem}-tradeoff")))
         print(*(f"Plot: {path}" for path in written), sep="\n", file=sys.stderr)
 
 
@@ -189,25 +165,26 @@ def compare(
     The recipe's [compare] section says what is run. A comparison that was stopped goes on when started again.
     """
     from drencoder.cli.compare_view import CompareDisplay, comparison_table
+    from drencoder.runs.display import make_console, printable
     from drencoder.study.compare import compare as run_comparison
     from drencoder.study.compare_table import rows_of, write_comparison
 
-    console = Console()
-    wanted = load_recipe(recipe, set_ or ())
-    folder = out or Path("comparisons") / wanted.name
-    display = CompareDisplay(console, tuning_seed=wanted.compare.tuning_seed)
+    console = make_console()
+    config = load_recipe(recipe, set_ or ())
+    folder = out or Path("comparisons") / config.name
+    display = CompareDisplay(console, tuning_seed=config.compare.tuning_seed)
     try:
-        results, tracks = run_comparison(wanted, folder, display, processes=processes)
+        results, tracks = run_comparison(config, folder, display, processes=processes)
     except KeyboardInterrupt:
         display.close()
         console.print("\nInterrupted. Finished cells are kept: start the same command again to go on.")
         raise SystemExit(130) from None
     finally:
         display.close()
-    rows = rows_of(wanted, tracks, results, folder)
+    rows = rows_of(config, tracks, results, folder)
     console.print(comparison_table(rows))
-    for path in write_comparison(wanted, rows, folder):
-        console.print(f"Written: {escape(str(path))}")
+    for path in write_comparison(config, rows, folder):
+        console.print(f"Written: {printable(path)}", soft_wrap=True)
 
 
 @app.command()
@@ -231,6 +208,7 @@ def evaluate(
     """Log-likelihood multiple choice per subject and category, and held-out loss, against the base model."""
     from drencoder.cli.assess_view import assessment_tables
     from drencoder.runs.assess import assess
+    from drencoder.runs.display import make_console
 
     where = {}
     for entry in from_ or ():
@@ -238,15 +216,15 @@ def evaluate(
         if not equals or not place:
             raise RecipeError(f"--from {entry!r} is not NAME=WHERE: write, say, mmlu=data/mmlu.")
         where[name] = place
-    found = assess(
+    assessment = assess(
         target, benchmarks=benchmark, where=where, split=split, subjects=subject, shots=shots, template=template,
         count=count, device=device,
     )  # fmt: skip
     if json_:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(assessment.to_dict(), indent=2, ensure_ascii=False))
         return
-    for table in assessment_tables(found):
-        Console().print(table)
+    for table in assessment_tables(assessment):
+        make_console().print(table)
 
 
 @app.command()
@@ -261,67 +239,75 @@ def audit(
 ) -> None:
     """Attacks on the three leakages: a client's text, the encoder's training set, who took part.
 
-    Each attack meets the same updates without protection, under FedCG, DR-Encoder and this project's default. Exit code 1
+    Each attack meets the same updates without protection, under FedCG, DR-Encoder and this project's random sketch. Exit code 1
     if an attack beats its bound or misses a planted sabotage.
     """
     from drencoder.cli.audit_view import audit_tables
+    from drencoder.runs.display import make_console, printable
 
-    console = Console()
+    console = make_console()
     is_run = recipe is not None and (Path(recipe) / "recipe.resolved.toml").is_file()
-    wanted = load_recipe(str(Path(recipe or "") / "recipe.resolved.toml") if is_run else recipe, set_ or ())
+    config = load_recipe(str(Path(recipe or "") / "recipe.resolved.toml") if is_run else recipe, set_ or ())
     from drencoder.audit.leakages import audit_leakages
     from drencoder.runs.build import build
 
-    class Lines:
+    class DimLines:
         def say(self, text: str) -> None:
-            console.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+            console.print(printable(text), style="dim")
 
-    found = audit_leakages(build(wanted), clients=clients, seed=seed, listener=Lines())
-    for table in audit_tables(found):
+    findings = audit_leakages(build(config), clients=clients, seed=seed, listener=DimLines())
+    for table in audit_tables(findings):
         console.print(table)
     if out is not None:
         from drencoder.runs.run_folder import storing
 
         with storing(out):
-            out.write_text(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    if found.broken or found.toothless:
+            out.write_text(json.dumps(findings.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if findings.broken or findings.unnoticed:
         raise SystemExit(1)
 
 
 @app.command()
 def verify(folder: RunArgument) -> None:
     """Re-accounts a run's ledger and compares it with its certificate."""
+    from drencoder.runs.display import make_console, make_table, printable
     from drencoder.runs.verify import verify_run
 
     report = verify_run(folder)
-    table = Table("observer", "adjacency", "certificate", "ledger", title="Epsilon, re-computed from the ledger")
+    headings = ("observer", "adjacency", "certificate", "ledger")
+    table = make_table("Epsilon, re-computed from the ledger", *headings, words=headings)
     for row in report.rows:
         table.add_row(*map(str, row))
-    console = Console()
+    console = make_console()
     console.print(table)
     if report.trouble:
-        console.print(f"[bold red]Does not hold:[/bold red] {escape(report.trouble)}")
+        console.print(Text.assemble(("Does not hold: ", "bold red"), printable(report.trouble)))
         raise SystemExit(1)
-    console.print(f"[green]Holds:[/green] {report.charges} charges, chain of hashes intact, numbers agree to 1e-6.")
+    console.print(
+        Text.assemble(("Holds: ", "green"), f"{report.charges} charges, chain of hashes intact, numbers agree to 1e-6.")
+    )
 
 
 @app.command()
 def report(folder: RunArgument) -> None:
     """Writes RUN/report.html anew: one self-contained page."""
+    from drencoder.runs.display import printable
     from drencoder.runs.report import write_report
 
-    print(write_report(folder))
+    print(printable(write_report(folder)))
 
 
 @app.command()
 def knobs() -> None:
     """Every knob of a recipe, with its default and its meaning."""
     from drencoder.recipe.recipe import describe_knobs
+    from drencoder.runs.display import make_console, make_table
 
-    table = Table("knob", "default", "meaning")
-    for key, default, meaning in describe_knobs():
-        table.add_row(key, escape(default), escape(meaning))
-    console = Console()
+    headings = ("knob", "default", "meaning")
+    table = make_table("Knobs of a recipe", *headings, words=headings)
+    for row in describe_knobs():
+        table.add_row(*row)
+    console = make_console()
     console.print(table)
     console.print(f"Shipped recipes: {', '.join(shipped_recipes())}")
 
@@ -331,8 +317,32 @@ add_flower_commands(app)
 
 def main() -> None:
     """Entry point of `drencoder` and of `python -m drencoder`."""
-    try:
-        app()
-    except DrencoderError as error:
-        print(f"drencoder: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with hide_crash_messages():
+        try:
+            try:
+                app()
+            finally:
+                sys.stdout.flush()  # here, where a closed or full output can still be told from a failed check
+        except DrencoderError as error:
+            from drencoder.runs.display import printable
+
+            print(f"drencoder: {printable(error)}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except SystemExit as stop:
+            if isinstance(stop.__context__, BrokenPipeError):  # typer and rich make exit code 1 of it
+                _stop_writing(141)
+            raise
+        except BrokenPipeError:
+            _stop_writing(141)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+                raise
+            print("drencoder: the output cannot be written, since the disk is full: make room.", file=sys.stderr)
+            _stop_writing(2)
+
+
+def _stop_writing(code: int) -> NoReturn:
+    """Ends the process with this code. What is still to be printed goes nowhere, so that Python's last flush is silent."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    raise SystemExit(code) from None

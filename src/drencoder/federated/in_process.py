@@ -16,12 +16,12 @@ from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.crypto import NodeKey
-from drencoder.secure_aggregation.messages import Stage
+from drencoder.secure_aggregation.messages import ProtocolStep
 
 __all__ = ["InProcessEngine"]
 
 
-def _nobody(slot: int, stage: Stage, node: int) -> bool:
+def _nobody(slot: int, stage: ProtocolStep, node: int) -> bool:
     return False
 
 
@@ -37,7 +37,7 @@ class InProcessEngine:
     trainer: ClientTrainer
     nodes: int = 1
     threshold: int = 1
-    lost: Callable[[int, Stage, int], bool] = _nobody
+    lost: Callable[[int, ProtocolStep, int], bool] = _nobody
 
     def ready(self) -> None:
         """This process is always there."""
@@ -73,7 +73,7 @@ class InProcessEngine:
             for node, key in enumerate(keys)
         ]  # fmt: skip
 
-        def exchange(stage: Stage, requests: Mapping[int, bytes]) -> dict[int, bytes]:
+        def exchange(stage: ProtocolStep, requests: Mapping[int, bytes]) -> dict[int, bytes]:
             present = [node for node in requests if not self.lost(permit.slot, stage, node)]
             return {node: parties[node].answer(stage, requests[node]) for node in present}
 

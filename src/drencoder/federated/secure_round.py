@@ -1,7 +1,7 @@
 """A cohort's question under secure aggregation, for any engine: who hosts whom, a node's part, the server's part.
 
 A node first computes what it adds up (`node_share`): its clients train before the protocol begins. Then an engine gives each
-node a `SecureNode` made by `secure_node`, and calls `secure_sum` with a function that carries a step's messages to the nodes and
+node a `SecAggClient` made by `secure_node`, and calls `secure_sum` with a function that carries a step's messages to the nodes and
 their answers back. Neither knows stages of learning, encoders or epsilon; both see bytes.
 """
 
@@ -17,10 +17,10 @@ from drencoder.federated.round import SecureSum, client_share, modulus_bits
 from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
-from drencoder.secure_aggregation.client import SecureNode
+from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import RoundSettings
-from drencoder.secure_aggregation.server import Exchange, SecureServer, aggregate
+from drencoder.secure_aggregation.server import Exchange, SecAggServer, aggregate
 
 __all__ = ["clients_by_node", "node_share", "round_settings", "secure_node", "secure_sum"]
 
@@ -81,7 +81,7 @@ def node_share(
 
 def secure_node(
     settings: RoundSettings, node: int, key: NodeKey, clients: Sequence[int], share_V: npt.NDArray[np.uint32]
-) -> SecureNode:
+) -> SecAggClient:
     """A node with the sum of its clients' shares.
 
     Raises SecureError when the settings count other clients for it than it hosts.
@@ -90,7 +90,7 @@ def secure_node(
         raise SecureError(
             f"Node {node} hosts {len(clients)} clients and the round counts {settings.clients[node]}: refused."
         )
-    return SecureNode(settings, node, key, lambda: share_V)
+    return SecAggClient(settings, node, key, lambda: share_V)
 
 
 def secure_sum(settings: RoundSettings, on_nodes: Sequence[Sequence[int]], exchange: Exchange) -> SecureSum:
@@ -98,7 +98,7 @@ def secure_sum(settings: RoundSettings, on_nodes: Sequence[Sequence[int]], excha
 
     Raises VoidRoundError when the round cannot be finished.
     """
-    result = aggregate(SecureServer(settings), exchange)
+    result = aggregate(SecAggServer(settings), exchange)
     clients = tuple(client for node in result.nodes for client in on_nodes[node])
     up, down = sum(result.bytes_up.values()), sum(result.bytes_down.values())
     return SecureSum(clients, result.sum_V, up, down, result.rejected)

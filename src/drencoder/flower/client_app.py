@@ -13,41 +13,45 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from drencoder.errors import DrencoderError, RecipeError
+from drencoder.errors import DrencoderError, RecipeError, report_crash
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame
 from drencoder.federated.remote.instruction import Answer, Refusal
 from drencoder.federated.remote.roster import is_secure
 from drencoder.federated.remote.seat import Seat
 from drencoder.federated.remote.site import Site
-from drencoder.flower.transport import payload_of, with_payload
+from drencoder.flower.transport import read_payload, wrap_payload
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import Live, SiteText, build_site
+from drencoder.runs.display import printable
 
-__all__ = ["answering", "app", "open_site"]
+__all__ = ["app", "make_client_app", "open_site"]
 
 
-def answering(site_of: Callable[[Context], Site]) -> ClientApp:
-    """A ClientApp that hands every message to the site of its node. No exception passes: its text would reach the server."""
-    made = ClientApp()
+def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
+    """Returns a ClientApp that hands every message to the site of its node.
 
-    @made.query()
+    No exception leaves it, since its text would reach the server.
+    """
+    client_app = ClientApp()
+
+    @client_app.query()
     def ask(message: Message, context: Context) -> Message:
         try:
-            answer = site_of(context).answer(payload_of(message.content))
+            answer = site_of(context).answer(read_payload(message.content))
         except DrencoderError as error:
-            print(f"drencoder: {error}", file=sys.stderr)
-            answer = _failed()
+            print(f"drencoder: {printable(error)}", file=sys.stderr)
+            answer = _failure_frame()
         except Exception as error:
-            print(f"drencoder: {type(error).__name__}", file=sys.stderr)
-            answer = _failed()
-        return Message(with_payload(answer), reply_to=message)
+            report_crash(error)
+            answer = _failure_frame()
+        return Message(wrap_payload(answer), reply_to=message)
 
-    return made
+    return client_app
 
 
-def _failed() -> bytes:
+def _failure_frame() -> bytes:
     return pack_frame(Frame(Kind.QUERY_ANSWER, bytes(32), Answer("", Refusal.FAILED).head()))
 
 
@@ -68,25 +72,30 @@ def open_site(
     Raises:
       DrencoderError: any of them cannot be had.
     """
-    wanted = load_recipe(recipe)
-    hosted = ClientSet.parse(clients, wanted.federation.population)
-    seat = Seat.open(wanted, key, roster) if is_secure(wanted) else None
-    live = _live(wanted.to_toml(), recipe, None if data is None else SiteText(data, hosted.clients))
-    ledger = SiteLedger.open(Path(state) / "site.jsonl", agreement(wanted).hex(), live.plan)
-    return Site(live, hosted, ledger, min_noise=min_noise, seat=seat, say=say)
+    config = load_recipe(recipe)
+    client_set = ClientSet.parse(clients, config.federation.population)
+    seat = Seat.open(config, key, roster) if is_secure(config) else None
+    components = _load_components(
+        config.to_toml(), recipe, None if data is None else SiteText(data, client_set.clients)
+    )
+    ledger = SiteLedger.open(Path(state) / "site.jsonl", agreement(config).hex(), components.plan)
+    return Site(components, client_set, ledger, min_noise=min_noise, seat=seat, say=say)
 
 
 @lru_cache(maxsize=1)
-def _live(resolved: str, recipe: str | None, own: SiteText | None) -> Live:
-    """One copy of the base model for all the sites that a process simulates; `resolved` tells a changed file."""
+def _load_components(resolved: str, recipe: str | None, own: SiteText | None) -> Live:
+    """Builds what a site computes with, once for all the sites that a process simulates.
+
+    `resolved` is the recipe's text: it is part of the cache's key, so that a changed file is read again.
+    """
     return build_site(load_recipe(recipe), own)
 
 
 _SITES: dict[tuple[str, ...], Site] = {}
 
 
-def _configured(context: Context) -> Site:
-    """The site of a node, by its configuration; loaded once in a process."""
+def _site_of_node(context: Context) -> Site:
+    """Returns the site of a node by the node's configuration, loaded once in a process. Raises DrencoderError."""
     settings = context.node_config
     shared = "partition-id" in settings and "num-partitions" in settings
     clients = str(settings.get("clients", f"{settings['partition-id']}/{settings['num-partitions']}" if shared else ""))
@@ -107,4 +116,4 @@ def _configured(context: Context) -> Site:
     return _SITES[key]
 
 
-app = answering(_configured)
+app = make_client_app(_site_of_node)

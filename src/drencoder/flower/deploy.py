@@ -23,26 +23,26 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from drencoder.errors import ArtifactError, EngineError
 from drencoder.federated.remote.roster import named_keys
 from drencoder.federated.remote.site import Site
-from drencoder.flower.client_app import answering
-from drencoder.flower.processes import Child, free_port
+from drencoder.flower.client_app import make_client_app
+from drencoder.flower.processes import ChildProcess, find_free_port
 from drencoder.flower.server_app import ServerOptions, serve
 from drencoder.flower.superlink import COUNTS, check_version
 from drencoder.flower.supernode import POLL
-from drencoder.flower.tasks import TaskOffice, app_bundle, app_digest
+from drencoder.flower.tasks import TaskClient, build_app_bundle, digest_app
 from drencoder.runs import run as experiment
 
-__all__ = ["ServerPlace", "SitePlace", "run_server", "run_site"]
+__all__ = ["ServerEndpoint", "SiteEndpoint", "run_server", "run_site"]
 
 _START_TIMEOUT = 120.0
 _POLL = 0.1
-_PAUSES = (1.0, 2.0, 5.0, 10.0)  # s between two starts of a SuperNode that ends by itself
+_RESTART_PAUSES = (1.0, 2.0, 5.0, 10.0)  # s between two starts of a SuperNode that ends by itself
 _UNKNOWN_KEY = "code: 2004"
 
 
 @final
 @dataclass(frozen=True)
-class ServerPlace:
-    """Where the server listens and who may come: TLS files of `certificates`, name -> public key of each node."""
+class ServerEndpoint:
+    """Where the server listens and whom it lets in: TLS files of `certificates`, name -> public key of each node."""
 
     certificates: Path
     nodes: Mapping[str, bytes]
@@ -57,34 +57,34 @@ class ServerPlace:
 
     @property
     def local(self) -> str:
-        """How this machine reaches it."""
+        """HOST:PORT by which this machine reaches the server."""
         return f"{'127.0.0.1' if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
 
 
-def run_server(options: ServerOptions, place: ServerPlace) -> experiment.RunResult:
+def run_server(options: ServerOptions, endpoint: ServerEndpoint) -> experiment.RunResult:
     """Starts the SuperLink, lets the nodes in, and runs (or resumes) in this process.
 
     Raises:
       DrencoderError: the port is taken, a file is missing, too few nodes come, or the run itself is refused.
     """
     check_version()
-    options = replace(options, keys=named_keys(options.wanted, place.nodes))
-    with _workplace() as (work, secret), _superlink(place, work, secret) as authority:
-        run = _started(place, authority)
-        office = TaskOffice(place.local, secret, authority)
-        token = _first_task(office, run)
+    options = replace(options, keys=named_keys(options.config, endpoint.nodes))
+    with _private_folder() as (work, secret), _run_superlink(endpoint, work, secret) as authority:
+        run = _start_run(endpoint, authority)
+        tasks = TaskClient(endpoint.local, secret, authority)
+        token = _wait_for_task(tasks, run)
         try:
-            with office.server_task(token) as grid:
+            with tasks.open_server_task(token) as grid:
                 return serve(grid, options)
         except httpx.HTTPError:
             raise EngineError(
-                f"the SuperLink ended in the middle of the run (its log is {place.log}): go on with --resume {options.out}."
+                f"the SuperLink ended in the middle of the run (its log is {endpoint.log}): go on with --resume {options.out}."
             ) from None
 
 
 @contextlib.contextmanager
-def _workplace() -> Iterator[tuple[Path, bytes]]:
-    """A private folder for Flower's files and the secret that its tasks are guarded with; gone afterwards."""
+def _private_folder() -> Iterator[tuple[Path, bytes]]:
+    """Yields a private folder for Flower's files and the secret that guards its tasks. The folder is removed afterwards."""
     work = Path(tempfile.mkdtemp(prefix="drencoder-"))
     secret = secrets.token_bytes(32)
     (work / "secret").touch(mode=0o600)
@@ -96,70 +96,70 @@ def _workplace() -> Iterator[tuple[Path, bytes]]:
 
 
 @contextlib.contextmanager
-def _superlink(place: ServerPlace, work: Path, secret: bytes) -> Iterator[bytes]:
-    """A running SuperLink; yields the authority's certificate. It keeps everything in memory: no update is on its disk."""
-    files = place.certificates
+def _run_superlink(endpoint: ServerEndpoint, work: Path, secret: bytes) -> Iterator[bytes]:
+    """Runs a SuperLink and yields the authority's certificate (PEM). The SuperLink keeps everything in memory: no update is on its disk."""
+    files = endpoint.certificates
     arguments = [
-        "--host", place.host, "--port", str(place.port), "--ssl-ca-certfile", str(files / "ca.crt"),
+        "--host", endpoint.host, "--port", str(endpoint.port), "--ssl-ca-certfile", str(files / "ca.crt"),
         "--ssl-certfile", str(files / "server.crt"), "--ssl-keyfile", str(files / "server.key"),
         "--enable-supernode-auth", "--disable-runtime-dependency-installation",
         "--isolation", "process", "--superexec-auth-secret-file", str(work / "secret"),
     ]  # fmt: skip
-    child = Child(
+    child = ChildProcess(
         "drencoder.flower.superlink",
         arguments,
         home=work / "flwr",
-        log=place.log,
-        extra={COUNTS: str(place.log.with_name("requests.json"))},
+        log=endpoint.log,
+        extra={COUNTS: str(endpoint.log.with_name("requests.json"))},
     )
     try:
         trust = ssl.create_default_context(cafile=str(files / "ca.crt"))
         end = time.monotonic() + _START_TIMEOUT
-        while not _healthy(place.local, trust):
-            if child.ended() is not None or time.monotonic() > end:
-                raise EngineError(_why_no_superlink(place, child))
+        while not _is_healthy(endpoint.local, trust):
+            if child.exit_code() is not None or time.monotonic() > end:
+                raise EngineError(_explain_failed_start(endpoint, child))
             time.sleep(_POLL)
-        if child.ended() is not None:  # another server answered on this port
-            raise EngineError(_why_no_superlink(place, child))
+        if child.exit_code() is not None:  # another server answered on this port
+            raise EngineError(_explain_failed_start(endpoint, child))
         yield (files / "ca.crt").read_bytes()
     finally:
         child.stop(signal.SIGKILL)
 
 
-def _healthy(address: str, trust: ssl.SSLContext) -> bool:
+def _is_healthy(address: str, trust: ssl.SSLContext) -> bool:
     try:
         return httpx.get(f"https://{address}/health", verify=trust, timeout=2.0).is_success
     except httpx.HTTPError:
         return False
 
 
-def _why_no_superlink(place: ServerPlace, child: Child) -> str:
-    if "in use" in child.said():
-        return f"{place.host}:{place.port} is in use by another program: give another --port, or stop that one."
-    return f"the SuperLink did not start on {place.host}:{place.port}: its log is {place.log}."
+def _explain_failed_start(endpoint: ServerEndpoint, child: ChildProcess) -> str:
+    if "in use" in child.read_log_end():
+        return f"{endpoint.host}:{endpoint.port} is in use by another program: give another --port, or stop that one."
+    return f"the SuperLink did not start on {endpoint.host}:{endpoint.port}: its log is {endpoint.log}."
 
 
-def _started(place: ServerPlace, authority: bytes) -> int:
-    """Registers the nodes' keys and starts the run; its number. Both go over the loopback, where the guard lets them."""
+def _start_run(endpoint: ServerEndpoint, authority: bytes) -> int:
+    """Registers the nodes' keys, starts the run and returns its number. The guard lets both pass, from the loopback only."""
     control = ControlHttpClient.from_server_address(
-        place.local,
+        endpoint.local,
         insecure=False,
-        root_certificates=str(place.certificates / "ca.crt"),
+        root_certificates=str(endpoint.certificates / "ca.crt"),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
     )
     try:
-        for name, key in place.nodes.items():
+        for name, key in endpoint.nodes.items():
             control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
-        bundle = app_bundle()
-        return int(control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(app_digest(bundle), bundle, {})))).run_id)
+        bundle = build_app_bundle()
+        return int(control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest_app(bundle), bundle, {})))).run_id)
     finally:
         control.close()
 
 
-def _first_task(office: TaskOffice, run: int) -> str:
+def _wait_for_task(tasks: TaskClient, run: int) -> str:
     end = time.monotonic() + _START_TIMEOUT
     while time.monotonic() < end:
-        token = office.acquire("flwr-serverapp")
+        token = tasks.acquire("flwr-serverapp")
         if token is not None:
             return token
         time.sleep(_POLL)
@@ -171,7 +171,7 @@ def _first_task(office: TaskOffice, run: int) -> str:
 
 @final
 @dataclass(frozen=True)
-class SitePlace:
+class SiteEndpoint:
     """Where a site finds the server (`HOST:PORT`), whom it believes (`root`), and its own key and folder."""
 
     server: str
@@ -181,7 +181,7 @@ class SitePlace:
     poll: float = 0.5
 
     def check(self) -> None:
-        """Refuses what can be seen to be wrong before the model is loaded.
+        """Checks what can be seen to be wrong before the model is loaded.
 
         Raises:
           ArtifactError: a file is missing.
@@ -208,29 +208,29 @@ class SitePlace:
             print(f"the server at {self.server} does not answer yet: waiting for it", file=sys.stderr)
 
 
-def run_site(site: Site, place: SitePlace) -> None:
+def run_site(site: Site, endpoint: SiteEndpoint) -> None:
     """Answers the server's questions until it is stopped. Comes back after losing the server, or its own SuperNode.
 
     Raises:
       EngineError: a SuperNode cannot be started at all.
     """
     check_version()
-    app, allowed = answering(lambda _: site), frozenset({app_digest(app_bundle())})
-    with _workplace() as (work, secret):
-        port, starts, since = free_port(), 0, time.monotonic()
-        office = TaskOffice(f"127.0.0.1:{port}", secret)
-        node = _supernode(place, work, port)
+    app, allowed = make_client_app(lambda _: site), frozenset({digest_app(build_app_bundle())})
+    with _private_folder() as (work, secret):
+        port, starts, since = find_free_port(), 0, time.monotonic()
+        tasks = TaskClient(f"127.0.0.1:{port}", secret)
+        node = _start_supernode(endpoint, work, port)
         try:
             while True:
-                if node.ended() is not None:
-                    _say_why(node, place)
-                    starts = 0 if time.monotonic() - since > 120 else min(starts + 1, len(_PAUSES) - 1)
-                    time.sleep(_PAUSES[starts])
-                    since, node = time.monotonic(), _supernode(place, work, port)
+                if node.exit_code() is not None:
+                    _explain_end(node, endpoint)
+                    starts = 0 if time.monotonic() - since > 120 else min(starts + 1, len(_RESTART_PAUSES) - 1)
+                    time.sleep(_RESTART_PAUSES[starts])
+                    since, node = time.monotonic(), _start_supernode(endpoint, work, port)
                 try:
-                    token = office.acquire("flwr-clientapp")
+                    token = tasks.acquire("flwr-clientapp")
                     if token is not None:
-                        office.client_task(token, app, allowed)
+                        tasks.answer_client_task(token, app, allowed)
                         continue
                 except httpx.TransportError:
                     time.sleep(0.5)  # the SuperNode is starting
@@ -243,27 +243,27 @@ def run_site(site: Site, place: SitePlace) -> None:
             node.stop()
 
 
-def _supernode(place: SitePlace, work: Path, port: int) -> Child:
+def _start_supernode(endpoint: SiteEndpoint, work: Path, port: int) -> ChildProcess:
     arguments = [
-        "--superlink", place.server, "--root-certificates", str(place.root), "--auth-supernode-private-key", str(place.key),
+        "--superlink", endpoint.server, "--root-certificates", str(endpoint.root), "--auth-supernode-private-key", str(endpoint.key),
         "--host", "127.0.0.1", "--port", str(port),
         "--isolation", "process", "--superexec-auth-secret-file", str(work / "secret"),
     ]  # fmt: skip
-    return Child(
+    return ChildProcess(
         "drencoder.flower.supernode",
         arguments,
         home=work / "flwr",
-        log=place.state / "supernode.log",
-        extra={POLL: str(place.poll)},
+        log=endpoint.state / "supernode.log",
+        extra={POLL: str(endpoint.poll)},
     )
 
 
-def _say_why(node: Child, place: SitePlace) -> None:
-    if _UNKNOWN_KEY in node.said():
+def _explain_end(node: ChildProcess, endpoint: SiteEndpoint) -> None:
+    if _UNKNOWN_KEY in node.read_log_end():
         print(
-            f"{place.server} does not let this key in: it is not among the server's --nodes, or the server still counts an "
+            f"{endpoint.server} does not let this key in: it is not among the server's --nodes, or the server still counts an "
             "earlier start of this site as online (for up to a minute). Trying again.",
             file=sys.stderr,
         )
     else:
-        print(f"the connection ended (exit code {node.ended()}), starting it again", file=sys.stderr)
+        print(f"the connection ended (exit code {node.exit_code()}), starting it again", file=sys.stderr)

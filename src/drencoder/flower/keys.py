@@ -1,4 +1,4 @@
-"""Certificates and node keys. The one door to the cryptography library in this engine. No torch.
+"""This module makes certificates and node keys; no other module of the room calls the cryptography library. No torch.
 
 ::
 
@@ -27,7 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.runs.run_folder import storing
 
-__all__ = ["make_certificates", "node_public_keys"]
+__all__ = ["make_certificates", "read_public_keys"]
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -51,13 +51,13 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
             f"{folder} is already there: name another folder, or remove it if its keys are in use nowhere."
         )
     authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    root = _root(authority, days)
-    issued = _issued(server, root, authority, [*hosts, *_LOOPBACK], days)
+    root = _make_root_certificate(authority, days)
+    certificate = _issue_certificate(server, root, authority, [*hosts, *_LOOPBACK], days)
     written = [
         _write(folder / "ca.crt", root.public_bytes(serialization.Encoding.PEM), 0o644),
-        _write(folder / "ca.key", _pem(authority), 0o600),
-        _write(folder / "server.crt", issued.public_bytes(serialization.Encoding.PEM), 0o644),
-        _write(folder / "server.key", _pem(server), 0o600),
+        _write(folder / "ca.key", _private_pem(authority), 0o600),
+        _write(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644),
+        _write(folder / "server.key", _private_pem(server), 0o600),
     ]
     keys = [ec.generate_private_key(ec.SECP384R1()) for _ in range(nodes)]
     openssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
@@ -79,8 +79,8 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
     return written
 
 
-def node_public_keys(where: Path) -> dict[str, bytes]:
-    """Name -> public key (PEM, as Flower's control API takes it) of every .pub file in a folder, or of one file.
+def read_public_keys(where: Path) -> dict[str, bytes]:
+    """Reads name -> public key (PEM, as Flower's control API takes it) from every .pub file in a folder, or of one file.
 
     Raises:
       ArtifactError: there is none, one is not an ECDSA key on a NIST curve, or two are the same.
@@ -88,7 +88,7 @@ def node_public_keys(where: Path) -> dict[str, bytes]:
     files = sorted(where.glob("*.pub")) if where.is_dir() else [where]
     if not files:
         raise ArtifactError(f"{where} holds no .pub file: give the folder with the nodes' public keys.")
-    found: dict[str, bytes] = {}
+    keys: dict[str, bytes] = {}
     for file in files:
         try:
             key = serialization.load_ssh_public_key(file.read_bytes())
@@ -99,24 +99,24 @@ def node_public_keys(where: Path) -> dict[str, bytes]:
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
             raise ArtifactError(f"{file} is not an ECDSA key on a NIST curve: make one with drencoder certs.")
         pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        if pem in found.values():
+        if pem in keys.values():
             raise ArtifactError(f"{file} is the key of another node too: give every node a key of its own.")
-        found[file.stem] = pem
-    return found
+        keys[file.stem] = pem
+    return keys
 
 
-def _root(key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certificate:
+def _make_root_certificate(key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "drencoder federation")])
-    usage = _usage(signs=True)
+    usage = _key_usage(signs=True)
     return (
-        _begun(name, name, key.public_key(), days)
+        _begin_certificate(name, name, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA256())
     )
 
 
-def _issued(
+def _issue_certificate(
     key: ec.EllipticCurvePrivateKey,
     root: x509.Certificate,
     authority: ec.EllipticCurvePrivateKey,
@@ -126,19 +126,21 @@ def _issued(
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "drencoder server")])
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
     return (
-        _begun(name, root.subject, key.public_key(), days)
+        _begin_certificate(name, root.subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(
-            x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)]), critical=False
+            x509.SubjectAlternativeName([_alternative_name(host) for host in dict.fromkeys(hosts)]), critical=False
         )
-        .add_extension(_usage(signs=False), critical=True)
+        .add_extension(_key_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(issuer, critical=False)
         .sign(authority, hashes.SHA256())
     )
 
 
-def _begun(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
+def _begin_certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
     start = datetime.now(UTC) - timedelta(minutes=5)  # clocks differ
     return (
         x509.CertificateBuilder()
@@ -152,21 +154,21 @@ def _begun(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
     )
 
 
-def _usage(*, signs: bool) -> x509.KeyUsage:
+def _key_usage(*, signs: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
         key_agreement=False, key_cert_sign=signs, crl_sign=signs, encipher_only=False, decipher_only=False,
     )  # fmt: skip
 
 
-def _alternative(host: str) -> x509.GeneralName:
+def _alternative_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

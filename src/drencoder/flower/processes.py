@@ -12,13 +12,13 @@ from pathlib import Path
 
 from drencoder.errors import EngineError
 
-__all__ = ["QUIET", "Child", "die_with_parent", "environment", "free_port"]
+__all__ = ["QUIET_ENVIRONMENT", "ChildProcess", "die_with_parent", "find_free_port", "make_environment"]
 
 _PR_SET_PDEATHSIG = 1
 _PARENT = "DRENCODER_PARENT"
 
 # No telemetry, no look for updates, no installation at run time; a log that does not grow with every message.
-QUIET = {
+QUIET_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -28,15 +28,15 @@ QUIET = {
 }
 
 
-def environment(home: Path) -> dict[str, str]:
-    """Our environment, with Flower's telemetry, update check and run-time installation off, and its files under `home`."""
+def make_environment(home: Path) -> dict[str, str]:
+    """Returns our environment variables, with Flower's telemetry, update check and run-time installation off, and its files under `home`."""
     own = {"FLWR_HOME": str(home), "PYTHONUNBUFFERED": "1", _PARENT: str(os.getpid())}
     bin_folder = str(Path(sys.executable).parent)  # Flower looks its own programs up on PATH
-    return {**os.environ, **QUIET, **own, "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return {**os.environ, **QUIET_ENVIRONMENT, **own, "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def die_with_parent(sign: signal.Signals) -> None:
-    """Called first in a child: asks Linux for `sign` when the process that started it ends, however it ends."""
+    """Asks Linux for `sign` when the process that started this one ends, however it ends. Call it first in a child."""
     with contextlib.suppress(
         AttributeError, OSError
     ):  # other systems have no such thing; there a killed parent leaves it
@@ -45,14 +45,14 @@ def die_with_parent(sign: signal.Signals) -> None:
         raise SystemExit(0)  # it ended before we could ask
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+def find_free_port() -> int:
+    """Returns a loopback port that nobody listens on at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-class Child:
+class ChildProcess:
     """One child process, its output in a log file, in a process group of its own so that Ctrl-C reaches only us."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**environment(home), **(extra or {})},
+                    env={**make_environment(home), **(extra or {})},
                     start_new_session=True,
                 )
         except OSError as error:
@@ -81,23 +81,23 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    def ended(self) -> int | None:
-        """Its exit code; None while it runs."""
+    def exit_code(self) -> int | None:
+        """Returns the exit code of the process, or None while it runs."""
         return self._process.poll()
 
-    def said(self) -> str:
-        """The end of what this child wrote."""
+    def read_log_end(self) -> str:
+        """Returns the last 4,000 bytes that this process wrote."""
         with contextlib.suppress(OSError), self.log.open("rb") as file:
             file.seek(max(self._start, self.log.stat().st_size - 4000))
             return file.read().decode(errors="replace")
         return ""
 
-    def stop(self, sign: signal.Signals = signal.SIGTERM, patience: float = 10.0) -> None:
-        """Ends it, by force after `patience` seconds."""
+    def stop(self, sign: signal.Signals = signal.SIGTERM, timeout: float = 10.0) -> None:
+        """Ends the process, by force after `timeout` seconds."""
         if self._process.poll() is None:
             self._process.send_signal(sign)
             try:
-                self._process.wait(patience)
+                self._process.wait(timeout)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

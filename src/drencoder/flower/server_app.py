@@ -12,12 +12,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from drencoder.errors import RecipeError
+from drencoder.errors import DrencoderError, RecipeError, describe_crash
 from drencoder.federated.remote.engine import Patience, engine_maker
 from drencoder.flower.transport import GridTransport
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs import run as experiment
-from drencoder.runs.display import RunDisplay
+from drencoder.runs.display import RunDisplay, make_console
 from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["ServerOptions", "app", "serve"]
@@ -37,13 +37,13 @@ class ServerOptions:
     keys: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
-    def wanted(self) -> Recipe:
-        """The recipe of the new or the started run."""
+    def config(self) -> Recipe:
+        """The recipe of the run: the new one's, or what the run folder says."""
         return self.recipe or load_recipe(RunFolder.open(self.out).recipe)
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "ServerOptions":
-        """From a run's configuration: `recipe` (a file, or a shipped one; "" = the quickstart), `out`, or `resume` instead of
+    def from_run_config(cls, settings: Mapping[str, Any]) -> "ServerOptions":
+        """Reads a run's configuration: `recipe` (a file, or a shipped one; "" = the quickstart), `out`, or `resume` instead of
         both; `quorum`, `round-timeout`, `wait`, `nodes`. Raises RecipeError."""
         resumed, out = str(settings.get("resume", "")), str(settings.get("out", ""))
         if bool(resumed) == bool(out):
@@ -63,24 +63,24 @@ class ServerOptions:
 def serve(
     grid: Grid, options: ServerOptions, console: Console | None = None, transport: GridTransport | None = None
 ) -> experiment.RunResult:
-    """Runs or resumes over the grid, and shows it.
+    """Runs or resumes a run over the grid, and shows it.
 
     Raises:
       DrencoderError: as `experiment.run` and `experiment.resume`.
     """
-    wanted = options.wanted
+    config = options.config
     display = RunDisplay(
-        console or Console(), rounds=wanted.federation.rounds, encoder=wanted.encoder.name, name=wanted.name
+        console or make_console(), rounds=config.federation.rounds, encoder=config.encoder.name, name=config.name
     )
-    carried = transport or GridTransport(grid, display.say)
-    engine = engine_maker(carried, options.patience, display.say, options.keys)
+    transport = transport or GridTransport(grid, display.say)
+    engine = engine_maker(transport, options.patience, display.say, options.keys)
     try:
         if options.recipe is None:
             return experiment.resume(options.out, display, engine)
         return experiment.run(options.recipe, options.out, display, engine)
     finally:
         display.close()
-        sent = carried.traffic
+        sent = transport.traffic
         display.say(
             f"payload: {sent.down:,} bytes down, {sent.up:,} up, {sent.answered} of {sent.asked} messages answered"
         )
@@ -91,5 +91,15 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """The entry point that Flower calls."""
-    serve(grid, ServerOptions.of(context.run_config))
+    """The entry point that Flower calls.
+
+    Raises:
+      DrencoderError: as `serve`.
+      RuntimeError: anything else went wrong; it says what and where without the message, which Flower would log.
+    """
+    try:
+        serve(grid, ServerOptions.from_run_config(context.run_config))
+    except DrencoderError:
+        raise
+    except Exception as error:
+        raise RuntimeError(describe_crash(error)) from None

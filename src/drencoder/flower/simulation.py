@@ -18,25 +18,25 @@ from flwr.simulation import run_simulation
 from drencoder.errors import DrencoderError, EngineError
 from drencoder.federated.remote.roster import is_secure
 from drencoder.federated.remote.site import Site
-from drencoder.flower.client_app import answering, open_site
+from drencoder.flower.client_app import make_client_app, open_site
 from drencoder.flower.server_app import ServerOptions, serve
 from drencoder.runs import run as experiment
 
-__all__ = ["alone_on_the_network", "run_simulated"]
+__all__ = ["isolate_network", "simulate_run"]
 
-_INSIDE = "DRENCODER_ALONE"
+_ISOLATED = "DRENCODER_ALONE"
 _SITES: dict[tuple[str, str], Site] = {}
 
 
-def run_simulated(options: ServerOptions, nodes: int, *, cores: int | None = None) -> experiment.RunResult:
-    """Runs or resumes with `nodes` simulated sites: node i hosts the clients i, i + nodes, ... Two processes or more train.
+def simulate_run(options: ServerOptions, nodes: int, *, cores: int | None = None) -> experiment.RunResult:
+    """Runs or resumes a run with `nodes` simulated sites: node i hosts the clients i, i + nodes, ... Two processes or more train.
 
     The recipe's own data source is every site's, and their ledgers lie in the folder RUN.sites.
 
     Raises:
       DrencoderError: as `experiment.run`.
     """
-    if is_secure(options.wanted):
+    if is_secure(options.config):
         raise EngineError(
             "secure aggregation needs nodes that remember a round from one message to the next, and Ray's workers do not: "
             "drencoder run has the same protocol in one process, drencoder server and client over the network."
@@ -58,7 +58,7 @@ def run_simulated(options: ServerOptions, nodes: int, *, cores: int | None = Non
         except DrencoderError as error:  # one sentence for the user, not a traceback of a thread
             refused.append(error)
 
-    clients = answering(partial(_simulated, str(recipe.resolve()), str(sites.resolve())))
+    clients = make_client_app(partial(_site_of_node, str(recipe.resolve()), str(sites.resolve())))
     run_simulation(
         server,
         clients,
@@ -75,27 +75,27 @@ def run_simulated(options: ServerOptions, nodes: int, *, cores: int | None = Non
     return results[0]
 
 
-def _simulated(recipe: str, sites: str, context: Context) -> Site:
-    """The site of a simulated node, in one of Ray's processes; the base model is shared by all sites of a process."""
-    place, of = context.node_config["partition-id"], context.node_config["num-partitions"]
-    key = (recipe, f"{place}/{of}")
+def _site_of_node(recipe: str, sites: str, context: Context) -> Site:
+    """Returns the site of a simulated node, in one of Ray's processes. All sites of a process share the base model."""
+    index, count = context.node_config["partition-id"], context.node_config["num-partitions"]
+    key = (recipe, f"{index}/{count}")
     if key not in _SITES:
-        _SITES[key] = open_site(recipe, key[1], data=None, state=Path(sites) / str(place))
+        _SITES[key] = open_site(recipe, key[1], data=None, state=Path(sites) / str(index))
     return _SITES[key]
 
 
-def alone_on_the_network() -> None:
-    """Starts this command again in a network of its own, if that can be done; else says what is open.
+def isolate_network() -> None:
+    """Starts this command again in a network of its own, if that can be done; else warns of what is open.
 
-    Does nothing in the restarted one.
+    The restarted command finds itself isolated, and this function returns at once.
     """
-    if os.environ.get(_INSIDE):
+    if os.environ.get(_ISOLATED):
         return
     unshare, ip = shutil.which("unshare"), shutil.which("ip")
     if unshare and ip and subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode == 0:
         command = [sys.executable, "-m", "drencoder", *sys.argv[1:]]
         script = 'ip link set lo up && exec "$@"'
-        os.environ[_INSIDE] = "1"
+        os.environ[_ISOLATED] = "1"
         os.execv(unshare, [unshare, "-rn", "sh", "-c", script, "sh", *command])
     print(
         "Ray listens on all addresses of this machine while the simulation runs, without a password: use a machine behind a "

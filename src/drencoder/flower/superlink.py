@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 
-from drencoder.errors import EngineError
+from drencoder.errors import EngineError, hide_crash_messages
 from drencoder.flower.processes import die_with_parent
 
 __all__ = ["COUNTS", "Guard", "check_version"]
@@ -36,11 +36,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def check_version() -> None:
-    """Raises EngineError unless the installed flwr is the one that this engine was made for."""
-    found = version("flwr")
-    if not found.startswith(_VERSION):
+    """Checks that the installed flwr is the version that this engine was made for, and raises EngineError otherwise."""
+    installed = version("flwr")
+    if not installed.startswith(_VERSION):
         raise EngineError(
-            f"flwr {found} is installed and this engine is made for {_VERSION}x: pip install 'flwr==1.41.0'."
+            f"flwr {installed} is installed and this engine is made for {_VERSION}x: pip install 'flwr==1.41.0'."
         )
 
 
@@ -80,7 +80,7 @@ class Guard:
         """Hands the request on; a body that turns out too long, though it said nothing, ends the connection."""
         taken = 0
 
-        async def counted() -> MutableMapping[str, Any]:
+        async def count_received() -> MutableMapping[str, Any]:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
@@ -89,12 +89,12 @@ class Guard:
                 return {"type": "http.disconnect"}
             return message
 
-        async def noted(message: MutableMapping[str, Any]) -> None:
+        async def count_status(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 self._count(str(message["status"]))
             await send(message)
 
-        await self._app(scope, counted, noted)
+        await self._app(scope, count_received, count_status)
 
     def _count(self, outcome: str) -> None:
         self.counts[outcome] += 1
@@ -121,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with hide_crash_messages():
+        main()

@@ -9,6 +9,7 @@ import signal
 import time
 import types
 
+from drencoder.errors import hide_crash_messages
 from drencoder.flower.processes import die_with_parent
 from drencoder.flower.superlink import check_version
 
@@ -36,4 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with hide_crash_messages():
+        main()

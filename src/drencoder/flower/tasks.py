@@ -35,27 +35,27 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from drencoder.federated.remote.instruction import Refusal
 
-__all__ = ["TaskOffice", "app_bundle", "app_digest"]
+__all__ = ["TaskClient", "build_app_bundle", "digest_app"]
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-_SERVER_PATIENCE = 60.0  # s of trying again
-_SITE_PATIENCE = 10.0
+_SERVER_RETRY_SECONDS = 60.0  # s of trying again
+_SITE_RETRY_SECONDS = 10.0
 
 
-def app_bundle() -> bytes:
-    """The app that a run is started with: a pyproject.toml that points at this package, and nothing else."""
+def build_app_bundle() -> bytes:
+    """Returns the app that a run is started with: a pyproject.toml that points at this package, and nothing else."""
     return build_fab_from_disk(Path(str(resources.files("drencoder.flower") / "template")))
 
 
-def app_digest(bundle: bytes) -> str:
-    """SHA-256 in hex, as Flower names it and as a site pins it."""
+def digest_app(bundle: bytes) -> str:
+    """Returns the SHA-256 of the app in hex, as Flower names it and as a site pins it."""
     return hashlib.sha256(bundle).hexdigest()
 
 
 @final
 @dataclass(frozen=True)
-class TaskOffice:
-    """Where tasks come from: the runtime interface of one SuperLink or SuperNode on this machine.
+class TaskClient:
+    """A client of the interface by which one SuperLink or SuperNode on this machine hands out tasks.
 
     `certificates`: of the authority (PEM), None = without TLS (a SuperNode's interface is on the loopback).
     """
@@ -65,29 +65,29 @@ class TaskOffice:
     certificates: bytes | None = None
 
     def acquire(self, kind: str) -> str | None:
-        """The token of a waiting task, None if there is none. Raises httpx.HTTPError when nobody is there."""
+        """Returns the token of a waiting task, or None. Raises httpx.HTTPError when nobody is there."""
         guard = SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=frozenset({_ACQUIRE}))
         with self._client(None, RuntimeVersionHttpInterceptor(component_name="SuperExec"), guard) as client:
-            found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
-            return found.token if found.HasField("task") and found.token else None
+            response = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
+            return response.token if response.HasField("task") and response.token else None
 
     @contextlib.contextmanager
-    def server_task(self, token: str) -> Iterator[HttpGrid]:
-        """A grid for one run, whose task is alive until the block ends."""
+    def open_server_task(self, token: str) -> Iterator[HttpGrid]:
+        """Yields a grid for one run, whose task is alive until the block ends."""
         grid = HttpGrid(
             self.address, insecure=self.certificates is None, root_certificates=self.certificates, token=token
         )
-        grid._retry_invoker = _patient(_SERVER_PATIENCE)
+        grid._retry_invoker = _retry_for(_SERVER_RETRY_SECONDS)
         client = grid._runtime_client
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         heartbeat.start()
         status, context = SubStatus.FAILED, None
         try:
-            given = client.PullTaskInput(PullTaskInputRequest())
-            TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
-            TaskIdentity.node_id = given.context.node_id
-            context = context_from_proto(given.context)
-            grid.set_run(run_from_proto(given.run))
+            task = client.PullTaskInput(PullTaskInputRequest())
+            TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
+            TaskIdentity.node_id = task.context.node_id
+            context = context_from_proto(task.context)
+            grid.set_run(run_from_proto(task.run))
             yield grid
             status = SubStatus.COMPLETED
         finally:
@@ -101,19 +101,19 @@ class TaskOffice:
             heartbeat.stop()
             grid.close()
 
-    def client_task(self, token: str, app: ClientApp, allowed: frozenset[str]) -> None:
+    def answer_client_task(self, token: str, app: ClientApp, allowed: frozenset[str]) -> None:
         """Answers one message with `app`; a run whose app has none of the allowed digests is refused by a number."""
         version, bearer = (
             RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
             RuntimeTokenHttpInterceptor(token),
         )
-        with self._client(_patient(_SITE_PATIENCE), version, bearer) as client:
+        with self._client(_retry_for(_SITE_RETRY_SECONDS), version, bearer) as client:
             heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
             heartbeat.start()
             try:
                 message, context, _, bundle = pull_task_input(client)
                 if hashlib.sha256(bundle.content).hexdigest() in allowed:
-                    reply, status = _answered(app, message, context)
+                    reply, status = _call_app(app, message, context)
                 else:
                     print("refused: the run's app is not drencoder's own", file=sys.stderr)
                     reply = Message(Error(code=1000 + Refusal.APP, reason=""), reply_to=message)
@@ -134,8 +134,11 @@ class TaskOffice:
         )
 
 
-def _patient(seconds: float) -> RetryInvoker:
-    """Tries again while nobody listens. Flower's own tries for ever, and sends this process SIGINT when a token has run out."""
+def _retry_for(seconds: float) -> RetryInvoker:
+    """Returns a policy that tries again for so long while nobody listens.
+
+    Flower's own tries for ever, and sends this process SIGINT when a token has run out.
+    """
     return RetryInvoker(
         wait_gen_factory=lambda: exponential(max_delay=2),
         recoverable_exceptions=httpx.TransportError,
@@ -144,8 +147,8 @@ def _patient(seconds: float) -> RetryInvoker:
     )
 
 
-def _answered(app: ClientApp, message: Message, context: Context) -> tuple[Message, str]:
-    """The app's reply; an exception, also one that asks to end the process, becomes a number without text."""
+def _call_app(app: ClientApp, message: Message, context: Context) -> tuple[Message, str]:
+    """Returns the app's reply and status. Any exception, also one that asks to end the process, becomes a number without text."""
     try:
         return app(message=message, context=context), SubStatus.COMPLETED
     except BaseException as error:

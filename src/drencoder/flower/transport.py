@@ -1,4 +1,4 @@
-"""Bytes to nodes and back over a Flower grid: one message to each, in as many stages as a protocol has."""
+"""This module carries bytes to nodes and back over a Flower grid: one message to each, as often as a protocol asks."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,21 +10,21 @@ from flwr.serverapp import Grid
 
 from drencoder.federated.remote.transport import Traffic
 
-__all__ = ["GridTransport", "payload_of", "with_payload"]
+__all__ = ["GridTransport", "read_payload", "wrap_payload"]
 
 _RECORD, _ARRAY, _STYPE = "drencoder", "frame", "drencoder.frame"
 _POLL = 0.1  # s between two looks for answers
 _GRACE = 5.0  # s that an answer of the last moment may still be on its way
 
 
-def with_payload(data: bytes) -> RecordDict:
-    """A message's content: raw bytes, which Flower cuts into chunks and nobody parses but `frames`."""
+def wrap_payload(data: bytes) -> RecordDict:
+    """Returns a message's content: raw bytes, which Flower cuts into chunks and only `federated.remote.frames` parses."""
     array = Array(dtype="uint8", shape=(len(data),), stype=_STYPE, data=data)
     return RecordDict({_RECORD: ArrayRecord({_ARRAY: array})})
 
 
-def payload_of(content: RecordDict) -> bytes:
-    """The bytes of `with_payload`; b"" if the content is anything else."""
+def read_payload(content: RecordDict) -> bytes:
+    """Returns the bytes that `wrap_payload` was given; b"" if the content is anything else."""
     record = content.array_records.get(_RECORD)
     array = record.get(_ARRAY) if record is not None else None
     if array is None or array.stype != _STYPE:
@@ -46,16 +46,16 @@ class GridTransport:
     traffic: Traffic = field(default_factory=Traffic)
 
     def nodes(self) -> dict[int, str]:
-        return {node.node_id: _name(node.public_key, node.name, node.node_id) for node in self.grid.get_nodes()}
+        return {node.node_id: _node_name(node.public_key, node.name, node.node_id) for node in self.grid.get_nodes()}
 
     def exchange(self, stage: str, payloads: Mapping[int, bytes], timeout: float) -> dict[int, bytes]:
         order = list(payloads)
-        messages = [Message(with_payload(payloads[node]), node, "query", ttl=timeout, group_id=stage) for node in order]
+        messages = [Message(wrap_payload(payloads[node]), node, "query", ttl=timeout, group_id=stage) for node in order]
         self.traffic.down += sum(map(len, payloads.values()))
         self.traffic.asked += len(order)
         identifiers = list(self.grid.push_messages(messages))
         waiting = {name: node for name, node in zip(identifiers, order, strict=True) if name}
-        found: dict[int, bytes] = {}
+        answers: dict[int, bytes] = {}
         end = time.monotonic() + timeout + min(_GRACE, timeout)  # from here: handing over big messages takes its time
         while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
@@ -66,16 +66,16 @@ class GridTransport:
                 if reply.has_error():
                     self.say(f"node {node}: Flower's error {reply.error.code}")  # its text may quote a client's
                 else:
-                    found[node] = payload_of(reply.content)
+                    answers[node] = read_payload(reply.content)
             if waiting:
                 time.sleep(_POLL)
         for node in waiting.values():
             self.say(f"node {node}: no answer within {timeout:.0f} s")
-        self.traffic.up += sum(map(len, found.values()))
-        self.traffic.answered += len(found)
-        return found
+        self.traffic.up += sum(map(len, answers.values()))
+        self.traffic.answered += len(answers)
+        return answers
 
 
-def _name(public_key: bytes, name: str, node: int) -> str:
-    """Of a registered node the name it was registered by, else its key's, else (simulation) its number's."""
+def _node_name(public_key: bytes, name: str, node: int) -> str:
+    """Returns the name that a node was registered by, else the end of its key, else (in a simulation) its number."""
     return name or (public_key.hex()[-16:] if public_key else str(node))

@@ -328,7 +328,7 @@ def release_shares(
     permit.spend_clients(clients)
     total_V = np.zeros(quantiser.values, dtype=np.uint32)
     for row, client in zip(codes.values_NV.cpu().numpy(), clients, strict=True):
-        total_V += quantiser.noised(row, noise.words(permit.slot, client))
+        total_V += quantiser.round_and_noise(row, noise.words(permit.slot, client))
     return total_V & np.uint32((1 << quantiser.bits) - 1)
 
 
@@ -349,7 +349,7 @@ def unmasked_sum(sum_V: npt.NDArray[np.uint32], client_ids: Sequence[int], permi
             "each once: such a round is void."
         )
     permit.spend_sum()
-    value_V = torch.from_numpy(quantiser.values_of(sum_V)).to(torch.float32)
+    value_V = torch.from_numpy(quantiser.to_values(sum_V)).to(torch.float32)
     noise_std = quantiser.share_std * count**0.5
     return Release(value_V, noise_std, permit.slot, clip_l2, count, token=_TOKEN)
 

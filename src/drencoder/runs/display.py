@@ -1,44 +1,116 @@
-"""What a person sees in the terminal: the plan, the rounds as they come, the summary. No torch here."""
+"""What a person sees in the terminal: the plan, the rounds as they come, the summary. No torch here.
+
+Names, paths, errors and provenance come from outside: from recipes, folders and other machines. They are shown letter for
+letter. So every console of the package comes from `make_console`, which knows no markup, style is given by `Text` objects,
+and `printable` takes the control characters out.
+"""
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.runs.plan_overview import Overview
 
-__all__ = ["RunDisplay", "epsilon_text", "interrupted", "observers_table", "plan_tables", "summary_table"]
+__all__ = [
+    "RunDisplay",
+    "estimate_cell",
+    "make_console",
+    "make_progress",
+    "make_table",
+    "observers_table",
+    "plan_tables",
+    "printable",
+    "resume_hint",
+    "show_note",
+    "show_run_folder",
+    "summary_table",
+]
 
 _SHOWN_ROUNDS = 10
+_RUN_FILES = "adapter/, ledger.jsonl, certificate.json, report.html"
 
 
-def epsilon_text(epsilon: float | str | None) -> str:
-    """Epsilon with three digits; no guarantee is said in words. Files write an infinite epsilon as "inf"."""
-    if epsilon is None:
-        return "-"
-    return "[red]none[/red]" if math.isinf(float(epsilon)) else f"{float(epsilon):.3f}"
+# --- what every command shows with -----------------------------------------------------------------
 
 
-def interrupted(command: str, folder: Path) -> str:
-    """What a person reads after Ctrl-C: how to go on with `drencoder <command>`, or that nothing has begun."""
+def printable(text: object) -> str:
+    """Returns the text with every character that a terminal would obey, or cannot encode, written as an escape.
+
+    Line breaks stay, and so does all that Unicode counts as printable.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode("ascii")
+        for letter in str(text)
+    )
+
+
+def make_console(**options: Any) -> Console:
+    """Returns a console that shows strings letter for letter: no markup, no emoji codes, no highlighting.
+
+    Args:
+      options: what `rich.console.Console` takes, such as `file`, `width` and `stderr`.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def make_table(title: str, *headings: str, words: Sequence[str] = (), caption: str | None = None) -> Table:
+    """Returns an empty table with its title on the left. Columns named in `words` stand on the left, the others right."""
+    table = Table(
+        title=Text(printable(title), style="table.title"),
+        title_justify="left",
+        caption=None if caption is None else Text(printable(caption), style="table.caption"),
+        caption_justify="left",
+        show_header=bool(headings),
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in words else "right")
+    return table
+
+
+def make_progress(unit: str) -> Progress:
+    """Returns a progress bar that counts `unit` and shows the time that has passed and that is left."""
+    return Progress(TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+
+
+def estimate_cell(value: float, low: float, high: float) -> Text:
+    """Returns an estimate and its interval, the interval dimmed."""
+    return Text.assemble(f"{value:.3f} ", (f"[{low:.3f}, {high:.3f}]", "dim"))
+
+
+def show_note(console: Console, label: str, text: str, style: str = "yellow") -> None:
+    """Prints a label in colour and then a sentence."""
+    console.print(Text.assemble((f"{label}: ", style), printable(text)))
+
+
+def show_run_folder(console: Console, folder: Path) -> None:
+    """Prints where a finished run lies and what is in it."""
+    console.print(f"Run folder: {printable(folder)}  ({_RUN_FILES})", soft_wrap=True)
+
+
+def resume_hint(command: str, folder: Path) -> str:
+    """Returns what a person reads after Ctrl-C: how to go on with `drencoder <command>`, or that nothing has begun."""
     if (folder / "ledger.jsonl").exists():
-        return f"\nInterrupted. Nothing is lost: drencoder {command} --resume {escape(str(folder))}"
+        return f"\nInterrupted. Nothing is lost: drencoder {command} --resume {printable(folder)}"
     return "\nInterrupted before the run began: nothing was asked or charged. Start the same command again."
 
 
+# --- tables ----------------------------------------------------------------------------------------
+
+
 def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
-    """The plan as two tables: the run, and epsilon per observer."""
+    """Returns the plan as two tables: the run, and epsilon per observer."""
     plan = overview.privacy
-    run = Table(title=f"Plan of {name!r}", show_header=False, title_justify="left")
+    run = make_table(f"Plan of {name!r}")
     run.add_row("trust", _trust_words(plan))
     run.add_row(
         "clients", f"{plan.population:,}, about {plan.expected_cohort:,.0f} a round (q = {plan.sampling_rate:g})"
@@ -57,74 +129,90 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
                 f"void, {terms.honest} of them honest",
             )
         run.add_row("k*", f"{_few_digits(overview.k_star)} coordinates that the noise lets a round learn")
+    _add_size_rows(run, overview, encoder)
+    return [run, observers_table({key: value.to_dict() for key, value in plan.epsilons().items()}, plan.delta)]
+
+
+def _add_size_rows(run: Table, overview: Overview, encoder: str) -> None:
+    """Adds what the run sends: adapter, code and uploads."""
     if overview.adapter_size is None or overview.code_size is None:
         run.add_row("adapter", "size known once the model is on this machine")
-    else:
-        ratio = overview.adapter_size / overview.code_size
-        sender = "a node and round" if plan.trust == "secure-aggregation" else "a message"
-        run.add_row("adapter", f"{overview.adapter_size:,} values")
-        run.add_row(
-            "code",
-            f"{overview.code_size:,} values ({encoder}, 1/{ratio:.3g}), {overview.message_bytes:,} bytes {sender}",
-        )
-        if overview.code_reason:
-            run.add_row("code size", overview.code_reason)
-        run.add_row(
-            "uploads",
-            f"stage 1 {bytes_text(overview.stage1_bytes or 0)}, stage 2 {bytes_text(overview.stage2_bytes or 0)}; "
-            f"plain LoRA {bytes_text(overview.plain_lora_bytes or 0)}",
-        )
-    return [run, observers_table({key: value.to_dict() for key, value in plan.epsilons().items()}, plan.delta)]
+        return
+    ratio = overview.adapter_size / overview.code_size
+    sender = "a node and round" if overview.privacy.trust == "secure-aggregation" else "a message"
+    run.add_row("adapter", f"{overview.adapter_size:,} values")
+    run.add_row(
+        "code",
+        f"{overview.code_size:,} values ({encoder}, 1/{ratio:.3g}), {overview.message_bytes:,} bytes {sender}",
+    )
+    if overview.code_reason:
+        run.add_row("code size", overview.code_reason)
+    run.add_row(
+        "uploads",
+        f"stage 1 {bytes_text(overview.stage1_bytes or 0)}, stage 2 {bytes_text(overview.stage2_bytes or 0)}; "
+        f"plain LoRA {bytes_text(overview.plain_lora_bytes or 0)}",
+    )
 
 
 def _few_digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def _trust_words(plan: PrivacyPlan) -> str:
+def _trust_words(plan: PrivacyPlan) -> Text:
     if "round" in plan.non_private:
-        return "non-private"
-    return f"{plan.trust}, [red]but stage 1 sends real gradients un-noised[/red]" if plan.non_private else plan.trust
+        return Text("non-private")
+    if plan.non_private:
+        return Text.assemble(f"{plan.trust}, ", ("but stage 1 sends real gradients un-noised", "red"))
+    return Text(plan.trust)
 
 
 def observers_table(observers: Mapping[str, Mapping[str, Any]], delta: float) -> Table:
-    """Epsilon (PLD) for each observer under both adjacencies; RDP, GDP and CLT under add/remove."""
-    table = Table(
-        title=f"Client-level epsilon at delta = {delta:g}",
-        title_justify="left",
+    """Returns epsilon (PLD) for each observer under both adjacencies; RDP, GDP and CLT under add/remove."""
+    table = make_table(
+        f"Client-level epsilon at delta = {delta:g}",
+        *("observer", "add/remove", "replace-one", "RDP", "GDP mu", "CLT*"),
+        words=("observer",),
         caption="clients: the other ones; public: all who get the model; * an approximation, not a guarantee",
-        caption_justify="left",
     )
-    for heading in ("observer", "add/remove", "replace-one", "RDP", "GDP mu", "CLT*"):
-        table.add_column(heading, justify="left" if heading == "observer" else "right")
-    for key, row in observers.items():
-        both = row["by_relation"]
-        table.add_row(
-            key,
-            epsilon_text(both["add_remove"]["epsilon_pld"]),
-            epsilon_text(both["replace_one"]["epsilon_pld"]),
-            epsilon_text(both["add_remove"]["epsilon_rdp"]),
-            epsilon_text(both["add_remove"]["mu"]),
-            epsilon_text(both["add_remove"]["epsilon_clt_approx"]),
-        )
+    for observer, row in observers.items():
+        add_remove, replace_one = row["by_relation"]["add_remove"], row["by_relation"]["replace_one"]
+        epsilons = [add_remove["epsilon_pld"], replace_one["epsilon_pld"]]
+        epsilons += [add_remove[key] for key in ("epsilon_rdp", "mu", "epsilon_clt_approx")]
+        table.add_row(observer, *map(_epsilon_cell, epsilons))
     return table
+
+
+def _epsilon_text(epsilon: float | str | None) -> str:
+    """Returns epsilon with three digits, or "none" for no guarantee. Files write an infinite epsilon as "inf"."""
+    if epsilon is None:
+        return "-"
+    return "none" if math.isinf(float(epsilon)) else f"{float(epsilon):.3f}"
+
+
+def _epsilon_cell(epsilon: float | str | None) -> Text:
+    text = _epsilon_text(epsilon)
+    return Text(text, style="red" if text == "none" else "")
+
+
+def _spent_text(epsilon: Mapping[str, float | str]) -> str:
+    """Returns epsilon spent against the server and the public, short."""
+    public = f"{_epsilon_text(epsilon['public'])} (public)"
+    return public if math.isinf(float(epsilon["server"])) else f"{_epsilon_text(epsilon['server'])} (server) {public}"
 
 
 def summary_table(certificate: Mapping[str, Any]) -> Table:
-    """Base model, zero update and this run."""
-    table = Table(title="Result (95 % confidence intervals)", title_justify="left")
-    benchmarks = list(certificate["results"]["base model"]["accuracy"])
-    table.add_column("model")
-    table.add_column("held-out loss", justify="right")
-    for name in benchmarks:
-        table.add_column(f"{name} accuracy", justify="right")
-    for row, result in certificate["results"].items():
-        table.add_row(row, _estimate(result["loss"]), *(_estimate(result["accuracy"][name]) for name in benchmarks))
+    """Returns the results of base model, zero update and this run."""
+    results = certificate["results"]
+    benchmarks = list(results["base model"]["accuracy"])
+    headings = ("model", "held-out loss", *(f"{printable(name)} accuracy" for name in benchmarks))
+    table = make_table("Result (95 % confidence intervals)", *headings, words=("model",))
+    for name, result in results.items():
+        estimates = [result["loss"], *(result["accuracy"][benchmark] for benchmark in benchmarks)]
+        table.add_row(name, *(estimate_cell(one["value"], one["low"], one["high"]) for one in estimates))
     return table
 
 
-def _estimate(row: Mapping[str, float]) -> str:
-    return f"{row['value']:.3f} [dim][{row['low']:.3f}, {row['high']:.3f}][/dim]".replace("[dim][", "[dim]\\[")
+# --- a run -----------------------------------------------------------------------------------------
 
 
 class RunDisplay:
@@ -135,24 +223,23 @@ class RunDisplay:
         self._encoder, self._name = encoder, name
         self._rows: list[Mapping[str, Any]] = []
         self._started = time.monotonic()
-        self._progress = Progress(
-            TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        )
+        self._progress = make_progress("rounds")
         self._task = self._progress.add_task("rounds", total=rounds)
         self._live: Live | None = None
 
     def planned(self, overview: Overview) -> None:
+        """Shows the plan and what should be known before the run starts."""
         for table in plan_tables(overview, self._name, self._encoder):
             self.console.print(table)
         for warning in overview.warnings():
-            self.console.print(f"[yellow]Note:[/yellow] {warning}")
+            show_note(self.console, "Note", warning)
 
     def say(self, text: str) -> None:
-        """One line about what is going on."""
-        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}", highlight=False)
+        """Prints one line about what is going on."""
+        self.console.print(Text.assemble((f"{time.monotonic() - self._started:6.1f} s", "dim"), f"  {printable(text)}"))
 
     def round_done(self, row: Mapping[str, Any]) -> None:
-        """Takes a metrics row: round, loss, accuracy, epsilon, bytes_up."""
+        """Shows a metrics row: round, loss, accuracy, epsilon, bytes_up."""
         self._rows.append(row)
         if not self.console.is_terminal:
             self.say(self._line(row))
@@ -170,11 +257,12 @@ class RunDisplay:
             self._live = None
 
     def finished(self, certificate: Mapping[str, Any]) -> None:
+        """Shows the result, the guarantee and the bytes of a finished run."""
         self.close()
         self.console.print(summary_table(certificate))
         self.console.print(observers_table(certificate["observers"], certificate["delta"]))
         if not certificate["private"]:
-            self.console.print(f"[bold red]NOT PRIVATE:[/bold red] {certificate['statement']}")
+            show_note(self.console, "NOT PRIVATE", certificate["statement"], "bold red")
         sent = certificate["bytes"]
         self.console.print(
             f"Uploads: {bytes_text(sent['uploaded'])} ({sent['counted']}), plain LoRA {bytes_text(sent['plain_lora'])}: "
@@ -182,25 +270,15 @@ class RunDisplay:
         )
 
     def _table(self) -> Table:
-        table = Table(title="Stage 2", title_justify="left")
-        for heading in ("round", "held-out loss", "accuracy", "epsilon spent", "bytes up"):
-            table.add_column(heading, justify="right")
+        table = make_table("Stage 2", "round", "held-out loss", "accuracy", "epsilon spent", "bytes up")
         for row in self._rows[-_SHOWN_ROUNDS:]:
             table.add_row(*self._cells(row))
         return table
 
     def _cells(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        loss = f"{row['loss']:.3f}" if row.get("loss") is not None else "-"
-        accuracy = f"{row['accuracy']:.3f}" if row.get("accuracy") is not None else "-"
-        return str(row["round"]), loss, accuracy, spent_text(row["epsilon"]), bytes_text(row["bytes_up"])
+        loss, accuracy = ("-" if row.get(key) is None else f"{row[key]:.3f}" for key in ("loss", "accuracy"))
+        return str(row["round"]), loss, accuracy, _spent_text(row["epsilon"]), bytes_text(row["bytes_up"])
 
     def _line(self, row: Mapping[str, Any]) -> str:
         number, loss, accuracy, epsilon, sent = self._cells(row)
         return f"round {number}: held-out loss {loss}, accuracy {accuracy}, epsilon {epsilon}, {sent} up"
-
-
-def spent_text(epsilon: Mapping[str, float | str]) -> str:
-    """Epsilon spent against the server and the public, short."""
-    if math.isinf(float(epsilon["server"])):
-        return f"{epsilon_text(epsilon['public'])} (public)"
-    return f"{epsilon_text(epsilon['server'])} (server) {epsilon_text(epsilon['public'])} (public)"

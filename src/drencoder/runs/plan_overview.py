@@ -1,4 +1,4 @@
-"""The whole plan of a run before anything is spent: privacy, code size, bytes. No torch.
+"""This module plans a whole run before anything is spent: privacy, code size, bytes. No torch here.
 
 Legend: D adapter values, K code values.
 """
@@ -60,40 +60,41 @@ class Overview:
         return self.privacy.k_star()
 
     def warnings(self) -> list[str]:
-        """What a person should know before starting, one sentence each."""
-        said = []
+        """Returns what a person should know before starting, one sentence each."""
+        sentences = []
         if "round" in self.privacy.non_private:
-            said.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
+            sentences.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
         elif self.privacy.non_private:
-            said.append(
+            sentences.append(
                 "prior.source = 'gradients': stage 1 takes real gradients without noise, so no guarantee holds."
             )
         if self.privacy.noise == "replay":
-            said.append(
+            sentences.append(
                 "privacy.noise = 'replay': the noise can be computed again, so nothing is private. For tests only."
             )
         if self.privacy.trust == "secure-aggregation" and self.privacy.share_terms(1).honest < 10:
             terms = self.privacy.share_terms(1)
-            said.append(
+            sentences.append(
                 f"Of a round's contributors only {terms.honest} are sure and honest, so each client adds {terms.honest**-0.5:.0%} of "
                 "the noise that it would add under local trust: larger cohorts would make secure aggregation worth more."
             )
         if self.k_star < 1:
             trust = ", or secure aggregation instead of noise by every client" if self.privacy.trust == "local" else ""
-            said.append(
+            sentences.append(
                 f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
                 f"learn. More clients a round, fewer rounds, a larger epsilon{trust} would help."
             )
-        return said
+        return sentences
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the overview as JSON-ready values, with epsilon for every observer."""
         observers = {name: guarantee.to_dict() for name, guarantee in self.privacy.epsilons().items()}
         k_star = None if self.privacy.non_private else self.k_star
         return {**asdict(self), "privacy": self.privacy.to_dict(), "k_star": k_star, "observers": observers}
 
 
 def privacy_plan(recipe: Recipe) -> PrivacyPlan:
-    """The recipe's privacy plan: sampler, noise and events from one place.
+    """Makes the recipe's privacy plan: sampler, noise and events in one place.
 
     Raises:
       PrivacyError: the recipe's numbers cannot be planned for.
@@ -123,14 +124,14 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
 
 
 def _non_private(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages without noise. FedCG's first one always is: its gradients go up as they are."""
+    """Returns the stages without noise. FedCG's first one always is: its gradients go up as they are."""
     if recipe.privacy.trust == "non-private":
         return ("stage1", "round")
     return ("stage1",) if recipe.prior.source == "gradients" else ()
 
 
 def survey(recipe: Recipe) -> Overview:
-    """Plans a recipe.
+    """Plans a recipe and returns what it will cost.
 
     Raises:
       PrivacyError: the privacy numbers are impossible together.
@@ -180,7 +181,7 @@ def _reasons(recipe: Recipe, plan: PrivacyPlan, size: int) -> Iterator[str]:
 
 
 def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
-    """Why `auto_ratio` chose what it did."""
+    """Returns why `auto_ratio` chose what it did."""
     ratio, bound = auto_ratio(size, k_star, wire_dtype), size / NOISY_RATIO
     if not noise_dominates(size, k_star):
         return f"1/{ratio:g}, since k* >= D/{NOISY_RATIO:g} = {bound:,.0f}: a smaller code would limit the run more than the noise"
@@ -190,7 +191,7 @@ def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
 
 
 def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
-    """Secure aggregation: how many bits a value of a slot's sum has."""
+    """Returns how many bits a value of a slot's sum has under secure aggregation."""
     return plan.share_terms(slot).quantiser(values, 1.0).bits  # the clip is their unit
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a run folder. Reads nothing else, needs no torch."""
+"""This module writes one self-contained HTML page from a run folder. It reads nothing else and needs no torch."""
 
 import html
 import json
@@ -31,12 +31,12 @@ def write_report(path: Path) -> Path:
     if not folder.certificate.is_file():
         raise ArtifactError(f"{path} has no certificate yet: finish the run with drencoder run --resume {path}.")
     certificate = json.loads(folder.certificate.read_text("utf-8"))
-    page = _page(certificate, folder.read_metrics(), folder.recipe.read_text("utf-8"))
+    page = _render_page(certificate, folder.read_metrics(), folder.recipe.read_text("utf-8"))
     folder.write(folder.report, page.encode())
     return folder.report
 
 
-def _page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], recipe: str) -> str:
+def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], recipe: str) -> str:
     title = f"drencoder run {html.escape(certificate['name'])}"
     mark = "" if certificate["private"] else " class='red'"
     sent = certificate["bytes"]
@@ -44,16 +44,16 @@ def _page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], 
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>",
         f"<h1>{title}</h1><p{mark}>{html.escape(certificate['statement'])}</p>",
         "<h2>Result</h2>",
-        _results(certificate["results"]),
+        _render_results(certificate["results"]),
         "<h2>Epsilon for each observer</h2>",
-        _observers(certificate),
+        _render_observers(certificate),
         "<h2>Uploads</h2>",
         f"<p>{sent['uploaded']:,} bytes ({html.escape(sent['counted'])}); plain LoRA would send {sent['plain_lora']:,}, "
         f"{sent['plain_lora'] / max(1, sent['uploaded']):.1f} times more.</p>",
         "<h2>Rounds</h2>",
-        _plot([row for row in metrics if row.get("loss") is not None]),
+        _render_plot([row for row in metrics if row.get("loss") is not None]),
         "<h2>Encoder and stage 1</h2>",
-        _facts(
+        _render_facts(
             certificate["encoder"] | certificate["stage1"] | {"adapter_start": certificate.get("adapter_start", "peft")}
         ),
         "<h2>Recipe</h2>",
@@ -62,63 +62,65 @@ def _page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], 
     return "\n".join(parts) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_render_cell, row)) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _cell(text: str) -> str:
-    """Numbers stand on the right, words on the left."""
+def _render_cell(text: str) -> str:
+    """Returns a table cell: numbers stand on the right, words on the left."""
     kind = " class=n" if text[:1].isdigit() or text[:1] == "-" else ""
     return f"<td{kind}>{html.escape(text)}</td>"
 
 
-def _results(results: Mapping[str, Any]) -> str:
+def _render_results(results: Mapping[str, Any]) -> str:
     benchmarks = list(next(iter(results.values()))["accuracy"])
     header = ["model", "held-out loss", *(f"{name} accuracy" for name in benchmarks)]
     rows = [
-        [name, _estimate(row["loss"]), *(_estimate(row["accuracy"][key]) for key in benchmarks)]
+        [name, _estimate_text(row["loss"]), *(_estimate_text(row["accuracy"][key]) for key in benchmarks)]
         for name, row in results.items()
     ]
-    return _table(header, rows)
+    return _render_table(header, rows)
 
 
-def _estimate(row: Mapping[str, float]) -> str:
+def _estimate_text(row: Mapping[str, float]) -> str:
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
-def _observers(certificate: Mapping[str, Any]) -> str:
+def _render_observers(certificate: Mapping[str, Any]) -> str:
     delta = certificate["delta"]
     rows = [
         [
             key,
-            _number(row["by_relation"]["add_remove"]["epsilon_pld"]),
-            _number(row["by_relation"]["replace_one"]["epsilon_pld"]),
-            _number(row["by_relation"]["add_remove"]["epsilon_rdp"]),
+            _epsilon_text(row["by_relation"]["add_remove"]["epsilon_pld"]),
+            _epsilon_text(row["by_relation"]["replace_one"]["epsilon_pld"]),
+            _epsilon_text(row["by_relation"]["add_remove"]["epsilon_rdp"]),
             row["assumption"],
         ]
         for key, row in certificate["observers"].items()
     ]
     header = ["observer", "PLD add/remove", "PLD replace-one", "RDP", "what it rests on"]
-    return _table(header, rows) + f"<p class='dim'>delta = {delta:g}; the unit is one client with all its text.</p>"
+    return (
+        _render_table(header, rows) + f"<p class='dim'>delta = {delta:g}; the unit is one client with all its text.</p>"
+    )
 
 
-def _number(value: float | str | None) -> str:
+def _epsilon_text(value: float | str | None) -> str:
     if value is None:
         return "-"
     return "no guarantee" if math.isinf(float(value)) else f"{float(value):.4f}"
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    return _table(
+def _render_facts(facts: Mapping[str, Any]) -> str:
+    return _render_table(
         ["fact", "value"],
         [[key, f"{value:.6g}" if isinstance(value, float) else str(value)] for key, value in facts.items()],
     )
 
 
-def _plot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out loss and accuracy per round, as inline SVG."""
+def _render_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns held-out loss and accuracy per round, as inline SVG."""
     if not rows:
         return "<p>No evaluation between rounds was asked for.</p>"
     return svg_text(plot_rounds(rows))

@@ -1,4 +1,4 @@
-"""The run folder: what lies where, and how it is written so that a kill leaves nothing half-done.
+"""This module says what lies where in a run folder, and writes it so that a kill leaves nothing half-done.
 
 ::
 
@@ -68,7 +68,7 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raises ArtifactError if there is something at `path` already."""
+        """Checks that `path` is free for a new run folder. Raises ArtifactError if there is something already."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ArtifactError(f"{path} is already there: continue it with --resume {path}, or give another --out.")
 
@@ -104,11 +104,12 @@ class RunFolder:
         return folder
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends one row to the metrics."""
         with storing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete rows; a row torn by a kill is dropped."""
+        """Returns all complete rows of the metrics. A row that a kill cut short is left out."""
         if not self.metrics.exists():
             return []
         rows = []
@@ -118,7 +119,7 @@ class RunFolder:
         return rows
 
     def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Rewrites the metrics: a resumed run drops the rows of rounds that it runs again."""
+        """Rewrites the metrics. A resumed run drops the rows of rounds that it runs again."""
         self.write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def write(self, path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -135,6 +136,7 @@ class RunFolder:
             _sync_folder(path.parent)
 
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
+        """Writes `value` as a whole JSON file or nothing. Raises ValueError for a number that is not finite."""
         self.write(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
     @contextlib.contextmanager
@@ -152,7 +154,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one sentence."""
+    """Turns a full or read-only disk into one sentence: raises ArtifactError for an OSError of the block."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Everything that the `cryptography` package does for secure aggregation: the one door to it.
+"""This module is the only one in the room that calls the `cryptography` package.
 
 Signatures are ECDSA on P-384 with SHA-384, the keys that Flower's nodes have; key agreement is X25519 (RFC 7748) with
 HKDF-SHA-256 (RFC 5869); sealed messages are ChaCha20-Poly1305 and masks are the ChaCha20 stream (RFC 8439). Every derived key
@@ -23,14 +23,13 @@ __all__ = [
     "SEAL_BYTES",
     "SECRET_BYTES",
     "SIGNATURE_BYTES",
-    "Agreement",
+    "KeyAgreement",
     "NodeKey",
+    "apply_mask",
     "digest",
-    "mask",
     "open_sealed",
     "public_key_bytes",
     "seal",
-    "verified",
 ]
 
 SECRET_BYTES = 32  # of every seed, X25519 key and derived key
@@ -44,18 +43,19 @@ _MASK_VALUES = 1 << 20  # of a mask at a time: 4 MiB
 
 @final
 class NodeKey:
-    """A node's long-term signing key. Prints nothing of itself."""
+    """A node's long-term signing key. Its repr shows the public half only."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
         self._key = key
 
     @classmethod
     def generate(cls) -> "NodeKey":
+        """Returns a new random key."""
         return cls(ec.generate_private_key(ec.SECP384R1()))
 
     @classmethod
     def load(cls, data: bytes) -> "NodeKey":
-        """A private key file without a passphrase, in OpenSSH's format (`ssh-keygen -t ecdsa -b 384`) or PEM.
+        """Reads a private key file without a passphrase, in OpenSSH's format (`ssh-keygen -t ecdsa -b 384`) or PEM.
 
         Raises SecureError when it is neither, or of another curve.
         """
@@ -71,11 +71,11 @@ class NodeKey:
 
     @property
     def public(self) -> bytes:
-        """The public key as a roster has it: 49 bytes."""
+        """The public key as a roster has it, 49 bytes."""
         return _compressed(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
-        """96 bytes."""
+        """Returns the signature of `message`, 96 bytes: r and s, big-endian."""
         r, s = utils.decode_dss_signature(self._key.sign(message, _HASH))
         return r.to_bytes(_HALF, "big") + s.to_bytes(_HALF, "big")
 
@@ -84,7 +84,10 @@ class NodeKey:
 
 
 def public_key_bytes(data: bytes) -> bytes:
-    """A public key file (OpenSSH's `.pub` or PEM) as a roster has it. Raises SecureError on anything else."""
+    """Reads a public key file (OpenSSH's `.pub` or PEM) into the 49 bytes that a roster has.
+
+    Raises SecureError on anything else.
+    """
     for load in (serialization.load_ssh_public_key, serialization.load_pem_public_key):
         try:
             key = load(data)
@@ -99,8 +102,8 @@ def _compressed(key: ec.EllipticCurvePublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint)
 
 
-def verified(public: bytes, signature: bytes, message: bytes) -> bool:
-    """Whether `signature` is of this message by the owner of this key; False for malformed keys, too."""
+def is_signed(public: bytes, signature: bytes, message: bytes) -> bool:
+    """Returns whether the owner of the key `public` signed this message; False for a malformed key or signature, too."""
     try:
         key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), public)
         r, s = (int.from_bytes(part, "big") for part in (signature[:_HALF], signature[_HALF:]))
@@ -111,8 +114,8 @@ def verified(public: bytes, signature: bytes, message: bytes) -> bool:
 
 
 @final
-class Agreement:
-    """An X25519 key of one round; `secret` gives both parties the same 32 bytes and nobody else."""
+class KeyAgreement:
+    """An X25519 key of one round; `derive_secret` gives both parties the same 32 bytes and nobody else."""
 
     def __init__(self, private: bytes | None = None) -> None:
         self._key = (
@@ -120,12 +123,15 @@ class Agreement:
         )
         self.public = self._key.public_key().public_bytes_raw()
 
-    def private(self) -> bytes:
-        """The key itself, for secret sharing."""
+    def private_bytes(self) -> bytes:
+        """Returns the 32 bytes of the private key, for secret sharing."""
         return self._key.private_bytes_raw()
 
-    def secret(self, peer: bytes, context: bytes, purpose: bytes) -> bytes:
-        """The shared key for one purpose in one context. Raises SecureError for a peer key that would fix the result."""
+    def derive_secret(self, peer: bytes, context: bytes, purpose: bytes) -> bytes:
+        """Returns the 32 bytes of the shared key for one purpose in one context.
+
+        Raises SecureError for a peer key that would fix the result.
+        """
         try:
             shared = self._key.exchange(x25519.X25519PublicKey.from_public_bytes(peer))
         except ValueError:
@@ -134,12 +140,12 @@ class Agreement:
 
 
 def seal(key: bytes, plain: bytes, header: bytes) -> bytes:
-    """Encrypts and authenticates. Only for a key that seals one message: the nonce is zero."""
+    """Encrypts and authenticates `plain`, and authenticates `header`. Use each key for one message: the nonce is zero."""
     return ChaCha20Poly1305(key).encrypt(bytes(12), plain, header)
 
 
 def open_sealed(key: bytes, sealed: bytes, header: bytes) -> bytes:
-    """Inverse of `seal`. Raises SecureError when a bit of it was changed."""
+    """Returns what `seal` was given. Raises SecureError when a bit of it was changed."""
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, header)
     except InvalidTag:
@@ -147,14 +153,14 @@ def open_sealed(key: bytes, sealed: bytes, header: bytes) -> bytes:
 
 
 def digest(*parts: bytes) -> bytes:
-    """SHA-256 of the parts, each with its length, so that no two lists of parts run together."""
+    """Returns the SHA-256 of the parts, each with its length, so that no two lists of parts run together."""
     hashed = hashes.Hash(hashes.SHA256())
     for part in parts:
         hashed.update(len(part).to_bytes(8, "big") + part)
     return hashed.finalize()
 
 
-def mask(total_V: npt.NDArray[np.uint32], key: bytes, sign: int) -> None:
+def apply_mask(total_V: npt.NDArray[np.uint32], key: bytes, sign: int) -> None:
     """Adds (sign 1) or takes off (-1) the key's ChaCha20 stream, as little-endian 32-bit words; in place, modulo 2^32."""
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     for start in range(0, total_V.size, _MASK_VALUES):

@@ -1,6 +1,6 @@
-"""Discrete Gaussian noise, sampled so exactly that what is missing can be added to delta and still not be seen.
+"""This module samples discrete Gaussian noise, so exactly that the error can be added to delta and changes no digit of it.
 
-N_Z(0, s^2) gives the integer x with probability proportional to exp(-x^2 / 2 s^2) (Canonne, Kamath and Steinke 2020,
+The distribution N_Z(0, s^2) gives the integer x the probability proportional to exp(-x^2 / 2 s^2) (Canonne, Kamath and Steinke 2020,
 https://arxiv.org/abs/2004.00010). A sampler inverts its distribution function with uniform numbers of 192 bits. The
 table is made with integers of 320 bits, no floating point; the first 64 bits decide all but about one draw in 10^15, and
 only then are the others drawn. So the total variation distance between a draw and N_Z(0, s^2) has a proven bound
@@ -59,34 +59,34 @@ class DiscreteGaussian:
         return 2 * math.exp(-(_REACH**2) / 2) + 2 * len(self._first) * 2.0**-_UNIFORM
 
     def sample(self, size: int, words: Words) -> npt.NDArray[np.int64]:
-        """`size` independent draws (int64), with randomness from `words`."""
+        """Returns (size,) int64 independent draws, with randomness from `words`."""
         head = words(size)
         # The magnitude is the number of thresholds that the uniform number has reached.
         magnitude = np.searchsorted(self._first, head, side="right")
         for position in np.flatnonzero((magnitude > 0) & (self._first[magnitude - 1] == head)):
-            magnitude[position] = self._decided(head[position], words)
+            magnitude[position] = self._resolve_tie(head[position], words)
         signs = np.unpackbits(words(-(-size // 64)).view(np.uint8))[:size].astype(np.int64)
         return magnitude * (1 - 2 * signs)
 
-    def _decided(self, head: np.uint64, words: Words) -> int:
-        """The magnitude for a uniform number whose first 64 bits are those of a threshold."""
+    def _resolve_tie(self, head: np.uint64, words: Words) -> int:
+        """Returns the magnitude for a uniform number whose first 64 bits are those of a threshold."""
         low, high = (int(np.searchsorted(self._first, head, side=side)) for side in ("left", "right"))
-        rest = _joined(words(2))
-        return low + sum(_joined(self._rest[row]) <= rest for row in range(low, high))
+        rest = _join_words(words(2))
+        return low + sum(_join_words(self._rest[row]) <= rest for row in range(low, high))
 
 
-def _joined(pair: npt.NDArray[np.uint64]) -> int:
+def _join_words(pair: npt.NDArray[np.uint64]) -> int:
     return (int(pair[0]) << 64) | int(pair[1])
 
 
 @lru_cache(maxsize=16)
 def discrete_gaussian(std: float) -> DiscreteGaussian:
-    """The sampler of N_Z(0, std^2), made once: its table of 16 std rows takes about 1 microsecond a row."""
+    """Returns the sampler of N_Z(0, std^2), which is made once: its table of 16 std rows takes about 1 microsecond a row."""
     return DiscreteGaussian(std)
 
 
 def _thresholds(std: float) -> npt.NDArray[np.uint64]:
-    """P(|X| <= k) for k = 0.. as numbers of 192 bits, rounded down: rows of three 64-bit words, high one first."""
+    """Returns P(|X| <= k) for k = 0, 1, ... as numbers of 192 bits, rounded down: rows of three 64-bit words, high one first."""
     variance = Fraction(std) ** 2
     ratio, shrink = _exp_minus(1 / (2 * variance)), _exp_minus(1 / variance)
     weight, total, cumulative = 1 << _FRACTION, 1 << _FRACTION, [1 << _FRACTION]
@@ -102,7 +102,7 @@ def _thresholds(std: float) -> npt.NDArray[np.uint64]:
 
 
 def _exp_minus(exponent: Fraction) -> int:
-    """exp(-exponent) for an exponent in (0, 1], with `_FRACTION` bits behind the point; off by less than 2^-310."""
+    """Returns exp(-exponent) for an exponent in (0, 1], with `_FRACTION` bits behind the point; off by less than 2^-310."""
     term = total = 1 << _FRACTION
     sign, order = 1, 0
     while term:
@@ -113,7 +113,7 @@ def _exp_minus(exponent: Fraction) -> int:
 
 
 def sum_distance(std: float, count: int) -> float:
-    """How far the log probabilities of a sum of `count` draws are from those of N_Z(0, count * std^2), at most.
+    """Returns a bound on how far the log probabilities of a sum of `count` draws are from those of N_Z(0, count * std^2).
 
     Kairouz, Liu and Steinke 2021 (https://arxiv.org/abs/2102.06387), section 3: for s, t >= 1/2 the log of the ratio between
     N_Z(0, s^2) + N_Z(0, t^2) and N_Z(0, s^2 + t^2) is at most 5 exp(-2 pi^2 / (1/s^2 + 1/t^2)) everywhere. Adding the
@@ -123,7 +123,7 @@ def sum_distance(std: float, count: int) -> float:
 
 
 def continuous_distance(smoothing_std: float) -> float:
-    """How far N_Z(0, s^2 + r^2), shifted by any integer, is from a function of N(0, s^2) with the same shift; in log ratios.
+    """Returns how far N_Z(0, s^2 + r^2), shifted by any integer, is from a function of N(0, s^2) with the same shift, in log ratios.
 
     The function draws from the integers around y with probability proportional to exp(-(z - y)^2 / 2 r^2); r is
     `smoothing_std`. By Poisson summation the normaliser is r sqrt(2 pi) (1 +- t), t <= 2.01 exp(-2 pi^2 r^2) for

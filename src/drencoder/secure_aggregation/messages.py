@@ -1,4 +1,4 @@
-"""What both sides agree on before a round, and how its messages look as bytes.
+"""This module holds what both sides agree on before a round, and how its messages look as bytes.
 
 Legend: V values of a masked vector, b bits of a value, n nodes.
 
@@ -7,14 +7,14 @@ Legend: V values of a masked vector, b bits of a value, n nodes.
     offset  bytes  field
     0       4      magic b"DRSA"
     4       1      version, 1
-    5       1      stage, 1 to 5
+    5       1      step, 1 to 5
     6       1      1 a server's request, 2 a node's answer
     7       1      zero
     8       4      the node's number, unsigned little-endian like all below
     12      32     context: SHA-256 of the round's settings
     44      ...    body
 
-    stage        request's body                     answer's body
+    step        request's body                     answer's body
     1 ADVERTISE  nothing                            two X25519 keys, signature
     2 SHARE      per node: keys and signature       digest of the own seed; per peer: two sealed shares
     3 MASK       per peer: two sealed shares        V values of b bits, masked
@@ -44,11 +44,11 @@ from drencoder.secure_aggregation.shamir import SHARE_BYTES
 __all__ = [
     "KEYS_BYTES",
     "SEALED_BYTES",
+    "ProtocolStep",
     "RoundSettings",
-    "Stage",
+    "pack_rows",
     "pack_values",
     "round_bytes",
-    "rows_body",
     "unpack_rows",
     "unpack_values",
 ]
@@ -62,7 +62,7 @@ KEYS_BYTES = 2 * SECRET_BYTES + SIGNATURE_BYTES
 SEALED_BYTES = 2 * SHARE_BYTES + SEAL_BYTES
 
 
-class Stage(enum.IntEnum):
+class ProtocolStep(enum.IntEnum):
     """The five exchanges of a round, in order."""
 
     ADVERTISE = 1
@@ -120,7 +120,7 @@ class RoundSettings:
 
     @cached_property
     def context(self) -> bytes:
-        """What binds a message, a signature or a key to this round: 32 bytes."""
+        """The 32 bytes that bind a message, a signature or a key to this round."""
         facts = [self.run_id, self.slot, self.attempt, self.values, self.bits, self.threshold, self.least_clients]
         text = json.dumps([*facts, self.clients, [key.hex() for key in self.roster]])
         return hashlib.sha256(b"drencoder secure aggregation 1\n" + text.encode()).digest()
@@ -129,101 +129,105 @@ class RoundSettings:
     def nodes(self) -> range:
         return range(len(self.roster))
 
-    def clients_of(self, nodes: Iterable[int]) -> int:
-        """How many clients are behind these nodes."""
+    def count_clients(self, nodes: Iterable[int]) -> int:
+        """Returns how many clients these nodes host together in this round."""
         return sum(self.clients[node] for node in nodes)
 
     # Frames
 
-    def request(self, stage: Stage, node: int, body: bytes) -> bytes:
-        """A server's message to a node."""
-        return self._header(stage, node, _REQUEST) + body
+    def frame_request(self, step: ProtocolStep, node: int, body: bytes) -> bytes:
+        """Returns a server's message to a node, header first."""
+        return self._header(step, node, _REQUEST) + body
 
-    def answer(self, stage: Stage, node: int, body: bytes) -> bytes:
-        """A node's message to the server."""
-        return self._header(stage, node, _ANSWER) + body
+    def frame_answer(self, step: ProtocolStep, node: int, body: bytes) -> bytes:
+        """Returns a node's message to the server, header first."""
+        return self._header(step, node, _ANSWER) + body
 
-    def request_body(self, data: bytes, stage: Stage, node: int) -> bytes:
-        """Checks a message's size and header and returns its body; SecureError says what is wrong."""
-        return self._body(data, stage, node, _REQUEST)
+    def parse_request(self, data: bytes, step: ProtocolStep, node: int) -> bytes:
+        """Checks a request's size and header and returns its body. Raises SecureError, which says what is wrong."""
+        return self._body(data, step, node, _REQUEST)
 
-    def answer_body(self, data: bytes, stage: Stage, node: int) -> bytes:
-        return self._body(data, stage, node, _ANSWER)
+    def parse_answer(self, data: bytes, step: ProtocolStep, node: int) -> bytes:
+        """Checks an answer's size and header and returns its body. Raises SecureError, which says what is wrong."""
+        return self._body(data, step, node, _ANSWER)
 
-    def largest(self, stage: Stage, *, answer: bool) -> int:
-        """Bytes that a message of this stage has at most: when no node has dropped out."""
-        return _message_size(stage, len(self.roster), self.values, self.bits, answer)
+    def largest(self, step: ProtocolStep, *, answer: bool) -> int:
+        """Returns how many bytes a message of this step has at most, which it has when no node has dropped out."""
+        return _message_size(step, len(self.roster), self.values, self.bits, answer)
 
-    def _header(self, stage: Stage, node: int, kind: int) -> bytes:
-        return _HEADER.pack(_MAGIC, _VERSION, stage, kind, 0, node, self.context)
+    def _header(self, step: ProtocolStep, node: int, kind: int) -> bytes:
+        return _HEADER.pack(_MAGIC, _VERSION, step, kind, 0, node, self.context)
 
-    def _body(self, data: bytes, stage: Stage, node: int, kind: int) -> bytes:
-        if not _HEADER.size <= len(data) <= self.largest(stage, answer=kind == _ANSWER):
-            raise SecureError(f"A message of {len(data)} bytes has an impossible size for {stage.name}: refused.")
-        if data[: _HEADER.size] != self._header(stage, node, kind):
-            names = ("magic", "version", "stage", "direction", "reserved field", "node", "context (another round)")
-            pairs = zip(names, _HEADER.unpack_from(data), _HEADER.unpack(self._header(stage, node, kind)), strict=True)
-            wrong = ", ".join(name for name, got, wanted in pairs if got != wanted)
-            raise SecureError(f"A message for {stage.name} has a wrong {wrong}: refused.")
+    def _body(self, data: bytes, step: ProtocolStep, node: int, kind: int) -> bytes:
+        if not _HEADER.size <= len(data) <= self.largest(step, answer=kind == _ANSWER):
+            raise SecureError(f"A message of {len(data)} bytes has an impossible size for {step.name}: refused.")
+        if data[: _HEADER.size] != self._header(step, node, kind):
+            names = ("magic", "version", "step", "direction", "reserved field", "node", "context (another round)")
+            pairs = zip(names, _HEADER.unpack_from(data), _HEADER.unpack(self._header(step, node, kind)), strict=True)
+            wrong = ", ".join(name for name, got, expected in pairs if got != expected)
+            raise SecureError(f"A message for {step.name} has a wrong {wrong}: refused.")
         return data[_HEADER.size :]
 
 
-def _message_size(stage: Stage, nodes: int, values: int, bits: int, answer: bool) -> int:
-    rows = {Stage.SHARE: KEYS_BYTES, Stage.CONFIRM: 0, Stage.UNMASK: SIGNATURE_BYTES}
+def _message_size(step: ProtocolStep, nodes: int, values: int, bits: int, answer: bool) -> int:
+    rows = {ProtocolStep.SHARE: KEYS_BYTES, ProtocolStep.CONFIRM: 0, ProtocolStep.UNMASK: SIGNATURE_BYTES}
     requests = {other: rows_size(nodes, width) for other, width in rows.items()}
-    requests[Stage.MASK] = rows_size(nodes - 1, SEALED_BYTES)
+    requests[ProtocolStep.MASK] = rows_size(nodes - 1, SEALED_BYTES)
     answers = {
-        Stage.ADVERTISE: KEYS_BYTES,
-        Stage.SHARE: SECRET_BYTES + rows_size(nodes - 1, SEALED_BYTES),
-        Stage.MASK: values * bits // 8,
-        Stage.CONFIRM: SIGNATURE_BYTES,
-        Stage.UNMASK: rows_size(nodes, 1 + SHARE_BYTES),
+        ProtocolStep.ADVERTISE: KEYS_BYTES,
+        ProtocolStep.SHARE: SECRET_BYTES + rows_size(nodes - 1, SEALED_BYTES),
+        ProtocolStep.MASK: values * bits // 8,
+        ProtocolStep.CONFIRM: SIGNATURE_BYTES,
+        ProtocolStep.UNMASK: rows_size(nodes, 1 + SHARE_BYTES),
     }
-    return _HEADER.size + (answers[stage] if answer else requests.get(stage, 0))
+    return _HEADER.size + (answers[step] if answer else requests.get(step, 0))
 
 
 def round_bytes(nodes: int, values: int, bits: int) -> tuple[int, int]:
-    """Bytes (up, down) of one node in one round in which nobody drops out."""
-    up = sum(_message_size(stage, nodes, values, bits, answer=True) for stage in Stage)
-    down = sum(_message_size(stage, nodes, values, bits, answer=False) for stage in Stage)
+    """Returns the bytes (up, down) of one node in one round in which no node drops out."""
+    up = sum(_message_size(step, nodes, values, bits, answer=True) for step in ProtocolStep)
+    down = sum(_message_size(step, nodes, values, bits, answer=False) for step in ProtocolStep)
     return up, down
 
 
 def rows_size(count: int, width: int) -> int:
-    """Bytes of a list of `count` rows with parts of `width` bytes."""
+    """Returns the bytes of a list of `count` rows with parts of `width` bytes."""
     return _NUMBER.size + count * (_NUMBER.size + width)
 
 
-def rows_body(rows: Mapping[int, bytes]) -> bytes:
-    """node -> part as bytes, ascending."""
+def pack_rows(rows: Mapping[int, bytes]) -> bytes:
+    """Returns a list of rows (node -> part) as bytes, in ascending order of the nodes."""
     listed = (_NUMBER.pack(node) + rows[node] for node in sorted(rows))
     return _NUMBER.pack(len(rows)) + b"".join(listed)
 
 
 def unpack_rows(body: bytes, width: int, nodes: range) -> dict[int, bytes]:
-    """Inverse of `rows_body` for parts of `width` bytes. SecureError unless ascending numbers of `nodes` and nothing else."""
-    step = _NUMBER.size + width
+    """Reads what `pack_rows` wrote, for parts of `width` bytes.
+
+    Raises SecureError unless the list holds ascending numbers of `nodes` and nothing else.
+    """
+    row_bytes = _NUMBER.size + width
     if len(body) < _NUMBER.size or len(body) != rows_size(_NUMBER.unpack_from(body)[0], width):
         raise SecureError(f"A list of {len(body)} bytes is not one of rows with {width} bytes: refused.")
     rows: dict[int, bytes] = {}
     last = -1
-    for start in range(_NUMBER.size, len(body), step):
+    for start in range(_NUMBER.size, len(body), row_bytes):
         node = _NUMBER.unpack_from(body, start)[0]
         if node <= last or node not in nodes:
             raise SecureError(f"A list names node {node} after {last}; numbers must ascend within the roster: refused.")
-        rows[node] = body[start + _NUMBER.size : start + step]
+        rows[node] = body[start + _NUMBER.size : start + row_bytes]
         last = node
     return rows
 
 
 def pack_values(values_V: npt.NDArray[np.uint32], bits: int) -> bytes:
-    """The low `bits` of every value."""
+    """Returns the low `bits` of every value, little-endian, `bits` / 8 bytes a value."""
     cells = np.ascontiguousarray(values_V, dtype="<u4").view(np.uint8).reshape(-1, 4)
     return cells[:, : bits // 8].tobytes()
 
 
 def unpack_values(data: bytes, values: int, bits: int) -> npt.NDArray[np.uint32]:
-    """Inverse of `pack_values`. SecureError for another length."""
+    """Reads what `pack_values` wrote: (values,) uint32. Raises SecureError for another length."""
     if len(data) * 8 != values * bits:
         raise SecureError(f"A masked vector has {len(data)} bytes instead of {values * bits // 8}: refused.")
     cells = np.zeros((values, 4), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Clipped float codes -> integers modulo 2^b with noise, and the sum of many such codes back to floats.
+"""This module turns clipped float codes into integers modulo 2^b with noise, and the sum of many such codes back to floats.
 
 Legend: N codes, V values of a code. A *step* is the distance between two neighbouring integers, in units of the code.
 
@@ -61,7 +61,7 @@ class Quantiser:
 
     @classmethod
     def plan(cls, *, values: int, clip_l2: float, share_multiplier: float, most_clients: int) -> "Quantiser":
-        """The finest step that `bits` = 32 allows, up to 1 % of growth; then the fewest bits that hold the sum.
+        """Chooses the finest step that `bits` = 32 allows, up to 1 % of growth, and then the fewest bits that hold the sum.
 
         Raises PrivacyError when even 32 bits would need steps so coarse that rounding lengthens codes by a quarter.
         """
@@ -75,16 +75,16 @@ class Quantiser:
         if share_multiplier * (steps + slack) > _MOST_STEPS:  # a very noisy plan, or a very long code
             steps = _MOST_STEPS / share_multiplier - slack
         while True:
-            made = cls(values, float(clip_l2), steps, share_multiplier, most_clients, _BITS[-1])
-            if made._reach < 2 ** (_BITS[-1] - 1) or steps < slack:
+            candidate = cls(values, float(clip_l2), steps, share_multiplier, most_clients, _BITS[-1])
+            if candidate._reach < 2 ** (_BITS[-1] - 1) or steps < slack:
                 break
-            steps *= 0.99 * 2 ** (_BITS[-1] - 1) / made._reach  # the reach is nearly proportional to the steps
+            steps *= 0.99 * 2 ** (_BITS[-1] - 1) / candidate._reach  # the reach is nearly proportional to the steps
         if slack > _MOST_GROWTH * steps:
             raise PrivacyError(
                 f"Codes of {values:,} values of {most_clients:,} clients with a noise share of {share_multiplier:.3g} do not fit "
                 "into 32 bits with small enough steps: choose a smaller code, fewer clients a round or a larger epsilon."
             )
-        bits = next(bits for bits in _BITS if made._reach < 2 ** (bits - 1))
+        bits = next(bits for bits in _BITS if candidate._reach < 2 ** (bits - 1))
         return cls(values, float(clip_l2), steps, share_multiplier, most_clients, bits)
 
     # Facts
@@ -96,7 +96,7 @@ class Quantiser:
 
     @property
     def bound_steps(self) -> float:
-        """L2 bound of a rounded code, in steps: the sensitivity. Enforced by `rounded` in exact integer arithmetic."""
+        """L2 bound of a rounded code, in steps: the sensitivity. Enforced by `round_code` in exact integer arithmetic."""
         return self.clip_steps + math.sqrt(self.values) / 2
 
     @property
@@ -135,15 +135,15 @@ class Quantiser:
         return n * (self.clip_steps + 1) + math.sqrt(n) * self.std_steps * tail + 1
 
     def distance(self, shares: int) -> float:
-        """A bound on the total variation distance between a noised sum with `shares` honest shares and a function of the
+        """Returns a bound on the total variation distance between a noised sum with `shares` honest shares and a function of the
         same sum with Gaussian noise of `share_multiplier` sqrt(shares) `bound_l2`: sampling, summing, being discrete."""
         one = discrete_gaussian(self.std_steps).distance * shares
         return self.values * (one + sum_distance(self.std_steps, shares) + continuous_distance(SMOOTHING_STD))
 
     # Codes
 
-    def rounded(self, code_V: npt.NDArray[np.float32], words: Words) -> npt.NDArray[np.int64]:
-        """One code in steps, rounded at random so that its mean is the code; never longer than `bound_steps`.
+    def round_code(self, code_V: npt.NDArray[np.float32], words: Words) -> npt.NDArray[np.int64]:
+        """Returns one code in steps, (V,) int64, rounded at random so that its mean is the code; never longer than `bound_steps`.
 
         A rounding that would be longer is drawn again; after eight of them the code is rounded towards zero, which makes
         no code longer. Raises PrivacyError for a code that is longer than the clip, not finite or of another size.
@@ -165,17 +165,20 @@ class Quantiser:
         assert int(np.dot(short_V, short_V)) <= limit
         return short_V
 
-    def noised(self, code_V: npt.NDArray[np.float32], words: Words) -> npt.NDArray[np.uint32]:
-        """One client's rounded code plus its share of noise, modulo 2^b: private together with the others' only."""
-        noise_V = discrete_gaussian(self.std_steps).sample(self.values, words)
-        return self.residue(self.rounded(code_V, words) + noise_V)
+    def round_and_noise(self, code_V: npt.NDArray[np.float32], words: Words) -> npt.NDArray[np.uint32]:
+        """Returns one client's rounded code plus its share of noise, (V,) uint32 modulo 2^b.
 
-    def residue(self, steps_V: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-        """Integers modulo 2^b."""
+        A share alone is too little noise: the result is private only inside the sum with the other clients' results.
+        """
+        noise_V = discrete_gaussian(self.std_steps).sample(self.values, words)
+        return self.to_residues(self.round_code(code_V, words) + noise_V)
+
+    def to_residues(self, steps_V: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        """Returns integers (V,) int64 modulo 2^b, as (V,) uint32."""
         return (steps_V & ((1 << self.bits) - 1)).astype(np.uint32)
 
-    def values_of(self, residue_V: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
-        """A modular sum in units of the code: the representatives in [-2^(b-1), 2^(b-1)) times the step.
+    def to_values(self, residue_V: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+        """Returns a modular sum in units of the code, (V,) float64: the representatives in [-2^(b-1), 2^(b-1)) times the step.
 
         Raises PrivacyError for another size or a value that is no residue.
         """

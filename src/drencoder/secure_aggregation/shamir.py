@@ -1,4 +1,4 @@
-"""Shamir's secret sharing (Shamir 1979, https://doi.org/10.1145/359168.359176) of 32 bytes.
+"""This module is Shamir's secret sharing (Shamir 1979, https://doi.org/10.1145/359168.359176) of 32 bytes.
 
 A secret is the value at 0 of a random polynomial of degree threshold - 1 over the integers modulo 2^521 - 1; a share is its
 value at one party's place. Any `threshold` shares give the polynomial, fewer say nothing at all.
@@ -17,7 +17,7 @@ SHARE_BYTES = 66
 
 
 def split(secret: bytes, threshold: int, places: Sequence[int]) -> dict[int, bytes]:
-    """A share for each place (distinct positive integers). Any `threshold` of them give the 32 bytes back."""
+    """Returns a share for each place (distinct positive integers). Any `threshold` of them give the 32 bytes back."""
     assert len(secret) == _SECRET_BYTES
     assert 0 < threshold <= len(places) == len(set(places))
     assert min(places) > 0
@@ -33,7 +33,7 @@ def _value(coefficients: list[int], place: int) -> int:
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:
-    """The secret of these shares (place -> share); give exactly as many as the threshold, or more.
+    """Returns the 32 bytes of the secret of these shares (place -> share); give exactly as many as the threshold, or more.
 
     Raises SecureError when they cannot be shares of 32 bytes. Wrong shares that happen to give 32 bytes are not
     noticed here: compare the secret with what its owner said about it.

@@ -36,7 +36,7 @@ from drencoder.federated.round import SecureSum, Upload
 from drencoder.federated.secure_round import round_settings, secure_sum
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
-from drencoder.secure_aggregation.messages import Stage, round_bytes
+from drencoder.secure_aggregation.messages import ProtocolStep, round_bytes
 
 __all__ = ["FlowerEngine", "Patience", "engine_maker"]
 
@@ -294,7 +294,7 @@ class FlowerEngine:
                 )
                 for node, (own, request) in asked.items()
             }
-            limit = settings.largest(Stage.ADVERTISE, answer=True)
+            limit = settings.largest(ProtocolStep.ADVERTISE, answer=True)
             answers = self._ask(query, adapter_D, questions, dict.fromkeys(questions, limit))
             return {node: (answer.nonce, data) for node, (answer, data) in answers.items()}
 

@@ -13,7 +13,7 @@ from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_fr
 from drencoder.federated.remote.instruction import Answer, Refusal
 from drencoder.federated.remote.roster import Roster
 from drencoder.federated.remote.transport import Transport
-from drencoder.secure_aggregation.messages import RoundSettings, Stage
+from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 
 __all__ = ["Opening", "StageMessages", "Table", "opened"]
 
@@ -63,10 +63,10 @@ class StageMessages:
     say: Callable[[str], None]
     _rounds: dict[int, str] = field(default_factory=dict)  # node -> what it calls this round
 
-    def exchange(self, stage: Stage, requests: Mapping[int, bytes]) -> dict[int, bytes]:
+    def exchange(self, stage: ProtocolStep, requests: Mapping[int, bytes]) -> dict[int, bytes]:
         """By number in the roster, who did not answer well left out."""
         numbers = {self.seated[number]: number for number in requests if number in self.seated}
-        if stage == Stage.ADVERTISE:
+        if stage == ProtocolStep.ADVERTISE:
             asked = {node: (self.clients[number], requests[number]) for node, number in numbers.items()}
             begun = self.opening(asked)
             self._rounds = {node: name for node, (name, _) in begun.items()}

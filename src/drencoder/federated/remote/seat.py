@@ -15,9 +15,9 @@ from drencoder.errors import EngineError, SecureError
 from drencoder.federated.remote.roster import Roster, node_key
 from drencoder.federated.secure_round import secure_node
 from drencoder.recipe.recipe import Recipe
-from drencoder.secure_aggregation.client import SecureNode
+from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
-from drencoder.secure_aggregation.messages import RoundSettings, Stage
+from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 
 __all__ = ["Seat"]
 
@@ -40,7 +40,7 @@ class Seat:
         self._key, self.roster, self.threshold = key, roster, recipe.threshold
         self.number = roster.keys.index(key.public)
         self._round = ""
-        self._node: SecureNode | None = None
+        self._node: SecAggClient | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, key: Path | None, roster: Path | None) -> "Seat":
@@ -72,7 +72,7 @@ class Seat:
         """
         self._node = None
         node = secure_node(settings, self.number, self._key, clients, share_V)
-        answer = node.answer(Stage.ADVERTISE, request)
+        answer = node.answer(ProtocolStep.ADVERTISE, request)
         self._round, self._node = name, node
         return answer
 
@@ -80,11 +80,11 @@ class Seat:
         """Whether this is the round that is open."""
         return self._node is not None and name == self._round
 
-    def answer(self, stage: Stage, request: bytes) -> bytes:
+    def answer(self, stage: ProtocolStep, request: bytes) -> bytes:
         """A later stage of the open round. After a SecureError or VoidRoundError, and after the last stage, it is closed."""
         assert self._node is not None
         node, self._node = self._node, None
         answer = node.answer(stage, request)
-        if stage != Stage.UNMASK:
+        if stage != ProtocolStep.UNMASK:
             self._node = node
         return answer

@@ -35,7 +35,7 @@ from drencoder.federated.secure_round import node_share, round_settings
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.site_ledger import AnsweredError, ForeignRunError, SiteLedger
-from drencoder.secure_aggregation.messages import Stage
+from drencoder.secure_aggregation.messages import ProtocolStep
 
 __all__ = ["Site"]
 
@@ -192,9 +192,9 @@ class Site:
             raise _RefusedError(Refusal.RECIPE)
         if not isinstance(nonce, str) or not self._seat.knows(nonce):
             raise _RefusedError(Refusal.ROUND)
-        if number not in tuple(Stage):
+        if number not in tuple(ProtocolStep):
             raise CodeError("a stage that there is none of")
-        return self._sent(Answer(nonce, Refusal.NONE), self._seat.answer(Stage(number), frame.first))
+        return self._sent(Answer(nonce, Refusal.NONE), self._seat.answer(ProtocolStep(number), frame.first))
 
     def _sent(self, answer: Answer, first: bytes) -> bytes:
         return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, answer.head(), first=first))

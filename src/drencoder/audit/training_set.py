@@ -22,23 +22,23 @@ from typing import final
 
 from torch import Tensor
 
-from drencoder.audit.auc import auc_of, gaussian_max_auc
+from drencoder.audit.auc import estimate_auc, gaussian_max_auc
 from drencoder.audit.findings import Auc, Finding
-from drencoder.audit.scene import Scene
+from drencoder.audit.setup import AuditSetup
 from drencoder.encoders.contract import Encoder
 from drencoder.published.fitting import AutoencoderOptions
 
-__all__ = ["Recalled", "recall", "training_set_findings"]
+__all__ = ["TrainingSetScores", "attack_training_set", "training_set_findings"]
 
 _PAIRS = 2  # LoRA pairs of the sub-adapter; they lie at the start of an update
-_BY_HEART_RATE = 2e-3  # ten times the published learning rate
-_BY_HEART_LENGTH = 3  # times the published number of steps
+_OVERFIT_RATE = 2e-3  # ten times the published learning rate
+_OVERFIT_LENGTH = 3  # times the published number of steps
 
 
 @final
 @dataclass(frozen=True)
-class Recalled:
-    """Both scores' AUC, and the mean relative error (1 = nothing is reconstructed) of members and of others."""
+class TrainingSetScores:
+    """The AUC of both scores, and the mean relative error (1 = nothing is reconstructed) of members and of others."""
 
     error: Auc
     calibrated: Auc
@@ -46,51 +46,52 @@ class Recalled:
     other_error: float
 
     def note(self) -> str:
+        """Returns the two errors in words."""
         return f"error {self.member_error:.3f} in, {self.other_error:.3f} out"
 
 
-def training_set_findings(scene: Scene) -> list[Finding]:
+def training_set_findings(setup: AuditSetup) -> list[Finding]:
     """Trains every encoder twice, on the collected and on the reference clients, and attacks the first."""
-    segments, steps, subjects = scene.segments[: 2 * _PAIRS], scene.options.steps, scene.subjects
+    segments, steps, subjects = setup.segments[: 2 * _PAIRS], setup.options.steps, setup.subjects
     size = segments[-1].stop
     groups = [group_ND[:, :size] for group_ND in (subjects.collected_ND, subjects.reference_ND)]
     other_ND = subjects.target_ND[:, :size]
     findings: list[Finding] = []
 
     def add(arm: str, sees: str, encoder: Encoder, reference: Encoder, seen_ND: Tensor, bound: float | None) -> None:
-        recalled = recall(encoder, reference, seen_ND, other_ND)
+        recalled = attack_training_set(encoder, reference, seen_ND, other_ND)
         for attack, auc in (("error", recalled.error), ("calibrated", recalled.calibrated)):
             findings.append(Finding("training set", arm, sees, attack, auc, bound, note=recalled.note()))
 
-    real = [scene.real_gradients(group_ND) for group_ND in groups]
+    real = [setup.collect_gradients(group_ND) for group_ND in groups]
     quick = AutoencoderOptions(steps=steps, architecture="cnn1d")  # the one that remembers most
-    length = _BY_HEART_LENGTH * steps
-    long = replace(quick, steps=length, check_every=max(1, length // 4), learning_rate=_BY_HEART_RATE)
+    length = _OVERFIT_LENGTH * steps
+    long = replace(quick, steps=length, check_every=max(1, length // 4), learning_rate=_OVERFIT_RATE)
     for words, options in (
         ("resnet, early stopping", replace(quick, architecture="resnet")),
         ("cnn1d, early stopping", quick),
         ("cnn1d, by heart", long),
     ):
-        fitted = [scene.fit_real(segments, gradients, options, by_heart=options is long) for gradients in real]
+        fitted = [setup.fit_on_gradients(segments, gradients, options, overfit=options is long) for gradients in real]
         (encoder, seen_ND), (reference, _) = fitted
         add("FedCG", words, encoder, reference, seen_ND, None)
-    for words, sigma in (("statistics, no noise", None), ("noised statistics", scene.stage1_sigma)):
-        priors = [scene.prior(group_ND, segments, sigma) for group_ND in groups]
-        ours, theirs = (scene.fit_synthetic(prior, long, by_heart=True) for prior in priors)
+    for words, sigma in (("statistics, no noise", None), ("noised statistics", setup.stage1_sigma)):
+        priors = [setup.fit_prior(group_ND, segments, sigma) for group_ND in groups]
+        ours, theirs = (setup.fit_on_prior(prior, long, overfit=True) for prior in priors)
         # An encoder is a function of the sum of the noised statistics: all but the server see each behind all noises.
         bound = None if sigma is None else gaussian_max_auc(1 / (sigma * math.sqrt(len(groups[0]))))
         add("DR-Encoder", f"cnn1d, by heart, {words}", ours, theirs, groups[0], bound)
-    sketch, other_sketch = (scene.sketch(prior) for prior in priors)  # of the noised statistics
+    sketch, other_sketch = (setup.build_sketch(prior) for prior in priors)  # of the noised statistics
     add("drencoder", "sketch laid out by noised statistics", sketch, other_sketch, groups[0], bound)
     return findings
 
 
-def recall(encoder: Encoder, reference: Encoder, member_ND: Tensor, other_MD: Tensor) -> Recalled:
-    """Attacks `encoder`, with a `reference` that saw neither group."""
+def attack_training_set(encoder: Encoder, reference: Encoder, member_ND: Tensor, other_MD: Tensor) -> TrainingSetScores:
+    """Attacks `encoder`, with a `reference` encoder that saw neither group."""
     member_N, other_M = _relative_error(encoder, member_ND), _relative_error(encoder, other_MD)
-    return Recalled(
-        error=auc_of(-member_N, -other_M),
-        calibrated=auc_of(
+    return TrainingSetScores(
+        error=estimate_auc(-member_N, -other_M),
+        calibrated=estimate_auc(
             _relative_error(reference, member_ND) - member_N, _relative_error(reference, other_MD) - other_M
         ),
         member_error=float(member_N.mean()),
@@ -99,7 +100,7 @@ def recall(encoder: Encoder, reference: Encoder, member_ND: Tensor, other_MD: Te
 
 
 def _relative_error(encoder: Encoder, update_ND: Tensor) -> Tensor:
-    """|u - decode(encode(u))|^2 / |u|^2 per row, float64 (N,); 0 for a row of zeros."""
+    """Returns |u - decode(encode(u))|^2 / |u|^2 per row, float64 (N,); 0 for a row of zeros."""
     rest_ND = (update_ND - encoder.decode(encoder.encode(update_ND, 0), 0)).double()
     energy_N = update_ND.double().square().sum(1).clamp(min=1e-30)
     return rest_ND.square().sum(1) / energy_N

@@ -1,0 +1,55 @@
+"""Options that several commands share, and what they mean together."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drencoder.errors import ArtifactError, RecipeError
+from drencoder.recipe.recipe import Recipe, load_recipe
+
+__all__ = ["OutOption", "RecipeArgument", "ResumeOption", "SetOption", "choose_run"]
+
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE]", help="TOML file or shipped recipe; none = the embedded quickstart")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one knob, e.g. privacy.epsilon=2")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="run folder to make; default runs/NAME, runs/NAME-2, ...")
+]
+ResumeOption = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with a killed run")]
+
+
+def choose_run(
+    recipe: str | None,
+    overrides: list[str] | None,
+    out: Path | None,
+    resume: Path | None,
+    *,
+    needs_ledger: bool = False,
+) -> tuple[Path, Recipe]:
+    """Returns the run folder and the recipe of a new run, or with `resume` those of the run that goes on.
+
+    Raises:
+      RecipeError: `resume` stands beside options of a new run, or the recipe cannot be meant.
+      ArtifactError: `resume` is no run folder or, with `needs_ledger`, has no ledger; or the new run's folder is taken.
+    """
+    from drencoder.runs.run_folder import RunFolder
+
+    if resume is not None:
+        if recipe is not None or overrides or out is not None:
+            raise RecipeError("--resume continues a run with its own recipe: give no recipe, --set or --out beside it.")
+        if needs_ledger and not (resume / "ledger.jsonl").exists():
+            raise ArtifactError(
+                f"{resume} has no ledger: give the folder of a started run, or start anew without --resume."
+            )
+        return resume, load_recipe(RunFolder.open(resume).recipe)
+    config = load_recipe(recipe, overrides or ())
+    folder, number = out or Path("runs") / config.name, 1
+    while out is None and folder.exists():
+        number += 1
+        folder = Path("runs") / f"{config.name}-{number}"
+    RunFolder.check_free(folder)
+    return folder, config
