@@ -130,11 +130,11 @@ def test_written_tokens_follow_the_models_probabilities(tiny_folder: Path) -> No
 
 
 def test_make_believe_clients_are_the_same_again_and_others_in_another_slot(tiny_folder: Path) -> None:
-    knobs = ["encoder.name=kronecker", "prior.public=self", "prior.public_clients=3", "prior.source=none"]
+    knobs = ["encoder.name=kronecker", "prior.public=self", "prior.source=none"]
     live = build(load_recipe(None, [*tiny_overrides(tiny_folder), *knobs]))
     first = live.public_updates(live.lora.initial_D, 1)
     assert first is not None
-    assert first.update_ND.shape == (3, live.lora.layout.size)
+    assert first.update_ND.shape == (16, live.lora.layout.size)
     assert first.update_ND.norm(dim=1).min() > 0
     again = build(load_recipe(None, [*tiny_overrides(tiny_folder), *knobs])).public_updates(live.lora.initial_D, 1)
     assert again is not None

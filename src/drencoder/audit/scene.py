@@ -68,7 +68,7 @@ class Scene:
 
     @property
     def stage1_sigma(self) -> float:
-        return self.local.stage1_noise_multiplier or self.sigma * self.live.recipe.prior.noise_ratio
+        return self.local.stage1_noise_multiplier or self.sigma
 
     # --- stage 1, as the run does it ---------------------------------------------------------------
 
@@ -110,10 +110,10 @@ class Scene:
         return Autoencoder.fit(prior.segments, training, validation, seed=self.seed, options=options)
 
     def sketch(self, prior: GaussianPrior) -> RandomSketch:
-        """The default encoder, at the recipe's ratio and floor."""
+        """The default encoder, at the recipe's ratio."""
         knobs, size = self.live.recipe.encoder, prior.segments[-1].stop
         ratio = knobs.ratio if knobs.name == "random" else EncoderKnobs().ratio
-        return RandomSketch.build(prior.segments, code_size("random", size, ratio), prior, knobs.floor)
+        return RandomSketch.build(prior.segments, code_size("random", size, ratio), prior)
 
     # --- stage 2 -----------------------------------------------------------------------------------
 
