@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.errors import ArtifactError, RecipeError
-from drencoder.privacy.curves import ACCOUNTANTS, Accountant, PrivacyCurves, SigmaCurve
-from drencoder.privacy.tradeoff import TradeOff, TradeOffs
+from drencoder.privacy.budget_table import BudgetTable, NoiseBudget
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,10 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_accuracy_against_bytes",
-    "plot_curves",
+    "plot_budget",
     "plot_loss_against_epsilon",
     "plot_rounds",
-    "plot_tradeoff",
     "save_figure",
     "svg_text",
 ]
@@ -36,7 +34,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f5539", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREY = "#57606a"
-_STYLES: dict[str, Any] = {"epsilon_pld": "-", "epsilon_rdp": "-.", "epsilon_gdp": "", "epsilon_clt": (0, (4, 2))}
+_STYLES: dict[str, Any] = {"epsilon_pld": "-", "epsilon_rdp": "-."}
 _LOG_FROM = 30.0  # ratio of largest to smallest value from which an axis is logarithmic
 _DODGE = 1.035  # points of different methods at one place of a logarithmic axis stand this factor apart
 
@@ -97,117 +95,67 @@ def plot_rounds(rows: Sequence[Row]) -> "Figure":
 # Privacy
 
 
-def plot_curves(curves: PrivacyCurves) -> "Figure":
-    """Epsilon after each round: a colour for each sigma, a line style for each accountant.
+def plot_budget(table: BudgetTable) -> "Figure":
+    """Epsilon after each round: a colour for each noise multiplier, a line style for each accountant.
 
-    An approximation is dashed and called so. A budget without a finite value is named instead of drawn.
+    A budget without a finite value is named instead of drawn.
     """
     figure = _figure(8.5, 4.8)
     axis = figure.subplots()
-    shown: list[Accountant] = []
+    shown: dict[str, str] = {}  # field -> label, in the order of the legend
     values: list[float] = []
-    for curve, colour in zip(curves.curves, _cycle(_COLOURS, len(curves.curves)), strict=True):
-        for accountant in ACCOUNTANTS:
-            found = _draw_budget(axis, curve, accountant, colour, staircase=curves.staircase)
-            values += found
-            if found and accountant not in shown:
-                shown.append(accountant)
+    colours = _cycle(_COLOURS, len(table.budgets))
+    for label, field in (("PLD", "epsilon_pld"), ("RDP", "epsilon_rdp")):
+        for budget, colour in zip(table.budgets, colours, strict=True):
+            drawn = _draw_budget(axis, budget, field, colour, staircase=table.staircase)
+            values += drawn
+            if drawn:
+                shown[field] = label
+    points = table.budgets[0].points
     if not values:
         axis.text(0.5, 0.5, "no guarantee: epsilon is infinite", transform=axis.transAxes, ha="center", color="#b00020")
         axis.set_yticks([])
-        axis.set_xlim(curves.curves[0].points[0].round, curves.curves[0].last.round)
+        axis.set_xlim(points[0].round, points[-1].round)
     elif min(values) > 0 and max(values) > _LOG_FROM * min(values):
         _plain_log(axis, "y")
     else:
         axis.set_ylim(bottom=0)
-    axis.set_xlabel("round" + (" (0: stage 1 alone)" if curves.curves[0].points[0].round == 0 else ""))
-    axis.set_ylabel(f"epsilon spent, delta = {curves.delta:g}")
-    axis.set_title(f"Accumulated budget, {curves.observer}'s view, {_adjacency(curves.relation)}", fontsize=11)
+    axis.set_xlabel("round" + (" (0: stage 1 alone)" if points[0].round == 0 else ""))
+    axis.set_ylabel(f"epsilon spent, delta = {table.delta:g}")
+    adjacency = {"add_remove": "add/remove one client", "replace_one": "replace one client"}[table.relation]
+    axis.set_title(f"Accumulated budget, {table.observer}'s view, {adjacency}", fontsize=11)
     axis.grid(alpha=0.3)
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _budget_legend(figure, curves, sorted(shown, key=ACCOUNTANTS.index))
+    handles = [
+        Line2D([], [], color=colour, linewidth=3, label=_sigma_text(budget.noise_multiplier))
+        for budget, colour in zip(table.budgets, colours, strict=True)
+    ]
+    handles += [Line2D([], [], color=_GREY, linestyle=_STYLES[field], label=label) for field, label in shown.items()]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=9, frameon=False)
     return figure
 
 
-def _draw_budget(
-    axis: "Axes", curve: SigmaCurve, accountant: Accountant, colour: str, *, staircase: bool
-) -> list[float]:
+def _draw_budget(axis: "Axes", budget: NoiseBudget, field: str, colour: str, *, staircase: bool) -> list[float]:
     """Draws the finite points and returns their values."""
-    pairs = [(point.round, getattr(point, accountant.field)) for point in curve.points]
+    pairs = [(point.round, getattr(point, field)) for point in budget.points]
     pairs = [(number, value) for number, value in pairs if value is not None and math.isfinite(value)]
     if not pairs:
         return []
     rounds, values = zip(*pairs, strict=True)
-    exact = accountant.field == "epsilon_gdp"  # lies on the PLD's line: rings around it
-    alone = len(pairs) == 1
     axis.plot(
         rounds,
         values,
         color=colour,
-        linestyle=_STYLES[accountant.field],
-        linewidth=1.8 if accountant.field == "epsilon_pld" else 1.3,
+        linestyle=_STYLES[field],
+        linewidth=1.8 if field == "epsilon_pld" else 1.3,
         drawstyle="steps-post" if staircase else "default",
-        marker="o" if exact or alone else "",
-        markevery=max(1, len(pairs) // 12),
+        marker="o" if len(pairs) == 1 else "",
         markerfacecolor="none",
-        markersize=6,
     )
     return list(values)
-
-
-def _budget_legend(figure: "Figure", curves: PrivacyCurves, shown: Sequence[Accountant]) -> None:
-    from matplotlib.lines import Line2D
-
-    colours = _cycle(_COLOURS, len(curves.curves))
-    handles = [
-        Line2D([], [], color=colour, linewidth=3, label=_sigma_text(curve.noise_multiplier))
-        for curve, colour in zip(curves.curves, colours, strict=True)
-    ]
-    for accountant in shown:
-        handles.append(
-            Line2D(
-                [], [], color=_GREY, linestyle=_STYLES[accountant.field],
-                marker="o" if accountant.field == "epsilon_gdp" else "", markerfacecolor="none",
-                label=accountant.label + ("" if accountant.is_guarantee else "\n(not a guarantee)"),
-            )
-        )  # fmt: skip
-    figure.legend(handles=handles, loc="outside right upper", fontsize=9, frameon=False)
-
-
-def plot_tradeoff(tradeoffs: TradeOffs) -> "Figure":
-    """Type I against type II error of the best attack (left), and its power at small false positive rates (right)."""
-    figure = _figure(11, 4.8)
-    left, right = figure.subplots(1, 2)
-    curves: list[tuple[TradeOff, dict[str, Any]]] = [
-        (tradeoffs.whole, {"color": _COLOURS[0], "linewidth": 2.0}),
-        (tradeoffs.point, {"color": _COLOURS[1], "linestyle": "-.", "linewidth": 1.3}),
-    ]
-    if tradeoffs.limit is not None:
-        curves.append((tradeoffs.limit, {"color": _COLOURS[2], "linestyle": _STYLES["epsilon_clt"], "linewidth": 1.5}))
-    lowest = 10.0 ** math.floor(math.log10(tradeoffs.delta) / 2 - 1)
-    rates = [lowest ** (1 - i / 300) for i in range(301)]
-    for curve, style in curves:
-        label = curve.label if curve.is_guarantee else f"{curve.label} (approximation, not a guarantee)"
-        left.plot(curve.alpha, curve.beta, label=f"{label}, AUC {curve.auc:.3f}", **style)
-        right.plot(rates, [max(1 - curve.beta_at(rate), lowest / 10) for rate in rates], **style)
-    perfect = {"color": _GREY, "linestyle": ":", "linewidth": 1.3}
-    left.plot([0, 1], [1, 0], label="perfect privacy, AUC 0.500", **perfect)
-    right.plot(rates, rates, **perfect)
-    left.set(xlabel="type I error alpha (false alarm)", ylabel="smallest type II error beta (miss)", aspect="equal")
-    left.set(xlim=(0, 1), ylim=(0, 1))
-    right.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1.2))
-    right.set(xlabel="false positive rate alpha", ylabel="largest true positive rate 1 - beta")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.suptitle(
-        f"What a membership attack can reach: {tradeoffs.observer}'s view, {_adjacency(tradeoffs.relation)}, "
-        f"{_sigma_text(tradeoffs.noise_multiplier)}",
-        fontsize=11,
-    )
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    return figure
 
 
 # Methods compared
@@ -372,10 +320,6 @@ def _plain_log(
 
 def _tick_bytes(count: float, _: Any = None) -> str:
     return bytes_text(count).replace(".0 ", " ")
-
-
-def _adjacency(relation: str) -> str:
-    return {"add_remove": "add/remove one client", "replace_one": "replace one client"}[relation]
 
 
 def _sigma_text(noise_multiplier: float) -> str:
