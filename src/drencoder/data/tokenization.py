@@ -77,8 +77,8 @@ def make_examples(
     Raises:
       DataError: no record has a usable response.
     """
-    made = (make_example(prompt, response, tokenize, end_id, max_tokens, start) for prompt, response in rendered)
-    examples = [example for example in made if example is not None]
+    tokenised = (make_example(prompt, response, tokenize, end_id, max_tokens, start) for prompt, response in rendered)
+    examples = [example for example in tokenised if example is not None]
     if not examples:
         raise DataError(
             f"{owner} has no usable text: every record's response is empty. Give it at least one record with a "

@@ -211,8 +211,8 @@ def delta_pld(
     merged = merge(events)
     if not merged or any(isinstance(event, NonPrivateEvent) for event in merged):
         return [1.0 if merged else 0.0] * len(epsilons)
-    found = _composed_pld(merged, relation, interval).get_delta_for_epsilon(epsilons)
-    return [min(1.0, max(0.0, float(delta))) for delta in found]
+    deltas = _composed_pld(merged, relation, interval).get_delta_for_epsilon(epsilons)
+    return [min(1.0, max(0.0, float(delta))) for delta in deltas]
 
 
 def _composed_pld(events: tuple[Event, ...], relation: Relation, interval: float) -> "PrivacyLossDistribution":
