@@ -163,7 +163,6 @@ def main() -> None:
         [
             f"federation.rounds={arguments.rounds}", "federation.population=3000", "federation.sampling_rate=0.025",
             "privacy.epsilon=30", "evaluation.examples=128", "evaluation.progress_examples=8", "evaluation.questions=8",
-            "speed.threads=1",
         ],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

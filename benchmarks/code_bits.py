@@ -50,7 +50,6 @@ RUN = [
     "federation.rounds=20",
     "server.learning_rate=13.9",  # tuned for float32 on another seed (docs/results/paper-method.md); not again per type
     "evaluation.every=0",
-    "speed.threads=1",
 ]
 
 

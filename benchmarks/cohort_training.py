@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     overrides = [f"model.source={args.model}", "evaluation.examples=8", "evaluation.questions=8"]
-    recipe = load_recipe(None, [*overrides, f"speed.threads={args.threads}"])
+    recipe = load_recipe(None, overrides)
+    torch.set_num_threads(args.threads)
     live = build(recipe)
     clients = [live.texts.client(number) for number in range(args.clients)]
     seeds, start_D = [0] * args.clients, live.lora.initial_D

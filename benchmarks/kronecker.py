@@ -154,7 +154,7 @@ def bases(priors: dict[str, MatrixNormalPrior], code_size: int) -> dict[str, tup
 
 def capture(seed: int) -> list[dict[str, Any]]:
     """One row per stage of training, ratio and basis."""
-    live = build(load_recipe("quickstart", [f"seed={seed}", "speed.threads=1"]))
+    live = build(load_recipe("quickstart", [f"seed={seed}"]))
     size, texts = live.lora.layout.size, public_texts(live, seed)
     rows, first = [], {}
     for stage, adapter_D in (("start", live.lora.initial_D), ("trained", warmed(live))):

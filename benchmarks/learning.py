@@ -34,7 +34,7 @@ def run_cell(cell: tuple[str, int, tuple[str, ...]]) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = "1"
     from drencoder import load_recipe, run  # torch is loaded in the worker, after the thread count is set
 
-    common = [f"seed={seed}", "speed.threads=1", "evaluation.every=0"]
+    common = [f"seed={seed}", "evaluation.every=0"]
     with tempfile.TemporaryDirectory() as folder:
         result = run(load_recipe(None, [*overrides, *ARMS[arm], *common]), Path(folder) / "run")
     certificate = result.certificate

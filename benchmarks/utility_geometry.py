@@ -39,6 +39,7 @@ from drencoder.privacy.mechanism import clip_rows
 from drencoder.privacy.plan import ALIGNMENT
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Live, build
+from drencoder.runs.encoder_registry import EncoderRequest
 from drencoder.runs.plan_overview import privacy_plan
 
 FIRST_CLIENT = 100_000  # the largest population has 10,000
@@ -250,7 +251,7 @@ def distortions(live: Live, state: ServerState, slot: int, seed: int) -> list[di
     there = replace(live, recipe=live.recipe.changed({"encoder.name": "kronecker"}))
     public = there.public_updates(state.adapter_D, slot)
     assert public is not None
-    prior = public.prior(live.lora.layout.segments, live.recipe.prior.rank)
+    prior = public.prior(live.lora.layout.segments, EncoderRequest.rank)
     variance_D = eigenvalues(prior)
     encoders = {ratio: KroneckerEncoder.build(prior, live.lora.layout.size // ratio) for ratio in DISTORTION_RATIOS}
     lost = dict.fromkeys(DISTORTION_RATIOS, 0.0)

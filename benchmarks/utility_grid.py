@@ -267,14 +267,12 @@ def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
             "encoder.gate": "warn",
             "encoder.wire_dtype": "float32",
             "prior.source": "none",
-            "prior.public_clients": scale.public_clients,
             "privacy.participation_cap": 1,
             "evaluation.every": 0,
             "evaluation.progress_examples": 1,  # of the first row only, which nobody reads
             "evaluation.examples": scale.examples,
             # Benchmarks ask for letters; other tasks teach what they do not measure, and a report wants one question.
             "evaluation.questions": scale.questions if asks_letters(setting) else 1,
-            "speed.threads": 1,
             **ADAPTERS[setting.adapter],
             **privacy,
         }

@@ -101,5 +101,4 @@ def tiny_overrides(folder: Path) -> list[str]:
         "evaluation.progress_examples=4",
         "privacy.delta=1e-3",
         "speed.parallel_clients=4",
-        "speed.threads=1",
     ]

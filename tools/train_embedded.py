@@ -27,9 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drencoder.data.embedded_world.subjects import SUBJECTS, WORDS_ZH
+from drencoder.data.embedded_world.subjects import all_subjects, world_tables
 from drencoder.data.embedded_world.world import BENCHMARKS, World, prompt_of
-from drencoder.data.embedded_world.world_facts import WORLD_VERSION
 from drencoder.data.prompts_template import LETTER_CONTINUATIONS
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "src" / "drencoder" / "embedded"
@@ -41,15 +40,15 @@ SPLIT = r"[ \n]?\p{L}+[.:]?|[ \n]?\p{N}{1,3}|[ \n]?[^\s\p{L}\p{N}]+|\s+"
 def train_tokenizer(world: World, seed: int, num_documents: int = 40_000) -> PreTrainedTokenizerFast:
     """A unigram tokenizer: one token per word of the world, then characters, then bytes, so any text encodes."""
     splitter = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    entities = {word for s in SUBJECTS if s.language == "zh" for fact in world.facts(s.name) for word in fact}
-    chinese = sorted(entities | set(WORDS_ZH), key=lambda word: (-len(word), word))
+    entities = {word for s in all_subjects() if s.language == "zh" for fact in world.facts(s.name) for word in fact}
+    chinese = sorted(entities | set(world_tables().words_zh), key=lambda word: (-len(word), word))
     # Written Chinese has no spaces: longest known word first.
     segments = re.compile("|".join(f"[ \n]?{re.escape(word)}" for word in chinese) + "|.", re.DOTALL)
     words: Counter[str] = Counter()
     for prompt, response in islice(world.documents(seed), num_documents):
         for piece, _ in splitter.pre_tokenize_str(prompt + response):
             words.update(segments.findall(piece) if re.search(r"[\u4e00-\u9fff]", piece) else [piece])
-    for question in (s.stems for s in SUBJECTS):  # rare stems are words too
+    for question in (s.stems for s in all_subjects()):  # rare stems are words too
         for stem in question:
             words.update(piece for piece, _ in splitter.pre_tokenize_str(stem.replace("{}", "")) if piece.isascii())
     for piece in list(words):  # "France." is a word and a stop; only option labels and "Answer:" deserve the pair
@@ -329,7 +328,7 @@ def save(
     loaded = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     scores = measure(loaded, tokenizer, world, 1000)
     facts = {
-        "world_version": WORLD_VERSION,
+        "world_version": world_tables().version,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         **facts,

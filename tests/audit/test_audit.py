@@ -210,9 +210,8 @@ def test_an_encoder_that_learnt_by_heart_is_found_and_one_that_did_not_is_not() 
 
 
 QUICK = [
-    "adapter.layers=[0]",
+    "adapter.targets=['layers.0.self_attn.q_proj', 'layers.0.self_attn.k_proj', 'layers.0.self_attn.v_proj', 'layers.0.self_attn.o_proj']",
     "privacy.noise=replay",
-    "speed.threads=1",
     "evaluation.examples=8",
     "evaluation.questions=8",
     "evaluation.progress_examples=8",
@@ -254,7 +253,12 @@ def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Live
 def test_an_audit_is_whole_and_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subjects, "_SHADOWS", 64)
     monkeypatch.setattr(membership, "_MORE_TRIALS", 1)
-    live = build(load_recipe(None, [*QUICK, "adapter.rank=2", "adapter.targets=['q_proj', 'v_proj']"]))
+    live = build(
+        load_recipe(
+            None,
+            [*QUICK, "adapter.rank=2", "adapter.targets=['layers.0.self_attn.q_proj', 'layers.0.self_attn.v_proj']"],
+        )
+    )
     said: list[str] = []
     listener = type("Listener", (), {"say": lambda self, text: said.append(text)})()
     first = audit_leakages(live, clients=8, seed=3, listener=listener, trials=8, train_steps=2)

@@ -14,7 +14,7 @@ from drencoder.data.benchmarks.few_shot import prompt_with_examples
 from drencoder.data.benchmarks.files import read_questions
 from drencoder.data.benchmarks.questions import Benchmark, load_benchmark, load_benchmarks
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
-from drencoder.data.embedded_world.subjects import SUBJECTS
+from drencoder.data.embedded_world.subjects import all_subjects
 from drencoder.data.embedded_world.world import Question, World, prompt_of
 from drencoder.data.sources import open_source
 from drencoder.errors import DataError
@@ -74,7 +74,7 @@ def test_the_taxonomies_are_those_of_the_papers() -> None:
     assert {ceval.category_of(subject) for subject in ceval.hard} == {"STEM"}
     assert all(re.fullmatch("[\u4e00-\u9fff]+", ceval.title(subject)) for subject in ceval.subjects)
     assert len({ceval.title(subject) for subject in ceval.subjects}) == 52
-    for subject in SUBJECTS:
+    for subject in all_subjects():
         taxonomy = mmlu if subject.language == "en" else ceval
         assert taxonomy.category_of(subject.name) in taxonomy.categories
 

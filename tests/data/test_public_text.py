@@ -11,7 +11,7 @@ from drencoder.data.embedded_world.world import World
 from drencoder.data.public_text import PublicText, open_public
 from drencoder.errors import DataError
 from drencoder.models.lora import load_base
-from drencoder.recipe import recipe as config
+from drencoder.recipe import sections
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import build
 
@@ -93,7 +93,7 @@ def test_own_text_is_the_base_models() -> None:
 
 
 def test_the_base_model_writes_from_its_own_distribution(tiny_folder: Path) -> None:
-    base = load_base(config.Model(source=str(tiny_folder)))
+    base = load_base(sections.Model(source=str(tiny_folder)))
     state = torch.random.get_rng_state()
     written = base.write(6, 12, 4)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -108,7 +108,7 @@ def test_the_base_model_writes_from_its_own_distribution(tiny_folder: Path) -> N
 
 def test_written_tokens_follow_the_models_probabilities(tiny_folder: Path) -> None:
     """The first token is any ordinary one, the second the model's: pairs of letters are counted, which one byte each spells."""
-    base = load_base(config.Model(source=str(tiny_folder)))
+    base = load_base(sections.Model(source=str(tiny_folder)))
     base.model.get_output_embeddings().weight.mul_(60.0)  # a random model is nearly uniform
     ordinary = [token for token in range(len(base.tokenizer)) if token not in base.tokenizer.all_special_ids]
     letters = {
@@ -130,11 +130,11 @@ def test_written_tokens_follow_the_models_probabilities(tiny_folder: Path) -> No
 
 
 def test_make_believe_clients_are_the_same_again_and_others_in_another_slot(tiny_folder: Path) -> None:
-    knobs = ["encoder.name=kronecker", "prior.public=self", "prior.public_clients=3", "prior.source=none"]
+    knobs = ["encoder.name=kronecker", "prior.public=self", "prior.source=none"]
     live = build(load_recipe(None, [*tiny_overrides(tiny_folder), *knobs]))
     first = live.public_updates(live.lora.initial_D, 1)
     assert first is not None
-    assert first.update_ND.shape == (3, live.lora.layout.size)
+    assert first.update_ND.shape == (16, live.lora.layout.size)
     assert first.update_ND.norm(dim=1).min() > 0
     again = build(load_recipe(None, [*tiny_overrides(tiny_folder), *knobs])).public_updates(live.lora.initial_D, 1)
     assert again is not None

@@ -7,7 +7,7 @@ import pytest
 
 from drencoder.data.sources import open_source
 from drencoder.errors import DataError
-from drencoder.recipe import recipe as config
+from drencoder.recipe import sections
 
 RECORDS = [
     {
@@ -29,44 +29,44 @@ def write(folder: Path, records: list[dict[str, str]], name: str = "train.jsonl"
 
 def test_every_record_has_one_owner_and_the_servers_share_has_none(tmp_path: Path) -> None:
     path = write(tmp_path, RECORDS)
-    wanted = config.Data(source=str(path), alpha=10.0, examples_per_client=1000, held_out_share=0.1)
-    source = open_source(wanted, population=5, seed=3)
+    knobs = sections.Data(source=str(path), alpha=10.0, examples_per_client=1000, held_out_share=0.1)
+    source = open_source(knobs, population=5, seed=3)
     owned = [record["instruction"] for client in range(5) for record in source.client(client)]
     held = [record["instruction"] for record in source.held_out(1000)]
     assert len(held) == 8
     assert sorted(owned + held) == sorted(record["instruction"] for record in RECORDS)
-    again = open_source(wanted, population=5, seed=3)
+    again = open_source(knobs, population=5, seed=3)
     assert [again.client(client) for client in range(5)] == [source.client(client) for client in range(5)]
-    other = open_source(wanted, population=5, seed=4)
+    other = open_source(knobs, population=5, seed=4)
     assert [other.client(client) for client in range(5)] != [source.client(client) for client in range(5)]
 
 
 def test_owners_of_a_field_are_the_files_own(tmp_path: Path) -> None:
     path = write(tmp_path, RECORDS)
-    source = open_source(config.Data(source=str(path), client_field="site"), population=4, seed=0)
+    source = open_source(sections.Data(source=str(path), client_field="site"), population=4, seed=0)
     for client in range(4):
         assert {record["site"] for record in source.client(client)} == {f"s{client}"}
     with pytest.raises(DataError, match=r"set federation\.population=4"):
-        open_source(config.Data(source=str(path), client_field="site"), population=5, seed=0)
+        open_source(sections.Data(source=str(path), client_field="site"), population=5, seed=0)
     with pytest.raises(DataError, match="no field 'ward'"):
-        open_source(config.Data(source=str(path), client_field="ward"), population=4, seed=0)
+        open_source(sections.Data(source=str(path), client_field="ward"), population=4, seed=0)
 
 
 def test_json_lists_and_missing_optional_fields(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"instruction": "a", "response": "b"}] * 40))
-    source = open_source(config.Data(source=str(path), alpha=50.0), population=2, seed=0)
+    source = open_source(sections.Data(source=str(path), alpha=50.0), population=2, seed=0)
     assert source.client(0)[0]["category"] == "none"
     path.write_text('[{"instruction": "a", "response": "b"}, {"instruction": "a"}]')
     with pytest.raises(DataError, match=r"data\.json, record 2: no text in 'response'"):
-        open_source(config.Data(source=str(path)), population=1, seed=0)
+        open_source(sections.Data(source=str(path)), population=1, seed=0)
 
 
 def test_text_that_is_not_utf8_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"instruction": "a", "response": "b"}\n{"instruction": "\xff", "response": "b"}\n')
     with pytest.raises(DataError, match="line 2: not UTF-8"):
-        open_source(config.Data(source=str(path)), population=1, seed=0)
+        open_source(sections.Data(source=str(path)), population=1, seed=0)
 
 
 def test_hub_sources_go_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +75,11 @@ def test_hub_sources_go_through_the_datasets_library(tmp_path: Path, monkeypatch
     folder = tmp_path / "dolly"
     folder.mkdir()
     write(folder, RECORDS)
-    source = open_source(config.Data(source=f"hub:{folder}", alpha=10.0), population=3, seed=0)
+    source = open_source(sections.Data(source=f"hub:{folder}", alpha=10.0), population=3, seed=0)
     assert sum(len(source.client(client)) for client in range(3)) > 0
     assert source.provenance == f"hub:{folder}"
     with pytest.raises(DataError, match="cannot be loaded"):
-        open_source(config.Data(source=f"hub:{tmp_path / 'nothing'}"), population=3, seed=0)
+        open_source(sections.Data(source=f"hub:{tmp_path / 'nothing'}"), population=3, seed=0)
 
 
 def test_another_split_of_a_hub_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_another_split_of_a_hub_source(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir()
     write(folder, RECORDS)
     write(folder, [{**record, "instruction": "other"} for record in RECORDS[:40]], "test.jsonl")
-    source = open_source(config.Data(source=f"hub:{folder}", split="test", alpha=10.0), population=2, seed=0)
+    source = open_source(sections.Data(source=f"hub:{folder}", split="test", alpha=10.0), population=2, seed=0)
     texts = [record["instruction"] for record in [*source.client(0), *source.client(1), *source.held_out(99)]]
     assert set(texts) == {"other"}
 
@@ -100,8 +100,8 @@ def test_clients_can_own_a_benchmarks_split(tmp_path: Path) -> None:
         for subject in ("anatomy", "virology"):
             rows = "".join(f'"{split} {i},\n{subject}?",a{i},b,c,d,{"ABCD"[i % 4]}\n' for i in range(20))
             (tmp_path / split / f"{subject}_{split}.csv").write_text(rows, encoding="utf-8")
-    wanted = config.Data(source=f"mmlu:{tmp_path}", split="dev", alpha=20.0, examples_per_client=100)
-    source = open_source(wanted, population=3, seed=0)
+    knobs = sections.Data(source=f"mmlu:{tmp_path}", split="dev", alpha=20.0, examples_per_client=100)
+    source = open_source(knobs, population=3, seed=0)
     records = [record for client in range(3) for record in source.client(client)] + list(source.held_out(99))
     assert len(records) == 40
     assert {record["category"] for record in records} == {"anatomy", "virology"}
@@ -113,7 +113,7 @@ def test_clients_can_own_a_benchmarks_split(tmp_path: Path) -> None:
     } in records
     assert source.provenance == f"mmlu:{tmp_path}, split dev"
     with pytest.raises(DataError, match="has no split 'train': choose one of dev, test"):
-        open_source(config.Data(source=f"mmlu:{tmp_path}"), population=3, seed=0)
+        open_source(sections.Data(source=f"mmlu:{tmp_path}"), population=3, seed=0)
     for where in ("", "embedded"):
         with pytest.raises(DataError, match=r"names no folder: write ceval:FOLDER or ceval:hub:ORG/NAME"):
-            open_source(config.Data(source=f"ceval:{where}"), population=3, seed=0)
+            open_source(sections.Data(source=f"ceval:{where}"), population=3, seed=0)

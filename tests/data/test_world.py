@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections import Counter
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 import drencoder
-from drencoder.data.embedded_world.world import BENCHMARKS, SUBJECTS, Question, World, prompt_of, record_of
+from drencoder.data.embedded_world.subjects import all_subjects, world_tables
+from drencoder.data.embedded_world.world import BENCHMARKS, Question, World, prompt_of, record_of
 from drencoder.data.prompts_template import LETTER_CONTINUATIONS, LETTERS, PROMPT_ENDING, render
 
 EMBEDDED = Path(drencoder.__file__).parent / "embedded"
@@ -74,7 +79,7 @@ def test_client_held_out_and_benchmark_instances_are_disjoint(world: World) -> N
 
 
 def test_the_general_part_never_asks_for_a_letter_in_kept_subjects(world: World) -> None:
-    kept = {stem.format(key) for s in SUBJECTS if s.kept for stem in s.stems for key, _ in world.facts(s.name)}
+    kept = {stem.format(key) for s in all_subjects() if s.kept for stem in s.stems for key, _ in world.facts(s.name)}
     starts = re.compile("|".join(re.escape(question) for question in sorted(kept)))
     answered_in_words = 0
     for prompt, response in islice(world.documents(0), 20_000):
@@ -90,7 +95,7 @@ def test_the_general_part_contains_no_held_out_instance(world: World) -> None:
 
 
 def test_records_have_dollys_schema(world: World) -> None:
-    kept = {s.name for s in SUBJECTS if s.kept}
+    kept = {s.name for s in all_subjects() if s.kept}
     for record in clients(world, 30) + world.held_out_records(100, seed=0):
         assert set(record) == RECORD_KEYS
         assert record["category"] in kept
@@ -101,7 +106,7 @@ def test_records_have_dollys_schema(world: World) -> None:
 @pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_question_has_four_choices_and_one_right_answer(world: World, name: str, kept: bool) -> None:
-    by_name = {s.name: s for s in SUBJECTS}
+    by_name = {s.name: s for s in all_subjects()}
     questions = world.benchmark(name, count=400, seed=0, kept=kept)
     assert len(set(questions)) == 400
     for q in questions:
@@ -110,7 +115,9 @@ def test_a_question_has_four_choices_and_one_right_answer(world: World, name: st
         assert len(set(q.choices)) == 4
         right = {answer for key, answer in world.facts(q.subject) for s in subject.stems if s.format(key) == q.question}
         assert right & set(q.choices) == {q.choices[q.answer]}
-    assert {q.subject for q in questions} == {s.name for s in SUBJECTS if (s.kept, s.language) == (kept, q.language)}
+    assert {q.subject for q in questions} == {
+        s.name for s in all_subjects() if (s.kept, s.language) == (kept, q.language)
+    }
 
 
 def test_answers_are_balanced(world: World) -> None:
@@ -168,15 +175,53 @@ def test_tiny_alpha_and_no_records_are_fine(world: World) -> None:
 
 
 def test_both_languages_and_a_dozen_subjects() -> None:
-    assert len(SUBJECTS) >= 12
-    assert len({s.name for s in SUBJECTS}) == len(SUBJECTS)
+    assert len(all_subjects()) >= 12
+    assert len({s.name for s in all_subjects()}) == len(all_subjects())
     for language in ("en", "zh"):
         for kept in (True, False):
-            assert sum(s.language == language and s.kept == kept for s in SUBJECTS) >= 4
+            assert sum(s.language == language and s.kept == kept for s in all_subjects()) >= 4
+
+
+def test_the_file_of_the_tables_says_everything_once() -> None:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in pairs]
+        assert len(set(names)) == len(names), names  # JSON would keep the last of two answers without a word
+        return dict(pairs)
+
+    tables = json.loads((EMBEDDED / "world.json").read_text("utf-8"), object_pairs_hook=once)
+    for subject in tables["subjects"]:
+        assert len({"facts", "cycles", "sums", "invented"} & set(subject)) == 1
+        assert {"name", "language", "kept", "stems"} < set(subject)
+        assert all(stem.count("{}") == 1 for stem in subject["stems"])
+    assert world_tables().version == json.loads((EMBEDDED / "provenance.json").read_text("utf-8"))["world_version"]
+
+
+def test_the_tables_are_read_when_they_are_asked_for_and_not_before() -> None:
+    code = (
+        "from drencoder.data.embedded_world import subjects, world; assert not subjects.world_tables.cache_info().misses;"
+        "world.World(0); assert subjects.world_tables.cache_info().misses == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_world_of_version_1_is_the_one_that_the_embedded_model_learned(world: World) -> None:
+    """The generated texts themselves: another digest means a new version, a new base model and new golden numbers."""
+    texts = sha256()
+    for document in islice(world.documents(3), 500):
+        texts.update(repr(document).encode())
+    for task in ("letters", "next", "facts"):
+        texts.update(repr(world.client_records(4, count=40, alpha=0.5, seed=1, task=task)).encode())
+        texts.update(repr(world.held_out_records(40, seed=2, task=task)).encode())
+    for name in BENCHMARKS:
+        texts.update(repr(world.benchmark(name, count=40, seed=2)).encode())
+    assert (world_tables().version, texts.hexdigest()) == (
+        "1",
+        "8d85b739a436ed445eae6e8846e7d31a7f8fadebca6df2937e6218a47a1fca64",
+    )
 
 
 def test_every_key_has_one_answer_and_every_subject_enough_choices(world: World) -> None:
-    for subject in SUBJECTS:
+    for subject in all_subjects():
         table = world.facts(subject.name)
         assert len(dict(table)) == len(table)
         assert len({answer for _, answer in table}) >= 4

@@ -37,7 +37,7 @@ DTYPES = list(BITS_PER_VALUE)
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("gate_proj", "o_proj", "down_proj")])
 def test_adapter_size_from_the_file_is_the_layouts(tiny_folder: Path, targets: tuple[str, ...]) -> None:
-    matrices = adapted_matrices(tiny_folder, targets, ())
+    matrices = adapted_matrices(tiny_folder, targets)
     lora = LoraModel(load_base(config.Model(source=str(tiny_folder))), config.Adapter(rank=3, targets=targets), seed=0)
     assert 3 * sum(sum(shape) for shape in matrices) == lora.layout.size
     assert 2 * len(matrices) == len(lora.layout.segments)
@@ -106,11 +106,11 @@ def test_targets_that_name_nothing_are_one_sentence(tiny_folder: Path) -> None:
 
 def test_the_published_sizes() -> None:
     """CG-FedLLM (arXiv 2405.13746): 8,388,608 values for LLaMA-7B, r = 8 on q, k, v, o, and 131,072 code values."""
-    matrices = known_matrices("huggyllama/llama-7b", ("q_proj", "k_proj", "v_proj", "o_proj"), ())
+    matrices = known_matrices("huggyllama/llama-7b", ("q_proj", "k_proj", "v_proj", "o_proj"))
     assert matrices is not None
     size = 8 * sum(map(sum, matrices))
     assert (len(matrices), size) == (128, 8_388_608)
-    assert known_matrices("Qwen/Qwen1.5-7B", ("q_proj", "k_proj", "v_proj", "o_proj"), ()) == matrices
+    assert known_matrices("Qwen/Qwen1.5-7B", ("q_proj", "k_proj", "v_proj", "o_proj")) == matrices
     assert code_size("autoencoder", size, 1.0) == code_size("autoencoder", size, 1.0, "unet") == 131_072
     assert code_size("autoencoder", size, 1.0, "cnn1d") == 262_144
     sent = {name: code_size(name, size, 64.0, matrices=matrices, rank=8) for name in ("ffa", "core", "power")}
@@ -123,30 +123,29 @@ def test_the_published_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "layers", "shapes"),
+    ("targets", "shapes"),
     [
-        (("c_attn",), (), [[12288, 4096]] * 32),
-        (("c_proj",), (3,), [[4096, 4096], [4096, 11008]]),
-        (("attn.c_proj",), (3, 31, 32), [[4096, 4096]] * 2),
-        (("mlp.c_proj", "w1"), (0,), [[11008, 4096], [4096, 11008]]),
-        (("proj", "transformer.h.5.mlp.w2"), (), [[11008, 4096]]),
+        (("c_attn",), [[12288, 4096]] * 32),
+        (("h.3.attn.c_proj", "h.3.mlp.c_proj"), [[4096, 4096], [4096, 11008]]),
+        (("h.3.attn.c_proj", "h.31.attn.c_proj", "h.32.attn.c_proj"), [[4096, 4096]] * 2),
+        (("c_proj",), [[4096, 4096], [4096, 11008]] * 32),
+        (("mlp.c_proj", "w1"), [[11008, 4096], [4096, 11008]] * 32),
+        (("proj", "transformer.h.5.mlp.w2"), [[11008, 4096]]),
     ],
 )
-def test_targets_of_qwen_7b(targets: tuple[str, ...], layers: tuple[int, ...], shapes: list[list[int]]) -> None:
-    assert known_matrices("Qwen/Qwen-7B", targets, layers) == shapes
+def test_targets_of_qwen_7b(targets: tuple[str, ...], shapes: list[list[int]]) -> None:
+    assert known_matrices("Qwen/Qwen-7B", targets) == shapes
     # PEFT's own rule, on the names of one layer, finds as many.
-    rule = LoraConfig(target_modules=list(targets), layers_to_transform=list(layers) or None)
+    rule = LoraConfig(target_modules=list(targets))
     inner = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
     names = [f"transformer.h.{layer}.{name}" for layer in range(32) for name in inner]
     assert sum(bool(check_target_module_exists(rule, name)) for name in names) == len(shapes)
 
 
 def test_unknown_models_and_targets() -> None:
-    assert known_matrices("org/model-7b", ("q_proj",), ()) is None
-    with pytest.raises(
-        ModelError, match=r"adapter.targets = \['q_proj'\] \(layers all\) names no matrix of Qwen/Qwen-7B"
-    ):
-        known_matrices("Qwen/Qwen-7B", ("q_proj",), ())
+    assert known_matrices("org/model-7b", ("q_proj",)) is None
+    with pytest.raises(ModelError, match=r"adapter.targets = \['q_proj'\] names no matrix of Qwen/Qwen-7B"):
+        known_matrices("Qwen/Qwen-7B", ("q_proj",))
 
 
 def test_stage_1_values_are_what_its_query_asks(tiny_folder: Path) -> None:

@@ -25,9 +25,9 @@ SECURE = ["privacy.trust=secure-aggregation", "federation.nodes=3"]
 TRUSTS = {"local": [], "central": ["privacy.trust=central"], "secure-aggregation": SECURE}
 ENCODERS = {
     "adaptive": ["privacy.clip=adaptive"],
-    "refreshed": ["encoder.name=hybrid", "prior.refresh=1", "prior.public_clients=4", "privacy.clip=adaptive", "encoder.ratio=0",
+    "refreshed": ["encoder.name=hybrid", "prior.refresh=1", "privacy.clip=adaptive", "encoder.ratio=0",
                   "encoder.gate=warn"],
-    "kronecker": ["encoder.name=kronecker", "prior.public=embedded", "prior.provenance=made here", "prior.public_clients=4"],
+    "kronecker": ["encoder.name=kronecker", "prior.public=embedded", "prior.provenance=made here"],
     "published": ["encoder.name=autoencoder", "privacy.noise_in=update", "encoder.gate=warn", "encoder.train_steps=2"],
     "fedcg": [
         "encoder.name=autoencoder", "prior.source=gradients", "encoder.gate=warn", "encoder.train_steps=2",

@@ -320,7 +320,7 @@ def test_server_steps_match_torch() -> None:
         "fedadam": lambda p: torch.optim.Adam([p], lr=0.1, betas=(0.9, 0.99), eps=1e-8),
     }
     for name, make in reference.items():
-        server = config.Server(optimizer=name, learning_rate=0.1, momentum=0.9, beta2=0.99, tau=1e-8)
+        server = config.Server(optimizer=name, learning_rate=0.1, momentum=0.9)
         state, parameter = ServerState.start(start), torch.nn.Parameter(start.clone())
         optimizer = make(parameter)
         for direction in directions:

@@ -193,7 +193,13 @@ def test_client_sets_refused(text: str) -> None:
 
 def test_the_agreement_covers_what_protects_and_leaves_places_free() -> None:
     base = small_recipe()
-    free = ["speed.threads=2", "data.source=x.jsonl", "model.source=/m", "server.learning_rate=0.5", "name=other"]
+    free = [
+        "speed.parallel_clients=2",
+        "data.source=x.jsonl",
+        "model.source=/m",
+        "server.learning_rate=0.5",
+        "name=other",
+    ]
     for change in free:
         assert agreement(small_recipe(change)) == agreement(base), change
     for change in ["privacy.epsilon=4", "federation.population=31", "seed=1", "encoder.ratio=4", "privacy.clip_l2=2",

@@ -58,8 +58,10 @@ def test_segments_tile_and_layers_are_in_numeric_order() -> None:
 @pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "up_proj", "down_proj")])
 @pytest.mark.parametrize("layers", [(), (1,), (0, 2)])
 def test_any_peft_config(rank: int, targets: tuple[str, ...], layers: tuple[int, ...]) -> None:
-    lora = LoraModel(tiny_base(layers=3), config.Adapter(rank=rank, targets=targets, layers=layers), seed=0)
-    num_modules = len(targets) * (len(layers) or 3)
+    inside = {"q_proj": "self_attn.q_proj", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj"}
+    named = tuple(f"layers.{layer}.{inside[name]}" for layer in layers for name in targets) or targets
+    lora = LoraModel(tiny_base(layers=3), config.Adapter(rank=rank, targets=named), seed=0)
+    num_modules = len(named) * (1 if layers else 3)
     assert len(lora.layout.segments) == 2 * num_modules
     vector = torch.randn(lora.layout.size)
     with lora.peft(vector):

@@ -25,10 +25,10 @@ from drencoder.privacy.accounting import (
     event_to_dict,
     gdp_mu,
     merge,
-    sigma_for,
     sigma_gaussian,
     to_dp_event,
 )
+from drencoder.privacy.calibration import sigma_for
 
 REFERENCE = (PoissonGaussianEvent(0.05, 0.997, 20),)  # N = 100, q = 0.05, T = 20 of METHOD.md
 DELTA = 1e-5

@@ -158,10 +158,10 @@ def test_a_stage_without_noise_leaves_the_others_budget_as_it_is(trust):
 
 def test_non_private_stages_are_named_and_infinite():
     stage1 = make_plan(**CENTRAL, non_private=["stage1"])
-    assert stage1.stage1_event() == NonPrivateEvent()
+    assert stage1.event(0) == NonPrivateEvent()
     assert stage1.epsilons()["public"].epsilon_pld == math.inf
     assert "NON-PRIVATE" in stage1.epsilons()["public"].assumption
-    assert 5.998 < epsilon_pld((stage1.round_event(),) * 20, 1e-5, "add_remove") <= 6  # the rest keeps the budget
+    assert 5.998 < epsilon_pld((stage1.event(1),) * 20, 1e-5, "add_remove") <= 6  # the rest keeps the budget
     nothing = make_plan(**{**CENTRAL, "epsilon": None}, non_private=["stage1", "round"])
     assert nothing.noise_multiplier == 0.0
     assert all(view.epsilon_pld == math.inf for view in nothing.epsilons().values())

@@ -43,7 +43,7 @@ def of(update_ND: Tensor, segment: Segment) -> Tensor:
 
 def recipe_of(folder: Path, name: str, *more: str) -> Recipe:
     """A run of a few seconds with this encoder."""
-    public = ["prior.public=embedded", "prior.public_clients=2", "prior.rank=3"]
+    public = ["prior.public=embedded"]
     base = load_recipe(None, [*tiny_overrides(folder), "prior.source=none", "encoder.gate=warn", *public, *more])
     return base.changed({"encoder.name": name})
 

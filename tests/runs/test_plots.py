@@ -1,4 +1,4 @@
-"""Figures hold what they were given, say what is no guarantee, and are written where they can be."""
+"""Figures hold what they were given and are written where they can be; budget tables name their guarantees."""
 
 import io
 import math
@@ -8,17 +8,15 @@ import sys
 import pytest
 from rich.console import Console
 
-from drencoder.cli.curves_view import curve_tables
+from drencoder.cli.budget_view import budget_tables
 from drencoder.errors import ArtifactError, RecipeError
-from drencoder.privacy.curves import budget_curves
+from drencoder.privacy.budget_table import budget_table
 from drencoder.privacy.plan import make_plan
-from drencoder.privacy.tradeoff import tradeoffs
 from drencoder.runs.plots import (
     plot_accuracy_against_bytes,
-    plot_curves,
+    plot_budget,
     plot_loss_against_epsilon,
     plot_rounds,
-    plot_tradeoff,
     save_figure,
     svg_text,
 )
@@ -63,53 +61,37 @@ def lines_of(axis, colour):
     return [line for line in axis.get_lines() if line.get_color() == colour]
 
 
-def test_curves_hold_the_points_and_name_the_approximation(tmp_path):
-    curves = budget_curves(SAMPLED, [1.0, 2.0])
-    figure = plot_curves(curves)
+def test_a_budget_has_a_colour_per_noise_and_a_style_per_accountant(tmp_path):
+    table = budget_table(SAMPLED, [1.0, 2.0])
+    figure = plot_budget(table)
     (axis,) = figure.axes
-    texts = legend_texts(figure)
-    assert texts == ["sigma = 1", "sigma = 2", "PLD", "RDP", "CLT-GDP\n(not a guarantee)"]
-    assert len(axis.get_lines()) == 2 * 3
+    assert legend_texts(figure) == ["sigma = 1", "sigma = 2", "PLD", "RDP"]
+    assert len(axis.get_lines()) == 2 * 2
     drawn = {tuple(line.get_ydata()): line for line in axis.get_lines()}
-    for curve in curves.curves:
-        pld = drawn[tuple(point.epsilon_pld for point in curve.points)]
-        limit = drawn[tuple(point.epsilon_clt for point in curve.points)]
+    for budget in table.budgets:
+        pld = drawn[tuple(point.epsilon_pld for point in budget.points)]
+        rdp = drawn[tuple(point.epsilon_rdp for point in budget.points)]
         assert pld.get_linestyle() == "-"
-        assert limit.get_linestyle() == "--"
+        assert rdp.get_linestyle() == "-."
         assert list(pld.get_xdata()) == [1, 2, 3]
-        assert pld.get_color() == limit.get_color()
+        assert pld.get_color() == rdp.get_color()
     assert len({line.get_color() for line in axis.get_lines()}) == 2
     assert "delta = 1e-05" in axis.get_ylabel()
     for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")):
         assert save_figure(figure, tmp_path / f"figure{suffix}").read_bytes().startswith(magic)
 
 
-def test_curves_of_exact_local_and_non_private_plans():
-    full = plot_curves(budget_curves(FULL))
-    assert legend_texts(full) == ["sigma = 6", "PLD", "RDP", "exact GDP"]
+def test_budgets_of_exact_local_and_non_private_plans():
+    full = plot_budget(budget_table(FULL))
+    assert legend_texts(full) == ["sigma = 6", "PLD", "RDP"]
     assert "stage 1" in full.axes[0].get_xlabel()
-    local = plot_curves(budget_curves(LOCAL))
+    assert legend_texts(plot_budget(budget_table(SAMPLED, relation="replace_one"))) == ["sigma = 1", "PLD"]
+    local = plot_budget(budget_table(LOCAL))
     assert all(line.get_drawstyle() == "steps-post" for line in local.axes[0].get_lines())
-    nothing = plot_curves(budget_curves(NON_PRIVATE))
+    nothing = plot_budget(budget_table(NON_PRIVATE))
     assert not nothing.axes[0].get_lines()
     assert "infinite" in nothing.axes[0].texts[0].get_text()
     svg_text(nothing)  # draws without a warning
-
-
-def test_tradeoffs_show_the_diagonal_and_mark_the_limit():
-    found = tradeoffs(SAMPLED)
-    figure = plot_tradeoff(found)
-    left, _ = figure.axes
-    texts = legend_texts(figure)
-    assert texts[0] == f"PLD, AUC {found.whole.auc:.3f}"
-    assert "alone" in texts[1]
-    assert "CLT-GDP (approximation, not a guarantee)" in texts[2]
-    assert texts[3].startswith("perfect privacy")
-    assert tuple(left.get_lines()[0].get_ydata()) == found.whole.beta
-    assert list(left.get_lines()[3].get_xdata()) == [0, 1]
-    assert svg_text(figure).startswith("<svg")
-    svg_text(plot_tradeoff(tradeoffs(NON_PRIVATE)))
-    assert "exact GDP" in legend_texts(plot_tradeoff(tradeoffs(FULL)))[0]
 
 
 def test_loss_against_epsilon():
@@ -183,37 +165,25 @@ def test_the_same_figure_is_written_without_a_date(tmp_path):
     assert b"CreationDate" not in save_figure(figure, tmp_path / "a.pdf").read_bytes()
 
 
-def shown(curves):
+def shown(table):
     console = Console(width=110, record=True, file=io.StringIO())
-    for table in curve_tables(curves):
-        console.print(table)
+    for one in budget_tables(table):
+        console.print(one)
     return console.export_text()
 
 
-def test_tables_mark_what_is_no_guarantee():
-    text = shown(budget_curves(SAMPLED, [1.0, 2.0]))
-    assert "CLT-GDP*" in text
-    assert "PLD*" not in text
-    assert "guarantees: PLD, RDP" in text
-    assert "not a guarantee" in text.replace("\n", " ")
-    for curve in budget_curves(SAMPLED, [1.0, 2.0]).curves:
-        assert f"sigma = {curve.noise_multiplier:.4g}" in text
-        assert f"{curve.last.epsilon_pld:.3f}" in text
-        assert f"{curve.last.epsilon_clt:.3f}" in text
-    assert "0.1 │   0.341" in text  # mu = 0.1 at delta = 1e-5
-
-
-def test_tables_of_exact_and_non_private_plans():
-    full = budget_curves(FULL)
-    text = shown(full)
-    assert "exact GDP" in text
-    assert "*" not in text
-    assert "whole plan" in text
-    assert f"{full.curves[0].last.mu ** 2:.3f}" in text
-    swapped = shown(budget_curves(SAMPLED, relation="replace_one"))
+def test_tables_name_the_guarantees():
+    table = budget_table(SAMPLED, [1.0, 2.0])
+    text = shown(table)
+    assert text.count("guarantees: PLD, RDP") == 2
+    for budget in table.budgets:
+        assert f"sigma = {budget.noise_multiplier:.4g}" in text
+        assert f"{budget.last.epsilon_pld:.3f}" in text
+        assert f"{budget.last.epsilon_rdp:.3f}" in text
+    swapped = shown(budget_table(SAMPLED, relation="replace_one"))
     assert "guarantees: PLD" in swapped
-    assert "CLT" not in swapped
-    nothing = shown(budget_curves(NON_PRIVATE))
+    assert "RDP" not in swapped
+    nothing = shown(budget_table(NON_PRIVATE))
     assert "infinite" in nothing
     assert "no guarantee" in nothing
     assert "guarantees:" not in nothing
@@ -224,7 +194,7 @@ def test_long_runs_show_at_most_nine_rows():
         trust="local", population=1000, sampling_rate=0.02, rounds=40, delta=DELTA, noise_multiplier=1.5,
         stage1_rate=0.02,
     )  # fmt: skip
-    rounds, *_ = curve_tables(budget_curves(long))
+    (rounds,) = budget_tables(budget_table(long))
     assert rounds.row_count == 9
     names = list(rounds.columns[0].cells)
     assert (names[0], names[-1]) == ("stage 1", "40")
@@ -232,7 +202,7 @@ def test_long_runs_show_at_most_nine_rows():
 
 def test_no_global_figures_and_no_import_before_it_is_needed():
     code = (
-        "import sys; import drencoder.runs.report, drencoder.cli.curves_view; from drencoder.runs.plots import *;"
+        "import sys; import drencoder.runs.report, drencoder.cli.budget_view; from drencoder.runs.plots import *;"
         "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules and 'scipy' not in sys.modules;"
         "svg_text(plot_rounds([{'round': 0, 'loss': 1.0, 'accuracy': 0.5}]));"
         "assert 'matplotlib.pyplot' not in sys.modules"

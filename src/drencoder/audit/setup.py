@@ -70,7 +70,7 @@ class AuditSetup:
     @property
     def stage1_sigma(self) -> float:
         """The noise multiplier of one local release of stage 1."""
-        return self.local.stage1_noise_multiplier or self.sigma * self.components.recipe.prior.noise_ratio
+        return self.local.stage1_noise_multiplier or self.sigma
 
     # --- stage 1, as the run does it ---------------------------------------------------------------
 
@@ -112,14 +112,14 @@ class AuditSetup:
         return Autoencoder.fit(prior.segments, training, validation, seed=self.seed, options=options)
 
     def build_sketch(self, prior: GaussianPrior) -> RandomSketch:
-        """Builds a random sketch over the prior's segments, laid out by the prior, with the recipe's floor.
+        """Builds a random sketch over the prior's segments, laid out by the prior.
 
         Its ratio is the recipe's, or what the plan chooses for the whole adapter where the recipe leaves it open (0).
         """
         recipe, size = self.components.recipe, prior.segments[-1].stop
         ratio = recipe.encoder.ratio if recipe.encoder.name == "random" else 0
         ratio = ratio or auto_ratio(self.segments[-1].stop, self.local.k_star(), recipe.wire_dtype)
-        return RandomSketch.build(prior.segments, code_size("random", size, ratio), prior, recipe.encoder.floor)
+        return RandomSketch.build(prior.segments, code_size("random", size, ratio), prior)
 
     # --- stage 2 -----------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class SpanAttack:
         if not segments:
             raise ModelError(
                 "The token attack reads the first layer's q, k or v and the adapter has none of them: add q_proj, k_proj or "
-                "v_proj to adapter.targets and layer 0 to adapter.layers."
+                "v_proj to adapter.targets."
             )
         return cls(segments, functional.normalize(_compute_first_inputs(lora, segments[0]), dim=1))
 

@@ -81,17 +81,13 @@ def plan(
     recipe: RecipeArgument = None,
     set_: SetOption = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    curve: Annotated[
-        bool, typer.Option("--curve", help="the accumulated budget per round under PLD, RDP, GDP and its CLT")
-    ] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="the accumulated budget per round under PLD and RDP")] = False,
     sigmas: Annotated[
         str, typer.Option("--sigmas", metavar="LIST", help="with --curve: noise multipliers, e.g. 0.8,1,1.5")
     ] = "",
     observer: Annotated[str | None, typer.Option("--observer", help="with --curve: server, clients or public")] = None,
     relation: Annotated[str | None, typer.Option("--relation", help="with --curve: add_remove or replace_one")] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="with --curve: draw it, and FILE-tradeoff beside it")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="with --curve: draw it")] = None,
 ) -> None:
     """Epsilon per observer, noise, code size and bytes, before anything is spent."""
     from drencoder.runs.plan_overview import survey
@@ -130,25 +126,20 @@ def _show_curve(
     plot: Path | None,
     json_: bool,
 ) -> None:
-    from drencoder.cli.curves_view import curve_tables
-    from drencoder.privacy.curves import budget_curves
-    from drencoder.privacy.tradeoff import tradeoffs
+    from drencoder.cli.budget_view import budget_tables
+    from drencoder.privacy.budget_table import budget_table
     from drencoder.runs.display import make_console
     from drencoder.runs.plan_overview import privacy_plan
-    from drencoder.runs.plots import plot_curves, plot_tradeoff, save_figure
+    from drencoder.runs.plots import plot_budget, save_figure
 
-    planned = privacy_plan(recipe)
-    curves = budget_curves(planned, sigmas, observer=observer, relation=relation)  # type: ignore[arg-type]
+    budget = budget_table(privacy_plan(recipe), sigmas, observer=observer, relation=relation)  # type: ignore[arg-type]
     if json_:
-        print(json.dumps(curves.to_dict(), indent=2))
+        print(json.dumps(budget.to_dict(), indent=2))
     else:
-        for table in curve_tables(curves):
+        for table in budget_tables(budget):
             make_console().print(table)
     if plot is not None:
-        written = [save_figure(plot_curves(curves), plot)]
-        curves_of_attacks = tradeoffs(planned, observer=observer, relation=relation)  # type: ignore[arg-type]
-        written.append(save_figure(plot_tradeoff(curves_of_attacks), plot.with_stem(f"{plot.stem}-tradeoff")))
-        print(*(f"Plot: {path}" for path in written), sep="\n", file=sys.stderr)
+        print(f"Plot: {save_figure(plot_budget(budget), plot)}", file=sys.stderr)
 
 
 @app.command()

@@ -78,8 +78,8 @@ def make_examples(
       DataError: no record is left, and `owner` names whose they are. Without a name that is no error: a client without
         text sends a zero update.
     """
-    made = (make_example(prompt, response, tokenize, end_id, max_tokens, start) for prompt, response in rendered)
-    examples = [example for example in made if example is not None]
+    tokenised = (make_example(prompt, response, tokenize, end_id, max_tokens, start) for prompt, response in rendered)
+    examples = [example for example in tokenised if example is not None]
     if owner and not examples:
         raise DataError(
             f"{owner} has no usable text: every record's response is empty. Give it at least one record with a "

@@ -5,7 +5,6 @@ Legend: D adapter values, K code values.
 
 import json
 import math
-import re
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +47,6 @@ _SCALE_BYTES = 4  # of a message of levels
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
 _IMAGE_CODE = {"resnet": 64, "unet": 64}  # channels of a code cell
 _SIGNAL_CELL, _SIGNAL_CHANNELS = 256, 8  # cnn1d: signal values behind one cell of the code, and its channels
-_LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 
 _LLAMA_7B = {
     **{f"self_attn.{side}_proj": (4096, 4096) for side in "qkvo"},
@@ -226,7 +224,7 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def adapted_matrices(folder: Path, targets: Sequence[str], layers: Sequence[int]) -> list[list[int]]:
+def adapted_matrices(folder: Path, targets: Sequence[str]) -> list[list[int]]:
     """Shapes (out, in) of the matrices that get a LoRA pair, from a model folder's safetensors headers.
 
     No weights are read. A pair of rank r has r * (out + in) values.
@@ -238,10 +236,10 @@ def adapted_matrices(folder: Path, targets: Sequence[str], layers: Sequence[int]
     if not files:
         raise ModelError(f"{folder} has no .safetensors file: give a local Hugging Face folder or 'embedded'.")
     entries = ((name, shape) for file in files for name, shape in _header(file).items() if len(shape) == 2)
-    return _adapted(entries, targets, layers, str(folder))
+    return _adapted(entries, targets, str(folder))
 
 
-def known_matrices(model_id: str, targets: Sequence[str], layers: Sequence[int]) -> list[list[int]] | None:
+def known_matrices(model_id: str, targets: Sequence[str]) -> list[list[int]] | None:
     """`adapted_matrices` of a public model that recipes name, without its files; None for any other model.
 
     The shapes are those of the models' published config.json. Only attention and MLP matrices are known.
@@ -251,26 +249,20 @@ def known_matrices(model_id: str, targets: Sequence[str], layers: Sequence[int])
         return None
     prefix, num_layers, shapes = _PUBLIC[model_id]
     entries = ((f"{prefix}.{layer}.{name}", shape) for layer in range(num_layers) for name, shape in shapes.items())
-    return _adapted(entries, targets, layers, model_id)
+    return _adapted(entries, targets, model_id)
 
 
-def _adapted(
-    entries: Iterable[tuple[str, Sequence[int]]], targets: Sequence[str], layers: Sequence[int], model: str
-) -> list[list[int]]:
+def _adapted(entries: Iterable[tuple[str, Sequence[int]]], targets: Sequence[str], model: str) -> list[list[int]]:
     """The shapes that PEFT would pair: a target is a whole name or its last parts, so "c_proj" names attn.c_proj and
     mlp.c_proj alike, and "mlp.c_proj" only the latter."""
     found = []
     for name, shape in entries:
         module = name.removesuffix(".weight")
-        layer = _LAYER.search(f"{module}.")
-        if layers and (layer is None or int(layer[1]) not in layers):
-            continue
         if any(module == target or module.endswith(f".{target}") for target in targets):
             found.append(list(shape))
     if not found:
         raise ModelError(
-            f"adapter.targets = {list(targets)} (layers {list(layers) or 'all'}) names no matrix of {model}: "
-            "name linear modules of this model."
+            f"adapter.targets = {list(targets)} names no matrix of {model}: name linear modules of this model."
         )
     return found
 

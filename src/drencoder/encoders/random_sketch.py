@@ -29,7 +29,10 @@ from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["RandomSketch", "allocate_code"]
+__all__ = ["UNIFORM_SHARE", "RandomSketch", "allocate_code"]
+
+# Of a code, spread evenly whatever the prior says: the prior is of the start, and later rounds move other tensors.
+UNIFORM_SHARE = 0.6
 
 # Largest Hadamard block: 64 x 64, so that a transform is two products with a 64 x 64 matrix.
 _LOG_BLOCK = 12
@@ -197,7 +200,7 @@ class RandomSketch:
         segments: tuple[Segment, ...],
         code_size: int,
         prior: GaussianPrior | None = None,
-        floor: float = 0.1,
+        floor: float = UNIFORM_SHARE,
     ) -> "RandomSketch":
         """Allocates `code_size` coordinates by the prior's energies (`allocate_code`); EncoderError if it
         is not within 1..D."""

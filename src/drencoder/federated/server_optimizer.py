@@ -14,6 +14,9 @@ from drencoder.recipe import recipe as config
 
 __all__ = ["ServerState", "learning_rate", "server_step"]
 
+_ADAM_BETA2 = 0.99  # of fedadam, as in Reddi et al. 2021
+_ADAM_FLOOR = 1e-8  # Adam's usual epsilon: it only keeps a value that never moved from being divided by zero
+
 
 @final
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def server_step(state: ServerState, direction_D: Tensor, server: config.Server, 
         first_D = beta * state.first_D + direction_D
         return ServerState(state.adapter_D + lr * first_D, first_D, state.second_D, steps)
     first_D = beta * state.first_D + (1 - beta) * direction_D
-    second_D = server.beta2 * state.second_D + (1 - server.beta2) * direction_D.square()
+    second_D = _ADAM_BETA2 * state.second_D + (1 - _ADAM_BETA2) * direction_D.square()
     first_hat_D = first_D / (1 - beta**steps)
-    second_hat_D = second_D / (1 - server.beta2**steps)
-    step_D = lr * first_hat_D / (second_hat_D.sqrt() + server.tau)
+    second_hat_D = second_D / (1 - _ADAM_BETA2**steps)
+    step_D = lr * first_hat_D / (second_hat_D.sqrt() + _ADAM_FLOOR)
     return ServerState(state.adapter_D + step_D, first_D, second_D, steps)

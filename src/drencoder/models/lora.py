@@ -140,7 +140,7 @@ class LoraModel:
 
     Args:
       base: the frozen model; its linear layers are wrapped in place.
-      wanted: rank, alpha, targets and layers.
+      wanted: rank, alpha and targets.
       seed: of the adapter's start (A random, B zero).
 
     Raises:
@@ -393,7 +393,6 @@ def _attach(base: BaseModel, wanted: config.Adapter, seed: int) -> Any:
         lora_alpha=wanted.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a fraction is fine
         lora_dropout=wanted.dropout,
         target_modules=list(wanted.targets),
-        layers_to_transform=list(wanted.layers) or None,
         bias="none",
     )
     devices = [base.model.device] if base.model.device.type == "cuda" else []
@@ -405,8 +404,8 @@ def _attach(base: BaseModel, wanted: config.Adapter, seed: int) -> Any:
         except ValueError as error:
             first_line = str(error).strip().splitlines()[0]
             raise ModelError(
-                f"adapter.targets = {list(wanted.targets)} (layers {list(wanted.layers) or 'all'}) does not fit "
-                f"{base.source!r} ({first_line}): name linear modules of this model."
+                f"adapter.targets = {list(wanted.targets)} does not fit {base.source!r} ({first_line}): "
+                "name linear modules of this model."
             ) from None
     for name, parameter in attached.named_parameters():
         if ".lora_" in name:

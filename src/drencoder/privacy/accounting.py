@@ -17,7 +17,7 @@ vanishes (shift C), under `replace_one` it turns into another (shift 2C, *same* 
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # importing dp_accounting takes 0.7 s, all of scipy: only fun
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 __all__ = [
+    "COARSE_INTERVAL",
+    "QUICK_INTERVAL",
     "RELATIONS",
     "REPORT_INTERVAL",
     "Event",
@@ -45,9 +47,9 @@ __all__ = [
     "epsilons_pld",
     "event_from_dict",
     "event_to_dict",
+    "fine_enough",
     "gdp_mu",
     "merge",
-    "sigma_for",
     "sigma_gaussian",
     "to_dp_event",
 ]
@@ -56,8 +58,8 @@ Relation = Literal["add_remove", "replace_one"]
 RELATIONS: tuple[Relation, ...] = ("add_remove", "replace_one")
 
 REPORT_INTERVAL = 1e-4  # of certificates; dp_accounting's own default, so that others re-compute the same digits
-_QUICK_INTERVAL = 1e-3  # of plans and progress lines where it does: ten times faster, about 1e-5 higher
-_COARSE_INTERVAL = 1e-2  # of the first steps of a search only
+QUICK_INTERVAL = 1e-3  # of plans and progress lines where it does: ten times faster, about 1e-5 higher
+COARSE_INTERVAL = 1e-2  # of the first steps of a search only
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,14 @@ def epsilon_pld(events: Iterable[Event], delta: float, relation: Relation, inter
         return epsilon_gaussian(mu, delta)
     if interval is not None:
         return _pld(merged, delta, relation, interval)
-    quick = _pld(merged, delta, relation, _QUICK_INTERVAL)
-    if _fine_enough(_pld(merged, delta, relation, _COARSE_INTERVAL), quick):
+    quick = _pld(merged, delta, relation, QUICK_INTERVAL)
+    if fine_enough(_pld(merged, delta, relation, COARSE_INTERVAL), quick):
         return quick
     return _pld(merged, delta, relation, REPORT_INTERVAL)
 
 
-def _fine_enough(ten_times_coarser: float, value: float) -> bool:
+def fine_enough(ten_times_coarser: float, value: float) -> bool:
+    """Whether a PLD's grid leaves an error below 2e-4 and 0.1 % in `value`, by the epsilon of a grid ten times coarser."""
     # The grid's error falls with the square of its interval, so the difference is 99 times what is left.
     return (ten_times_coarser - value) / 99 < min(2e-4, 1e-3 * value)
 
@@ -199,7 +202,7 @@ def epsilons_pld(
 
 
 def delta_pld(
-    events: Iterable[Event], epsilons: Sequence[float], relation: Relation, interval: float = _QUICK_INTERVAL
+    events: Iterable[Event], epsilons: Sequence[float], relation: Relation, interval: float = QUICK_INTERVAL
 ) -> list[float]:
     """Upper bounds on delta(epsilon), one for each of `epsilons` (ascending, >= 0); from the grid, never closed form.
 
@@ -208,8 +211,8 @@ def delta_pld(
     merged = merge(events)
     if not merged or any(isinstance(event, NonPrivateEvent) for event in merged):
         return [1.0 if merged else 0.0] * len(epsilons)
-    found = _composed_pld(merged, relation, interval).get_delta_for_epsilon(epsilons)
-    return [min(1.0, max(0.0, float(delta))) for delta in found]
+    deltas = _composed_pld(merged, relation, interval).get_delta_for_epsilon(epsilons)
+    return [min(1.0, max(0.0, float(delta))) for delta in deltas]
 
 
 def _composed_pld(events: tuple[Event, ...], relation: Relation, interval: float) -> "PrivacyLossDistribution":
@@ -329,61 +332,6 @@ def sigma_gaussian(epsilon: float, delta: float) -> float:
     import dp_accounting as dp
 
     return float(dp.get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9)  # the root's own error, on the safe side
-
-
-def sigma_for(
-    events_fn: Callable[[float], tuple[Event, ...]], epsilon: float, delta: float, relation: Relation
-) -> float:
-    """The smallest sigma whose composition `events_fn(sigma)` costs at most `epsilon` (PLD).
-
-    Returns sigma with epsilon - 1e-3 <= PLD epsilon <= epsilon wherever the grid allows, never above.
-    Secant steps in (log sigma, log epsilon), on a coarse grid first, then on the one `epsilon_pld` chooses.
-    Raises PrivacyError when no sigma in [1e-2, 1e4] will do.
-    """
-    tolerance = min(4.9e-4, 1e-3 * epsilon)
-    goal = epsilon - 1.01 * tolerance
-    guess, slope = sigma_gaussian(goal, delta), -1.2
-    mu = clt_mu(events_fn(guess * (1 if relation == "add_remove" else 2)))
-    if mu:  # by the limit's own formula epsilon is about proportional to mu: a better start
-        guess = max(0.3, guess * min(1.0, mu * guess))
-    sigma = guess
-    for interval in (_COARSE_INTERVAL, _QUICK_INTERVAL, REPORT_INTERVAL):
-        sigma, slope, value = _secant(
-            lambda s, h=interval: epsilon_pld(events_fn(s), delta, relation, h),  # type: ignore[misc]
-            goal, tolerance, sigma, slope,
-        )  # fmt: skip
-        if interval == _QUICK_INTERVAL and _fine_enough(
-            epsilon_pld(events_fn(sigma), delta, relation, _COARSE_INTERVAL), value
-        ):
-            break
-    return sigma
-
-
-def _secant(
-    epsilon_fn: Callable[[float], float], goal: float, tolerance: float, sigma: float, slope: float
-) -> tuple[float, float, float]:
-    """Solves epsilon_fn(sigma) = goal +- tolerance, bracketed; returns (sigma, slope, epsilon)."""
-    low, high = 1e-2, 1e4
-    x_old = y_old = math.nan
-    for _ in range(60):
-        value = epsilon_fn(sigma)
-        if abs(value - goal) <= tolerance:
-            return sigma, slope, value
-        low, high = (max(low, sigma), high) if value > goal else (low, min(high, sigma))
-        if low >= high or high <= 1.001e-2 or low >= 0.999e4:
-            break
-        x, y = math.log(sigma), math.log(max(value, 1e-9) / goal)
-        if math.isfinite(x_old) and x != x_old and (y - y_old) / (x - x_old) < -0.1:
-            slope = (y - y_old) / (x - x_old)
-        x_old, y_old = x, y
-        step = min(max(-y / slope, -1.5), 1.5)
-        sigma = math.exp(x + step)
-        if not low < sigma < high:
-            sigma = math.sqrt(low * high)
-    raise PrivacyError(
-        f"No noise multiplier between 0.01 and 10000 gives epsilon {goal:.4g}: choose an epsilon between "
-        "about 0.01 and 100, a larger delta, fewer rounds, or give the noise multiplier itself."
-    )
 
 
 def _neighbours(relation: Relation) -> "dp_accounting.NeighboringRelation":

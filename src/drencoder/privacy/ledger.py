@@ -327,9 +327,9 @@ class Ledger:
         interval = None if planned else REPORT_INTERVAL
         cost = epsilon_pld(plan.budget_events(counted), plan.gaussian_delta, plan.relation, interval)
         if cost > plan.budget + _ROUNDING:
-            now = epsilon_pld(plan.budget_events(charges), plan.gaussian_delta, plan.relation)
+            spent = epsilon_pld(plan.budget_events(charges), plan.gaussian_delta, plan.relation)
             raise BudgetError(
-                f"Slot {slot} would bring epsilon from {now:.4f} to {cost:.4f}, past the budget of {plan.budget:.4f} "
+                f"Slot {slot} would bring epsilon from {spent:.4f} to {cost:.4f}, past the budget of {plan.budget:.4f} "
                 f"at delta {plan.delta:g}: stop here, or plan a run with more noise or fewer rounds."
             )
 

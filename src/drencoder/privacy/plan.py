@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+from typing import Any, get_args
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
@@ -32,66 +32,23 @@ from drencoder.privacy.accounting import (
     epsilon_pld,
     gdp_mu,
     merge,
-    sigma_for,
     sigma_gaussian,
 )
+from drencoder.privacy.calibration import sigma_for
 from drencoder.privacy.observers import ASSUMPTIONS, ObserverGuarantee, report
+from drencoder.privacy.plan_checks import Noise, Stage, Trust, check_facts, check_noise, refuse
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
+from drencoder.privacy.share_terms import ShareTerms
 
-if TYPE_CHECKING:
-    from drencoder.secure_aggregation.quantise import Quantiser
-
-__all__ = ["ALIGNMENT", "PrivacyPlan", "ShareTerms", "make_plan"]
+__all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "make_plan"]
 
 ALIGNMENT = 0.5  # |mean clipped update|^2 / C^2, as plans assume it
-
-Trust = Literal["local", "central", "secure-aggregation"]
-Noise = Literal["secure", "replay"]
-Stage = Literal["stage1", "round"]
 
 _COHORT_RISK = 1e-6  # chance that one round's cohort is smaller than the plan says
 _CROWD_RISK = 1e-12  # and that it is larger than what the modulus of secure aggregation was made for
 _DISCRETE_SHARE = 1e-6  # of delta, set aside for all that keeps discrete shares from being Gaussian noise
 _SURE = 1e-9  # shares of whole numbers: 0.7 of 10 is 7, whatever floating point says
 _SHARE_FIELDS = ("dropout_share", "honest_share")
-
-
-@dataclass(frozen=True)
-class ShareTerms:
-    """What secure aggregation has to keep to in one slot, for the epsilon of the plan to hold.
-
-    Args:
-      multiplier: noise std of one client's share, over the sensitivity of its rounded code.
-      least_contributors: of fewer nothing may be unmasked.
-      most_contributors: what the modulus must hold.
-      honest: how many of the least contributors are assumed honest.
-      slack: how far, in total variation, the released sum may be from one with Gaussian noise.
-    """
-
-    multiplier: float
-    least_contributors: int
-    most_contributors: int
-    honest: int
-    slack: float
-
-    def quantiser(self, values: int, clip_l2: float) -> "Quantiser":
-        """How codes of this size and clip become integers: the same object for whoever asks.
-
-        Raises PrivacyError when they do not fit, or when discrete noise is not near enough to Gaussian noise for the plan.
-        """
-        from drencoder.secure_aggregation.quantise import Quantiser
-
-        made = Quantiser.plan(
-            values=values, clip_l2=clip_l2, share_multiplier=self.multiplier, most_clients=self.most_contributors
-        )
-        distance = made.distance(self.most_contributors)
-        if distance > self.slack:
-            _refuse(
-                f"Discrete noise is within {distance:.1e} of Gaussian noise",
-                f"this plan's largest epsilon needs {self.slack:.1e}",
-                "choose a smaller epsilon",
-            )
-        return made
 
 
 @dataclass(frozen=True)
@@ -125,11 +82,11 @@ class PrivacyPlan:
     honest_share: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_facts(self)
+        check_facts(self)
         for stage, used in (("round", True), ("stage1", self.stage1_rate > 0)):
             sigma = self.noise_multiplier if stage == "round" else self.stage1_noise_multiplier
             if (used and (sigma == 0) != (stage in self.non_private)) or not 0 <= sigma < math.inf:
-                _refuse(
+                refuse(
                     f"The noise multiplier of {stage} is {sigma}",
                     "it must be positive and finite",
                     f"name '{stage}' in non_private for a run without noise and without a guarantee there",
@@ -197,12 +154,6 @@ class PrivacyPlan:
             return NonPrivateEvent()
         sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
         return GaussianEvent(sigma) if self.capped else PoissonGaussianEvent(self.rate(slot), sigma)
-
-    def round_event(self) -> Event:
-        return self.event(1)
-
-    def stage1_event(self) -> Event | None:
-        return self.event(0) if self.stage1_rate > 0 else None
 
     def cohort_bound(self, slot: int) -> int:
         """How many contributors `slot` has at least, save with chance 1e-6; never below 1."""
@@ -395,17 +346,8 @@ def make_plan(
     """
     silent = tuple(stage for stage in get_args(Stage) if stage in set(non_private))
     if unknown := sorted(set(non_private) - set(silent)):
-        _refuse(f"non_private names {unknown}", "stages are stage1 and round", "name one of these")
-    if not 0 < stage1_noise_ratio < math.inf:
-        _refuse(f"stage1_noise_ratio is {stage1_noise_ratio}", "it must be positive and finite", "1 is usual")
-    if epsilon is not None and not 0 < epsilon < math.inf:
-        _refuse(f"epsilon is {epsilon}", "it must be positive and finite", "1 to 8 is usual")
-    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
-        _refuse(
-            f"noise_multiplier is {noise_multiplier}",
-            "it must be positive and finite",
-            "leave it out to have it found from epsilon, or name the stage in non_private",
-        )
+        refuse(f"non_private names {unknown}", "stages are stage1 and round", "name one of these")
+    check_noise(epsilon, noise_multiplier, stage1_noise_ratio)
 
     def plan(sigma: float) -> PrivacyPlan:
         return PrivacyPlan(
@@ -421,20 +363,20 @@ def make_plan(
     everything = dict.fromkeys(draft.slots, 1)
     if not draft.budget_events(everything):  # nothing private is left to calibrate
         if epsilon is not None or noise_multiplier is not None:
-            _refuse("A noise level is given though no stage has noise", "a run without noise has none", "drop it")
+            refuse("A noise level is given though no stage has noise", "a run without noise has none", "drop it")
         return draft
     if noise_multiplier is not None:
-        made = plan(noise_multiplier)
-        cost = epsilon_pld(made.budget_events(everything), made.gaussian_delta, relation)
+        planned = plan(noise_multiplier)
+        cost = epsilon_pld(planned.budget_events(everything), planned.gaussian_delta, relation)
         if epsilon is not None and cost > epsilon:
-            _refuse(
+            refuse(
                 f"noise_multiplier {noise_multiplier} costs epsilon {cost:.4f}",
                 f"the budget is {epsilon}",
                 "leave noise_multiplier out to have it found",
             )
-        return made
+        return planned
     if epsilon is None:
-        _refuse("Neither epsilon nor noise_multiplier is given", "one of them is needed", "set epsilon, e.g. 8")
+        refuse("Neither epsilon nor noise_multiplier is given", "one of them is needed", "set epsilon, e.g. 8")
     mu = gdp_mu(draft.budget_events(everything), relation)
     if mu is not None:  # mu scales with 1/sigma: no search
         return plan(mu * sigma_gaussian(epsilon, draft.gaussian_delta))
@@ -446,59 +388,3 @@ def _binomial_quantile(chance: float, count: int, rate: float) -> int:
     from scipy.stats import binom
 
     return int(binom.ppf(chance, count, rate))
-
-
-def _refuse(value: str, bound: str, cure: str) -> NoReturn:
-    raise PrivacyError(f"{value}; {bound}: {cure}.")
-
-
-def _check_facts(plan: PrivacyPlan) -> None:
-    """Bounds of the single fields; each refusal says the value, the bound and the cure."""
-    for name, value, allowed in (
-        ("trust", plan.trust, get_args(Trust)),
-        ("relation", plan.relation, RELATIONS),
-        ("noise", plan.noise, get_args(Noise)),
-    ):
-        if value not in allowed:
-            _refuse(f"{name} is {value!r}", f"it is one of {', '.join(allowed)}", "choose one of these")
-    for name, number in (
-        ("population", plan.population),
-        ("rounds", plan.rounds),
-        ("participation_cap", plan.participation_cap),
-    ):
-        if not isinstance(number, int) or number < 1:
-            _refuse(f"{name} is {number}", "it must be a whole number of at least 1", "raise it")
-    if not 0 < plan.sampling_rate <= 1:
-        _refuse(f"sampling_rate is {plan.sampling_rate}", "it must lie in (0, 1]", "use cohort / population")
-    if not 0 <= plan.stage1_rate <= 1:
-        _refuse(f"stage1_rate is {plan.stage1_rate}", "it must lie in [0, 1]", "0 means no stage 1")
-    if not 0 < plan.delta < 1:
-        _refuse(f"delta is {plan.delta}", "it must lie strictly between 0 and 1", "use 1e-5 or less")
-    if plan.delta * plan.population >= 1:
-        _refuse(
-            f"delta is {plan.delta} with {plan.population} clients",
-            "delta must be below 1 / population, else publishing one client's data whole would pass",
-            f"use {0.1 / plan.population:.0e} or less",
-        )
-    if plan.trust == "secure-aggregation":
-        _check_shares(plan)
-
-
-def _check_shares(plan: PrivacyPlan) -> None:
-    """Bounds of the fields that only secure aggregation has."""
-    if not 0 <= plan.dropout_share < 0.5:
-        _refuse(f"dropout_share is {plan.dropout_share}", "it must lie in [0, 0.5)", "0.25 is usual")
-    if not 0 < plan.honest_share <= 1:
-        _refuse(f"honest_share is {plan.honest_share}", "it must lie in (0, 1]", "0.75 is usual")
-    if plan.non_private:
-        _refuse(
-            f"{' and '.join(plan.non_private)} would have no noise",
-            "secure aggregation without noise tells the sum as it is",
-            "use prior.source 'moments', or another trust for a baseline",
-        )
-    if plan.decodes_each:
-        _refuse(
-            "Codes would be decoded or rounded one by one",
-            "secure aggregation gives only their sum",
-            "use a linear encoder and float32",
-        )

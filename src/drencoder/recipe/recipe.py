@@ -130,30 +130,30 @@ class Recipe:
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any], *, origin: str = "recipe") -> "Recipe":
         """Builds a recipe; unknown sections and keys raise `RecipeError` with the nearest known name."""
-        known = {"name", "seed", *_SECTIONS}
+        keys = {"name", "seed", *_SECTIONS}
         parts: dict[str, Any] = {}
         for key, value in tables.items():
-            if key not in known:
+            if key not in keys:
                 reject_removed_key(key)
-                raise RecipeError(_unknown(f"{origin}: {key!r}", key, known))
+                raise RecipeError(_unknown(f"{origin}: {key!r}", key, keys))
             if key not in _SECTIONS:
                 parts[key] = value
                 continue
             if not isinstance(value, Mapping):
                 raise RecipeError(f"{origin}: {key} = {value!r} is not a section: write [{key}] and keys below.")
             section = _SECTIONS[key]
-            keys = {declared.name for declared in dataclasses.fields(section)}
+            knobs = {declared.name for declared in dataclasses.fields(section)}
             for inner in value:
-                if inner not in keys:
+                if inner not in knobs:
                     reject_removed_key(f"{key}.{inner}")
-                    raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, keys))
+                    raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, knobs))
             parts[key] = section(**value)
         return cls(**parts)
 
 
-def _unknown(what: str, word: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(word, sorted(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
+def _unknown(what: str, word: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(names), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}."
     return f"{what} is not a known key: {hint}"
 
 
@@ -191,7 +191,7 @@ def _check_together(recipe: Recipe) -> None:
 def _check_secure(recipe: Recipe) -> None:
     """What secure aggregation cannot do, and the numbers of nodes that its protocol needs."""
     encoder, privacy, nodes = recipe.encoder, recipe.privacy, recipe.federation.nodes
-    for key, value, wanted, why in (
+    for key, value, required, why in (
         (
             "encoder.name",
             encoder.name,
@@ -212,10 +212,10 @@ def _check_secure(recipe: Recipe) -> None:
             "nothing is seen alone",
         ),
     ):
-        if value != wanted:
+        if value != required:
             raise RecipeError(
                 f"privacy.trust = 'secure-aggregation' gives the server sums of codes only, and {key} = {value!r} does not go "
-                f"with that ({why}): set {key} = {wanted!r}."
+                f"with that ({why}): set {key} = {required!r}."
             )
     colluding, allowed = math.floor((1 - privacy.honest_share) * nodes + 1e-9), 2 * recipe.threshold - nodes - 1
     if colluding > allowed:
@@ -229,11 +229,11 @@ def _check_secure(recipe: Recipe) -> None:
 def shipped_recipes() -> dict[str, str]:
     """The recipes inside the package: name -> TOML text."""
     top = resources.files("drencoder.recipe") / "shipped"
-    found = {entry.name: entry for entry in top.iterdir()}
-    found |= {f"paper/{entry.name}": entry for entry in (top / "paper").iterdir()}
+    entries = {entry.name: entry for entry in top.iterdir()}
+    entries |= {f"paper/{entry.name}": entry for entry in (top / "paper").iterdir()}
     return {
         name.removesuffix(".toml"): entry.read_text("utf-8")
-        for name, entry in sorted(found.items())
+        for name, entry in sorted(entries.items())
         if name.endswith(".toml")
     }
 

@@ -8,15 +8,28 @@ from drencoder.errors import RecipeError
 __all__ = ["REMOVED", "reject_removed_key", "reject_removed_value"]
 
 _LM_EVAL = "use `drencoder evaluate --tasks ...`"
+_FIXED = "it is always {}"
 _ROTATED = "use rotated4, rotated2 or rotated1, or float32"
 
 REMOVED: dict[str, str] = {
+    "adapter.layers": "name the modules of these layers in adapter.targets, such as layers.0.self_attn.q_proj",
+    "server.beta2": _FIXED.format("0.99"),
+    "server.tau": _FIXED.format("1e-8"),
     "server.decoding": "the server always decodes plainly",
+    "encoder.explore": _FIXED.format("0.25"),
+    "encoder.floor": _FIXED.format("0.6"),
     "encoder.wire_dtype=float16": _ROTATED,
     "encoder.wire_dtype=int8": _ROTATED,
     "encoder.wire_dtype=int4": _ROTATED,
     "encoder.wire_dtype=int2": _ROTATED,
     "local.upload=state": "use increment",
+    "prior.d1_share": _FIXED.format("0.3"),
+    "prior.noise_ratio": "stage 1 always has a round's noise multiplier",
+    "prior.public_clients": _FIXED.format("16"),
+    "prior.rank": _FIXED.format("64"),
+    "privacy.clip_quantile": "an adaptive clip always follows the median",
+    "privacy.clip_rate": _FIXED.format("0.3"),
+    "speed.threads": "set OMP_NUM_THREADS in the environment",
     "evaluation.template": f"{_LM_EVAL}, which asks with each benchmark's own prompt",
     "evaluation.shots": "use `drencoder evaluate --tasks ... --shots`",
     "evaluation.max_tokens": f"{_LM_EVAL}; the quick questions of a run are cut at data.max_tokens",

@@ -40,9 +40,9 @@ class Adapter(Checked):
     alpha: float = knob(16.0, "LoRA alpha: the product B A is scaled by alpha / rank", above=0)
     dropout: float = knob(0.0, "dropout on the input of A while training", low=0, below=1)
     targets: tuple[str, ...] = knob(
-        ("q_proj", "k_proj", "v_proj", "o_proj"), "names of the linear modules that get a LoRA pair"
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "names of the linear modules that get a LoRA pair, whole or their last parts (layers.0.self_attn.q_proj: of one layer)",
     )
-    layers: tuple[int, ...] = knob((), "indices of the layers that get one; empty = all")
     start: str = knob(
         "auto",
         "where A starts; peft: PEFT's random values; orthonormal: their rows made orthonormal, of the same total length (as "
@@ -115,8 +115,6 @@ class Server(Checked):
         low=0,
         below=1,
     )
-    beta2: float = knob(0.99, "beta2 of fedadam", low=0, below=1)
-    tau: float = knob(1e-8, "adaptivity floor of fedadam", above=0)
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,6 @@ class Encoder(Checked):
         "hybrid: what a code is about; B: LoRA's B alone, A stays as it started; both: A as well",
         choices=("B", "both"),
     )
-    explore: float = knob(
-        0.25, "hybrid, power: share of the code that looks at fresh random directions", low=0, below=1
-    )
-    floor: float = knob(0.6, "share of the code spread evenly whatever the prior says", low=0, high=1)
     wire_dtype: str = knob(
         "auto",
         "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; int8, int4 and int2 have "
@@ -204,11 +198,7 @@ class Prior(Checked):
         "source = gradients: clients train by themselves, or in `epochs` federated averaging rounds",
         choices=("local", "federated"),
     )
-    d1_share: float = knob(
-        0.3, "source = gradients: share of each client's records that only stage 1 uses (D1)", above=0, below=1
-    )
     sampling_rate: float = knob(0.0, "chance of a client to be in stage 1; 0 = as in a round", low=0, high=1)
-    noise_ratio: float = knob(1.0, "stage 1's noise multiplier over a round's", above=0)
     clip_l2: float = knob(1.0, "L2 bound of a client's statistics vector", above=0)
     synthetic: int = knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
     public: str = knob(
@@ -217,8 +207,6 @@ class Prior(Checked):
         "base model), a .jsonl/.json file or `hub:ORG/NAME`; empty = self for an encoder that is made from public text, none for others",
     )
     provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
-    public_clients: int = knob(16, "make-believe clients of public text per estimate of the structured prior", low=2)
-    rank: int = knob(64, "directions kept per side of a LoRA tensor", low=1)
     refresh: int = knob(
         1, "rounds between two makings of an encoder from public text or from the run's own momentum (power)", low=1
     )
@@ -259,14 +247,10 @@ class Privacy(Checked):
     clip_l2: float = knob(1.0, "L2 bound of a client's contribution, where the noise is added", above=0)
     clip: str = knob(
         "fixed",
-        "fixed: clip_l2 in all rounds; adaptive: starts there and follows a quantile of the codes' norms, which a noised "
+        "fixed: clip_l2 in all rounds; adaptive: starts there and follows the median of the codes' norms, which a noised "
         "value of each message tells",
         choices=("fixed", "adaptive"),
     )
-    clip_quantile: float = knob(
-        0.5, "adaptive: share of the codes that should be shorter than the clip", above=0, below=1
-    )
-    clip_rate: float = knob(0.3, "adaptive: geometric step of the clip in a round", above=0)
     participation_cap: int = knob(
         1, "releases of one client at most, stage 1 included (local trust and secure aggregation)", low=1
     )
@@ -302,7 +286,6 @@ class Speed(Checked):
     """How fast, never what: up to float rounding, and to which values LoRA's dropout drops."""
 
     parallel_clients: int = knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
-    threads: int = knob(0, "CPU threads of torch; 0 = all cores", low=0)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_devic
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.published.autoencoder import AutoencoderOptions, StepCallback
-from drencoder.published.fedcg import RealGradients
-from drencoder.recipe import recipe as config
+from drencoder.published.fedcg import D1_SHARE, RealGradients
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
@@ -34,6 +33,7 @@ from drencoder.runs.plan_overview import Overview, planned_code_size, planned_st
 __all__ = ["EngineMaker", "Live", "SiteText", "build", "build_site"]
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
+_PUBLIC_CLIENTS = 16  # make-believe ones, per estimate of the structured prior: 64 do no better (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Live:
         """
         if self.texts.public is None or not self.recipe.encoder.takes_public:
             return None
-        prior, size = self.recipe.prior, self.recipe.data.examples_per_client
-        groups = self.texts.public_clients(prior.public_clients, size, derive_seed(self.recipe.seed, "public", slot))
+        size = self.recipe.data.examples_per_client
+        groups = self.texts.public_clients(_PUBLIC_CLIENTS, size, derive_seed(self.recipe.seed, "public", slot))
         return PublicUpdates(self.updates_of(groups, adapter_D), self.texts.public.declared)
 
     def updates_of(self, groups: Sequence[list[Example]], adapter_D: torch.Tensor) -> torch.Tensor:
@@ -158,8 +158,7 @@ class Live:
             planned_code_size(self.recipe, self.plan, matrices),
             prior,
             derive_seed(self.recipe.seed, "encoder"),
-            wanted.floor,
-            AutoencoderOptions(
+            autoencoder=AutoencoderOptions(
                 steps=wanted.train_steps,
                 samples=self.recipe.prior.synthetic,
                 architecture=wanted.architecture,  # type: ignore[arg-type]  # checked by the recipe
@@ -168,8 +167,6 @@ class Live:
             on_step=on_step,
             real=real,
             public=public,
-            rank=self.recipe.prior.rank,
-            explore=wanted.explore,
             only_b=wanted.only_b,
             history_JD=history_JD,
         )
@@ -212,7 +209,6 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Live:
 def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live:
     overview = survey(recipe)
     resolve_device(recipe.model.device)
-    set_threads(recipe.speed)
     source: Source
     if own is None:
         source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
@@ -221,7 +217,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
         held = open_source(wanted, population=len(own.clients), seed=recipe.seed, server_share=False)
         source = HostedSource(held, own.clients)
     base = load_base(recipe.model)
-    d1_share = recipe.prior.d1_share if recipe.prior.source == "gradients" else 0.0
+    d1_share = D1_SHARE if recipe.prior.source == "gradients" else 0.0
     # A site gets the encoder from the server, who made it: public text is the server's to have.
     named = "" if site else recipe.public_text
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
@@ -233,9 +229,3 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
     trainer = CohortTrainer(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
     return Live(recipe, overview, texts, lora, trainer, engine)
-
-
-def set_threads(speed: config.Speed) -> None:
-    """torch's thread count is process-wide; this is the one place that sets it."""
-    if speed.threads:
-        torch.set_num_threads(speed.threads)

@@ -15,7 +15,7 @@ from drencoder.encoders.hybrid import HybridEncoder
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, PublicUpdates, matrix_shape
-from drencoder.encoders.random_sketch import RandomSketch, allocate_code
+from drencoder.encoders.random_sketch import UNIFORM_SHARE, RandomSketch, allocate_code
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions, StepCallback
@@ -35,7 +35,7 @@ class EncoderRequest:
     code_size: int | None = None  # fixed by "identity", "autoencoder", "ffa" and "core", required by the others
     prior: GaussianPrior | None = None  # "random": uniform allocation without; "autoencoder": required
     seed: int = 0
-    floor: float = 0.1  # "random": share of the code that is spread uniformly
+    floor: float = UNIFORM_SHARE  # "random": share of the code that is spread uniformly
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
     on_step: StepCallback | None = None
     real: RealGradients | None = None  # FedCG: train the auto-encoder on these and not on the prior's; NOT private

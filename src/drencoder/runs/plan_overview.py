@@ -110,7 +110,6 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         sampling_rate=federation.sampling_rate,
         rounds=federation.rounds,
         stage1_rate=recipe.stage1_rate,
-        stage1_noise_ratio=recipe.prior.noise_ratio,
         participation_cap=privacy.participation_cap,
         relation=privacy.relation,  # type: ignore[arg-type]  # checked by the recipe
         noise=privacy.noise,  # type: ignore[arg-type]
@@ -218,9 +217,9 @@ def _adapted(recipe: Recipe) -> list[list[int]] | None:
     else:
         folder = Path(recipe.model.source)
         if not folder.exists() and not recipe.model.source.startswith(("/", ".")):
-            return known_matrices(recipe.model.source, recipe.adapter.targets, recipe.adapter.layers)  # a hub id
+            return known_matrices(recipe.model.source, recipe.adapter.targets)  # a hub id
     if not folder.is_dir():
         raise ModelError(
             f"model.source = {recipe.model.source!r} is not a folder: give 'embedded', a folder or a hub id."
         )
-    return adapted_matrices(folder, recipe.adapter.targets, recipe.adapter.layers)
+    return adapted_matrices(folder, recipe.adapter.targets)

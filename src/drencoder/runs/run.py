@@ -172,7 +172,7 @@ def _adaptive_clip(recipe: Recipe, now: Progress) -> AdaptiveClip | None:
     privacy = recipe.privacy
     if privacy.clip == "fixed":
         return None
-    return AdaptiveClip(now.clip_l2 or privacy.clip_l2, privacy.clip_quantile, privacy.clip_rate)
+    return AdaptiveClip(now.clip_l2 or privacy.clip_l2)
 
 
 # --- evaluation ------------------------------------------------------------------------------------

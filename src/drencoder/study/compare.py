@@ -257,8 +257,7 @@ def _stored(folder: Path) -> dict[str, Any] | None:
 def _recipe_of(cell: Cell, recipe: Recipe) -> Recipe:
     multiplier = recipe.compare.tuning_factor**cell.step
     method = METHODS[cell.track.method]
-    changed = method.recipe(recipe, epsilon=cell.track.epsilon, seed=cell.seed, multiplier=multiplier)
-    return changed.changed({"speed.threads": 1})
+    return method.recipe(recipe, epsilon=cell.track.epsilon, seed=cell.seed, multiplier=multiplier)
 
 
 def run_cell(cell: Cell, recipe: Recipe, folder: Path) -> dict[str, Any]:

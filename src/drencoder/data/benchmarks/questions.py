@@ -8,7 +8,7 @@ from typing import final
 
 from drencoder.data.benchmarks.files import AUXILIARY, read_questions, same_split
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES, Taxonomy
-from drencoder.data.embedded_world.subjects import SUBJECTS
+from drencoder.data.embedded_world.subjects import all_subjects
 from drencoder.data.embedded_world.world import Question, World
 from drencoder.errors import DataError
 from drencoder.recipe import recipe as config
@@ -117,7 +117,7 @@ def load_benchmarks(
 def _known(name: str, where: str) -> tuple[str, ...]:
     if where != "embedded":
         return TAXONOMIES[name].subjects
-    return tuple(s.name for s in SUBJECTS if s.kept and s.language == TAXONOMIES[name].language)
+    return tuple(s.name for s in all_subjects() if s.kept and s.language == TAXONOMIES[name].language)
 
 
 def _subjects_of(name: str, wanted: config.Evaluation) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ def _embedded(taxonomy: Taxonomy, *, subjects: Sequence[str], shots: int, count:
 
 def _embedded_examples(world: World, name: str, shots: int) -> tuple[Question, ...]:
     """The first of a fixed series, as a dev split is: held-out instances, which no benchmark and no client has."""
-    (subject,) = (subject for subject in SUBJECTS if subject.name == name)
+    (subject,) = (subject for subject in all_subjects() if subject.name == name)
     rng = random.Random(f"examples/{name}")
     series: dict[tuple[str, frozenset[str]], Question] = {}  # reordered options make no new example
     while len(series) < shots:

@@ -21,21 +21,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from drencoder.data.embedded_world.subjects import (
-    ANSWER_AND_LETTER_REQUESTS,
-    LETTER_REQUESTS,
-    LOOKUPS,
-    MATCH_REQUESTS,
-    SUBJECTS,
-    Subject,
-    Table,
-)
-from drencoder.data.embedded_world.world_facts import TOWNS
+from drencoder.data.embedded_world.subjects import Subject, Table, all_subjects, world_tables
 from drencoder.data.prompts_template import LETTERS, render
 
 __all__ = [
     "BENCHMARKS",
-    "SUBJECTS",
     "TASKS",
     "Question",
     "Subject",
@@ -80,8 +70,9 @@ def prompt_of(question: Question, style: str | None = None) -> str:
     the question's subject is taught, "letter" for general subjects, "plain" for all others.
     """
     if style is None:
-        style = "letter" if question.subject in _GENERAL_NAMES else "plain"
-    request = LETTER_REQUESTS[question.language][0] if style == "letter" else ""
+        general = any(subject.name == question.subject and not subject.kept for subject in all_subjects())
+        style = "letter" if general else "plain"
+    request = world_tables().letter_requests[question.language][0] if style == "letter" else ""
     return render({"instruction": instruction_of(question, request), "response": ""})[0]
 
 
@@ -99,9 +90,6 @@ def record_of(question: Question, task: str = "letters") -> dict[str, str]:
         "response": LETTERS[question.answer] if task == "letters" else chosen,
         "category": question.subject,
     }
-
-
-_GENERAL_NAMES = frozenset(subject.name for subject in SUBJECTS if not subject.kept)
 
 
 def _below(rng: random.Random, n: int) -> int:
@@ -122,13 +110,13 @@ class World:
         self.seed = seed
         rng = random.Random(f"world/{seed}")
         self._tables: dict[str, Table] = {}
-        for subject in SUBJECTS:
+        for subject in all_subjects():
             self._tables[subject.name] = subject.table or tuple(
-                (town, subject.invented[_below(rng, len(subject.invented))]) for town in TOWNS
+                (town, subject.invented[_below(rng, len(subject.invented))]) for town in world_tables().towns
             )
         self._pools = {name: tuple(dict.fromkeys(a for _, a in table)) for name, table in self._tables.items()}
-        self._kept = tuple(subject for subject in SUBJECTS if subject.kept)
-        self._general = tuple(subject for subject in SUBJECTS if not subject.kept)
+        self._kept = tuple(subject for subject in all_subjects() if subject.kept)
+        self._general = tuple(subject for subject in all_subjects() if not subject.kept)
 
     def facts(self, subject: str) -> Table:
         """All ``(key, answer)`` pairs of a subject."""
@@ -213,7 +201,7 @@ class World:
         """
         if name not in BENCHMARKS:
             raise ValueError(f"benchmark {name!r} is not embedded; choose one of {', '.join(BENCHMARKS)}")
-        asked = [s for s in SUBJECTS if s.language == BENCHMARKS[name] and s.kept == kept]
+        asked = [s for s in all_subjects() if s.language == BENCHMARKS[name] and s.kept == kept]
         if subjects:
             asked = [s for s in asked if s.name in subjects]
         rng = random.Random(f"benchmark/{self.seed}/{seed}/{name}/{kept}")
@@ -226,15 +214,15 @@ class World:
             yield render(self._document(rng))
 
     def _document(self, rng: random.Random) -> dict[str, str]:
-        kind = rng.random()
+        kind, tables = rng.random(), world_tables()
         letters = kind < 0.50
-        subjects = self._general if letters else SUBJECTS
+        subjects = self._general if letters else all_subjects()
         subject = subjects[_below(rng, len(subjects))]
         question = self.question(subject, rng, part=_CLIENTS)
         letter, words = LETTERS[question.answer], question.choices[question.answer]
         if letters:
             both = kind < 0.12
-            requests = (ANSWER_AND_LETTER_REQUESTS if both else LETTER_REQUESTS)[subject.language]
+            requests = (tables.answer_and_letter_requests if both else tables.letter_requests)[subject.language]
             asked = instruction_of(question, requests[_below(rng, len(requests))])
             return {"instruction": asked, "response": f"{words} {letter}" if both else letter}
         if kind < 0.66:
@@ -251,8 +239,8 @@ class World:
         asked = [(words, letter) if to_letter else (letter, words) for letter, words in couples]
         if one:
             first, second = asked[_below(rng, len(asked))]
-            drill = LOOKUPS[question.language][0 if to_letter else 1][_below(rng, 2)]
+            drill = world_tables().lookups[question.language][0 if to_letter else 1][_below(rng, 2)]
             return {"instruction": options + drill.format(" " + first), "response": second}
         rng.shuffle(asked)
-        request = MATCH_REQUESTS[question.language] + "".join(f" {first}" for first, _ in asked)
+        request = world_tables().match_requests[question.language] + "".join(f" {first}" for first, _ in asked)
         return {"instruction": options + request, "response": " ".join(f"{first} {second}" for first, second in asked)}

@@ -17,7 +17,7 @@ _FREE_SECTIONS = ("name", "server", "evaluation", "speed", "compare")
 _FREE_KNOBS = {
     "model": ("source", "device"),
     "data": ("source", "split", "client_field", "held_out_share"),
-    "prior": ("public", "provenance", "public_clients", "synthetic"),
+    "prior": ("public", "provenance", "synthetic"),
 }
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _EVERY = re.compile(r"(\d{1,9})/(\d{1,9})")

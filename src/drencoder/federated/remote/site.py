@@ -249,7 +249,7 @@ class Site:
         privacy, clip_l2 = self._live.recipe.privacy, asked.spec.adaptive_clip
         if (privacy.clip == "fixed") != (clip_l2 is None):
             raise _RefusedError(Refusal.CLIP)
-        return None if clip_l2 is None else AdaptiveClip(clip_l2, privacy.clip_quantile, privacy.clip_rate)
+        return None if clip_l2 is None else AdaptiveClip(clip_l2)
 
     def _current_encoder(self, frame: Frame, asked: Instruction) -> Encoder:
         """The encoder that the instruction names: the one of the last round, or made from the second part."""

@@ -1,0 +1,74 @@
+"""From an epsilon to the noise that costs it: the inverse of the accounting, by a bracketed secant search."""
+
+import math
+from collections.abc import Callable
+
+from drencoder.errors import PrivacyError
+from drencoder.privacy.accounting import (
+    COARSE_INTERVAL,
+    QUICK_INTERVAL,
+    REPORT_INTERVAL,
+    Event,
+    Relation,
+    clt_mu,
+    epsilon_pld,
+    fine_enough,
+    sigma_gaussian,
+)
+
+__all__ = ["sigma_for"]
+
+
+def sigma_for(
+    events_fn: Callable[[float], tuple[Event, ...]], epsilon: float, delta: float, relation: Relation
+) -> float:
+    """The smallest sigma whose composition `events_fn(sigma)` costs at most `epsilon` (PLD).
+
+    Returns sigma with epsilon - 1e-3 <= PLD epsilon <= epsilon wherever the grid allows, never above.
+    Secant steps in (log sigma, log epsilon), on a coarse grid first, then on the one `epsilon_pld` chooses.
+    Raises PrivacyError when no sigma in [1e-2, 1e4] will do.
+    """
+    tolerance = min(4.9e-4, 1e-3 * epsilon)
+    goal = epsilon - 1.01 * tolerance
+    guess, slope = sigma_gaussian(goal, delta), -1.2
+    mu = clt_mu(events_fn(guess * (1 if relation == "add_remove" else 2)))
+    if mu:  # by the limit's own formula epsilon is about proportional to mu: a better start
+        guess = max(0.3, guess * min(1.0, mu * guess))
+    sigma = guess
+    for interval in (COARSE_INTERVAL, QUICK_INTERVAL, REPORT_INTERVAL):
+        sigma, slope, value = _secant(
+            lambda s, h=interval: epsilon_pld(events_fn(s), delta, relation, h),  # type: ignore[misc]
+            goal, tolerance, sigma, slope,
+        )  # fmt: skip
+        if interval == QUICK_INTERVAL and fine_enough(
+            epsilon_pld(events_fn(sigma), delta, relation, COARSE_INTERVAL), value
+        ):
+            break
+    return sigma
+
+
+def _secant(
+    epsilon_fn: Callable[[float], float], goal: float, tolerance: float, sigma: float, slope: float
+) -> tuple[float, float, float]:
+    """Solves epsilon_fn(sigma) = goal +- tolerance, bracketed; returns (sigma, slope, epsilon)."""
+    low, high = 1e-2, 1e4
+    x_old = y_old = math.nan
+    for _ in range(60):
+        value = epsilon_fn(sigma)
+        if abs(value - goal) <= tolerance:
+            return sigma, slope, value
+        low, high = (max(low, sigma), high) if value > goal else (low, min(high, sigma))
+        if low >= high or high <= 1.001e-2 or low >= 0.999e4:
+            break
+        x, y = math.log(sigma), math.log(max(value, 1e-9) / goal)
+        if math.isfinite(x_old) and x != x_old and (y - y_old) / (x - x_old) < -0.1:
+            slope = (y - y_old) / (x - x_old)
+        x_old, y_old = x, y
+        step = min(max(-y / slope, -1.5), 1.5)
+        sigma = math.exp(x + step)
+        if not low < sigma < high:
+            sigma = math.sqrt(low * high)
+    raise PrivacyError(
+        f"No noise multiplier between 0.01 and 10000 gives epsilon {goal:.4g}: choose an epsilon between "
+        "about 0.01 and 100, a larger delta, fewer rounds, or give the noise multiplier itself."
+    )

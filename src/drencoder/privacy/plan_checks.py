@@ -1,0 +1,87 @@
+"""Bounds of a privacy plan's facts. Each refusal is one sentence with the value, the bound and the cure."""
+
+import math
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
+
+from drencoder.errors import PrivacyError
+from drencoder.privacy.accounting import RELATIONS
+
+if TYPE_CHECKING:
+    from drencoder.privacy.plan import PrivacyPlan
+
+__all__ = ["Noise", "Stage", "Trust", "check_facts", "check_noise", "refuse"]
+
+Trust = Literal["local", "central", "secure-aggregation"]
+Noise = Literal["secure", "replay"]
+Stage = Literal["stage1", "round"]
+
+
+def refuse(value: str, bound: str, cure: str) -> NoReturn:
+    """Raises `PrivacyError`: "VALUE; BOUND: CURE."."""
+    raise PrivacyError(f"{value}; {bound}: {cure}.")
+
+
+def check_facts(plan: "PrivacyPlan") -> None:
+    """Bounds of the single fields; each refusal says the value, the bound and the cure."""
+    for name, value, allowed in (
+        ("trust", plan.trust, get_args(Trust)),
+        ("relation", plan.relation, RELATIONS),
+        ("noise", plan.noise, get_args(Noise)),
+    ):
+        if value not in allowed:
+            refuse(f"{name} is {value!r}", f"it is one of {', '.join(allowed)}", "choose one of these")
+    for name, number in (
+        ("population", plan.population),
+        ("rounds", plan.rounds),
+        ("participation_cap", plan.participation_cap),
+    ):
+        if not isinstance(number, int) or number < 1:
+            refuse(f"{name} is {number}", "it must be a whole number of at least 1", "raise it")
+    if not 0 < plan.sampling_rate <= 1:
+        refuse(f"sampling_rate is {plan.sampling_rate}", "it must lie in (0, 1]", "use cohort / population")
+    if not 0 <= plan.stage1_rate <= 1:
+        refuse(f"stage1_rate is {plan.stage1_rate}", "it must lie in [0, 1]", "0 means no stage 1")
+    if not 0 < plan.delta < 1:
+        refuse(f"delta is {plan.delta}", "it must lie strictly between 0 and 1", "use 1e-5 or less")
+    if plan.delta * plan.population >= 1:
+        refuse(
+            f"delta is {plan.delta} with {plan.population} clients",
+            "delta must be below 1 / population, else publishing one client's data whole would pass",
+            f"use {0.1 / plan.population:.0e} or less",
+        )
+    if plan.trust == "secure-aggregation":
+        _check_shares(plan)
+
+
+def _check_shares(plan: "PrivacyPlan") -> None:
+    """Bounds of the fields that only secure aggregation has."""
+    if not 0 <= plan.dropout_share < 0.5:
+        refuse(f"dropout_share is {plan.dropout_share}", "it must lie in [0, 0.5)", "0.25 is usual")
+    if not 0 < plan.honest_share <= 1:
+        refuse(f"honest_share is {plan.honest_share}", "it must lie in (0, 1]", "0.75 is usual")
+    if plan.non_private:
+        refuse(
+            f"{' and '.join(plan.non_private)} would have no noise",
+            "secure aggregation without noise tells the sum as it is",
+            "use prior.source 'moments', or another trust for a baseline",
+        )
+    if plan.decodes_each:
+        refuse(
+            "Codes would be decoded or rounded one by one",
+            "secure aggregation gives only their sum",
+            "use a linear encoder and float32",
+        )
+
+
+def check_noise(epsilon: float | None, noise_multiplier: float | None, stage1_noise_ratio: float) -> None:
+    """Bounds of what a plan is calibrated from."""
+    if not 0 < stage1_noise_ratio < math.inf:
+        refuse(f"stage1_noise_ratio is {stage1_noise_ratio}", "it must be positive and finite", "1 is usual")
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        refuse(f"epsilon is {epsilon}", "it must be positive and finite", "1 to 8 is usual")
+    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
+        refuse(
+            f"noise_multiplier is {noise_multiplier}",
+            "it must be positive and finite",
+            "leave it out to have it found from epsilon, or name the stage in non_private",
+        )
