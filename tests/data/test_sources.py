@@ -1,6 +1,7 @@
 """Own data: files and the datasets library, split over clients once and for all."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,37 @@ def test_owners_of_a_field_are_the_files_own(tmp_path: Path) -> None:
         open_source(sections.Data(source=str(path), client_field="site"), population=5, seed=0)
     with pytest.raises(DataError, match="no field 'ward'"):
         open_source(sections.Data(source=str(path), client_field="ward"), population=4, seed=0)
+
+
+@pytest.mark.parametrize("change", ["one more", "twice", "longer", "fewer"])
+def test_a_change_of_one_owners_records_moves_no_other_owners(tmp_path: Path, change: str) -> None:
+    """Else one patient's record would decide which records others train on: the sum would move by more than one clip."""
+    records = [dict(record) for record in RECORDS]
+    own = [number for number, record in enumerate(records) if record["site"] == "s1"]
+    extra = {**records[own[0]], "instruction": "a new one"}
+    changed = {
+        "one more": [extra, *records],
+        "twice": [*records, records[own[0]]],
+        "longer": [{**record, "response": "x" * 500} if n in own else record for n, record in enumerate(records)],
+        "fewer": [record for n, record in enumerate(records) if n not in own[:-1]],
+    }[change]
+    knobs = sections.Data(client_field="site", examples_per_client=3, held_out_share=0.2)
+    before, after = (
+        open_source(replace(knobs, source=str(write(tmp_path, rows, name))), population=4, seed=0)
+        for name, rows in (("before.jsonl", records), ("after.jsonl", changed))
+    )
+    assert [before.client(client) for client in (0, 2, 3)] == [after.client(client) for client in (0, 2, 3)]
+    held = [[record for record in source.held_out(999) if record["site"] != "s1"] for source in (before, after)]
+    assert held[0] == held[1]
+    other_seed = open_source(replace(knobs, source=str(tmp_path / "before.jsonl")), population=4, seed=1)
+    assert [other_seed.client(client) for client in range(4)] != [before.client(client) for client in range(4)]
+
+
+def test_a_share_that_leaves_the_server_nothing_is_one_sentence(tmp_path: Path) -> None:
+    knobs = sections.Data(source=str(write(tmp_path, RECORDS)), client_field="site", held_out_share=1e-9)
+    with pytest.raises(DataError, match="leaves the server none of the 80 records"):
+        open_source(knobs, population=4, seed=0)
+    open_source(knobs, population=4, seed=0, server_share=False)
 
 
 def test_json_lists_and_missing_optional_fields(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ client at a time, so that ten thousand embedded clients cost nothing until they 
 the datasets library.
 """
 
+import hashlib
 import json
 import random
 from collections import defaultdict
@@ -121,35 +122,38 @@ class FileSource:
     ) -> "FileSource":
         """Takes the server's share out, then gives every record an owner.
 
-        With `client_field` the owners are the file's own; otherwise each category is spread over the clients
-        by a Dirichlet(alpha) draw (Hsu, Qi and Brown 2019, https://arxiv.org/abs/1909.06335).
+        With `client_field` the owners are the file's own. Which of an owner's records are used, in which order, and which the
+        server holds, follows from a keyed hash of the owner and the record: no other record of the file matters.
+
+        Otherwise the owners are simulated: each category is spread over the clients by a Dirichlet(alpha) draw (Hsu, Qi and
+        Brown 2019, https://arxiv.org/abs/1909.06335), which depends on all records.
         """
-        chance = random.Random(derive_seed(seed, "split"))
-        order = list(range(len(records)))
-        chance.shuffle(order)
-        num_server = max(1, round(knobs.held_out_share * len(order))) if server_share else 0
-        server, rest = order[:num_server], order[num_server:]
+        share = knobs.held_out_share if server_share else 0.0
         if knobs.client_field:
-            owned = _by_field(records, rest, knobs.client_field)
+            owned, server = _split_by_owner(records, knobs.client_field, share, seed)
             if len(owned) != population:
                 raise DataError(
                     f"{knobs.source} names {len(owned)} clients in {knobs.client_field!r}, the recipe "
                     f"{population}: set federation.population={len(owned)}."
                 )
-        else:
-            owned = _dirichlet(records, rest, population, knobs.alpha, chance)
+            if server_share and not server:
+                raise DataError(
+                    f"data.held_out_share = {share} leaves the server none of the {len(records)} records of {knobs.source} to "
+                    "evaluate on: raise it."
+                )
+            return cls(knobs.source, records, owned, server, knobs.examples_per_client)
+        chance = random.Random(derive_seed(seed, "split"))
+        order = list(range(len(records)))
+        chance.shuffle(order)
+        num_server = max(1, round(share * len(order))) if server_share else 0
+        server, rest = order[:num_server], order[num_server:]
+        owned = _split_by_category(records, rest, population, knobs.alpha, chance)
         empty = [client for client, indices in enumerate(owned) if not indices]
         if empty:
             raise DataError(
                 f"{len(empty)} of {population} clients (client {empty[0]} first) would own none of the {len(rest)} "
                 f"records of {knobs.source}: lower federation.population or raise data.alpha."
             )
-        for client, indices in enumerate(owned):
-            if not any(records[index]["response"].strip() for index in indices[: knobs.examples_per_client]):
-                raise DataError(
-                    f"client {client} of {knobs.source} has no usable text: all its responses are empty. Remove its "
-                    "records or fill them."
-                )
         return cls(knobs.source, records, owned, server, knobs.examples_per_client)
 
     def client(self, client: int) -> list[Record]:
@@ -178,18 +182,36 @@ class HostedSource:
         return []
 
 
-def _by_field(records: Sequence[Record], indices: Sequence[int], key: str) -> list[list[int]]:
-    owners: dict[str, list[int]] = defaultdict(list)
-    for index in indices:
-        if key not in records[index]:
+def _split_by_owner(
+    records: Sequence[Record], field: str, server_share: float, seed: int
+) -> tuple[list[list[int]], list[int]]:
+    """Each owner's record numbers in the order of their hashes, owners by name; and those that the server holds."""
+    owners: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    copies: dict[str, int] = defaultdict(int)
+    for index, record in enumerate(records):
+        if field not in record:
             raise DataError(
-                f"record {index + 1} has no field {key!r}: set data.client_field to a field of every record."
+                f"record {index + 1} has no field {field!r}: set data.client_field to a field of every record."
             )
-        owners[records[index][key]].append(index)
-    return [owners[name] for name in sorted(owners)]
+        content = json.dumps(record, sort_keys=True)  # the owner's name is in it
+        copies[content] += 1  # so that an owner's equal records differ
+        owners[record[field]].append((_hash_to_unit(seed, content, copies[content]), index))
+    owned: list[list[int]] = []
+    server: list[tuple[float, int]] = []
+    for name in sorted(owners):
+        order = sorted(owners[name])
+        server += [(place, index) for place, index in order if place < server_share]
+        owned.append([index for place, index in order if place >= server_share])
+    return owned, [index for _, index in sorted(server)]
 
 
-def _dirichlet(
+def _hash_to_unit(seed: int, content: str, copy: int) -> float:
+    """A number in [0, 1) that belongs to one record under one seed."""
+    digest = hashlib.blake2b(f"{copy}\x1f{content}".encode(), digest_size=8, key=str(seed).encode()).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def _split_by_category(
     records: Sequence[Record], indices: Sequence[int], population: int, alpha: float, chance: random.Random
 ) -> list[list[int]]:
     categories: dict[str, list[int]] = defaultdict(list)
