@@ -203,7 +203,7 @@ def test_prior_raises_captured_energy_as_predicted() -> None:
     std_S = torch.tensor([1.0, 0.1, 1e-3])
     prior = GaussianPrior(segments, torch.zeros(3), std_S)
     uniform = RandomSketch.build(segments, 192)
-    informed = RandomSketch.build(segments, 192, prior)
+    informed = RandomSketch.build(segments, 192, prior, floor=0.1)
     update_ND = prior.sample(16, 3).values_ND
     measured = float(capture(informed, update_ND, 8).mean())
     assert measured == pytest.approx(informed.expected_capture(prior.energy_S), rel=0.1)
