@@ -127,8 +127,8 @@ class Encoder(Checked):
     )
     ratio: float = knob(
         0.0,
-        "adapter values per code value (not for `identity`, `autoencoder`, `ffa` and `core`), 1 or more; 0: from the privacy "
-        "plan, by how many coordinates its noise lets a round learn (k*)",
+        "adapter values per code value, 1 or more, where the encoder lets one choose; 0: from the privacy plan, by how many "
+        "coordinates its noise lets a round learn (k*)",
         low=0,
     )
     tensors: str = knob(
