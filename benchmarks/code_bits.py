@@ -1,4 +1,4 @@
-"""Codes in fewer bits: bytes, distortion, entropy and packing time of every wire type; with --runs, what they cost in loss.
+"""Codes in fewer bits: bytes, distortion and packing time of every wire type; with --runs, what they cost in loss.
 
     OMP_NUM_THREADS=1 python benchmarks/code_bits.py [--runs] [--seeds 0 1 2] [--json docs/results/code-bits.json]
 
@@ -9,7 +9,6 @@ the stated noise multiplier, as under local trust; "un-noised" is what travels u
     length      |decoded| / |code|: above 1, a server that clips again cuts the message by as much
     kept        <clip(decoded), code> / |code|^2: the share of the client's contribution that is left after that clip
                 (un-noised codes only: under local trust nothing is clipped after the noise)
-    entropy     bits per value of the codes in levels, order 0, and the bytes that an ideal coder would send
 
 With `--runs`, one run per wire type and seed of `paper/embedded-crowd` (2,000 clients, central trust, epsilon 8, 20 rounds,
 random sketch 1/64). The noise is replayed, so that all types of a seed have the same clients, cohorts, sketches and
@@ -32,8 +31,7 @@ import torch
 from torch import Tensor
 
 from drencoder import load_recipe, run
-from drencoder.encoders.code_sizes import message_bytes
-from drencoder.encoders.wire import WireDtype, WireFormat, code_entropy, pack_rows, unpack_levels, unpack_rows
+from drencoder.encoders.wire import WireDtype, WireFormat, pack_rows, unpack_rows
 from drencoder.privacy.mechanism import clip_rows
 
 TYPES: tuple[WireDtype, ...] = get_args(WireDtype)
@@ -76,14 +74,9 @@ def distortion(size: int, dtype: WireDtype, noise_multiplier: float) -> dict[str
         "distortion": float((got_NK - code_NK).square().sum()) / energy,
         "length": float((got_NK.norm(dim=1) / code_NK.norm(dim=1)).mean()),
         "kept": None,
-        "entropy": None,
-        "ideal_bytes": None,
     }
     if not noise_multiplier:
         row["kept"] = float((clip_rows(got_NK, CLIP_L2).values_NV * code_NK).sum()) / energy
-    if not dtype.startswith("float"):
-        row["entropy"] = code_entropy(torch.stack([unpack_levels(message, wire_format, 0) for message in messages]))
-        row["ideal_bytes"] = round(message_bytes(0, dtype) + size * row["entropy"] / 8)  # header and scale as they are
     return row
 
 
@@ -130,13 +123,11 @@ def loss_of(dtype: WireDtype, seed: int) -> dict[str, Any]:
 
 
 def print_distortion(rows: list[dict[str, Any]]) -> None:
-    print(f"{'values':>8} {'type':9}{'noise':>6}{'bytes':>9}{'distortion':>12}{'length':>9}{'kept':>8}", end="")
-    print(f"{'entropy':>9}{'ideal bytes':>13}")
+    print(f"{'values':>8} {'type':9}{'noise':>6}{'bytes':>9}{'distortion':>12}{'length':>9}{'kept':>8}")
     for row in rows:
         print(f"{row['size']:8} {row['wire_dtype']:9}{row['noise_multiplier']:6g}{row['message_bytes']:9}", end="")
         print(f"{row['distortion']:12.3g}{row['length']:9.4f}", end="")
-        print(f"{'-' if row['kept'] is None else format(row['kept'], '.4f'):>8}", end="")
-        print(f"{'-' if row['entropy'] is None else format(row['entropy'], '.3f'):>9}{row['ideal_bytes'] or '-':>13}")
+        print(f"{'-' if row['kept'] is None else format(row['kept'], '.4f'):>8}")
 
 
 def print_timings(rows: list[dict[str, Any]]) -> None:
@@ -152,13 +143,13 @@ def print_runs(rows: list[dict[str, Any]]) -> None:
     )
     exact = {row["seed"]: row["loss"]["value"] for row in rows if row["wire_dtype"] == "float32"}
     for dtype in TYPES:
-        mine = [row for row in rows if row["wire_dtype"] == dtype and row["seed"] in exact]
-        if not mine:
+        of_type = [row for row in rows if row["wire_dtype"] == dtype and row["seed"] in exact]
+        if not of_type:
             continue
-        losses = [row["loss"]["value"] for row in mine]
-        apart = [row["loss"]["value"] - exact[row["seed"]] for row in mine]
-        print(f"{dtype:9}{len(mine):5}{statistics.mean(losses):9.4f}{statistics.mean(apart):+17.4f}", end="")
-        print(f"{min(apart):+10.4f}{max(apart):+9.4f}{statistics.mean(row['stage2_bytes'] for row in mine):15,.0f}")
+        losses = [row["loss"]["value"] for row in of_type]
+        apart = [row["loss"]["value"] - exact[row["seed"]] for row in of_type]
+        print(f"{dtype:9}{len(of_type):5}{statistics.mean(losses):9.4f}{statistics.mean(apart):+17.4f}", end="")
+        print(f"{min(apart):+10.4f}{max(apart):+9.4f}{statistics.mean(row['stage2_bytes'] for row in of_type):15,.0f}")
 
 
 def main() -> None:
@@ -171,8 +162,8 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = {"platform": platform.platform(), "processor": platform.processor(), "torch": torch.__version__}
     report: dict[str, Any] = {"machine": machine, "threads": 1, "repeats": args.repeats, "clip_l2": CLIP_L2}
-    wanted = [(size, dtype, noise) for size in SIZES for dtype in TYPES for noise in NOISE_MULTIPLIERS]
-    report["distortion"] = [distortion(*cell) for cell in wanted]
+    cells = [(size, dtype, noise) for size in SIZES for dtype in TYPES for noise in NOISE_MULTIPLIERS]
+    report["distortion"] = [distortion(*cell) for cell in cells]
     print_distortion(report["distortion"])
     report["timings"] = timings(SIZES[-1], args.repeats)
     print_timings(report["timings"])

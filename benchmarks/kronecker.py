@@ -37,7 +37,7 @@ from drencoder import load_recipe
 from drencoder.data.embedded_world.world import World
 from drencoder.data.tokenization import Example, make_examples
 from drencoder.encoders.gaussian_prior import GaussianPrior, moment_statistics
-from drencoder.encoders.kronecker import KroneckerEncoder, energy_curve
+from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
 from drencoder.encoders.random_sketch import RandomSketch, allocate_code
 from drencoder.federated.server_optimizer import ServerState, server_step
@@ -98,7 +98,7 @@ def warmed(live: Live) -> Tensor:
 
 def kronecker(prior: MatrixNormalPrior, code_size: int) -> tuple[list[Shares], float]:
     encoder = KroneckerEncoder.build(prior, code_size)
-    return [lambda u: share(encoder.encode(u, 0), u)], energy_curve(prior).captured(code_size)
+    return [lambda u: share(encoder.encode(u, 0), u)], 1.0 - encoder.distortion / encoder.energy
 
 
 def sketched(sketch: RandomSketch, energy_S: Tensor) -> tuple[list[Shares], float]:
@@ -241,7 +241,8 @@ def speed(repeats: int) -> list[dict[str, Any]]:
     prior = held.pop()
     rows.append({"operation": "prior of 8 updates", "median_s": time.perf_counter() - start, "peak_mib": peak})
     encoder = timed("kronecker: build", lambda: KroneckerEncoder.build(prior, code_size))
-    rows.append({"operation": "prior, its bytes", "mib": prior.facts()["bytes"] / 2**20})
+    directions = [moment.vectors_LQ.numel() for moment in (*prior.rows, *prior.columns)]
+    rows.append({"operation": "prior, its directions", "mib": 4 * sum(directions) / 2**20})
     rows.append({"operation": "kronecker, its bases", "mib": encoder.basis_bytes / 2**20})
     one_ND, sketch = update_ND[:1].clone(), RandomSketch.build(segments, code_size)
     target_ND = torch.zeros_like(one_ND)

@@ -34,12 +34,12 @@ from drencoder.encoders.code_sizes import auto_ratio, few_coordinates
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
+from drencoder.encoders.request import EncoderRequest
 from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.privacy.mechanism import clip_rows
 from drencoder.privacy.plan import ALIGNMENT
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Live, build
-from drencoder.runs.encoder_registry import EncoderRequest
 from drencoder.runs.plan_overview import privacy_plan
 
 FIRST_CLIENT = 100_000  # the largest population has 10,000

@@ -11,7 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from drencoder.encoders.code_sizes import SMALL_RATIO
-from drencoder.recipe.recipe import Encoder, Recipe, load_recipe
+from drencoder.encoders.planning import wire_dtype
+from drencoder.encoders.registry import declaration_of
+from drencoder.recipe.recipe import Recipe, load_recipe
 
 TRUSTS = ("central", "local")
 # Without trust 8 clients a round leave k* at 0.3 and 3, with which next to nothing is learned; and each draws its own secure
@@ -147,7 +149,7 @@ class Arm:
 def _coded(name: str, first_rate: float, encoder: str | None = None, ratio: int | None = None, **where: Any) -> Arm:
     encoder = encoder or name
     knobs = {"encoder.name": encoder} | ({} if ratio is None else {"encoder.ratio": float(ratio)})
-    return Arm(name, knobs, first_rate, Encoder(name=encoder).needs_public, **where)
+    return Arm(name, knobs, first_rate, declaration_of(encoder).public_text == "required", **where)
 
 
 _TRUSTED: dict[str, Any] = {"trusts": ("central",)}
@@ -281,7 +283,7 @@ def base_recipe(setting: Setting, seed: int, scale: Scale) -> Recipe:
 
 def wire_dtype_of(track: Track) -> str:
     """The type of a value on the wire; "auto" resolved."""
-    return base_recipe(track.setting, 0, Scale()).changed(dict(ARMS[track.arm].knobs)).wire_dtype
+    return wire_dtype(base_recipe(track.setting, 0, Scale()).changed(dict(ARMS[track.arm].knobs)))
 
 
 def asks_letters(setting: Setting) -> bool:

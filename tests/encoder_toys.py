@@ -8,11 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conftest import tiny_overrides
 from drencoder.encoders import gaussian_prior as prior_module
 from drencoder.encoders.gaussian_prior import SyntheticGradients
+from drencoder.encoders.matrix_normal_prior import PublicUpdates
+from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.plan import make_plan
+from drencoder.recipe.recipe import Recipe, load_recipe
 
 
 def tile(*shapes: tuple[int, ...]) -> tuple[Segment, ...]:
@@ -26,6 +30,33 @@ def tile(*shapes: tuple[int, ...]) -> tuple[Segment, ...]:
 SEGMENTS = tile((8, 640), (12, 100), (37, 3), (1, 1), (64, 8))
 SIZE = SEGMENTS[-1].stop
 FLAT = tile((64, 64))
+
+
+def lora_tile(rank: int, *matrices: tuple[int, int]) -> tuple[Segment, ...]:
+    """The adapter of linear layers of these shapes (out, in), named and ordered as a real one."""
+    segments, at = [], 0
+    for number, (out, width) in enumerate(matrices):
+        for side, shape in (("A", (rank, width)), ("B", (out, rank))):
+            segments.append(Segment(f"layers.{number}.q_proj.lora_{side}.weight", at, shape))
+            at = segments[-1].stop
+    return tuple(segments)
+
+
+# The second B is wider than high, the third square.
+LORA = lora_tile(4, (40, 24), (3, 20), (4, 36))
+LORA_SIZE = LORA[-1].stop
+
+
+def noise_updates(segments: tuple[Segment, ...], seed: int = 0) -> PublicUpdates:
+    size = segments[-1].stop
+    return PublicUpdates(torch.randn(6, size, generator=torch.Generator().manual_seed(seed)), "noise")
+
+
+def recipe_of(folder: Path, name: str, *more: str) -> Recipe:
+    """A run of a few seconds with this encoder."""
+    public = ["prior.public=embedded"]
+    base = load_recipe(None, [*tiny_overrides(folder), "prior.source=none", "encoder.gate=warn", *public, *more])
+    return base.changed({"encoder.name": name})
 
 
 def levels(count: int, seed: int) -> Tensor:
@@ -59,3 +90,15 @@ def permit_of(folder: Path, slot: int = 0, non_private: tuple[str, ...] = ("stag
     )
     with Ledger.create(folder / f"ledger-{slot}-{len(non_private)}.jsonl", plan) as ledger:
         return ledger.charge(slot)
+
+
+def pack(code_K: Tensor, wire_format: WireFormat, round_index: int) -> bytes:
+    """One code as a message."""
+    return pack_rows(code_K[None], wire_format, round_index)[0]
+
+
+def unpack(data: bytes, wire_format: WireFormat, round_index: int) -> Tensor | None:
+    """The code (K,) of one message; None if it is rejected."""
+    rows = unpack_rows([data], wire_format, round_index)
+    assert (len(rows.code_NK), rows.rejected) in ((1, 0), (0, 1))
+    return None if rows.rejected else rows.code_NK[0]

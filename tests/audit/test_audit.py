@@ -33,6 +33,7 @@ from drencoder.cli.audit_view import audit_tables
 from drencoder.data.tokenization import Example
 from drencoder.encoders.code_sizes import auto_ratio
 from drencoder.encoders.identity import IdentityEncoder
+from drencoder.encoders.planning import wire_dtype
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.errors import DataError, ModelError
 from drencoder.models.adapter_layout import Segment
@@ -295,7 +296,7 @@ def test_a_recipe_whose_plan_chooses_the_code_size_is_audited(encoder: str, monk
     )
     prior = setup.fit_prior(setup.subjects.collected_ND, setup.segments, setup.stage1_sigma)
     size = setup.segments[-1].stop
-    ratio = auto_ratio(size, setup.local.k_star(), components.recipe.wire_dtype)
+    ratio = auto_ratio(size, setup.local.k_star(), wire_dtype(components.recipe))
     assert setup.build_sketch(prior).code_size == round(size / ratio)
     arm = setup.make_arms()[-1]
     assert server_attack(arm, components.recipe, setup.subjects.target_ND, 8, 0).floor < 1

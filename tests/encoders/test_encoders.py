@@ -19,8 +19,9 @@ from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.hybrid import HybridEncoder
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.kronecker import KroneckerEncoder
-from drencoder.encoders.matrix_normal_prior import PublicUpdates
 from drencoder.encoders.random_sketch import RandomSketch, allocate_code
+from drencoder.encoders.registry import ENCODERS, build_encoder
+from drencoder.encoders.request import EncoderRequest
 from drencoder.encoders.viability import GateResult, measure_viability, require_viable
 from drencoder.errors import EncoderError, ViabilityError
 from drencoder.models.adapter_layout import Segment
@@ -29,9 +30,9 @@ from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions
 from drencoder.published.fedcg import RealGradients
 from drencoder.published.lowrank import LowRankEncoder
 from drencoder.published.subset import SubsetEncoder
-from drencoder.runs.encoder_registry import ENCODERS, EncoderRequest, build_encoder
+from drencoder.recipe.sections import Encoder as EncoderKnobs
 from encoder_contract import CONTRACT, Check, check_orthogonal_projection, some_updates
-from encoder_toys import FLAT, SEGMENTS, SIZE, levels, permit_of, tile
+from encoder_toys import FLAT, LORA, LORA_SIZE, SEGMENTS, SIZE, levels, noise_updates, permit_of, tile
 
 
 @cache
@@ -45,26 +46,6 @@ def trained(architecture: str = "resnet", normalise: str = "rms") -> Autoencoder
 def trained_on_real() -> Autoencoder:
     blank = trained("cnn1d")
     return Autoencoder(SEGMENTS, blank.network, blank.scale_S, "cnn1d", "real")
-
-
-def lora_tile(rank: int, *matrices: tuple[int, int]) -> tuple[Segment, ...]:
-    """The adapter of linear layers of these shapes (out, in), named and ordered as a real one."""
-    segments, at = [], 0
-    for number, (out, width) in enumerate(matrices):
-        for side, shape in (("A", (rank, width)), ("B", (out, rank))):
-            segments.append(Segment(f"layers.{number}.q_proj.lora_{side}.weight", at, shape))
-            at = segments[-1].stop
-    return tuple(segments)
-
-
-# The second B is wider than high, the third square.
-LORA = lora_tile(4, (40, 24), (3, 20), (4, 36))
-LORA_SIZE = LORA[-1].stop
-
-
-def noise_updates(segments: tuple[Segment, ...], seed: int = 0) -> PublicUpdates:
-    size = segments[-1].stop
-    return PublicUpdates(torch.randn(6, size, generator=torch.Generator().manual_seed(seed)), "noise")
 
 
 NOISE = noise_updates(SEGMENTS)
@@ -364,8 +345,7 @@ def test_gate_needs_updates_that_say_something() -> None:
 
 def test_registry_builds_and_restores() -> None:
     prior = GaussianPrior.isotropic(FLAT)
-    options = AutoencoderOptions(steps=1, samples=8, validation=4)
-    request = EncoderRequest(FLAT, 64, prior, seed=1, autoencoder=options)
+    request = EncoderRequest(FLAT, 64, prior, seed=1, knobs=EncoderKnobs(train_steps=1), synthetic=8)
     update_ND = some_updates(IdentityEncoder(FLAT), 2)
     for name in ("random", "autoencoder"):
         encoder = build_encoder(name, request)
@@ -398,7 +378,8 @@ def test_registry_builds_every_architecture_and_restores_no_other() -> None:
         name: EncoderRequest(
             FLAT,
             prior=prior,
-            autoencoder=AutoencoderOptions(steps=1, batch=2, samples=2, validation=1, architecture=name),  # type: ignore[arg-type]
+            knobs=EncoderKnobs(train_steps=1, architecture=name),
+            synthetic=2,
         )
         for name in ARCHITECTURES
     }
@@ -413,15 +394,15 @@ def test_registry_builds_every_architecture_and_restores_no_other() -> None:
 
 def test_registry_trains_fedcgs_encoder_on_real_gradients_only_if_it_can_be_trained(tmp_path: Path) -> None:
     real = RealGradients.collected(levels(20, 1), permit_of(tmp_path))
-    options = AutoencoderOptions(steps=2, batch=4, architecture="cnn1d")
+    knobs = EncoderKnobs(train_steps=2, architecture="cnn1d")
     # A prior that is there as well is not used.
-    request = EncoderRequest(FLAT, prior=GaussianPrior.isotropic(FLAT), autoencoder=options, real=real)
+    request = EncoderRequest(FLAT, prior=GaussianPrior.isotropic(FLAT), knobs=knobs, real=real)
     encoder = build_encoder("autoencoder", request)
     assert encoder.describe()["trained_on"] == "real"
     assert encoder.describe()["public"] is False
     scale = 4.0 * float(real.split(0.2, 0)[0].values_ND.square().mean().sqrt())
     assert encoder.describe()["scale_max"] == pytest.approx(scale, rel=1e-6)
-    again = build_encoder("autoencoder", EncoderRequest(FLAT, autoencoder=options), encoder.state())
+    again = build_encoder("autoencoder", EncoderRequest(FLAT, knobs=knobs), encoder.state())
     assert again.describe() == encoder.describe()
     for name in ("identity", "random"):
         with pytest.raises(EncoderError, match=f"autoencoder only, not '{name}'"):

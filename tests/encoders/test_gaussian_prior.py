@@ -48,7 +48,7 @@ def test_statistics_are_bounded_by_the_update(seed: int, mean: float, scale: flo
     update_ND = scale * drawn(2, seed, (mean, 0.0, -mean), (1.0, 0.1, 0.0))
     update_ND[:, SEGMENTS[hollow].start : SEGMENTS[hollow].stop] = 0.0
     stats_NV = MomentQuery(SEGMENTS).statistics(update_ND)
-    bound_N = MomentQuery(SEGMENTS).gain * update_ND.double().norm(dim=1)  # float32's squares vanish below 1e-23
+    bound_N = math.sqrt(2.0) * update_ND.double().norm(dim=1)  # float32's squares vanish below 1e-23
     assert (stats_NV.double().norm(dim=1) <= bound_N * (1 + 1e-5)).all()
     joined = MomentQuery(SEGMENTS, 2).statistics(torch.cat((update_ND, 0.1 * update_ND), dim=1))
     assert (joined.norm(dim=1) <= bound_N * math.hypot(1.0, 0.1) * (1 + 1e-5)).all()

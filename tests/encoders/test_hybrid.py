@@ -12,13 +12,16 @@ from drencoder.encoders.hybrid import HybridEncoder
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
 from drencoder.encoders.random_sketch import RandomSketch
+from drencoder.encoders.registry import build_encoder
+from drencoder.encoders.request import EncoderRequest
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
-from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
+from drencoder.recipe.sections import Encoder as EncoderKnobs
 from encoder_contract import some_codes, some_updates
 from encoder_toys import SEGMENTS, SIZE, tile
 
 HEAD_SIZE, SKETCH_SIZE = 60, 40
+BOTH = EncoderKnobs(tensors="both")
 
 
 def rows(count: int, seed: int) -> Tensor:
@@ -97,9 +100,9 @@ def test_a_plan_is_kept_whatever_the_momentum_is() -> None:
     known = HEAD.decode(torch.ones(1, HEAD_SIZE), 0)
     for history_JD in (None, torch.zeros(1, SIZE), rows(1, 1), known):
         for size in (1, 2, 100):
-            request = EncoderRequest(SEGMENTS, size, public=PUBLIC, rank=8, history_JD=history_JD)
+            request = EncoderRequest(SEGMENTS, size, knobs=BOTH, public=PUBLIC, rank=8, history_JD=history_JD)
             assert build_encoder("hybrid", request).code_size == size
-    request = EncoderRequest(SEGMENTS, 100, public=PUBLIC, rank=8, explore=0.4, history_JD=rows(1, 1))
+    request = EncoderRequest(SEGMENTS, 100, knobs=BOTH, public=PUBLIC, rank=8, explore=0.4, history_JD=rows(1, 1))
     facts = build_encoder("hybrid", request).describe()
     assert (facts["head"], facts["directions"], facts["random"]) == (59, 1, 40)
 
@@ -122,9 +125,7 @@ def test_a_code_of_b_alone_says_nothing_about_a(size: int) -> None:
     public_ND, history_JD = torch.randn(2, total, generator=generator), torch.randn(2, total, generator=generator)
     public_ND[:, segments[3].start : segments[3].stop] = 0  # of one B the public text says nothing: still before any A
     is_b = torch.cat([torch.full((s.size,), "lora_B" in s.name) for s in segments])
-    request = EncoderRequest(
-        segments, size, public=PublicUpdates(public_ND, "noise"), rank=4, history_JD=history_JD, only_b=True
-    )
+    request = EncoderRequest(segments, size, public=PublicUpdates(public_ND, "noise"), rank=4, history_JD=history_JD)
     encoder = build_encoder("hybrid", request)
     assert encoder.code_size == size
     update_ND, code_NK = torch.randn(3, total, generator=generator), torch.randn(3, size, generator=generator)
@@ -139,11 +140,11 @@ def test_a_code_of_b_alone_says_nothing_about_a(size: int) -> None:
 
 
 def test_b_alone_is_refused_where_it_cannot_be() -> None:
-    request = EncoderRequest(lora(), 257, public=PublicUpdates(torch.ones(2, 512), "noise"), rank=4, only_b=True)
+    request = EncoderRequest(lora(), 257, public=PublicUpdates(torch.ones(2, 512), "noise"), rank=4)
     with pytest.raises(EncoderError, match="have 256 values"):
         build_encoder("hybrid", request)
     with pytest.raises(EncoderError, match=r"set encoder\.tensors = 'both'"):
-        build_encoder("hybrid", EncoderRequest(SEGMENTS, 10, public=PUBLIC, rank=8, only_b=True))
+        build_encoder("hybrid", EncoderRequest(SEGMENTS, 10, public=PUBLIC, rank=8))
 
 
 @pytest.mark.parametrize("sketch", [SKETCH, None])
@@ -166,21 +167,6 @@ def test_what_does_not_fit_is_refused() -> None:
             hybrid(directions)
     with pytest.raises(EncoderError, match="another adapter"):
         HybridEncoder.build(HEAD, rows(1, 1), RandomSketch.build(tile((64, 64)), 5))
-
-
-def test_what_the_prior_expects_of_each_code_value() -> None:
-    encoder = hybrid(rows(2, 1))
-    share_K = encoder.share_K
-    head = HEAD.variance_K / HEAD.energy
-    assert torch.equal(share_K[:HEAD_SIZE], head)
-    assert bool((share_K[HEAD_SIZE : HEAD_SIZE + 2] == head.max()).all())
-    # What the head leaves, spread over all that it does not know: all shares of a complete code would sum to 1.
-    assert float(share_K[-1]) == pytest.approx((1 - float(head.sum())) / (SIZE - HEAD_SIZE))
-    places = torch.cat(list(encoder.groups)).sort().values
-    assert torch.equal(places, torch.arange(encoder.code_size))
-    means = [float(share_K[group].mean()) for group in encoder.head.groups]
-    assert means == sorted(means, reverse=True)
-    assert HybridEncoder.build(HEAD, rows(2, 1), None).share_K.shape == (HEAD_SIZE + 2,)
 
 
 def test_the_fingerprint_is_of_everything_that_no_seed_gives() -> None:

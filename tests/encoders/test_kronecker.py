@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from test_structured import Largest, dense_covariances, draws, random_prior
+from test_matrix_normal_prior import Largest, dense_covariances, draws, random_prior
 from torch import Tensor
 
-from drencoder.encoders.kronecker import KroneckerEncoder, energy_curve
-from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
+from drencoder.encoders.kronecker import KroneckerEncoder
+from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, Origin, SecondMoment
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.errors import EncoderError
 from encoder_contract import CONTRACT, Check, check_orthogonal_projection, some_codes, some_updates
@@ -29,7 +29,7 @@ SMALL_SIZE = SMALL[-1].stop
 def built(rank: int, code_size: int) -> KroneckerEncoder:
     update_ND = torch.randn(6, SIZE, generator=torch.Generator().manual_seed(0))
     return KroneckerEncoder.build(
-        MatrixNormalPrior.from_updates(update_ND, SEGMENTS, declared="noise", rank=rank, shrinkage=0.1), code_size
+        MatrixNormalPrior.from_updates(update_ND, SEGMENTS, declared="noise", rank=rank), code_size
     )
 
 
@@ -69,9 +69,6 @@ def test_any_layout_and_size(shapes: list[tuple[int, int]], known: int, floor: f
     back_ND = encoder.decode(code_NK, 0)
     assert torch.allclose(encoder.encode(back_ND, 0), code_NK, atol=2e-5)
     assert torch.allclose(back_ND.norm(dim=1), code_NK.norm(dim=1), rtol=1e-4)
-    assert encoder.distortion == pytest.approx(
-        energy_curve(prior).distortion(encoder.code_size), abs=1e-9 * encoder.energy
-    )
 
 
 # --- the optimum ------------------------------------------------------------------------------------------
@@ -83,7 +80,6 @@ def test_every_code_size_captures_the_largest_eigenvalues(known: int) -> None:
     prior = random_prior(SMALL, known, seed=4)
     covariance = torch.block_diag(*dense_covariances(prior))
     best = torch.linalg.eigvalsh(covariance).flip(0).cumsum(0)
-    curve = energy_curve(prior)
     for size in range(1, SMALL_SIZE + 1):
         encoder = KroneckerEncoder.build(prior, size)
         basis_KD = encoder.decode(torch.eye(size), 0).double()
@@ -91,7 +87,8 @@ def test_every_code_size_captures_the_largest_eigenvalues(known: int) -> None:
         # The promised variance of each code value, and no more to be had by any other code.
         assert torch.allclose(inside, encoder.variance_K, rtol=1e-4, atol=1e-7)
         assert float(inside.sum()) == pytest.approx(float(best[size - 1]), rel=1e-5)
-        assert curve.captured(size) == pytest.approx(float(best[size - 1] / best[-1]), rel=1e-6)
+        assert encoder.energy == pytest.approx(float(best[-1]), rel=1e-6)
+        assert encoder.distortion == pytest.approx(float(best[-1] - best[size - 1]), abs=1e-6 * encoder.energy)
 
 
 def test_distortion_on_the_priors_own_samples_is_the_water_filling_value() -> None:
@@ -106,7 +103,6 @@ def test_distortion_on_the_priors_own_samples_is_the_water_filling_value() -> No
     error = math.sqrt(2.0 * (squares - float(encoder.variance_K.square().sum())) / count)
     assert 6.0 * error < 0.01 * encoder.distortion, "too few samples to see one percent"
     assert float(lost.mean()) == pytest.approx(encoder.distortion, rel=0.01)
-    assert encoder.distortion == pytest.approx(energy_curve(prior).distortion(code_size), rel=1e-9)
     # As many values by an allocation to tensors alone lose far more: the test would notice a wrong basis.
     sketch = RandomSketch.build(segments, code_size)
     missed = update_ND.double().square().sum(1).mean() * (1.0 - code_size / sketch.update_size)
@@ -129,10 +125,8 @@ def test_coordinates_are_chosen_across_tensors_by_variance() -> None:
 
 
 def test_ties_go_to_the_earlier_tensor_row_and_direction() -> None:
-    update_ND = torch.zeros(1, 24)
-    update_ND[0, 0] = 1.0
-    prior = MatrixNormalPrior.from_updates(update_ND, tile((3, 4), (4, 3)), declared="one value", shrinkage=1.0)
-    flat = prior.with_energies(torch.tensor([1.0, 1.0]))
+    three, four, energy_S = SecondMoment.isotropic(3), SecondMoment.isotropic(4), torch.ones(2, dtype=torch.float64)
+    flat = MatrixNormalPrior(tile((3, 4), (4, 3)), (three, four), (four, three), energy_S, Origin("made up", 1, 1))
     encoder = KroneckerEncoder.build(flat, 17)
     assert [part.count_A.tolist() for part in encoder.parts] == [[4, 4, 4], [4, 1, 0]]
 
@@ -164,31 +158,6 @@ def test_learned_bases_carry_updates_of_the_same_kind_and_random_ones_do_not() -
     assert kept > 0.98
     sketch = RandomSketch.build(segments, 96)
     assert (sketch.encode(unseen_ND, 0) / sketch.scale).square().sum() / unseen_ND.square().sum() < 0.05
-
-
-# --- the energy curve -------------------------------------------------------------------------------------
-
-
-def test_energy_curve_is_concave_and_answers_both_ways() -> None:
-    prior = random_prior(SMALL, known=3)
-    curve = energy_curve(prior)
-    shares = torch.tensor([curve.captured(size) for size in range(SMALL_SIZE + 1)], dtype=torch.float64)
-    assert shares[0] == 0.0
-    assert shares[-1] == 1.0
-    steps = shares.diff()
-    assert (steps >= 0).all()
-    assert (steps.diff() <= 1e-12).all()
-    for share in (1e-6, 0.3, 0.5, 0.9, 1.0):
-        size = curve.size_for(share)
-        assert curve.captured(size) >= share
-        assert size == 1 or curve.captured(size - 1) < share
-    assert curve.total == pytest.approx(float(prior.energy_S.sum()))
-    for share in (0.0, 1.1, math.nan):
-        with pytest.raises(EncoderError, match="above 0 and at most 1"):
-            curve.size_for(share)
-    for size in (-1, SMALL_SIZE + 1):
-        with pytest.raises(EncoderError, match=f"code_size is {size}, expected 0 to {SMALL_SIZE}"):
-            curve.captured(size)
 
 
 # --- cost, keeping, refusing ------------------------------------------------------------------------------
@@ -250,12 +219,3 @@ def test_states_of_others_are_refused() -> None:
 def test_impossible_code_sizes_are_refused(code_size: int) -> None:
     with pytest.raises(EncoderError, match=f"code_size is {code_size}, expected 1 to {SMALL_SIZE}"):
         KroneckerEncoder.build(random_prior(SMALL), code_size)
-
-
-def test_a_prior_with_a_mean_is_refused() -> None:
-    update_ND = torch.randn(3, SMALL_SIZE, generator=torch.Generator().manual_seed(0))
-    prior = MatrixNormalPrior.from_updates(update_ND, SMALL, declared="noise", centred=True)
-    with pytest.raises(EncoderError, match="centred=False"):
-        KroneckerEncoder.build(prior, 5)
-    with pytest.raises(EncoderError, match="centred=False"):
-        energy_curve(prior)

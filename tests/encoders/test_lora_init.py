@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_comparators import recipe_of
 
 from conftest import tiny_base
 from drencoder.data.tokenization import Example, collate
 from drencoder.encoders import lora_init as starts
 from drencoder.encoders.lora_init import public_start
+from drencoder.encoders.planning import public_text
 from drencoder.errors import ModelError
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import Texts, build
+from encoder_toys import recipe_of
 
 
 def texts(count: int, length: int = 9) -> list[Example]:
@@ -110,7 +111,7 @@ def test_the_start_reads_no_clients_text(tiny_folder: Path, monkeypatch: pytest.
 def test_whole_updates_can_start_there_too() -> None:
     said = ["encoder.name=identity", "privacy.trust=central", "federation.population=20"]
     plain, written = (load_recipe("quickstart", [*said, f"adapter.start={start}"]) for start in ("auto", "public"))
-    assert (plain.public_text, written.public_text) == ("", "self")
+    assert (public_text(plain), public_text(written)) == ("", "self")
     assert torch.equal(build(plain).lora.initial_D, build(plain.changed({"adapter.start": "peft"})).lora.initial_D)
     live = build(written)
     assert not torch.equal(build(plain).lora.initial_D, live.lora.initial_D)

@@ -11,6 +11,7 @@ import torch
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.identity import IdentityEncoder
+from drencoder.encoders.planning import check_encoder
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.errors import CodeError, PrivacyError
 from drencoder.federated.adaptive_clip import AdaptiveClip
@@ -87,13 +88,11 @@ def test_without_noise_the_release_is_the_sum_of_clipped_codes(tmp_path: Path, n
 @pytest.mark.parametrize("trust", ["local", "central"])
 @pytest.mark.parametrize("noise_in", ["code", "update"])
 @pytest.mark.parametrize("name", ["identity", "random", "autoencoder"])
-def test_every_combination_runs_or_is_refused_by_the_recipe(
-    tmp_path: Path, trust: str, noise_in: str, name: str
-) -> None:
+def test_every_combination_runs_or_is_refused_by_the_plan(tmp_path: Path, trust: str, noise_in: str, name: str) -> None:
     overrides = {"privacy.trust": trust, "privacy.noise_in": noise_in, "encoder.name": name}
     if name == "autoencoder" and trust == "central" and noise_in == "code":
         with pytest.raises(config.RecipeError, match="not linear"):
-            recipe_of(**overrides)
+            check_encoder(recipe_of(**overrides))
         return
     recipe, encoder = recipe_of(**overrides), encoder_of(name)
     with ledger_of(tmp_path, recipe) as ledger:
@@ -215,7 +214,7 @@ def test_under_local_trust_the_server_learns_no_count_of_broken_updates(tmp_path
 
 
 @pytest.mark.parametrize(("name", "dtype", "hidden"), [
-    ("random", "float32", True), ("random", "float16", False), ("autoencoder", "float32", False),
+    ("random", "float32", True), ("random", "rotated4", False), ("autoencoder", "float32", False),
 ])  # fmt: skip
 def test_public_hides_among_others_only_where_codes_are_summed_as_they_are(name: str, dtype: str, hidden: bool) -> None:
     recipe = recipe_of(**{"encoder.name": name, "encoder.wire_dtype": dtype, "privacy.noise": "secure"})

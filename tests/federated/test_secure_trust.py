@@ -312,15 +312,14 @@ def test_a_node_refuses_a_round_that_counts_other_clients_for_it(ledger_fn):
     [
         (["encoder.name=autoencoder"], "set encoder.name = 'random'"),
         (["privacy.noise_in=update"], "set privacy.noise_in = 'code'"),
-        (["encoder.wire_dtype=int8"], "set encoder.wire_dtype = 'float32'"),
-        (["encoder.wire_dtype=float16"], "set encoder.wire_dtype = 'float32'"),
+        (["encoder.wire_dtype=rotated4"], "set encoder.wire_dtype = 'float32'"),
         (["encoder.name=autoencoder", "prior.source=gradients"], "secure-aggregation"),
         (["federation.nodes=10", "privacy.dropout_share=0.45"], "raise honest_share"),
     ],
 )
 def test_what_secure_aggregation_cannot_do_is_refused_in_one_sentence(overrides, match):
     with pytest.raises(RecipeError, match=match):
-        load_recipe(None, ["privacy.trust=secure-aggregation", *overrides])
+        survey(load_recipe(None, ["privacy.trust=secure-aggregation", *overrides]))
 
 
 @pytest.mark.parametrize(("nodes", "threshold"), [(2, 2), (3, 3), (4, 3), (10, 8)])

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
-from test_encoders import LORA, LORA_SIZE, lora_tile, noise_updates
 from torch import Tensor
 
-from conftest import tiny_base, tiny_overrides
-from drencoder.encoders.code_sizes import code_size, power_ranks
+from conftest import tiny_base
+from drencoder.encoders.code_sizes import AdapterShape, power_ranks
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
+from drencoder.encoders.planning import declared, public_text
+from drencoder.encoders.registry import build_encoder, declaration_of
+from drencoder.encoders.request import EncoderRequest
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import EncoderError, ModelError
 from drencoder.federated.server_optimizer import ServerState
@@ -22,16 +24,16 @@ from drencoder.models.lora import LoraModel
 from drencoder.published.lowrank import LowRankEncoder
 from drencoder.published.subset import SubsetEncoder
 from drencoder.recipe import recipe as config
-from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.recipe.recipe import load_recipe
+from drencoder.recipe.sections import Encoder as EncoderKnobs
 from drencoder.runs import run as experiment
 from drencoder.runs.build import build
 from drencoder.runs.checkpoint import Progress
-from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
 from drencoder.runs.plan_overview import survey
 from drencoder.runs.stage1 import refresh_encoder
 from drencoder.study.methods import METHODS
 from encoder_contract import some_codes, some_updates
-from encoder_toys import SEGMENTS, tile
+from encoder_toys import LORA, LORA_SIZE, SEGMENTS, lora_tile, noise_updates, recipe_of, tile
 
 MATRICES = ((40, 24), (3, 20), (4, 36))  # of LORA, rank 4
 
@@ -39,13 +41,6 @@ MATRICES = ((40, 24), (3, 20), (4, 36))  # of LORA, rank 4
 def of(update_ND: Tensor, segment: Segment) -> Tensor:
     """One tensor's values as (N, *shape)."""
     return update_ND[:, segment.start : segment.stop].reshape(-1, *segment.shape)
-
-
-def recipe_of(folder: Path, name: str, *more: str) -> Recipe:
-    """A run of a few seconds with this encoder."""
-    public = ["prior.public=embedded"]
-    base = load_recipe(None, [*tiny_overrides(folder), "prior.source=none", "encoder.gate=warn", *public, *more])
-    return base.changed({"encoder.name": name})
 
 
 # --- ffa --------------------------------------------------------------------------------------------------
@@ -247,9 +242,9 @@ def test_power_is_made_anew_from_the_momentum_and_others_stay(tiny_folder: Path,
 
 
 def request_of(name: str, seed: int = 0) -> EncoderRequest:
-    size = code_size(name, LORA_SIZE, 6.0, matrices=MATRICES, rank=4)
-    public = noise_updates(LORA, seed)
-    return EncoderRequest(LORA, size, public=public, rank=4, history_JD=public.update_ND[:1])
+    knobs, public = EncoderKnobs(tensors="both"), noise_updates(LORA, seed)
+    size = declaration_of(name).code_size(AdapterShape(MATRICES, 4), 6.0, knobs)
+    return EncoderRequest(LORA, size, knobs=knobs, public=public, rank=4, history_JD=public.update_ND[:1])
 
 
 @pytest.mark.parametrize("name", ["ffa", "top-k", "core", "power", "kronecker", "hybrid"])
@@ -289,9 +284,9 @@ def test_states_of_others_are_refused() -> None:
 @pytest.mark.parametrize("name", ["kronecker", "hybrid", "top-k", "core"])
 def test_encoders_of_public_text_have_the_base_model_write_it_if_none_is_named(name: str) -> None:
     recipe = load_recipe(None, [f"encoder.name={name}"])
-    assert recipe.encoder.needs_public
-    assert (recipe.prior.public, recipe.public_text) == ("", "self")
-    assert load_recipe(None, [f"encoder.name={name}", "prior.public=embedded"]).public_text == "embedded"
+    assert declared(recipe).public_text == "required"
+    assert (recipe.prior.public, public_text(recipe)) == ("", "self")
+    assert public_text(load_recipe(None, [f"encoder.name={name}", "prior.public=embedded"])) == "embedded"
 
 
 def test_methods_of_public_text_take_the_recipes_or_the_embedded_one() -> None:

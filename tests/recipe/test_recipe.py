@@ -42,7 +42,6 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
         ("federation.population=2.5", "not a whole number"),
         ("federation.rounds=0", "at least 1"),
         ("federation.sampling_rate=1.01", "at most 1"),
-        ("encoder.name=zip", "choose one of identity, random, autoencoder"),
         ("adapter.targets=[1]", "adapter.targets[0] = 1 is not a text"),
         ("adapter.rank=true", "not a whole number"),
         ("privacy", "not section.key=value"),
@@ -74,10 +73,8 @@ def test_unreadable_recipes_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_knobs_that_exclude_each_other() -> None:
-    with pytest.raises(RecipeError, match="not linear"):
-        load_recipe(None, ["encoder.name=autoencoder", "privacy.trust=central"])
-    with pytest.raises(RecipeError, match="synthetic gradients"):
-        load_recipe(None, ["encoder.name=autoencoder", "prior.source=none"])
+    with pytest.raises(RecipeError, match=r"set privacy\.noise_in = 'code'"):
+        load_recipe(None, ["privacy.clip=adaptive", "privacy.noise_in=update"])
 
 
 def test_every_knob_is_documented_and_the_written_recipe_has_all_of_them() -> None:
@@ -95,12 +92,3 @@ def test_a_code_longer_than_its_update_is_refused() -> None:
     ):
         load_recipe("quickstart", ["encoder.ratio=0.5"])
     assert load_recipe("quickstart", ["encoder.ratio=0"]).encoder.ratio == 0.0
-
-
-def test_the_default_encoder_works_with_any_model() -> None:
-    """No recipe needs to name public text: the base model writes it."""
-    assert (Recipe().encoder.name, Recipe().encoder.ratio, Recipe().public_text) == ("hybrid", 0.0, "self")
-    assert Recipe().changed({"prior.public": "embedded"}).public_text == "embedded"
-    assert (
-        Recipe().changed({"encoder.name": "autoencoder"}).public_text == ""
-    )  # the published prior, unless it is asked for

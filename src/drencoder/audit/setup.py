@@ -10,9 +10,10 @@ from torch import Tensor
 
 from drencoder.audit.arms import Arm, audit_plan, open_channel
 from drencoder.audit.subjects import Subjects
-from drencoder.encoders.code_sizes import auto_ratio, code_size
+from drencoder.encoders.code_sizes import auto_ratio
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.identity import IdentityEncoder
+from drencoder.encoders.planning import wire_dtype
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.federated.query import Query, gradient_query, moment_query
 from drencoder.federated.round import client_message, message_rows
@@ -118,8 +119,8 @@ class AuditSetup:
         """
         recipe, size = self.components.recipe, prior.segments[-1].stop
         ratio = recipe.encoder.ratio if recipe.encoder.name == "random" else 0
-        ratio = ratio or auto_ratio(self.segments[-1].stop, self.local.k_star(), recipe.wire_dtype)
-        return RandomSketch.build(prior.segments, code_size("random", size, ratio), prior)
+        ratio = ratio or auto_ratio(self.segments[-1].stop, self.local.k_star(), wire_dtype(recipe))
+        return RandomSketch.build(prior.segments, max(1, round(size / ratio)), prior)
 
     # --- stage 2 -----------------------------------------------------------------------------------
 

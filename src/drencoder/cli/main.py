@@ -17,8 +17,9 @@ from rich.text import Text
 from drencoder import __version__
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
+from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
-from drencoder.recipe.recipe import Recipe, load_recipe, shipped_recipes
+from drencoder.recipe.recipe import Recipe, shipped_recipes
 
 __all__ = ["app", "main"]
 
@@ -92,7 +93,7 @@ def plan(
     """Epsilon per observer, noise, code size and bytes, before anything is spent."""
     from drencoder.runs.plan_overview import survey
 
-    config = load_recipe(recipe, set_ or ())
+    config = load_checked_recipe(recipe, set_ or ())
     if curve:
         _show_curve(config, _parse_numbers(sigmas), observer, relation, plot, json_)
         return
@@ -161,7 +162,7 @@ def compare(
     from drencoder.study.compare_table import rows_of, write_comparison
 
     console = make_console()
-    config = load_recipe(recipe, set_ or ())
+    config = load_checked_recipe(recipe, set_ or ())
     folder = out or Path("comparisons") / config.name
     display = CompareDisplay(console, tuning_seed=config.compare.tuning_seed)
     try:
@@ -238,7 +239,7 @@ def audit(
 
     console = make_console()
     is_run = recipe is not None and (Path(recipe) / "recipe.resolved.toml").is_file()
-    config = load_recipe(str(Path(recipe or "") / "recipe.resolved.toml") if is_run else recipe, set_ or ())
+    config = load_checked_recipe(str(Path(recipe or "") / "recipe.resolved.toml") if is_run else recipe, set_ or ())
     from drencoder.audit.leakages import audit_leakages
     from drencoder.runs.build import build
 
@@ -291,13 +292,15 @@ def report(folder: RunArgument) -> None:
 @app.command()
 def knobs() -> None:
     """Every knob of a recipe, with its default and its meaning."""
+    from drencoder.encoders.registry import ENCODERS
     from drencoder.recipe.recipe import describe_knobs
     from drencoder.runs.display import make_console, make_table
 
     headings = ("knob", "default", "meaning")
     table = make_table("Knobs of a recipe", *headings, words=headings)
-    for row in describe_knobs():
-        table.add_row(*row)
+    for key, default, meaning in describe_knobs():
+        names = f" ({', '.join(ENCODERS)})" if key == "encoder.name" else ""
+        table.add_row(key, default, meaning + names)
     console = make_console()
     console.print(table)
     console.print(f"Shipped recipes: {', '.join(shipped_recipes())}")

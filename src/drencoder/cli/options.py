@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.recipe.recipe import Recipe, load_recipe
 
@@ -46,7 +47,7 @@ def choose_run(
                 f"{resume} has no ledger: give the folder of a started run, or start anew without --resume."
             )
         return resume, load_recipe(RunFolder.open(resume).recipe)
-    config = load_recipe(recipe, overrides or ())
+    config = load_checked_recipe(recipe, overrides or ())
     folder, number = out or Path("runs") / config.name, 1
     while out is None and folder.exists():
         number += 1

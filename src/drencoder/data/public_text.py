@@ -37,7 +37,7 @@ def open_public(public: str, provenance: str, write: Callable[[int, int], list[s
     """The public text that `public` names; None if it is empty.
 
     Args:
-      public: `embedded`, `self`, a file or `hub:ORG/NAME`, as `Recipe.public_text` has it.
+      public: `embedded`, `self`, a file or `hub:ORG/NAME`, as `encoders.planning.public_text` has it.
       provenance: whose text it is, in words; needed for a file or a hub data set.
       write: texts by the base model, (count, seed) -> count texts, for `prior.public = "self"`.
 

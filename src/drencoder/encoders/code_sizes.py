@@ -8,10 +8,12 @@ import math
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from drencoder.errors import EncoderError, ModelError
+from drencoder.recipe.sections import Encoder as EncoderKnobs
 
 __all__ = [
     "BITS_PER_VALUE",
@@ -20,11 +22,11 @@ __all__ = [
     "HEADER_BYTES",
     "NOISY_RATIO",
     "SMALL_RATIO",
+    "AdapterShape",
     "adapted_matrices",
     "auto_ratio",
     "bytes_text",
     "code_shape",
-    "code_size",
     "few_coordinates",
     "image_shape",
     "input_shape",
@@ -33,17 +35,22 @@ __all__ = [
     "noise_dominates",
     "plain_lora_bytes",
     "power_ranks",
+    "size_by_ratio",
+    "size_of_autoencoder",
+    "size_of_cores",
+    "size_of_hybrid",
+    "size_of_lora_b",
+    "size_of_power",
+    "size_of_update",
     "stage1_values",
 ]
 
-BITS_PER_VALUE = {
-    "float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2, "rotated4": 4, "rotated2": 2, "rotated1": 1,
-}  # fmt: skip
+BITS_PER_VALUE = {"float32": 32, "rotated4": 4, "rotated2": 2, "rotated1": 1}
 NOISY_RATIO = 64.0  # noise dominates where k* < D / 64
 SMALL_RATIO = 10.0  # of a code in four bits: fewer bytes than 1/64 of the values take in 32, header included
 FEW_COORDINATES = 512.0
 HEADER_BYTES = 20  # of every message, see encoders.wire
-_SCALE_BYTES = 4  # of a message of levels
+_SCALE_BYTES = 4  # of a message of rotated levels
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
 _IMAGE_CODE = {"resnet": 64, "unet": 64}  # channels of a code cell
 _SIGNAL_CELL, _SIGNAL_CHANNELS = 256, 8  # cnn1d: signal values behind one cell of the code, and its channels
@@ -127,36 +134,60 @@ def auto_ratio(update_size: int, k_star: float, wire_dtype: str = "float32") -> 
     return SMALL_RATIO if BITS_PER_VALUE[wire_dtype] <= 4 else NOISY_RATIO
 
 
-def code_size(
-    encoder: str,
-    update_size: int,
-    ratio: float,
-    architecture: str = "resnet",
-    *,
-    matrices: Sequence[Sequence[int]] = (),
-    rank: int = 0,
-) -> int:
-    """K of an encoder by name; `ratio` is D / K where the encoder lets one choose, `architecture` the auto-encoder's.
+@dataclass(frozen=True)
+class AdapterShape:
+    """The shapes (out, in) of the matrices that get a LoRA pair, and the pairs' rank: all that a code size follows from."""
 
-    Args:
-      matrices: shapes (out, in) of the adapted matrices, and `rank` of their LoRA pairs: "ffa", "core" and "power" send so many
-        values of each that K follows from them ("power": at most D / ratio).
-    """
-    if encoder == "identity":
-        return update_size
-    if encoder == "autoencoder":
-        return math.prod(code_shape(architecture, update_size))
-    wanted = max(1, round(update_size / ratio))
-    if encoder not in ("ffa", "core", "power"):
-        return wanted
-    if not matrices:
-        raise EncoderError(f"the code of the {encoder} encoder follows from the adapted matrices; give their shapes")
-    if encoder == "ffa":
-        return rank * sum(out for out, _ in matrices)
-    if encoder == "core":
-        return rank * sum(min(out, rank) for out, _ in matrices)
-    tensors = [tensor for out, width in matrices for tensor in ((False, rank, width), (True, out, rank))]
-    counts = power_ranks(tensors, wanted)
+    matrices: Sequence[Sequence[int]]
+    rank: int
+
+    @property
+    def update_size(self) -> int:
+        """D, values of the adapter."""
+        return self.rank * sum(sum(shape) for shape in self.matrices)
+
+    @property
+    def lora_b_size(self) -> int:
+        """Values of LoRA's B tensors."""
+        return self.rank * sum(out for out, _ in self.matrices)
+
+
+def size_by_ratio(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+    """K = D / ratio, rounded, at least 1: the rule of most encoders."""
+    return max(1, round(adapter.update_size / ratio))
+
+
+def size_of_update(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+    """K = D."""
+    return adapter.update_size
+
+
+def size_of_hybrid(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+    """K = D / ratio, and never more than the values of the tensors that `encoder.tensors` sends."""
+    size = size_by_ratio(adapter, ratio, knobs)
+    return min(size, adapter.lora_b_size) if knobs.tensors == "B" else size
+
+
+def size_of_autoencoder(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+    """The architecture's rate of the padded update."""
+    return math.prod(code_shape(knobs.architecture, adapter.update_size))
+
+
+def size_of_lora_b(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+    """The values of LoRA's B tensors."""
+    return adapter.lora_b_size
+
+
+def size_of_cores(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+    """rank x rank values of each B, or fewer where B has fewer rows."""
+    return adapter.rank * sum(min(out, adapter.rank) for out, _ in adapter.matrices)
+
+
+def size_of_power(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+    """As many whole directions as fit into D / ratio values."""
+    rank = adapter.rank
+    tensors = [tensor for out, width in adapter.matrices for tensor in ((False, rank, width), (True, out, rank))]
+    counts = power_ranks(tensors, size_by_ratio(adapter, ratio, knobs))
     return sum(min(height, width) * count for (_, height, width), count in zip(tensors, counts, strict=True))
 
 
@@ -208,7 +239,7 @@ def message_bytes(size: int, wire_dtype: str) -> int:
 
 
 def plain_lora_bytes(uploads: float, update_size: int, wire_dtype: str) -> int:
-    """Bytes of `uploads` whole adapters, headers apart, as the code travels but never below float16.
+    """Bytes of `uploads` whole adapters, headers apart: in float32 beside codes in float32, in 16 bits beside smaller ones.
 
     Plain LoRA is what one would do without an encoder; nobody sends it in fewer bits, so a code's bits are its own gain.
     """
@@ -255,16 +286,16 @@ def known_matrices(model_id: str, targets: Sequence[str]) -> list[list[int]] | N
 def _adapted(entries: Iterable[tuple[str, Sequence[int]]], targets: Sequence[str], model: str) -> list[list[int]]:
     """The shapes that PEFT would pair: a target is a whole name or its last parts, so "c_proj" names attn.c_proj and
     mlp.c_proj alike, and "mlp.c_proj" only the latter."""
-    found = []
+    shapes = []
     for name, shape in entries:
         module = name.removesuffix(".weight")
         if any(module == target or module.endswith(f".{target}") for target in targets):
-            found.append(list(shape))
-    if not found:
+            shapes.append(list(shape))
+    if not shapes:
         raise ModelError(
             f"adapter.targets = {list(targets)} names no matrix of {model}: name linear modules of this model."
         )
-    return found
+    return shapes
 
 
 def _header(file: Path) -> dict[str, list[int]]:

@@ -8,6 +8,7 @@ seed, so that clients and server agree on the same map; it protects nobody and n
 An encoder promises nothing about norms: the clip comes after it, in code space.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
@@ -24,8 +25,12 @@ __all__ = [
     "check_segments",
     "check_update",
     "common_facts",
+    "fingerprint_of",
+    "is_lora_b",
     "mark_non_finite",
     "no_state",
+    "tensor_of_text",
+    "text_of_tensor",
 ]
 
 Fact = str | int | float | bool
@@ -142,3 +147,26 @@ def no_state(name: str, state: Mapping[str, Tensor]) -> None:
         raise EncoderError(
             f"the {name} encoder keeps no tensors but {len(state)} were saved; restore the one they belong to"
         )
+
+
+def is_lora_b(segment: Segment) -> bool:
+    """Whether the tensor is the B of a LoRA pair, (out, rank), by its name."""
+    return ".lora_B." in segment.name
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of an encoder's state: after a refresh, a code of the old map can be told from one of the new."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensor_of_text(text: str) -> Tensor:
+    """A text as uint8: safetensors holds numbers only."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def text_of_tensor(tensor: Tensor) -> str:
+    """The text of `tensor_of_text`; ValueError if it is none."""
+    return bytes(tensor.tolist()).decode()

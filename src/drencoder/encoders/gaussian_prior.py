@@ -84,11 +84,6 @@ class MomentQuery:
         """V, the number of statistics that one client reports."""
         return 2 * self.epochs * len(self.segments)
 
-    @property
-    def gain(self) -> float:
-        """Bound on |statistics|_2 / |updates|_2; use it to place the clip, never as a sensitivity."""
-        return math.sqrt(2.0)
-
     def statistics(self, update_NX: Tensor) -> Tensor:
         """stats_NV float32, see `moment_statistics`."""
         return moment_statistics(update_NX, self.segments, self.epochs)
@@ -105,7 +100,7 @@ class SyntheticGradients:
     set of LLaMA-7B's 8,388,608 values a row takes no memory beyond the rows in use.
 
     Only priors can make one, and `Autoencoder.fit` takes nothing else: the type is the proof that no real gradient trained
-    it. (FedCG's baseline has a type of its own, `encoders.fedcg.RealGradients`, named non-private.)
+    it. (FedCG's baseline has a type of its own, `published.fedcg.RealGradients`, named non-private.)
     """
 
     __slots__ = ("_count", "_draw_row", "_energy_S", "_segments")
@@ -139,11 +134,11 @@ class SyntheticGradients:
 
     def rows(self, indices: Iterable[int]) -> Tensor:
         """Rows (len(indices), D) float32 in this order; IndexError unless 0 <= index < len(self)."""
-        wanted = [int(index) for index in indices]
-        if wanted and not (min(wanted) >= 0 and max(wanted) < self._count):
-            raise IndexError(f"rows {min(wanted)} to {max(wanted)} of {self._count} synthetic gradients")
-        values_ND = torch.empty(len(wanted), self.size)
-        for place, index in enumerate(wanted):
+        numbers = [int(index) for index in indices]
+        if numbers and not (min(numbers) >= 0 and max(numbers) < self._count):
+            raise IndexError(f"rows {min(numbers)} to {max(numbers)} of {self._count} synthetic gradients")
+        values_ND = torch.empty(len(numbers), self.size)
+        for place, index in enumerate(numbers):
             values_ND[place] = self._draw_row(index)
         return values_ND
 

@@ -13,20 +13,29 @@ https://arxiv.org/abs/2403.12313), and the server can take longer steps (measure
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import Fact, check_code, check_update, common_facts, mark_non_finite
+from drencoder.encoders.contract import (
+    Encoder,
+    Fact,
+    check_code,
+    check_update,
+    common_facts,
+    is_lora_b,
+    mark_non_finite,
+)
 from drencoder.encoders.kronecker import KroneckerEncoder
-from drencoder.encoders.random_sketch import RandomSketch
+from drencoder.encoders.random_sketch import UNIFORM_SHARE, RandomSketch, allocate_code
+from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["HybridEncoder"]
+__all__ = ["HybridEncoder", "make_hybrid"]
 
 # A direction of which the head leaves less than this share of the length is rounding.
 _LEAST = 1e-3
@@ -126,23 +135,6 @@ class HybridEncoder:
         }
 
     @cached_property
-    def share_K(self) -> Tensor:
-        """The prior's share of an update's energy in each code value, float64 (K,); a direction counts as the head's largest."""
-        share_H = self.head.share_K
-        rest = max(0.0, 1.0 - float(share_H.sum())) / max(1, self.update_size - len(share_H))
-        share_K = torch.full((self.code_size,), rest, dtype=torch.float64)
-        share_K[: len(share_H)] = share_H
-        share_K[len(share_H) : len(share_H) + len(self.direction_JD)] = share_H.max()
-        return share_K
-
-    @cached_property
-    def groups(self) -> tuple[Tensor, ...]:
-        """The head's groups, then each direction by itself, then the random block: what the server filters together."""
-        last = self.head.code_size + len(self.direction_JD)
-        directions = torch.arange(self.head.code_size, last)[:, None].unbind()
-        return *self.head.groups, *directions, *([torch.arange(last, self.code_size)] if self.sketch else [])
-
-    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of everything that does not come from the round's seed."""
         digest = hashlib.blake2b(self.head.fingerprint.encode(), digest_size=8)
@@ -168,3 +160,48 @@ class HybridEncoder:
         except (KeyError, ValueError) as error:
             raise EncoderError(f"the saved hybrid encoder lacks {error}; restore the one of this run") from None
         return cls(restored, direction_JD, RandomSketch(segments, code_S) if code_S else None)
+
+
+def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "hybrid": a share `encoder.explore` of the code is the sketch's, the head fills what directions leave.
+
+    EncoderError if the tensors that are sent hold fewer values than the code, or if LoRA's B alone is to be sent and there is none.
+    """
+    if state:
+        return HybridEncoder.from_state(request.segments, state)
+    segments, code_size = request.segments, request.required_size("hybrid")
+    size_S, sent_S = _sent_tensors(request)
+    most = int((size_S * sent_S).sum())
+    if code_size > most:
+        raise EncoderError(
+            f"code_size is {code_size}, but the tensors that the hybrid encoder sends have {most} values; lower it"
+        )
+    prior = request.structured_prior("hybrid")
+    random = min(code_size - 1, round(request.explore * code_size))
+    history_JD = request.released_directions() * sent_S.repeat_interleave(size_S)
+    history_JD = history_JD[: code_size - 1 - random]
+    if code_size == most:  # all that is sent, in the prior's coordinates: nothing is left for directions or a sketch
+        random, history_JD = 0, history_JD[:0]
+    head = KroneckerEncoder.build(prior, code_size - random - len(history_JD), sent_S.tolist())
+    without_sketch = HybridEncoder.build(head, history_JD, None)
+    # The sketch also takes the place of directions that the head explains, so that the code has the size of the plan.
+    random = code_size - without_sketch.code_size
+    if not random:
+        return without_sketch
+    code_S = torch.zeros_like(size_S)
+    sent_segments = tuple(segment for segment, sent in zip(segments, sent_S.tolist(), strict=True) if sent)
+    code_S[sent_S] = allocate_code(sent_segments, random, None, UNIFORM_SHARE)
+    return replace(without_sketch, sketch=RandomSketch(segments, tuple(code_S.tolist())))
+
+
+def _sent_tensors(request: EncoderRequest) -> tuple[Tensor, Tensor]:
+    """Sizes (S,) of the tensors, and which of them a code is about (S,) bool, by `encoder.tensors`."""
+    size_S = torch.tensor([segment.size for segment in request.segments])
+    if request.knobs.tensors == "both":
+        return size_S, torch.ones_like(size_S, dtype=torch.bool)
+    sent_S = torch.tensor([is_lora_b(segment) for segment in request.segments])
+    if not bool(sent_S.any()):
+        raise EncoderError(
+            f"none of the {len(size_S)} adapter tensors is the B of a LoRA pair; set encoder.tensors = 'both'"
+        )
+    return size_S, sent_S

@@ -11,6 +11,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from drencoder.encoders.contract import (
+    Encoder,
     Fact,
     check_code,
     check_segments,
@@ -18,9 +19,10 @@ from drencoder.encoders.contract import (
     common_facts,
     no_state,
 )
+from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_size
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["IdentityEncoder"]
+__all__ = ["IdentityEncoder", "make_identity"]
 
 
 @final
@@ -60,3 +62,8 @@ class IdentityEncoder:
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "IdentityEncoder":
         no_state(cls.name, state)
         return cls(segments)
+
+
+def make_identity(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "identity"."""
+    return check_fixed_size(request, IdentityEncoder.from_state(request.segments, state or {}))

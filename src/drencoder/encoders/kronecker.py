@@ -10,7 +10,6 @@ water-filling: Cover & Thomas 2006, Elements of Information Theory, section 10.3
 A code is thus a staircase cut out of each rotated tensor P' G Q. Encoding costs two thin products per tensor.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +18,24 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import Fact, check_code, check_segments, check_update, common_facts, mark_non_finite
+from drencoder.encoders.contract import (
+    Encoder,
+    Fact,
+    check_code,
+    check_segments,
+    check_update,
+    common_facts,
+    fingerprint_of,
+    mark_non_finite,
+    tensor_of_text,
+    text_of_tensor,
+)
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, SecondMoment, matrix_shape
+from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["EnergyCurve", "KroneckerEncoder", "energy_curve"]
+__all__ = ["KroneckerEncoder", "make_kronecker"]
 
 
 @final
@@ -136,47 +147,6 @@ class _Part:
         return (values_NAB.transpose(1, 2) if self.turned else values_NAB).reshape(count, self.segment.size)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class EnergyCurve:
-    """How much of the prior's energy the best code of each size captures.
-
-    code_size_G int64 and captured_G float64 rise together, by levels of equal variance; between two levels the curve is a
-    straight line, so that it is exact for every size.
-    """
-
-    code_size_G: Tensor
-    captured_G: Tensor
-    total: float
-
-    def captured(self, code_size: int) -> float:
-        """Share of the expected |u|^2 inside a code of this many values, 0 to 1."""
-        last = int(self.code_size_G[-1])
-        if not 0 <= code_size <= last:
-            raise EncoderError(f"code_size is {code_size}, expected 0 to {last}, the size of the adapter")
-        place = int(torch.searchsorted(self.code_size_G, code_size))
-        below, before = (
-            (0, 0.0) if place == 0 else (int(self.code_size_G[place - 1]), float(self.captured_G[place - 1]))
-        )
-        above, after = int(self.code_size_G[place]), float(self.captured_G[place])
-        share = (code_size - below) / (above - below) if above > below else 0.0
-        return min(1.0, (before + share * (after - before)) / self.total)
-
-    def distortion(self, code_size: int) -> float:
-        """Expected |u - decode(encode(u))|^2 of the prior's own gradients: the eigenvalues that are left out."""
-        return (1.0 - self.captured(code_size)) * self.total
-
-    def size_for(self, share: float) -> int:
-        """The smallest code that captures this share of the energy; EncoderError unless 0 < share <= 1."""
-        if not 0.0 < share <= 1.0:
-            raise EncoderError(f"a share of {share} of the energy was asked for; give one above 0 and at most 1")
-        low, high = 1, int(self.code_size_G[-1])
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.captured(middle) >= share else (middle + 1, high)
-        return low
-
-
 @dataclass(frozen=True, eq=False)
 class _Levels:
     """Groups of coordinates of equal variance: per tensor one for each row i and known direction j (a single coordinate), and
@@ -189,15 +159,10 @@ class _Levels:
     @classmethod
     def of(cls, prior: MatrixNormalPrior, sent: Sequence[bool] | None = None) -> "_Levels":
         """Coordinates of tensors that are not `sent` come after all others, also after those that the prior never saw move."""
-        if prior.mean_D is not None:
-            raise EncoderError(
-                "the kronecker encoder is linear and needs second moments about zero, but this prior has a mean taken "
-                "out; estimate it with centred=False"
-            )
         variances, sizes, shapes = [], [], []
         taken = sent or [True] * len(prior.segments)
         for segment, row, column, energy, take in zip(
-            prior.segments, prior.rows, prior.columns, prior.spread_S.tolist(), taken, strict=True
+            prior.segments, prior.rows, prior.columns, prior.energy_S.tolist(), taken, strict=True
         ):
             short, long = (column, row) if _turned(segment) else (row, column)
             unknown = short.length - len(short.values_Q)
@@ -224,15 +189,6 @@ class _Levels:
         before_G = size_G.cumsum(0) - size_G
         taken_G[order_G] = torch.minimum((code_size - before_G).clamp(min=0), size_G)
         return taken_G
-
-
-def energy_curve(prior: MatrixNormalPrior) -> EnergyCurve:
-    """The curve of the prior's second moments; EncoderError if a mean was taken out of them."""
-    levels = _Levels.of(prior)
-    order_G = levels.order_G
-    size_G, variance_G = levels.size_G[order_G], levels.variance_G[order_G]
-    captured_G = (size_G * variance_G).cumsum(0)
-    return EnergyCurve(size_G.cumsum(0), captured_G, float(captured_G[-1]))
 
 
 def _turned(segment: Segment) -> bool:
@@ -265,7 +221,7 @@ class KroneckerEncoder:
         Args:
           sent: which of the tensors a code may be about; None: all.
 
-        EncoderError unless 1 <= code_size <= D, the values of what is sent, or if a mean was taken out of the prior.
+        EncoderError unless 1 <= code_size <= D, the values of what is sent.
         """
         check_segments(prior.segments)
         levels = _Levels.of(prior, sent)
@@ -322,20 +278,6 @@ class KroneckerEncoder:
             places.append((part, first, first := first + len(part.index_k)))
         return tuple(places)
 
-    @property
-    def share_K(self) -> Tensor:
-        """The prior's share of an update's energy in each code value, float64 (K,)."""
-        return self.variance_K / self.energy
-
-    @cached_property
-    def groups(self) -> tuple[Tensor, ...]:
-        """Code places from the prior's largest variance to its smallest, in groups of 1, 2, 4, ... places: what the server takes
-        together when it filters."""
-        order_K = torch.argsort(self.variance_K, descending=True, stable=True)
-        sizes = [1 << step for step in range(self.code_size.bit_length()) if (1 << step) <= self.code_size]
-        sizes[-1] += self.code_size - sum(sizes)
-        return order_K.split(sizes)
-
     @cached_property
     def basis_bytes(self) -> int:
         """Bytes of the bases, which every client needs before its first message: part of the downlink."""
@@ -348,11 +290,8 @@ class KroneckerEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the map: after a refresh of the bases, a code of the old ones can be told from a new one."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.state().items()):
-            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """See `contract.fingerprint_of`."""
+        return fingerprint_of(self.state())
 
     def describe(self) -> dict[str, Fact]:
         largest = max(part.segment.size for part in self.parts)
@@ -371,7 +310,7 @@ class KroneckerEncoder:
         kept = {
             "variance": self.variance_K,
             "energy": torch.tensor(self.energy, dtype=torch.float64),
-            "provenance": torch.tensor(list(self.provenance.encode()), dtype=torch.uint8),
+            "provenance": tensor_of_text(self.provenance),
             "tensors": torch.tensor([self.segments.index(part.segment) for part in self.parts]),
         }
         for number, part in enumerate(self.parts):
@@ -393,7 +332,7 @@ class KroneckerEncoder:
                     _Basis.from_tensors(state, f"{number}.long", long),
                 )
                 parts.append(_Part(segment, count_A, *bases))
-            variance_K, provenance = state["variance"], bytes(state["provenance"].tolist()).decode()
+            variance_K, provenance = state["variance"], text_of_tensor(state["provenance"])
             energy = float(state["energy"])
             if sum(len(part.index_k) for part in parts) != len(variance_K):
                 raise ValueError(f"{len(variance_K)} variances do not fit the counts")
@@ -403,3 +342,10 @@ class KroneckerEncoder:
                 "the one of this run"
             ) from None
         return cls(segments, tuple(parts), variance_K, energy, provenance)
+
+
+def make_kronecker(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "kronecker"."""
+    if state:
+        return KroneckerEncoder.from_state(request.segments, state)
+    return KroneckerEncoder.build(request.structured_prior("kronecker"), request.required_size("kronecker"))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from drencoder.encoders.contract import (
+    Encoder,
     Fact,
     check_code,
     check_segments,
@@ -25,11 +26,12 @@ from drencoder.encoders.contract import (
     no_state,
 )
 from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["UNIFORM_SHARE", "RandomSketch", "allocate_code"]
+__all__ = ["UNIFORM_SHARE", "RandomSketch", "allocate_code", "make_random"]
 
 # Of a code, spread evenly whatever the prior says: the prior is of the start, and later rounds move other tensors.
 UNIFORM_SHARE = 0.6
@@ -341,3 +343,10 @@ class RandomSketch:
         shift_S = (torch.rand(len(self.segments), dtype=torch.float64, generator=generator) * size_S).long()
         index_K = start_S[segment_K] + (low_K + jitter_K + shift_S[segment_K]) % size_S[segment_K]
         return index_K.sort().values
+
+
+def make_random(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "random": allocated by stage 1's prior, uniformly without one."""
+    size = request.required_size("random")
+    sketch = RandomSketch.build(request.segments, size, request.prior)
+    return RandomSketch.from_state(sketch.segments, sketch.code_S, state or {})

@@ -7,7 +7,8 @@ rotation every value is close to normal with the code's root mean square, whatev
 known: those of Max (1960, https://doi.org/10.1109/TIT.1960.1057548) and Lloyd (1982). So do DRIVE (Vargaftik et al. 2021,
 https://arxiv.org/abs/2105.08339) and EDEN (Vargaftik et al. 2022, https://arxiv.org/abs/2108.08842), which scale what is sent so
 that its mean over rotations is the code. Ours has the code's own *length*, since a clip bounds the length and is paid for by
-noise; its mean is cos * code, with `cosine(b)` the same for every code: a slightly shorter step, in no other direction.
+noise; its mean is cos * code, cos the root of the levels' mean square, the same for every code: a slightly shorter step, in no
+other direction.
 """
 
 import math
@@ -24,7 +25,7 @@ from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["Rotation", "cosine", "levels", "quantise", "unit"]
+__all__ = ["Rotation", "levels", "quantise", "unit"]
 
 
 class Rotation:
@@ -74,13 +75,6 @@ def _mean_between(low: float, high: float) -> float:
     """Of a standard normal, given that it lies there; 0 <= low < high."""
     mass = (math.erfc(low / math.sqrt(2)) - math.erfc(high / math.sqrt(2))) / 2
     return (math.exp(-low * low / 2) - math.exp(-high * high / 2)) / math.sqrt(2 * math.pi) / mass
-
-
-def cosine(bits: int) -> float:
-    """Between a long code and what arrives of it: sqrt(E level^2), since a level is the mean of its values."""
-    positive = levels(bits)[2 ** (bits - 1) :]
-    mass = [math.erfc(a / math.sqrt(2)) - math.erfc(b / math.sqrt(2)) for a, b in _cells(positive)]
-    return math.sqrt(sum(m * value * value for m, value in zip(mass, positive, strict=True)))
 
 
 def quantise(code_NK: Tensor, bits: int, rotation: Rotation) -> tuple[Tensor, Tensor]:

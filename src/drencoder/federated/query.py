@@ -19,6 +19,7 @@ from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior, MomentQuery
+from drencoder.encoders.planning import wire_dtype
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import CodeError
 from drencoder.federated.adaptive_clip import AdaptiveClip, AdaptiveClipEncoder
@@ -161,7 +162,7 @@ def update_query(
     client that has nothing to say contributes the zero vector, which is what add/remove adjacency compares with.
     """
     seed = derive_seed(recipe.seed, "sketch", slot)
-    wire = WireFormat.of(encoder, recipe.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
+    wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
     summable, clip_l2 = encoder.linear, recipe.privacy.clip_l2
     if not encoder.linear and recipe.privacy.noise_in == "code":
         encoder = RelativeEncoder(encoder)

@@ -123,7 +123,7 @@ def client_message(
         values = query.encode(values)
     # Under local trust a count of broken updates would be an uncharged answer about the clients' data.
     nonfinite = 0 if permit.trust == "local" else clipped.nonfinite
-    return Upload(tuple(clients), pack_rows(values, spec.wire, spec.slot, clients), nonfinite)
+    return Upload(tuple(clients), pack_rows(values, spec.wire, spec.slot), nonfinite)
 
 
 def client_share(

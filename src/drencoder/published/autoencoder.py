@@ -11,25 +11,39 @@ the energy, and this network does not even reach that. It is here as the faithfu
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import Fact, check_code, check_segments, check_update, common_facts, mark_non_finite
-from drencoder.encoders.gaussian_prior import SyntheticGradients
+from drencoder.encoders.contract import (
+    Encoder,
+    Fact,
+    check_code,
+    check_segments,
+    check_update,
+    common_facts,
+    mark_non_finite,
+    tensor_of_text,
+    text_of_tensor,
+)
+from drencoder.encoders.gaussian_prior import SyntheticGradients, sample_structured
+from drencoder.encoders.request import EncoderRequest, SavedState, StepCallback, TrainingGradients
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.published.architectures import Architecture, AutoencoderNetwork, architecture, blank_network
 from drencoder.published.fedcg import RealGradients
-from drencoder.published.fitting import AutoencoderOptions, Frame, StepCallback, TrainingGradients, fit_network
+from drencoder.published.fitting import AutoencoderOptions, Frame, fit_network
+from drencoder.rng import derive_seed
 
-__all__ = ["Autoencoder", "AutoencoderNetwork", "AutoencoderOptions", "StepCallback"]
+__all__ = ["Autoencoder", "AutoencoderNetwork", "AutoencoderOptions", "make_autoencoder"]
 
 TrainedOn = Literal["synthetic", "real"]
+
+_VALIDATION_SHARE = 0.2  # of the real gradients
 
 
 @final
@@ -181,8 +195,8 @@ class Autoencoder:
         tensors = {key: value.detach().cpu().clone() for key, value in self.network.state_dict().items()}
         return tensors | {
             "scale_S": self.scale_S.clone(),
-            "architecture": _from_text(self.architecture),
-            "trained_on": _from_text(self.trained_on),
+            "architecture": tensor_of_text(self.architecture),
+            "trained_on": tensor_of_text(self.trained_on),
             "saturated_share": torch.tensor(self.saturated_share, dtype=torch.float64),
         }
 
@@ -191,7 +205,7 @@ class Autoencoder:
         """The encoder of `state`; EncoderError if tensors are missing, foreign or of another shape."""
         tensors = dict(state)
         try:
-            name, trained_on = _to_text(tensors.pop("architecture")), _to_text(tensors.pop("trained_on"))
+            name, trained_on = text_of_tensor(tensors.pop("architecture")), text_of_tensor(tensors.pop("trained_on"))
             scale_S, saturated_share = tensors.pop("scale_S"), float(tensors.pop("saturated_share"))
             network = blank_network(name)
             network.load_state_dict(tensors)
@@ -205,10 +219,66 @@ class Autoencoder:
         yield from (slice(start, start + step) for start in range(0, count, step))
 
 
-def _from_text(text: str) -> Tensor:
-    """safetensors holds numbers only."""
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "autoencoder": trained on draws of the structured prior if there is public text, else of stage 1's prior;
+    for FedCG on real gradients.
+
+    EncoderError without any of them, or if the saved network is of another architecture than the recipe's.
+    """
+    options = AutoencoderOptions(
+        steps=request.knobs.train_steps,
+        samples=request.synthetic,
+        architecture=request.knobs.architecture,  # type: ignore[arg-type]  # checked by the recipe
+        normalise=request.knobs.normalise,  # type: ignore[arg-type]
+    )
+    _check_size(request, options.architecture)
+    if state:
+        restored = Autoencoder.from_state(request.segments, state)
+        if restored.architecture != options.architecture:
+            raise EncoderError(
+                f"the saved autoencoder is a {restored.architecture}, the recipe wants a {options.architecture}; "
+                "resume with the recipe of that run"
+            )
+        return restored
+    if request.real is not None:
+        return _fit_non_private(request, options)
+    training, validation = _synthetic_gradients(request, options)
+    return Autoencoder.fit(
+        request.segments, training, validation, seed=request.seed, options=options, on_step=request.on_step
+    )
 
 
-def _to_text(tensor: Tensor) -> str:
-    return bytes(tensor.tolist()).decode()
+def _check_size(request: EncoderRequest, name: str) -> None:
+    """Before anything is trained."""
+    size = math.prod(architecture(name).code_shape(check_segments(request.segments)))
+    if request.code_size not in (None, size):
+        raise EncoderError(
+            f"code_size is {request.code_size}, but the autoencoder of this adapter always sends {size} values; leave "
+            "code_size out or choose the random encoder"
+        )
+
+
+def _fit_non_private(request: EncoderRequest, options: AutoencoderOptions) -> Autoencoder:
+    if not isinstance(request.real, RealGradients):
+        raise TypeError(f"real gradients come from RealGradients.collected, not as {type(request.real).__name__}")
+    real, validation = request.real.split(_VALIDATION_SHARE, request.seed)
+    return Autoencoder.fit_non_private(
+        request.segments, real, validation, seed=request.seed, options=options, on_step=request.on_step
+    )
+
+
+def _synthetic_gradients(
+    request: EncoderRequest, options: AutoencoderOptions
+) -> tuple[SyntheticGradients, SyntheticGradients]:
+    """For training and for validation."""
+    draw: Callable[[int, int], SyntheticGradients]
+    if request.public is not None:
+        draw = partial(sample_structured, request.structured_prior("autoencoder"))
+    elif request.prior is not None:
+        draw = request.prior.sample
+    else:
+        raise EncoderError("the autoencoder is trained on synthetic gradients and needs a prior; run stage 1")
+    return (
+        draw(options.samples, derive_seed(request.seed, "autoencoder-train")),
+        draw(options.validation, derive_seed(request.seed, "autoencoder-validation")),
+    )

@@ -104,10 +104,10 @@ class RealGradients:
 
     def rows(self, indices: Iterable[int]) -> Tensor:
         """Rows (len(indices), D) in this order; IndexError unless 0 <= index < len(self)."""
-        wanted = [int(index) for index in indices]
-        if wanted and not (min(wanted) >= 0 and max(wanted) < len(self)):
-            raise IndexError(f"rows {min(wanted)} to {max(wanted)} of {len(self)} real gradients")
-        return self._values_ND[wanted]
+        numbers = [int(index) for index in indices]
+        if numbers and not (min(numbers) >= 0 and max(numbers) < len(self)):
+            raise IndexError(f"rows {min(numbers)} to {max(numbers)} of {len(self)} real gradients")
+        return self._values_ND[numbers]
 
     def energy_S(self, segments: tuple[Segment, ...]) -> Tensor:
         """Mean |u_l|^2 per segment, float64 (S,); EncoderError if the rows are of another size."""

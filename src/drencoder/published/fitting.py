@@ -4,24 +4,22 @@ Legend: N clients or gradients, D adapter values, S segments, L padded length.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from drencoder.encoders.code_sizes import code_shape
+from drencoder.encoders.request import StepCallback, TrainingGradients
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.published.architectures import AutoencoderNetwork, architecture, fresh_network
 from drencoder.rng import derive_seed
 
-__all__ = ["AutoencoderOptions", "Fitted", "Frame", "StepCallback", "TrainingGradients", "fit_network"]
-
-StepCallback = Callable[[int, float, float | None], None]
-"""Called with step, training loss and, when just measured, validation loss."""
+__all__ = ["AutoencoderOptions", "Fitted", "Frame", "fit_network"]
 
 _HEADROOM = 4.0  # this many root mean squares fill Tanh's range
 _SCALE_FLOOR = 1e-3  # of the adapter's root mean square, for a segment without gradient (LoRA's A while B = 0)
@@ -65,17 +63,6 @@ class AutoencoderOptions:
         if self.normalise not in ("none", "rms", "module"):
             raise EncoderError(f"autoencoder normalise is {self.normalise!r}, expected 'none', 'rms' or 'module'")
         architecture(self.architecture)
-
-
-class TrainingGradients(Protocol):
-    """What the loop needs of `prior.SyntheticGradients` and `fedcg.RealGradients`; neither type can stand for the other,
-    since `Autoencoder`'s two doors check which one comes."""
-
-    def __len__(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def rows(self, indices: Iterable[int]) -> Tensor: ...
-    def energy_S(self, segments: tuple[Segment, ...]) -> Tensor: ...
 
 
 @final

@@ -15,7 +15,6 @@ A tensor G is sent as G [known | fresh], A x C values; the directions are orthon
   never leave the first one: a share of each Q is fresh and random in every round, all of it as long as there is no momentum.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,15 +31,19 @@ from drencoder.encoders.contract import (
     check_segments,
     check_update,
     common_facts,
+    fingerprint_of,
+    is_lora_b,
     mark_non_finite,
+    tensor_of_text,
+    text_of_tensor,
 )
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, matrix_shape
+from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_size
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
-from drencoder.published.subset import is_lora_b
 from drencoder.rng import derive_seed
 
-__all__ = ["LowRankEncoder"]
+__all__ = ["LowRankEncoder", "make_core", "make_power"]
 
 # Singular values below this share of the largest are rounding, not directions.
 _RESOLUTION = 1e-5
@@ -96,9 +99,11 @@ class LowRankEncoder:
             if not is_lora_b(segment):
                 known.append(torch.zeros(max(height, width), 0))
                 continue
-            found_BQ = (row if height > width else column).vectors_LQ[:, :width]
-            missing = width - found_BQ.shape[1]
-            known.append(torch.cat([found_BQ, _orthogonal_to(found_BQ, missing, derive_seed(0, "core", place))], dim=1))
+            leading_BQ = (row if height > width else column).vectors_LQ[:, :width]
+            missing = width - leading_BQ.shape[1]
+            known.append(
+                torch.cat([leading_BQ, _orthogonal_to(leading_BQ, missing, derive_seed(0, "core", place))], dim=1)
+            )
         return cls(prior.segments, tuple(known), (0,) * len(known), "core", prior.origin.sentence)
 
     @classmethod
@@ -107,7 +112,7 @@ class LowRankEncoder:
     ) -> "LowRankEncoder":
         """Known directions are the momentum's leading right singular vectors: what a power iteration on it tends to.
 
-        How many directions a tensor gets follows from its shape and `code_size` alone (`sizes.power_ranks`). A share `explore` of
+        How many directions a tensor gets follows from its shape and `code_size` alone (`code_sizes.power_ranks`). A share `explore` of
         them, and one at least, is fresh. EncoderError if `code_size` does not hold one direction, or the momentum is not
         a finite (D,).
         """
@@ -173,11 +178,8 @@ class LowRankEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the map: after a refresh, a code of the old directions can be told from a new one."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.state().items()):
-            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """See `contract.fingerprint_of`."""
+        return fingerprint_of(self.state())
 
     def describe(self) -> dict[str, Fact]:
         basis_bytes = sum(4 * known_BQ.numel() for known_BQ in self.known)
@@ -202,7 +204,7 @@ class LowRankEncoder:
         kept = {f"{number}.known": known_BQ for number, known_BQ in enumerate(self.known)}
         return kept | {
             "fresh": torch.tensor(self.fresh),
-            "provenance": torch.tensor(list(self.provenance.encode()), dtype=torch.uint8),
+            "provenance": tensor_of_text(self.provenance),
         }
 
     @classmethod
@@ -210,7 +212,7 @@ class LowRankEncoder:
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
         try:
             known = tuple(state[f"{number}.known"] for number in range(len(segments)))
-            fresh, provenance = tuple(state["fresh"].tolist()), bytes(state["provenance"].tolist()).decode()
+            fresh, provenance = tuple(state["fresh"].tolist()), text_of_tensor(state["provenance"])
         except (KeyError, ValueError) as error:
             raise EncoderError(
                 f"the saved {label} encoder does not fit this adapter of {len(segments)} tensors ({error}); restore the one "
@@ -244,5 +246,19 @@ def _orthogonal_to(known_BQ: Tensor, count: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.cat([known_BQ, random_BF], dim=1)).Q[:, known:]
 
 
-def _is_encoder(made: LowRankEncoder) -> Encoder:  # mypy holds the protocol
-    return made
+def make_core(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "core"."""
+    if state:
+        return check_fixed_size(request, LowRankEncoder.from_state(request.segments, state, "core"))
+    widths = [matrix_shape(segment)[1] for segment in request.segments if is_lora_b(segment)]
+    prior = request.required_public("core").prior(request.segments, max(widths, default=1))
+    return check_fixed_size(request, LowRankEncoder.core(prior))
+
+
+def make_power(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "power"."""
+    if state:
+        return LowRankEncoder.from_state(request.segments, state, "power")
+    history_JD = request.released_directions()
+    momentum_D = history_JD[0] if len(history_JD) else None
+    return LowRankEncoder.power(request.segments, request.required_size("power"), momentum_D, request.explore)

@@ -29,18 +29,17 @@ from drencoder.encoders.contract import (
     check_segments,
     check_update,
     common_facts,
+    is_lora_b,
     mark_non_finite,
+    tensor_of_text,
+    text_of_tensor,
 )
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
+from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_size
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["SubsetEncoder", "is_lora_b"]
-
-
-def is_lora_b(segment: Segment) -> bool:
-    """Whether the tensor is the B of a LoRA pair, (out, rank), by its name."""
-    return ".lora_B." in segment.name
+__all__ = ["SubsetEncoder", "make_ffa", "make_top_k"]
 
 
 @final
@@ -141,14 +140,14 @@ class SubsetEncoder:
         """The places and where they are from: a resumed run must not choose again."""
         return {
             "index": self.index_K,
-            "provenance": torch.tensor(list(self.provenance.encode()), dtype=torch.uint8),
+            "provenance": tensor_of_text(self.provenance),
         }
 
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], label: str) -> "SubsetEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
         try:
-            index_K, provenance = state["index"], bytes(state["provenance"].tolist()).decode()
+            index_K, provenance = state["index"], text_of_tensor(state["provenance"])
         except (KeyError, ValueError) as error:
             raise EncoderError(
                 f"the saved {label} encoder is malformed ({error}); restore the one of this run"
@@ -156,5 +155,15 @@ class SubsetEncoder:
         return cls(segments, index_K, label, provenance)
 
 
-def _is_encoder(made: SubsetEncoder) -> Encoder:  # mypy holds the protocol
-    return made
+def make_ffa(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "ffa"."""
+    if state:
+        return check_fixed_size(request, SubsetEncoder.from_state(request.segments, state, "ffa"))
+    return check_fixed_size(request, SubsetEncoder.lora_b(request.segments))
+
+
+def make_top_k(request: EncoderRequest, state: SavedState) -> Encoder:
+    """The registry's "top-k"."""
+    if state:
+        return SubsetEncoder.from_state(request.segments, state, "top-k")
+    return SubsetEncoder.top(request.required_public("top-k"), request.segments, request.required_size("top-k"))

@@ -87,23 +87,6 @@ class Recipe:
         return self.prior.sampling_rate or self.federation.sampling_rate
 
     @property
-    def public_text(self) -> str:
-        """`prior.public`; for a recipe that needs public text and names none, the base model writes it."""
-        return self.prior.public or ("self" if self.encoder.needs_public or self.adapter.start == "public" else "")
-
-    @property
-    def wire_dtype(self) -> str:
-        """`encoder.wire_dtype`, `auto` resolved.
-
-        Four bits of a rotated code cost 1 % of its energy (`encoders.rotated`). Without a trusted server they would cost the
-        public's better epsilon, or be no codes of the kind that secure aggregation adds; other encoders send what their papers do.
-        """
-        if self.encoder.wire_dtype != "auto":
-            return self.encoder.wire_dtype
-        four_bits = self.encoder.name == "hybrid" and (self.privacy.trust, self.privacy.noise_in) == ("central", "code")
-        return "rotated4" if four_bits else "float32"
-
-    @property
     def threshold(self) -> int:
         """Secure aggregation: how many nodes must take part to the end."""
         return self.federation.nodes - math.floor(self.privacy.dropout_share * self.federation.nodes + 1e-9)
@@ -158,33 +141,18 @@ def _unknown(what: str, word: str, names: set[str]) -> str:
 
 
 def _check_together(recipe: Recipe) -> None:
-    """Bounds that hold between knobs."""
+    """Bounds that hold between knobs, whatever the encoder; `encoders.planning.check_encoder` holds the others."""
     privacy, encoder = recipe.privacy, recipe.encoder
     if privacy.trust == "secure-aggregation":
         _check_secure(recipe)
-    if recipe.prior.source == "gradients" and encoder.name != "autoencoder":
-        raise RecipeError(
-            f"prior.source = 'gradients' trains FedCG's auto-encoder and encoder.name = {encoder.name!r} is not trained: "
-            "set encoder.name = 'autoencoder', or prior.source = 'moments'."
-        )
-    if encoder.name == "autoencoder" and recipe.prior.source == "none":
-        raise RecipeError(
-            "encoder.name = 'autoencoder' is trained on synthetic gradients and prior.source = 'none' gives none: "
-            "set prior.source = 'moments'."
-        )
     if 0 < encoder.ratio < 1:
         raise RecipeError(
             f"encoder.ratio = {encoder.ratio} would make codes longer than updates: give 1 or more, or 0 for a size from the plan."
         )
-    if privacy.clip == "adaptive" and (encoder.name == "autoencoder" or privacy.noise_in == "update"):
+    if privacy.clip == "adaptive" and privacy.noise_in == "update":
         raise RecipeError(
-            "privacy.clip = 'adaptive' needs codes that can be summed, noised as codes: set privacy.noise_in = 'code' and an "
-            "encoder other than 'autoencoder', or privacy.clip = 'fixed'."
-        )
-    if encoder.name == "autoencoder" and privacy.trust != "local" and privacy.noise_in == "code":
-        raise RecipeError(
-            "encoder.name = 'autoencoder' is not linear, so a sum of its codes cannot be decoded: with "
-            f"privacy.trust = {privacy.trust!r} set privacy.noise_in = 'update', or use trust = 'local'."
+            "privacy.clip = 'adaptive' needs noise in the codes and privacy.noise_in = 'update' puts it before them: set "
+            "privacy.noise_in = 'code', or privacy.clip = 'fixed'."
         )
 
 
@@ -192,12 +160,6 @@ def _check_secure(recipe: Recipe) -> None:
     """What secure aggregation cannot do, and the numbers of nodes that its protocol needs."""
     encoder, privacy, nodes = recipe.encoder, recipe.privacy, recipe.federation.nodes
     for key, value, required, why in (
-        (
-            "encoder.name",
-            encoder.name,
-            encoder.name if encoder.name != "autoencoder" else "random",
-            "only sums are decoded",
-        ),
         ("privacy.noise_in", privacy.noise_in, "code", "what is summed is the code"),
         (
             "encoder.wire_dtype",

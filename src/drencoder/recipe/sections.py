@@ -123,13 +123,12 @@ class Encoder(Checked):
 
     name: str = knob(
         "hybrid",
-        "the encoder",
-        choices=("identity", "random", "autoencoder", "kronecker", "hybrid", "ffa", "top-k", "core", "power"),
+        "how updates are encoded",
     )
     ratio: float = knob(
         0.0,
-        "adapter values per code value (not for `identity`, `autoencoder`, `ffa` and `core`), 1 or more; 0: from the privacy "
-        "plan, by how many coordinates its noise lets a round learn (k*)",
+        "adapter values per code value, 1 or more, where the encoder lets one choose; 0: from the privacy plan, by how many "
+        "coordinates its noise lets a round learn (k*)",
         low=0,
     )
     tensors: str = knob(
@@ -139,10 +138,10 @@ class Encoder(Checked):
     )
     wire_dtype: str = knob(
         "auto",
-        "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; int8, int4 and int2 have "
-        "that many bits a value and are rounded at random; rotated4, rotated2 and rotated1 turn a code at random first and keep "
-        "its length, which costs less; under local trust all but float32 leave the public no better epsilon than the server",
-        choices=("auto", "float32", "float16", "int8", "int4", "int2", "rotated4", "rotated2", "rotated1"),
+        "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; rotated4, rotated2 and "
+        "rotated1 turn a code at random and send 4, 2 or 1 bits a value; under local trust they leave the public no better "
+        "epsilon than the server",
+        choices=("auto", "float32", "rotated4", "rotated2", "rotated1"),
     )
     gate: str = knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))
     train_steps: int = knob(400, "training steps of the auto-encoder at most", low=1)
@@ -156,31 +155,6 @@ class Encoder(Checked):
         "input scale of the auto-encoder: none (as published), one root mean square, or one per LoRA tensor",
         choices=("none", "rms", "module"),
     )
-
-    @property
-    def needs_public(self) -> bool:
-        """Whether it is made from updates of public text."""
-        return self.name in ("kronecker", "hybrid", "top-k", "core")
-
-    @property
-    def only_b(self) -> bool:
-        """Whether its code is about LoRA's B tensors alone, by choice (`ffa` has none)."""
-        return self.name == "hybrid" and self.tensors == "B"
-
-    @property
-    def sized_by_ratio(self) -> bool:
-        """Whether `ratio` decides how long its code is."""
-        return self.name not in ("identity", "autoencoder", "ffa", "core")
-
-    @property
-    def takes_public(self) -> bool:
-        """Whether it is made from public text where the recipe names some: the auto-encoder can be trained on either prior."""
-        return self.needs_public or self.name == "autoencoder"
-
-    @property
-    def refreshed(self) -> bool:
-        """Whether it is made anew while a run goes on: from public text or from released aggregates."""
-        return self.needs_public or self.name == "power"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.lora_init import START_TEXTS, public_start
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
+from drencoder.encoders.planning import declared, planned_code_size, planned_start, public_text
+from drencoder.encoders.registry import build_encoder
+from drencoder.encoders.request import EncoderRequest, StepCallback, TrainingGradients
 from drencoder.evaluation.held_out import question_examples
 from drencoder.federated.engine import Engine
 from drencoder.federated.in_process import InProcessEngine
@@ -23,12 +26,9 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
-from drencoder.published.autoencoder import AutoencoderOptions, StepCallback
-from drencoder.published.fedcg import D1_SHARE, RealGradients
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
-from drencoder.runs.encoder_registry import EncoderRequest, build_encoder
-from drencoder.runs.plan_overview import Overview, planned_code_size, planned_start, survey
+from drencoder.runs.plan_overview import Overview, survey
 
 __all__ = ["EngineMaker", "Live", "SiteText", "build", "build_site"]
 
@@ -115,7 +115,7 @@ class Live:
 
         Other text in every slot, the same whenever that slot is computed again.
         """
-        if self.texts.public is None or not self.recipe.encoder.takes_public:
+        if self.texts.public is None or declared(self.recipe).public_text == "unused":
             return None
         size = self.recipe.data.examples_per_client
         groups = self.texts.public_clients(_PUBLIC_CLIENTS, size, derive_seed(self.recipe.seed, "public", slot))
@@ -144,33 +144,28 @@ class Live:
         prior: GaussianPrior | None,
         state: dict[str, torch.Tensor] | None = None,
         *,
-        real: RealGradients | None = None,
+        real: TrainingGradients | None = None,
         public: PublicUpdates | None = None,
         history_JD: torch.Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Encoder:
         """The recipe's encoder, made from the prior (FedCG: from real gradients; others: from public updates
         and directions of what was released), or restored from saved tensors."""
-        wanted, layout = self.recipe.encoder, self.lora.layout
+        recipe, layout = self.recipe, self.lora.layout
         matrices = [(pair.B.shape[0], pair.A.shape[1]) for pair in layout.pairs(self.lora.initial_D)]
         request = EncoderRequest(
             layout.segments,
-            planned_code_size(self.recipe, self.plan, matrices),
+            planned_code_size(recipe, self.plan, matrices),
             prior,
-            derive_seed(self.recipe.seed, "encoder"),
-            autoencoder=AutoencoderOptions(
-                steps=wanted.train_steps,
-                samples=self.recipe.prior.synthetic,
-                architecture=wanted.architecture,  # type: ignore[arg-type]  # checked by the recipe
-                normalise=wanted.normalise,  # type: ignore[arg-type]
-            ),
-            on_step=on_step,
-            real=real,
+            derive_seed(recipe.seed, "encoder"),
+            recipe.encoder,
             public=public,
-            only_b=wanted.only_b,
             history_JD=history_JD,
+            synthetic=recipe.prior.synthetic,
+            real=real,
+            on_step=on_step,
         )
-        return build_encoder(wanted.name, request, state)
+        return build_encoder(recipe.encoder.name, request, state)
 
 
 EngineMaker = Callable[[Live], Engine]
@@ -217,9 +212,13 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
         held = open_source(wanted, population=len(own.clients), seed=recipe.seed, server_share=False)
         source = HostedSource(held, own.clients)
     base = load_base(recipe.model)
-    d1_share = D1_SHARE if recipe.prior.source == "gradients" else 0.0
+    d1_share = 0.0
+    if recipe.prior.source == "gradients":
+        from drencoder.published.fedcg import D1_SHARE
+
+        d1_share = D1_SHARE
     # A site gets the encoder from the server, who made it: public text is the server's to have.
-    named = "" if site else recipe.public_text
+    named = "" if site else public_text(recipe)
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)

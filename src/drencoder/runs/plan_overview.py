@@ -3,7 +3,7 @@
 Legend: D adapter values, K code values.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,22 +13,22 @@ from drencoder.encoders.code_sizes import (
     BITS_PER_VALUE,
     FEW_COORDINATES,
     NOISY_RATIO,
+    AdapterShape,
     adapted_matrices,
     auto_ratio,
-    code_size,
-    few_coordinates,
     known_matrices,
     message_bytes,
     noise_dominates,
     plain_lora_bytes,
     stage1_values,
 )
+from drencoder.encoders.planning import check_encoder, declared, planned_code_size, planned_start, wire_dtype
 from drencoder.errors import ModelError
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
 
-__all__ = ["Overview", "modular_bits", "planned_code_size", "planned_start", "privacy_plan", "survey"]
+__all__ = ["Overview", "modular_bits", "privacy_plan", "survey"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Overview:
 
     `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
     Bytes are totals of all expected uploads; `message_bytes` is a client's in a round, under secure aggregation a node's.
-    Plain LoRA sends the whole adapter, as often, in the same wire type, or in float16 if that has fewer bits.
+    Plain LoRA sends the whole adapter, as often, in float32, or in 16 bits beside codes of fewer bits.
     """
 
     privacy: PrivacyPlan
@@ -48,6 +48,7 @@ class Overview:
     total_bytes: int | None
     plain_lora_bytes: int | None
     code_reason: str = ""  # why the code has this size, if the plan chose it
+    encoder_warning: str = ""  # what speaks against the encoder, in one sentence
 
     @property
     def stage2_bytes(self) -> int | None:
@@ -61,7 +62,7 @@ class Overview:
 
     def warnings(self) -> list[str]:
         """Returns what a person should know before starting, one sentence each."""
-        sentences = []
+        sentences = [self.encoder_warning] if self.encoder_warning else []
         if "round" in self.privacy.non_private:
             sentences.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
         elif self.privacy.non_private:
@@ -97,8 +98,10 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
     """Makes the recipe's privacy plan: sampler, noise and events in one place.
 
     Raises:
+      RecipeError: the recipe's encoder does not exist, or cannot do what the recipe asks of it.
       PrivacyError: the recipe's numbers cannot be planned for.
     """
+    check_encoder(recipe)
     privacy, federation = recipe.privacy, recipe.federation
     private = privacy.trust != "non-private"
     return make_plan(
@@ -118,7 +121,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         # itself, and rounding each to fewer bits, put something else in its place.
         dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
         honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
-        decodes_each=recipe.encoder.name == "autoencoder" or recipe.wire_dtype != "float32",
+        decodes_each=not declared(recipe).linear or wire_dtype(recipe) != "float32",
     )
 
 
@@ -133,17 +136,18 @@ def survey(recipe: Recipe) -> Overview:
     """Plans a recipe and returns what it will cost.
 
     Raises:
+      RecipeError: the recipe's encoder does not exist, or cannot do what the recipe asks of it.
       PrivacyError: the privacy numbers are impossible together.
       ModelError: the local model folder is unreadable or has no target module.
     """
     plan = privacy_plan(recipe)
     matrices = _adapted(recipe)
     if matrices is None:
-        return Overview(plan, None, None, None, None, None, None)
-    size = recipe.adapter.rank * sum(sum(shape) for shape in matrices)
-    prior = recipe.prior
+        return Overview(plan, None, None, None, None, None, None, encoder_warning=_encoder_warning(recipe))
+    size = AdapterShape(matrices, recipe.adapter.rank).update_size
+    prior, dtype = recipe.prior, wire_dtype(recipe)
     code = planned_code_size(recipe, plan, matrices)
-    message = message_bytes(code + (recipe.privacy.clip == "adaptive"), recipe.wire_dtype)
+    message = message_bytes(code + (recipe.privacy.clip == "adaptive"), dtype)
     rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
     uploads = plan.expected_cohort * rounds
     epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
@@ -162,21 +166,32 @@ def survey(recipe: Recipe) -> Overview:
         message_bytes=message,
         stage1_bytes=stage1,
         total_bytes=stage2 + stage1,
-        plain_lora_bytes=plain_lora_bytes(senders, size, recipe.wire_dtype),
+        plain_lora_bytes=plain_lora_bytes(senders, size, dtype),
         code_reason="; ".join(_reasons(recipe, plan, size)),
+        encoder_warning=_encoder_warning(recipe),
+    )
+
+
+def _encoder_warning(recipe: Recipe) -> str:
+    """Says so before a run spends stage 1's budget on an encoder that the viability gate will probably refuse."""
+    if declared(recipe).expected_viable or recipe.encoder.gate == "warn":
+        return ""
+    return (
+        f"encoder.name = {recipe.encoder.name!r} has carried too little of an update in every measurement, so the viability gate "
+        "will probably stop this run after stage 1: set encoder.gate = 'warn' to go on regardless, or choose another encoder."
     )
 
 
 def _reasons(recipe: Recipe, plan: PrivacyPlan, size: int) -> Iterator[str]:
     """Why the code is as the plan chose it; nothing of what the recipe says itself."""
-    encoder = recipe.encoder
-    if encoder.sized_by_ratio and not encoder.ratio:
-        yield _size_reason(size, plan.k_star(), recipe.wire_dtype)
-    if encoder.name == "hybrid" and recipe.adapter.start == "auto":
+    encoder, dtype = declared(recipe), wire_dtype(recipe)
+    if encoder.sized_by_ratio and not recipe.encoder.ratio:
+        yield _size_reason(size, plan.k_star(), dtype)
+    if encoder.starts_from_public_text and recipe.adapter.start == "auto":
         public, bound = planned_start(recipe, plan) == "public", f"{FEW_COORDINATES:g}"
         yield f"A from public text, since k* < {bound}" if public else f"A at random, since k* >= {bound}"
-    if encoder.wire_dtype == "auto" and recipe.wire_dtype != "float32":
-        yield f"in {BITS_PER_VALUE[recipe.wire_dtype]} bits a value"
+    if recipe.encoder.wire_dtype == "auto" and dtype != "float32":
+        yield f"in {BITS_PER_VALUE[dtype]} bits a value"
 
 
 def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
@@ -192,22 +207,6 @@ def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
 def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
     """Returns how many bits a value of a slot's sum has under secure aggregation."""
     return plan.share_terms(slot).quantiser(values, 1.0).bits  # the clip is their unit
-
-
-def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequence[int]]) -> int:
-    """K of the recipe's encoder under this plan, for adapted matrices of these shapes (out, in)."""
-    encoder, rank = recipe.encoder, recipe.adapter.rank
-    size = rank * sum(sum(shape) for shape in matrices)
-    ratio = encoder.ratio or auto_ratio(size, plan.k_star(), recipe.wire_dtype)
-    code = code_size(encoder.name, size, ratio, encoder.architecture, matrices=matrices, rank=rank)
-    return min(code, rank * sum(out for out, _ in matrices)) if recipe.encoder.only_b else code
-
-
-def planned_start(recipe: Recipe, plan: PrivacyPlan) -> str:
-    """`adapter.start`, `auto` resolved: directions of public text for `hybrid` where a round learns few coordinates."""
-    if recipe.adapter.start != "auto":
-        return recipe.adapter.start
-    return "public" if recipe.encoder.name == "hybrid" and few_coordinates(plan.k_star()) else "peft"
 
 
 def _adapted(recipe: Recipe) -> list[list[int]] | None:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from drencoder import __version__
 from drencoder.encoders.code_sizes import plain_lora_bytes
 from drencoder.encoders.contract import Encoder
-from drencoder.encoders.wire import WireFormat, noise_entropy
+from drencoder.encoders.planning import wire_dtype
+from drencoder.encoders.wire import WireFormat
 from drencoder.errors import ArtifactError, BudgetError, LostError, QuorumError
 from drencoder.evaluation.held_out import held_out_loss, multiple_choice
 from drencoder.evaluation.outcomes import measure_all
@@ -225,7 +226,7 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
     secure = plan.trust == "secure-aggregation"
     senders = recipe.federation.nodes if secure else plan.expected_cohort
     uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
-    wire = WireFormat.of(encoder, recipe.wire_dtype)  # type: ignore[arg-type]  # checked by the recipe
+    wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
     return {
         "version": 1,
         "drencoder": __version__,
@@ -239,11 +240,10 @@ def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) ->
             "downloaded": now.bytes_down,
             "stage1": (now.stage1 or {}).get("bytes", 0),
             "counted": "counted" if plan.capped else "expected: the size of a secret cohort is not published",
-            "plain_lora": plain_lora_bytes(uploads, layout.size, recipe.wire_dtype),
+            "plain_lora": plain_lora_bytes(uploads, layout.size, wire.dtype),
             "bits_per_value": modular_bits(plan, 1, encoder.code_size)
             if plan.trust == "secure-aggregation"
             else wire.bits,
-            "entropy_per_value": noise_entropy(wire),  # of noise: a real code's would be an answer about the data
         },
         "encoder": encoder.describe() | _flat(now.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
+from drencoder.encoders.planning import declared
+from drencoder.encoders.request import TrainingGradients
 from drencoder.encoders.viability import GateResult, measure_viability, require_viable
 from drencoder.errors import LostError, QuorumError
 from drencoder.federated.query import gradient_query, moment_query
 from drencoder.federated.round import message_rows
 from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
 from drencoder.privacy.ledger import Ledger
-from drencoder.published.fedcg import RealGradients
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.asking import ask_cohort, uploaded_bytes
@@ -36,7 +37,7 @@ _GATE_VALUES = 1 << 27  # and 512 MiB of them
 _GATE_CLIENTS = 16  # make-believe ones, of server-held text
 
 
-def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients | None]:
+def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, TrainingGradients | None]:
     """Asks stage 1's cohort. Moments become a prior; real gradients are handed on and never stored.
 
     Raises:
@@ -79,7 +80,7 @@ def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
     return replace(now, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=now.bytes_up + sent)
 
 
-def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, RealGradients]:
+def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, TrainingGradients]:
     """FedCG: every client's own gradients, one by one and without noise."""
     recipe = live.recipe
     query = gradient_query(live.lora.layout.size, recipe.prior)
@@ -97,6 +98,8 @@ def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tupl
         collected.append(rows.reshape(-1, live.lora.layout.size))
         sent += count
         state = _averaged(state, collected[-1], live.recipe, number)
+    from drencoder.published.fedcg import RealGradients
+
     real = RealGradients.collected(torch.cat(collected), permit)
     facts = {"gradients": len(real), "message_bytes": query.spec.wire.message_size, "bytes": sent}
     say(f"stage 1: {len(real)} real gradients collected, {sent:,} bytes")
@@ -111,7 +114,7 @@ def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) 
     return server_step(state, direction_D, recipe.server, learning_rate(recipe.server, number, recipe.prior.epochs))
 
 
-def fit_encoder(live: Live, now: Progress, real: RealGradients | None, say: Say) -> tuple[Progress, Encoder]:
+def fit_encoder(live: Live, now: Progress, real: TrainingGradients | None, say: Say) -> tuple[Progress, Encoder]:
     """Fits the encoder and asks the gate, before any of stage 2's budget is spent."""
 
     def trained(step: int, loss: float, checked: float | None) -> None:
@@ -153,7 +156,7 @@ def refresh_encoder(live: Live, now: Progress, encoder: Encoder, slot: int) -> t
     Bases of the start carry little a few rounds later (docs/log.md). Public text at the adapter as it is and released
     momentum alone go in.
     """
-    if not live.recipe.encoder.refreshed or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
+    if not declared(live.recipe).refreshed or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
         return now, encoder
     public = live.public_updates(now.state.adapter_D, slot)
     # Without stage 1's moments: they are of the start, where LoRA's A has no gradient.

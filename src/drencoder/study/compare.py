@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from drencoder.encoders.planning import check_encoder
 from drencoder.errors import ArtifactError, DataError, DeviceError, DrencoderError, LostError, RecipeError
 from drencoder.recipe.recipe import Compare, Recipe, load_recipe
 from drencoder.runs.run_folder import RunFolder, storing
@@ -160,7 +161,7 @@ def compare(
     tracks = tracks_of(wanted)
     start_rates(recipe)
     for track in tracks:  # refuse a combination that cannot be before the first run, not after hours
-        _recipe_of(Cell(track, wanted.tuning_seed, 0.0), recipe)
+        check_encoder(_recipe_of(Cell(track, wanted.tuning_seed, 0.0), recipe))
     lock = _claim(recipe, folder)
     results: dict[Cell, dict[str, Any]] = {}
     watcher.started(tracks, len(wanted.seeds), wanted.tuning_runs)

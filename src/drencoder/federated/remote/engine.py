@@ -15,7 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from drencoder.encoders.wire import WireFormat, unpack_rows
+from drencoder.encoders.wire import unpack_rows
 from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError
 from drencoder.federated.engine import RunComponents
 from drencoder.federated.query import Query
@@ -359,11 +359,5 @@ def _longest(query: Query, permit: Permit) -> float:
         return math.inf
     noise_std = permit.noise_multiplier * query.spec.clip_l2
     longest = query.spec.clip_l2 + noise_std * (math.sqrt(query.spec.wire.code_size) + _TAIL)
-    return longest * (1 + 1e-6) + _rounding(query.spec.wire, longest)
-
-
-def _rounding(wire: WireFormat, longest: float) -> float:
-    """How much longer a code becomes on an integer wire: by less than one level in each value."""
-    if wire.dtype in ("float32", "float16"):
-        return 0.0
-    return longest * math.sqrt(wire.code_size) / wire.top
+    # A rotated code keeps its length, but for the float32 rounding of turning it back.
+    return longest * (1 + (1e-4 if query.spec.wire.rotated else 1e-6))

@@ -1,0 +1,97 @@
+"""The encoders by name: the only list of them. No torch: an encoder's file is imported when one is made.
+
+To add an encoder, write its file and add its row here. The table is closed, so that no string of a recipe becomes an import.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, final
+
+from drencoder.encoders import code_sizes
+from drencoder.encoders.declaration import EncoderDeclaration
+from drencoder.errors import EncoderError
+
+if TYPE_CHECKING:
+    from drencoder.encoders.contract import Encoder
+    from drencoder.encoders.request import EncoderRequest, SavedState
+
+__all__ = ["ENCODERS", "EncoderRow", "build_encoder", "declaration_of"]
+
+
+@final
+@dataclass(frozen=True)
+class EncoderRow:
+    """One encoder: where it is made, as `module:function`, and what it declares.
+
+    The function takes an `EncoderRequest` and a `SavedState` and returns the `Encoder`, new or restored.
+    """
+
+    maker: str
+    declaration: EncoderDeclaration
+
+    def load(self) -> "Callable[[EncoderRequest, SavedState], Encoder]":
+        """Imports the function."""
+        module, _, function = self.maker.partition(":")
+        maker: Callable[[EncoderRequest, SavedState], Encoder] = getattr(importlib.import_module(module), function)
+        return maker
+
+
+_Declared = EncoderDeclaration
+# fmt: off
+ENCODERS: Mapping[str, EncoderRow] = MappingProxyType({
+    "identity": EncoderRow("drencoder.encoders.identity:make_identity", _Declared(code_sizes.size_of_update, sized_by_ratio=False)),
+    "random": EncoderRow("drencoder.encoders.random_sketch:make_random", _Declared()),
+    "autoencoder": EncoderRow("drencoder.published.autoencoder:make_autoencoder", _Declared(code_sizes.size_of_autoencoder, sized_by_ratio=False, linear=False, public_text="optional", trained=True, expected_viable=False)),
+    "kronecker": EncoderRow("drencoder.encoders.kronecker:make_kronecker", _Declared(public_text="required", refreshed=True)),
+    "hybrid": EncoderRow("drencoder.encoders.hybrid:make_hybrid", _Declared(code_sizes.size_of_hybrid, public_text="required", refreshed=True, lora_tensors="knob", trusted_wire_dtype="rotated4", starts_from_public_text=True)),
+    "ffa": EncoderRow("drencoder.published.subset:make_ffa", _Declared(code_sizes.size_of_lora_b, sized_by_ratio=False, lora_tensors="B")),
+    "top-k": EncoderRow("drencoder.published.subset:make_top_k", _Declared(public_text="required", refreshed=True)),
+    "core": EncoderRow("drencoder.published.lowrank:make_core", _Declared(code_sizes.size_of_cores, sized_by_ratio=False, public_text="required", refreshed=True, lora_tensors="B")),
+    "power": EncoderRow("drencoder.published.lowrank:make_power", _Declared(code_sizes.size_of_power, refreshed=True)),
+})
+# fmt: on
+
+
+def declaration_of(name: str) -> EncoderDeclaration:
+    """What the encoder of this name declares.
+
+    Raises:
+      EncoderError: there is no such encoder.
+    """
+    return _row(name).declaration
+
+
+def build_encoder(name: str, request: "EncoderRequest", state: "SavedState" = None) -> "Encoder":
+    """The encoder of this name, or the saved one if `state` holds its tensors. Deterministic in its arguments.
+
+    Raises:
+      EncoderError: there is no such encoder, it cannot have the requested code size, it is given real gradients and is not
+        trained, or what was made is not what its row declares.
+    """
+    row = _row(name)
+    if request.real is not None and not row.declaration.trained:
+        trained = " or ".join(other for other, row in ENCODERS.items() if row.declaration.trained)
+        raise EncoderError(f"real gradients train the {trained} only, not {name!r}; set encoder.name = '{trained}'")
+    encoder = row.load()(request, state)
+    if (encoder.name, encoder.linear) != (name, row.declaration.linear):
+        raise EncoderError(
+            f"the {name} encoder came out as {encoder.name!r} with linear = {encoder.linear}, but declares linear = "
+            f"{row.declaration.linear}, on which the privacy plan rests; correct its row in the registry"
+        )
+    if request.code_size not in (None, encoder.code_size):
+        raise EncoderError(
+            f"the {name} encoder has {encoder.code_size} code values where {request.code_size} were planned; restore the encoder "
+            "of this run, or correct the code size in its row in the registry"
+        )
+    return encoder
+
+
+def _row(name: str) -> EncoderRow:
+    if name not in ENCODERS:
+        near = difflib.get_close_matches(name, ENCODERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise EncoderError(f"there is no encoder {name!r}: {hint}choose one of {', '.join(ENCODERS)}")
+    return ENCODERS[name]
