@@ -120,13 +120,13 @@ class CellStore:
             os.close(self._lock)
             raise
 
-    def add(self, row: Row) -> None:
-        """Keeps the row of a cell that is finished."""
+    def add(self, *rows: Row) -> None:
+        """Keeps the rows of cells that are finished."""
         with storing(self.folder / CELLS):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.writelines(json.dumps(row) + "\n" for row in rows)
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.rows[row["key"]] = row
+        self.rows |= {row["key"]: row for row in rows}
 
     def close(self) -> None:
         """Lets the next process have the folder."""
