@@ -23,12 +23,12 @@ from utility_results import (
     MANY,
     REFERENCE,
     SMALL_CODE,
-    Duel,
+    Comparison,
     Result,
     Results,
     Verdict,
     against_comparators,
-    duels,
+    compare_arms,
     equal_bytes,
     held_back,
     load_results,
@@ -119,7 +119,7 @@ def restore(results_folder: Path, folder: Path) -> None:
 
 def _figures(results: Results, folder: Path) -> list[tuple[str, Path]]:
     """(what it shows, file) of every figure for which there are rows."""
-    main = [duel for duel in duels(results, [AUTOMATIC]) if not duel.ours.failed]
+    main = [pair for pair in compare_arms(results, [AUTOMATIC]) if not pair.ours.failed]
     figures = []
     if main:
         figures.append(("Loss per setting", plots.dumbbells(main, results, folder / f"{NAME}-loss.png")))
@@ -135,48 +135,58 @@ def _opening(study: Mapping[str, Any], rows: Mapping[str, Row], results: Results
     scale, machine = Scale(**study["scale"]), study["machine"]
     hours = sum(row["seconds"] for row in rows.values()) / 3600
     versions = ", ".join(sorted({row["version"] for row in rows.values()}))
-    planned = len(grid.tracks({}))
-    finished, edges = len(results), sum(result.edge for result in results.values())
-    where = [[arm.name, _where(arm), f"{arm.first_rate:g}", arm.reason] for arm in ARMS.values()]
+    seeds = [[*map(str, (*place, *counts))] for place, counts in grid.SEEDS.items()]
+    arms = [[arm.name, _where(arm), f"{arm.first_rate:g}", arm.reason] for arm in ARMS.values()]
     return f"""# Encoded and private against tuned DP-LoRA
 
-Does an encoded, differentially private federated run lose anything against DP-LoRA that sends whole updates? Made by
+Does an encoded, differentially private federated run lose anything against DP-LoRA that sends whole updates? This page is made by
 
 ```
 python benchmarks/utility.py --out DIR
 python benchmarks/utility.py --out DIR --page
 ```
 
-on {machine["cores"]} CPU cores ({machine["processor"]}, PyTorch {machine["torch"]}, drencoder {versions}): {len(rows):,} runs, {hours:.1f} hours of one
-core. **{finished} of {planned} tracks are finished** and stand here; a track is a method in a setting. {len(failures)} runs failed.
+on {machine["cores"]} CPU cores ({machine["processor"]}, PyTorch {machine["torch"]}, drencoder {versions}), from {len(rows):,} runs that took {hours:.1f} hours of one core. Each row of
+`{ARCHIVE}` holds the facts of one run: `--out DIR --from docs/results --page` makes this page again from them. **{len(results)} of {len(grid.tracks({}))} tracks are
+finished** and stand here; a track is a method in a setting at one ε. {len(failures)} runs failed.
 
-A setting is a trust model, a task of the embedded world, an adapter (small: rank 8 on q, k, v, o, {grid.ADAPTER_SIZES["small"]:,} values; large:
-rank 32 on those and the MLP's three, {grid.ADAPTER_SIZES["large"]:,}), an expected cohort n and an ε (δ = 1e-5, add/remove). Under central trust
-{grid.POPULATIONS["central"]:,} clients exist and a trusted server adds the noise; under local trust {grid.POPULATIONS["local"]:,}, of whom each answers once and adds its own
-({"; ".join(f"{adapter} adapter, n {cohort}" for adapter, cohort in grid.LOCAL_PLACES)} only: smaller cohorts learn next to nothing, larger ones take too long here).
-{scale.rounds} rounds, {scale.examples_per_client} records per client, mean gradients, FedAvgM, {scale.examples} held-out records, {scale.questions} questions per benchmark (task letters only: the
-other tasks teach what the benchmarks do not ask). Every cell is one whole run with its ledger and certificate.
+## How it was done
 
-**Tuning.** Every track has runs on each of its tuning seeds ({grid.FIRST_TUNING_SEED} and on; the mean decides) at {grid.LEAST_RATES} learning rates, a factor of {grid.RATE_FACTOR:g} apart and at last {grid.RATE_FACTOR**0.5:.2g}, from the method's first guess, and at up to
-{grid.MOST_RATES} while the best is the smallest or the largest; then, at the best, with the clip times {", ".join(f"{grid.CLIP_FACTOR**step:g}" for step in grid.CLIP_STEPS)} and the rate the other way. The smallest rate within {grid.CLEARLY:.0%} of the least loss is taken, and the first clip unless the other is better by more than that. First
-guesses are from exploratory runs on tuning seeds. Judged on seeds from {grid.FIRST_JUDGED_SEED} on, which no rate was tuned on (how many of each is in the table below): the same clients, start and held-out records
-for all methods, other cohorts and noise. In {edges} of {len(results)} tracks the best rate was the smallest or largest tried (marked e below).
+**Settings.** A setting is a trust model, a task of the embedded world, an adapter and an expected cohort of n clients. The small adapter has rank 8 on q, k, v, o
+({grid.ADAPTER_SIZES["small"]:,} values), the large one rank 32 on those and the MLP's three ({grid.ADAPTER_SIZES["large"]:,} values). δ is 1e-5 under add/remove adjacency. Under central trust there are
+{grid.POPULATIONS["central"]:,} clients, and a trusted server adds the noise. Under local trust there are {grid.POPULATIONS["local"]:,}, and each of them answers once and adds its own noise. Local trust was run
+with {"; ".join(f"the {adapter} adapter and n = {cohort}" for adapter, cohort in grid.LOCAL_PLACES)} only: smaller cohorts learn next to nothing, and larger ones take too long here.
 
-**Chosen before.** Four earlier rounds (docs/log.md) were judged on seeds from 0 on, and settled momentum 1/4 for all, plain decoding, codes of B alone where k* >= 512, four bits a value and first rates. The fifth round was judged on
-seeds that nothing had seen. Its sizes (1/2, or 1/{grid.SMALL_RATIO:g} where noise dominates) come from the fourth round and from seeds 430 and 431; its rule for rates that are alike from a rate that had won by
-0.0001 in the fourth round and diverged for five of twelve seeds. It had lost 2 and 6 % at n 8 (facts, ε 4) with codes of A and B at 1/{FREE_RATIO}; so the sixth round sent B alone there, too, from a public A where k* < 512, chosen on seeds 500 to 523, and ran
-all of hybrid's runs at n 8 anew, with n 512 at ε 1, local trust and the held-back task at n 8; the large adapter at n 8 got 24 judged seeds instead of 12 when one of hybrid's new runs there had been looked at.
-The seventh round changed no method. It judged the large adapter at n 8 on {grid.SEEDS["central", "large", 8][1]} seeds and local trust on {grid.SEEDS["local", "small", 64][1]} (six before), both decided before any of those runs, and ran comparators, parts, `hybrid-64` and `lora`.
-Then local trust was tuned again, on {grid.SEEDS["local", "small", 64][0]} seeds instead of two and both methods alike, after the 24 judged seeds had been seen (facts: +8 and +3 %): on seeds 540 to 545 other rates had been better.
-The eighth round, which this is, changed no method either. It ran the last comparators at n 8 and, once more after the judged seeds had been seen (facts, ε 4: +2.3 %), tuned the large adapter at n 8 on {grid.SEEDS["central", "large", 8][0]} seeds instead of four, both methods alike,
-decided before any of those runs: on seeds 620 to 631 twice the rate that four seeds had chosen for hybrid was better. The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it counts by itself (7).
+**Runs.** Every run has {scale.rounds} rounds with {scale.examples_per_client} records per client, mean gradients and FedAvgM, and leaves a ledger and a certificate. It is judged by {scale.examples} held-out records, and by
+{scale.questions} questions per benchmark where the task is `letters`: the other tasks teach what the benchmarks do not ask.
 
-{markdown_table(["trust", "adapter", "n", "tuning seeds", "judged seeds"], [[*map(str, (*place, *counts))] for place, counts in grid.SEEDS.items()])}
+**Tuning.** All methods are tuned alike, by the mean held-out loss over seeds of their own ({grid.FIRST_TUNING_SEED} and on). A method tries {grid.LEAST_RATES} learning rates: its first guess and its neighbours, a factor of
+{grid.RATE_FACTOR:g} apart, then one half way ({grid.RATE_FACTOR**0.5:.2g}) beside the best. While the best is the smallest or the largest, it tries more, up to {grid.MOST_RATES}. At the best rate it then tries the clip times
+{", ".join(f"{grid.CLIP_FACTOR**step:g}" for step in grid.CLIP_STEPS)} with the rate divided by the same number. The smallest rate within {grid.CLEARLY:.0%} of the least loss is taken, and the first clip unless the other one is better by more than that. First guesses
+come from exploratory runs on tuning seeds. In {sum(result.edge for result in results.values())} of {len(results)} tracks the best rate was the smallest or largest that was tried; these are marked e below.
 
-Held-out loss is nats per token, lower is better; the base model is sure of something else and its loss is high, so that noise alone
-can lower it: read it beside the accuracy. Of more than {FEW_SEEDS} seeds the tables show the least loss, the quartiles and the most (how many); utility.json has all. k* has half of the clip's energy shared by all clients; noise dominates where k* < D/{FREE_RATIO}.
+**Judging.** Methods are judged on seeds from {grid.FIRST_JUDGED_SEED} on, which no rate was tuned on. A seed gives all methods the same clients, start and held-out records, and each its own cohorts and noise.
 
-{markdown_table(["method", "runs in", "first rate", "why there"], where)}"""
+{markdown_table(["trust", "adapter", "n", "tuning seeds", "judged seeds"], seeds)}
+
+**What was chosen before, and on which seeds.** The study went through eight rounds (docs/log.md), of which this page shows the last.
+
+- Rounds 1 to 4 were judged on seeds from 0 on. They settled momentum 1/4 for all methods, plain decoding, codes of B alone where k* >= 512, four bits a value, and the first rates.
+- Round 5 was judged on seeds that nothing had seen. Its code sizes (1/2, or 1/{grid.SMALL_RATIO:g} where noise dominates) come from round 4 and from seeds 430 and 431. Its rule for rates that are alike comes from a rate that had
+  won by 0.0001 in round 4 and diverged for five of twelve seeds.
+- Round 5 had lost 2 and 6 % at n 8 (facts, ε 4) with codes of A and B at 1/{FREE_RATIO}. So round 6 sent B alone there, too, from a public A where k* < 512, which was chosen on seeds 500 to 523, and ran all of hybrid's runs at n 8
+  anew. It added n 512 at ε 1, local trust, and the held-back task at n 8. The large adapter at n 8 got 24 judged seeds instead of 12 after one of hybrid's new runs there had been looked at.
+- Round 7 changed no method. It judged the large adapter at n 8 on {grid.SEEDS["central", "large", 8][1]} seeds and local trust on {grid.SEEDS["local", "small", 64][1]} (six before), both decided before any of those runs, and ran comparators, parts,
+  `hybrid-64` and `lora`. After the {grid.SEEDS["local", "small", 64][1]} judged seeds had been seen (facts: +8 and +3 %), local trust was tuned again, both methods alike, on {grid.SEEDS["local", "small", 64][0]} seeds instead of two: on seeds 540 to 545 other rates had been better.
+- Round 8 changed no method either. It ran the last comparators at n 8. After the judged seeds had been seen (facts, ε 4: +2.3 %), it tuned the large adapter at n 8 again, both methods alike, on {grid.SEEDS["central", "large", 8][0]} seeds instead of four. This was
+  decided before any of those runs: on seeds 620 to 631 twice the rate that four seeds had chosen for hybrid was better.
+- The task `{grid.HELD_BACK}` is held back: nothing was chosen by it since momentum 1/4, and it is counted by itself (claim 7).
+
+**How to read the tables.** Held-out loss is in nats per token, and lower is better. The base model is sure of something else, so its loss is high, and noise alone can lower it: read the loss beside the accuracy. Where a
+track has more than {FEW_SEEDS} seeds, the tables show the least loss, the quartiles and the largest, with the number of seeds; utility.json has all. k* is the number of values that a round can learn under its noise, if half of the
+clip's energy is shared by all clients. Noise dominates where k* < D/{FREE_RATIO}, and D is the number of values of the adapter.
+
+{markdown_table(["method", "runs in", "first rate", "why there"], arms)}"""
 
 
 def _where(arm: grid.Arm) -> str:
@@ -189,70 +199,72 @@ def _where(arm: grid.Arm) -> str:
 
 def _verdict_part(claims: Sequence[Verdict]) -> str:
     note = (
-        f"\n\n`{AUTOMATIC}` is the default encoder: its size, the start of its A and its four bits a value are from the plan; all others but `hybrid-10` and "
-        f"`dp-lora-4-bits` send float32. Where k* >= D/{FREE_RATIO} it sends all of LoRA's B, which is "
-        "FFA-LoRA's update in other coordinates, and differs from the arm `ffa` by bits, chance and what was tuned. "
-        "Claim 5 of earlier versions, that a formula can predict which method wins, was wrong: docs/log.md says how, and claim 6, about the closed form of `kronecker`, is "
-        "`tests/encoders/test_kronecker.py` now."
+        f"`{AUTOMATIC}` is the default encoder: the plan chooses its size, the start of its A and its four bits a value. All other methods but `hybrid-10` and "
+        f"`dp-lora-4-bits` send float32. Where k* >= D/{FREE_RATIO}, `{AUTOMATIC}` sends all of LoRA's B. That is FFA-LoRA's update in other coordinates, so it differs from the "
+        "method `ffa` by bits, chance and tuning only.\n\nTwo claims of earlier versions of this page are gone. Claim 5 was that a formula predicts which method wins: it was right in "
+        "11 of 48 comparisons, and docs/log.md keeps what was found. Claim 6, about what the encoder `kronecker` loses, is a test of the package (tests/encoders/test_kronecker.py)."
     )
     rows = [[one.number, one.claim, one.count, f"**{one.word}**"] for one in claims]
-    return f"## The finish line\n\n{markdown_table(['', 'claim', 'cells', 'verdict'], rows)}{note}"
+    return f"## The claims\n\n{markdown_table(['', 'claim', 'settings', 'verdict'], rows)}\n\n{note}"
 
 
 def _no_loss_part(results: Results) -> str:
-    found = duels(results, [AUTOMATIC])
-    if not found:
+    pairs = compare_arms(results, [AUTOMATIC])
+    if not pairs:
         return ""
     rows = []
-    for duel in found:
-        word = "better" if duel.better else "within 1 %" if duel.no_worse else "**worse**"
-        right = " / ".join(_right_share(result) for result in (duel.ours, duel.theirs))
-        rows.append([*_duel_cells(duel), right, f"1/{duel.ours.ratio:.0f}", f"1/{duel.fewer_bytes:.0f}", word])
+    for pair in pairs:
+        word = "better" if pair.better else "within 1 %" if pair.no_worse else "**worse**"
+        right = " / ".join(_right_share(result) for result in (pair.ours, pair.theirs))
+        rows.append([*_pair_cells(pair), right, f"1/{pair.ours.ratio:.0f}", f"1/{pair.fewer_bytes:.0f}", word])
     head = [
-        *_duel_head(AUTOMATIC, REFERENCE),
+        *_pair_head(AUTOMATIC, REFERENCE),
         "right, ours / theirs",
         "values sent",
         "bytes sent",
         "verdict",
     ]
-    spread = _spread_text([duel for duel in found if not held_back(duel)])
-    return f"## No loss, and equal clients (1, 3; held back: 7)\n\n{spread}\n\n{markdown_table(head, rows)}"
+    spread = _spread_text([pair for pair in pairs if not held_back(pair)])
+    return f"## Against DP-LoRA with as many clients (claims 1 and 3; held back: 7)\n\n{spread}\n\n{markdown_table(head, rows)}"
 
 
 def _equal_part(results: Results) -> str:
-    parts = ["## Equal bytes (2)", "Bytes are of all rounds, headers included."]
+    parts = [
+        "## Against DP-LoRA with as many bytes (claim 2)",
+        "Bytes are those of all uploads of a run, headers included.",
+    ]
     for arm in EQUAL_BYTES_ARMS:
-        rows, found = [], equal_bytes(results, arm)
-        for duel in found:
-            sent = [bytes_text(result.bytes_up) for result in (duel.ours, duel.theirs)]
-            rows.append([*_duel_cells(duel), " / ".join(sent), "better" if duel.better else "**worse**"])
-        head = [*_duel_head(f"{arm}, n {MANY}", f"DP-LoRA, n {FEW}"), "bytes up, ours / theirs", "verdict"]
-        parts += [_spread_text(found), markdown_table(head, rows)] if found else []
+        rows, pairs = [], equal_bytes(results, arm)
+        for pair in pairs:
+            sent = [bytes_text(result.bytes_up) for result in (pair.ours, pair.theirs)]
+            rows.append([*_pair_cells(pair), " / ".join(sent), "better" if pair.better else "**worse**"])
+        head = [*_pair_head(f"{arm}, n {MANY}", f"DP-LoRA, n {FEW}"), "bytes up, ours / theirs", "verdict"]
+        parts += [_spread_text(pairs), markdown_table(head, rows)] if pairs else []
     return "\n\n".join(parts) if len(parts) > 2 else ""
 
 
 def _comparator_part(results: Results) -> str:
-    found = against_comparators(results)
-    found += [duel for duel in against_comparators(results, FOUR_BITS) if duel not in found]
-    extra = duels(results, PARTS, SMALL_CODE)
-    if not found and not extra:
+    pairs = against_comparators(results)
+    pairs += [pair for pair in against_comparators(results, FOUR_BITS) if pair not in pairs]
+    extra = compare_arms(results, PARTS, SMALL_CODE)
+    if not pairs and not extra:
         return ""
     rows = []
-    for duel in found:
-        sizes = " / ".join(bytes_text(result.bytes_up) for result in (duel.ours, duel.theirs))
-        word = "better" if duel.better else "**worse**"
-        rows.append([duel.theirs.track.method, duel.ours.track.method, *_duel_cells(duel), sizes, word])
-    head = ["comparator", "ours", *_duel_head("ours", "theirs"), "bytes up, ours / theirs", "verdict"]
+    for pair in pairs:
+        sizes = " / ".join(bytes_text(result.bytes_up) for result in (pair.ours, pair.theirs))
+        word = "better" if pair.better else "**worse**"
+        rows.append([pair.theirs.track.method, pair.ours.track.method, *_pair_cells(pair), sizes, word])
+    head = ["comparator", "ours", *_pair_head("ours", "theirs"), "bytes up, ours / theirs", "verdict"]
     parts = [
-        "## Comparators (4)",
-        "Each against the largest of our codes that takes no more bytes than its own; below, where that was `hybrid-64`, also against the largest in four bits.",
+        "## Against other encoders and other DP-LoRA (claim 4)",
+        "Each comparator is held against the largest of our codes that takes no more bytes than its own. Where that is `hybrid-64`, further lines hold it against the largest in four bits, too.",
         markdown_table(head, rows),
     ]
     if extra:
-        lines = [[duel.ours.track.method, *_duel_cells(duel)] for duel in extra]
+        lines = [[pair.ours.track.method, *_pair_cells(pair)] for pair in extra]
         parts += [
-            f"The parts of hybrid alone, against {SMALL_CODE} (not counted as comparators; below zero: the part is better):",
-            markdown_table(["part", *_duel_head("part", SMALL_CODE)], lines),
+            f"The encoder with one part changed, against {SMALL_CODE}. These lines are not counted as comparators; below zero the changed encoder is better.",
+            markdown_table(["part", *_pair_head("part", SMALL_CODE)], lines),
         ]
     return "\n\n".join(parts)
 
@@ -265,11 +277,11 @@ def _loss_parts(results: Results) -> list[str]:
         groups.setdefault((setting.trust, setting.task, setting.adapter), []).append(result)
     head = ["n", "ε", "k*", "method", "loss", "per seed", "mmlu", "ceval", "values", "bytes up", "rate", "clip"]
     parts = []
-    for (trust, task, adapter), found in sorted(groups.items()):
+    for (trust, task, adapter), group in sorted(groups.items()):
         rows: list[Line] = [
-            _model_line(found, words, key) for words, key in (("base model", "base"), ("zero update", "zero"))
+            _model_line(group, words, key) for words, key in (("base model", "base"), ("zero update", "zero"))
         ]
-        rows += [_result_line(result) for result in sorted(found, key=_by_setting)]
+        rows += [_result_line(result) for result in sorted(group, key=_by_setting)]
         parts.append(f"## All losses: {trust}, {task}, {adapter}\n\n{markdown_table(head, rows)}")
     return parts
 
@@ -278,8 +290,8 @@ def _by_setting(result: Result) -> tuple[Any, ...]:
     return result.setting.cohort, result.track.epsilon or 0.0, list(ARMS).index(result.track.method)
 
 
-def _model_line(found: Sequence[Result], words: str, key: str) -> Line:
-    rows = next((result.rows for result in found if not result.failed), ())
+def _model_line(group: Sequence[Result], words: str, key: str) -> Line:
+    rows = next((result.rows for result in group if not result.failed), ())
     losses = [row[key]["loss"] for row in rows]
     return [
         "-",
@@ -361,28 +373,26 @@ def _anchors(results: Results, key: str) -> dict[str, list[float]]:
 # --- numbers in words ------------------------------------------------------------------------------------
 
 
-def _duel_head(ours: str, theirs: str) -> list[str]:
+def _pair_head(ours: str, theirs: str) -> list[str]:
     sides = [ours, "its seeds", theirs, "its seeds"]
     return ["setting (*: noise dominates)", "k*", "base model", "zero update", *sides, "Δ [95 %]", "Δ / loss"]
 
 
-def _duel_cells(duel: Duel) -> list[str]:
-    result, interval = duel.ours, duel.interval
-    models = [_loss_cells([row[key]["loss"] for row in duel.theirs.rows])[0] for key in ("base", "zero")]
-    change = f"{duel.mean:+.3f}" + (f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval else "")
-    losses = [*_loss_cells(duel.ours.losses), *_loss_cells(duel.theirs.losses)]
-    return [setting_words(duel), _number_text(result.k_star), *models, *losses, change, f"{duel.relative:+.1%}"]
+def _pair_cells(pair: Comparison) -> list[str]:
+    result, interval = pair.ours, pair.interval
+    models = [_loss_cells([row[key]["loss"] for row in pair.theirs.rows])[0] for key in ("base", "zero")]
+    change = f"{pair.mean:+.3f}" + (f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval else "")
+    losses = [*_loss_cells(pair.ours.losses), *_loss_cells(pair.theirs.losses)]
+    return [setting_words(pair), _number_text(result.k_star), *models, *losses, change, f"{pair.relative:+.1%}"]
 
 
-def _spread_text(found: Sequence[Duel]) -> str:
+def _spread_text(pairs: Sequence[Comparison]) -> str:
     """The size of the gain in one sentence."""
-    gains = sorted(duel.relative for duel in found if math.isfinite(duel.relative))
+    gains = sorted(pair.relative for pair in pairs if math.isfinite(pair.relative))
     if not gains:
         return ""
     middle = gains[len(gains) // 2]
-    return (
-        f"Δ / loss: from {gains[0]:+.1%} to {gains[-1]:+.1%}, in the middle {middle:+.1%}; below zero ours is better."
-    )
+    return f"Δ / loss goes from {gains[0]:+.1%} to {gains[-1]:+.1%}, with {middle:+.1%} in the middle. Below zero ours is better."
 
 
 def _right_share(result: Result) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utility_grid import COHORTS, EPSILONS, Setting
-from utility_results import AUTOMATIC, REFERENCE, Duel, Results
+from utility_results import AUTOMATIC, REFERENCE, Comparison, Results
 
 from drencoder.runs.plots import save_figure
 
@@ -16,36 +16,36 @@ if TYPE_CHECKING:
 _OURS, _THEIRS, _GREY = "#0072b2", "#d55e00", "#57606a"
 
 
-def dumbbells(found: Sequence[Duel], results: Results, path: Path) -> Path:
+def dumbbells(pairs: Sequence[Comparison], results: Results, path: Path) -> Path:
     """Loss of ours and of DP-LoRA in every setting, and of training without noise where it was run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 1.2 + 0.24 * len(found)), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.2 + 0.24 * len(pairs)), layout="constrained")
     axis: Any = figure.subplots()
-    for place, duel in enumerate(found):
-        ours, theirs = duel.ours.loss, duel.theirs.loss
+    for place, pair in enumerate(pairs):
+        ours, theirs = pair.ours.loss, pair.theirs.loss
         axis.plot([ours, theirs], [place, place], color=_GREY, linewidth=1, zorder=1)
-        for result, colour in ((duel.ours, _OURS), (duel.theirs, _THEIRS)):
+        for result, colour in ((pair.ours, _OURS), (pair.theirs, _THEIRS)):
             axis.plot(result.losses, [place] * len(result.losses), ".", color=colour, alpha=0.35, markersize=4)
             axis.plot(result.loss, place, "o", color=colour, markersize=6)
-        without_noise = replace(duel.ours.setting, trust="non-private").track("lora", None)
+        without_noise = replace(pair.ours.setting, trust="non-private").track("lora", None)
         if without_noise in results:
             axis.plot(results[without_noise].loss, place, "|", color="black", markersize=9)
-    axis.set_yticks(range(len(found)), [setting_words(duel) for duel in found], fontsize=7)
+    axis.set_yticks(range(len(pairs)), [setting_words(pair) for pair in pairs], fontsize=7)
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.set_xlabel("held-out loss (nats per token); small dots: seeds; bars: no noise")
-    _legend(axis, found[0].ours.track.method)
+    _legend(axis, pairs[0].ours.track.method)
     axis.grid(alpha=0.3, axis="x")
     return save_figure(figure, path)
 
 
-def setting_words(duel: Duel) -> str:
+def setting_words(pair: Comparison) -> str:
     """A setting in a few words; * marks those in which noise dominates."""
-    setting, mark = duel.ours.setting, " *" if duel.ours.noisy else ""
-    epsilon = f"{duel.ours.track.epsilon:g}"
+    setting, mark = pair.ours.setting, " *" if pair.ours.noisy else ""
+    epsilon = f"{pair.ours.track.epsilon:g}"
     return f"{setting.trust}, {setting.task}, {setting.adapter}, n {setting.cohort}, ε {epsilon}{mark}"
 
 

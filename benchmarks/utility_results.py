@@ -1,7 +1,7 @@
 """From the rows of a utility study to finished tracks, paired differences and verdicts. No torch.
 
-A *result* is a finished track: its tuned cell on every judged seed. A failed run counts as an infinite loss. A *duel* is two results
-on the same seeds.
+A *result* is a finished track: its tuned cell on every judged seed. A failed run counts as an infinite loss. A *comparison* is
+two results on the same seeds.
 """
 
 import math
@@ -54,11 +54,11 @@ class Result:
     def first(self, *path: str) -> Any:
         """A fact of the first seed's run that did not fail, by its path in the line; None if there is none."""
         for row in self.rows:
-            found: Any = row
+            value: Any = row
             for key in path:
-                found = found.get(key) if isinstance(found, Mapping) else None
-            if found is not None:
-                return found
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                return value
         return None
 
     @property
@@ -94,14 +94,14 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Duel:
+class Comparison:
     """Two results, on the seeds that both were judged on."""
 
     ours: Result
     theirs: Result
 
     @classmethod
-    def of(cls, ours: Result, theirs: Result) -> "Duel":
+    def of(cls, ours: Result, theirs: Result) -> "Comparison":
         """Small cohorts have more seeds than large ones: the first ones of each are paired."""
         common = min(len(ours.rows), len(theirs.rows))
         return cls(replace(ours, rows=ours.rows[:common]), replace(theirs, rows=theirs.rows[:common]))
@@ -173,46 +173,46 @@ def load_results(rows: Mapping[str, Row]) -> tuple[dict[Track, Result], list[Row
     return results, [row for row in rows.values() if "error" in row]
 
 
-def duels(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> list[Duel]:
+def compare_arms(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> list[Comparison]:
     """Every arm against the reference in the same setting, where both are finished and the reference did not fail."""
-    found = []
+    pairs = []
     for arm in arms:
         for track, ours in results.items():
             theirs = results.get(replace(track, method=reference))
             if track.method == arm and theirs is not None and not theirs.failed:
-                found.append(Duel.of(ours, theirs))
-    return found
+                pairs.append(Comparison.of(ours, theirs))
+    return pairs
 
 
-def held_back(duel: Duel) -> bool:
+def held_back(pair: Comparison) -> bool:
     """Whether it is of the task that counts by itself."""
-    return duel.ours.setting.task == grid.HELD_BACK
+    return pair.ours.setting.task == grid.HELD_BACK
 
 
-def equal_bytes(results: Results, arm: str) -> list[Duel]:
+def equal_bytes(results: Results, arm: str) -> list[Comparison]:
     """Ours with 64 times the clients of DP-LoRA: the same number of bytes goes up."""
-    found = []
+    pairs = []
     for track, ours in results.items():
         if track.method != arm or ours.setting.cohort != MANY:
             continue
         few = replace(ours.setting, cohort=FEW)
         theirs = results.get(few.track(REFERENCE, track.epsilon))
         if theirs is not None and not theirs.failed:
-            found.append(Duel.of(ours, theirs))
-    return found
+            pairs.append(Comparison.of(ours, theirs))
+    return pairs
 
 
-def against_comparators(results: Results, arms: Sequence[str] = OURS) -> list[Duel]:
+def against_comparators(results: Results, arms: Sequence[str] = OURS) -> list[Comparison]:
     """Each comparator against the largest of our codes (of these arms) that takes no more bytes than its own."""
-    found = []
+    pairs = []
     for track, theirs in results.items():
         if track.method not in COMPARATORS or theirs.failed:
             continue
         mine = [results[other] for arm in arms if (other := replace(track, method=arm)) in results]
         fitting = [ours for ours in mine if 0 < ours.bytes_up <= SAME_BYTES * theirs.bytes_up]
         if fitting:
-            found.append(Duel.of(max(fitting, key=lambda ours: (ours.bytes_up, ours.code_size or 0)), theirs))
-    return found
+            pairs.append(Comparison.of(max(fitting, key=lambda ours: (ours.bytes_up, ours.code_size or 0)), theirs))
+    return pairs
 
 
 # --- claims ----------------------------------------------------------------------------------------------
@@ -245,35 +245,35 @@ class Verdict:
 
 def verdicts(results: Results) -> list[Verdict]:
     """The claims that the study was made to test, counted. Nothing is typed by hand: no row, no verdict."""
-    both = duels(results, [AUTOMATIC])
-    main, held = [duel for duel in both if not held_back(duel)], [duel for duel in both if held_back(duel)]
-    noisy = [duel for duel in main if duel.ours.noisy]
+    both = compare_arms(results, [AUTOMATIC])
+    main, held = [pair for pair in both if not held_back(pair)], [pair for pair in both if held_back(pair)]
+    noisy = [pair for pair in main if pair.ours.noisy]
     others, four_bits = against_comparators(results), against_comparators(results, grid.FOUR_BITS)
 
-    def count(found: Sequence[Duel], test: Callable[[Duel], bool], whole: bool) -> tuple[int, int, bool]:
-        return sum(map(test, found)), len(found), whole
+    def count(pairs: Sequence[Comparison], test: Callable[[Comparison], bool], whole: bool) -> tuple[int, int, bool]:
+        return sum(map(test, pairs)), len(pairs), whole
 
     all_main, all_others = _finished(results, [AUTOMATIC, REFERENCE]), _finished(results, [*OURS, *COMPARATORS])
     return [
         Verdict("1a", f"{AUTOMATIC}: held-out loss no worse than tuned DP-LoRA, 1 % margin on the mean over seeds",
-                *count(main, lambda duel: duel.no_worse, all_main)),
+                *count(main, lambda pair: pair.no_worse, all_main)),
         Verdict("1b", "the same with the whole 95 % interval within the margin (stricter than asked)",
-                *count(main, lambda duel: duel.surely_no_worse, all_main)),
+                *count(main, lambda pair: pair.surely_no_worse, all_main)),
         Verdict("1c", "the same unless the whole interval is beyond the margin (laxer than asked: what chance may explain passes)",
-                *count(main, lambda duel: not duel.surely_worse and not duel.ours.failed, all_main)),
+                *count(main, lambda pair: not pair.surely_worse and not pair.ours.failed, all_main)),
         Verdict("1d", f"{AUTOMATIC}: at 1/64 of DP-LoRA's bytes or fewer where noise dominates (k* < D/64)",
-                *count(noisy, lambda duel: duel.fewer_bytes >= FREE_RATIO / SAME_BYTES, all_main)),
+                *count(noisy, lambda pair: pair.fewer_bytes >= FREE_RATIO / SAME_BYTES, all_main)),
         *(Verdict(number, f"equal bytes: {name} with n = {MANY} better than DP-LoRA with n = {FEW}",
-                  *count(equal_bytes(results, name), lambda duel: duel.better, _finished(results, [name, REFERENCE])))
+                  *count(equal_bytes(results, name), lambda pair: pair.better, _finished(results, [name, REFERENCE])))
           for number, name in zip(("2", "2b"), grid.EQUAL_BYTES_ARMS, strict=True)),
-        Verdict("3", f"equal clients: {AUTOMATIC} better than tuned DP-LoRA in half of the cells where noise dominates",
-                *count(noisy, lambda duel: duel.better, all_main), needed=0.5),
-        Verdict("4", "better than each comparator with no more bytes, in most cells",
-                *count(others, lambda duel: duel.better, all_others), needed=0.5, strictly=True),
+        Verdict("3", f"equal clients: {AUTOMATIC} better than tuned DP-LoRA in half of the settings where noise dominates",
+                *count(noisy, lambda pair: pair.better, all_main), needed=0.5),
+        Verdict("4", "better than each comparator with no more bytes, in most settings",
+                *count(others, lambda pair: pair.better, all_others), needed=0.5, strictly=True),
         Verdict("4b", "the same with the codes in four bits alone, as the product sends them (hybrid-64 is float32)",
-                *count(four_bits, lambda duel: duel.better, all_others), needed=0.5, strictly=True),
+                *count(four_bits, lambda pair: pair.better, all_others), needed=0.5, strictly=True),
         Verdict("7", f"{AUTOMATIC} on the held-back task: no worse than tuned DP-LoRA, 1 % margin",
-                *count(held, lambda duel: duel.no_worse, all_main)),
+                *count(held, lambda pair: pair.no_worse, all_main)),
     ]  # fmt: skip
 
 

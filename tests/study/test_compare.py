@@ -111,11 +111,11 @@ def test_ill_formed_rates_are_one_sentence(rate: str) -> None:
 
 def test_methods_differ_in_what_they_say_and_in_nothing_else() -> None:
     base, rates = load_recipe("paper/embedded-dolly"), start_rates(("random=8",))
-    made = {
+    recipes = {
         name: method.recipe(base, epsilon=2.0, seed=7, rate=3.0 * method.first_rate(base, rates))
         for name, method in METHODS.items()
     }
-    for name, recipe in made.items():
+    for name, recipe in recipes.items():
         assert recipe.seed == 7
         assert recipe.data == base.data
         assert recipe.federation == base.federation
@@ -128,13 +128,13 @@ def test_methods_differ_in_what_they_say_and_in_nothing_else() -> None:
         assert ("round" in plan.non_private) != private
         if private:
             assert 1.99 < plan.epsilons()["server"].epsilon_pld <= 2.0 or name == "fedcg-dp"
-    assert made["random"].server.learning_rate == 24.0
-    assert made["dp-lora"].server.learning_rate == 3.0 * base.server.learning_rate
-    assert made["centralised"].local.learning_rate == 3.0 * base.local.learning_rate
-    assert made["dr-encoder"].privacy.noise_in == "update"
-    assert made["dr-encoder-code"].privacy.noise_in == "code"
+    assert recipes["random"].server.learning_rate == 24.0
+    assert recipes["dp-lora"].server.learning_rate == 3.0 * base.server.learning_rate
+    assert recipes["centralised"].local.learning_rate == 3.0 * base.local.learning_rate
+    assert recipes["dr-encoder"].privacy.noise_in == "update"
+    assert recipes["dr-encoder-code"].privacy.noise_in == "code"
     for name in ("fedcg", "fedcg-dp"):
-        plan = privacy_plan(made[name])
+        plan = privacy_plan(recipes[name])
         assert "stage1" in plan.non_private
         assert math.isinf(plan.epsilons()["server"].epsilon_pld)
 

@@ -110,10 +110,10 @@ def test_verdicts_count_what_the_rows_say(study: Any, tmp_path: Path, ours: floa
     assert (claims["1a"].good, claims["1a"].of) == (good, 1)
     assert claims["1a"].word == ("met so far" if good else "NOT met so far")  # one of many settings
     assert (claims["2"].of, claims["2"].word) == (0, "not measured")
-    (duel,) = study.results.duels(results, [study.results.AUTOMATIC])
-    assert duel.better == (ours < 3.0)
+    (pair,) = study.results.compare_arms(results, [study.results.AUTOMATIC])
+    assert pair.better == (ours < 3.0)
     whole, code = 20 + 4 * 32_768, 24 + 16_384 // 2  # of a message: a run's total is chance without trust
-    assert duel.fewer_bytes == whole / code
+    assert pair.fewer_bytes == whole / code
     assert failures == []
 
 

@@ -103,15 +103,15 @@ class CellStore:
         """
         self.folder = folder
         path = folder / STUDY
-        wanted = json.loads(json.dumps(depends_on))
+        needed = json.loads(json.dumps(depends_on))
         if path.is_file():
-            _check_same_study(folder, wanted)
+            _check_same_study(folder, needed)
         else:
             RunFolder.check_free(folder)
         self._lock = _lock(folder)
         try:
             if not path.is_file():
-                RunFolder(folder).write_json(path, {"cells_depend_on": wanted, "machine": _machine(), **(notes or {})})
+                RunFolder(folder).write_json(path, {"cells_depend_on": needed, "machine": _machine(), **(notes or {})})
             _cut_unfinished_line(folder / CELLS)
             self.rows = read_rows(folder)
             with storing(folder / CELLS):
@@ -152,25 +152,25 @@ def _lock(folder: Path) -> int:
     return lock
 
 
-def _check_same_study(folder: Path, wanted: Mapping[str, Any]) -> None:
+def _check_same_study(folder: Path, needed: Mapping[str, Any]) -> None:
     path = folder / STUDY
     try:
         known = json.loads(path.read_text("utf-8"))["cells_depend_on"]
     except (OSError, ValueError, TypeError, KeyError):
         raise ArtifactError(f"{path} cannot be read as a study: give another --out, or remove the folder.") from None
-    if other := _first_difference(known, wanted):
+    if other := _first_difference(known, needed):
         raise ArtifactError(f"{folder} holds a study of another recipe ({other}): give another --out, or remove it.")
 
 
-def _first_difference(known: Any, wanted: Any, where: str = "") -> str:
+def _first_difference(known: Any, needed: Any, where: str = "") -> str:
     """The first place where two JSON values differ, in words; empty where they are the same."""
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        for key in [*known, *(key for key in wanted if key not in known)]:
+    if isinstance(known, dict) and isinstance(needed, dict):
+        for key in [*known, *(key for key in needed if key not in known)]:
             inner = f"{where}.{key}" if where else key
-            if words := _first_difference(known.get(key), wanted.get(key), inner):
+            if words := _first_difference(known.get(key), needed.get(key), inner):
                 return words
         return ""
-    return "" if known == wanted else f"{where} is {known!r} there and {wanted!r} here"
+    return "" if known == needed else f"{where} is {known!r} there and {needed!r} here"
 
 
 def _cut_unfinished_line(path: Path) -> None:
