@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 
 import utility_grid as grid
+from utility_archive import read_study, restore
 from utility_grid import Scale, setting_of
-from utility_page import read_study, restore, write_page
+from utility_page import write_page
 
 from drencoder.errors import DrencoderError
 from drencoder.study.cell_run import federated

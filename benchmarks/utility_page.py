@@ -1,10 +1,6 @@
-"""The results page of the utility study: verdicts, tables, figures and a compact JSON, from the rows of its cells alone. No torch.
-
-Beside the page lies an archive of every row, from which a study's folder can be made again on another machine.
-"""
+"""The results page of the utility study: verdicts, tables, figures and a compact JSON, from the rows of its cells alone. No torch."""
 
 import json
-import lzma
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +10,7 @@ from typing import Any
 
 import utility_grid as grid
 import utility_plots as plots
+from utility_archive import ARCHIVE, COMPACT, archive, read_study
 from utility_grid import ARMS, EQUAL_BYTES_ARMS, FOUR_BITS, PARTS, Scale
 from utility_plots import setting_words
 from utility_results import (
@@ -38,11 +35,9 @@ from utility_results import (
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.errors import ArtifactError
 from drencoder.runs.run_folder import RunFolder
-from drencoder.study.cells import CELLS, STUDY, CellStore, Row, read_rows
+from drencoder.study.cells import Row, read_rows
 from drencoder.study.tables import markdown_table
 
-ARCHIVE = "utility-cells.jsonl.xz"
-COMPACT = "utility.json"
 FEW_SEEDS = 6  # whose losses a table can show one by one; utility.json has all
 Line = Sequence[str]
 NAME = "utility"
@@ -74,47 +69,10 @@ def write_page(folder: Path, results_folder: Path) -> None:
     store.write(results_folder / f"{NAME}.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
     whole = json.dumps(_compact(study, results, failures, claims), separators=(",", ":"), allow_nan=False)
     store.write(results_folder / COMPACT, f"{whole}\n".encode())
-    lines = sorted((folder / CELLS).read_bytes().splitlines(keepends=True))  # the same rows give the same bytes
-    store.write(results_folder / ARCHIVE, lzma.compress(b"".join(lines), preset=9))
+    archive(folder, results_folder)
     for verdict in claims:
         print(f"{verdict.number:3s} {verdict.word:12s} {verdict.count:10s} {verdict.claim}")
     print(f"{len(results)} finished tracks -> {results_folder / NAME}.md")
-
-
-def read_study(folder: Path) -> dict[str, Any]:
-    """The scale and the machine of a study's cells.
-
-    Raises:
-      ArtifactError: the folder holds no study.
-    """
-    try:
-        known = json.loads((folder / STUDY).read_text("utf-8"))
-        return {"scale": known["cells_depend_on"]["scale"], "machine": known["machine"]}
-    except (OSError, ValueError, TypeError, KeyError):
-        raise ArtifactError(
-            f"{folder} holds no utility study: give the --out of one, or --from a results page."
-        ) from None
-
-
-def restore(results_folder: Path, folder: Path) -> None:
-    """Makes a study's folder out of the archive beside a page.
-
-    Raises:
-      ArtifactError: the folder has cells already, or the results cannot be read.
-    """
-    if (folder / CELLS).exists():
-        raise ArtifactError(f"{folder} has cells already: leave --from out to go on with them, or give another --out.")
-    try:
-        known = json.loads((results_folder / COMPACT).read_text("utf-8"))
-        rows = list(map(json.loads, lzma.decompress((results_folder / ARCHIVE).read_bytes()).splitlines()))
-    except OSError as error:
-        raise ArtifactError(f"{error.filename} is missing: give the folder that --page wrote.") from None
-    except (ValueError, lzma.LZMAError) as error:
-        raise ArtifactError(
-            f"{results_folder} cannot be read ({error}): restore the files that --page wrote."
-        ) from None
-    with CellStore(folder, {"scale": known["scale"]}, {"machine": known["machine"]}) as store:
-        store.add(*rows)
 
 
 def _figures(results: Results, folder: Path) -> list[tuple[str, Path]]:

@@ -22,13 +22,14 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of the study: `grid`, `results` and `page`."""
+    """The modules of the study: `archive`, `grid`, `results` and `page`."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import utility_archive
     import utility_grid
     import utility_page
     import utility_results
 
-    yield SimpleNamespace(grid=utility_grid, page=utility_page, results=utility_results)
+    yield SimpleNamespace(archive=utility_archive, grid=utility_grid, page=utility_page, results=utility_results)
     for name in [name for name in sys.modules if name.startswith("utility")]:
         del sys.modules[name]
 
@@ -122,17 +123,17 @@ def test_a_page_keeps_every_row_and_a_folder_can_be_made_of_it(study: Any, tmp_p
     results = tmp_path / "results"
     study.page.write_page(tmp_path / "study", results)
     first = {path.name: path.read_bytes() for path in results.iterdir() if path.suffix != ".png"}
-    study.page.restore(results, tmp_path / "again")
+    study.archive.restore(results, tmp_path / "again")
     assert read_rows(tmp_path / "again") == read_rows(tmp_path / "study")
     study.page.write_page(tmp_path / "again", results)
     assert {name: (results / name).read_bytes() for name in first} == first
     with pytest.raises(ArtifactError, match="has cells already"):
-        study.page.restore(results, tmp_path / "again")
+        study.archive.restore(results, tmp_path / "again")
     with pytest.raises(ArtifactError, match="give the folder that --page wrote"):
-        study.page.restore(tmp_path / "study", tmp_path / "new")
-    (results / study.page.ARCHIVE).write_bytes(b"cut")
+        study.archive.restore(tmp_path / "study", tmp_path / "new")
+    (results / study.archive.ARCHIVE).write_bytes(b"cut")
     with pytest.raises(ArtifactError, match=r"cannot be read .*restore the files that --page wrote"):
-        study.page.restore(results, tmp_path / "new")
+        study.archive.restore(results, tmp_path / "new")
     with pytest.raises(ArtifactError, match="holds no utility study"):
         study.page.write_page(tmp_path, results)
 
@@ -147,11 +148,13 @@ def test_a_comparator_meets_the_largest_of_our_codes_that_fits(study: Any, tmp_p
 
 
 def test_the_stored_cells_make_the_published_page(study: Any, tmp_path: Path) -> None:
-    study.page.restore(RESULTS, tmp_path / "study")
+    study.archive.restore(RESULTS, tmp_path / "study")
     study.page.write_page(tmp_path / "study", tmp_path / "results")
     for name in ("utility.md", "utility.json"):
         assert (tmp_path / "results" / name).read_bytes() == (RESULTS / name).read_bytes(), name
-    stored = [lzma.decompress((folder / study.page.ARCHIVE).read_bytes()) for folder in (tmp_path / "results", RESULTS)]
+    stored = [
+        lzma.decompress((folder / study.archive.ARCHIVE).read_bytes()) for folder in (tmp_path / "results", RESULTS)
+    ]
     assert stored[0] == stored[1]
     rows = list(map(json.loads, stored[0].splitlines()))
     assert len(rows) == len({row["key"] for row in rows})
