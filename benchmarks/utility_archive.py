@@ -2,8 +2,11 @@
 
 import json
 import lzma
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from utility_grid import Scale
 
 from drencoder.errors import ArtifactError
 from drencoder.runs.run_folder import RunFolder
@@ -51,5 +54,6 @@ def restore(results_folder: Path, folder: Path) -> None:
         raise ArtifactError(
             f"{results_folder} cannot be read ({error}): restore the files that --page wrote."
         ) from None
-    with CellStore(folder, {"scale": known["scale"]}, {"machine": known["machine"]}) as store:
+    scale = {declared.name: known["scale"][declared.name] for declared in fields(Scale)}  # older archives hold more
+    with CellStore(folder, {"scale": scale}, {"machine": known["machine"]}) as store:
         store.add(*rows)

@@ -78,7 +78,6 @@ class Scale:
     examples: int = 256
     questions: int = 128
     examples_per_client: int = 1
-    public_clients: int = 16
 
 
 @dataclass(frozen=True)
