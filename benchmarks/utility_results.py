@@ -1,22 +1,23 @@
-"""From the lines of a utility study to finished tracks and paired differences. No torch.
+"""From the rows of a utility study to finished tracks, paired differences and verdicts. No torch.
 
-A *result* is a finished track: its tuned cell on every final seed. A failed run counts as an infinite loss. A *duel* is two results on
-the same seeds.
+A *result* is a finished track: its tuned cell on every judged seed. A failed run counts as an infinite loss. A *comparison* is
+two results on the same seeds.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import utility_grid as grid
-from utility_cells import Row, by_track, loss_of, read_cells
-from utility_grid import COMPARATORS, OURS, Setting, Track
+from utility_grid import COMPARATORS, OURS, Setting, setting_of
 
 from drencoder.encoders.code_sizes import message_bytes, noise_dominates
 from drencoder.evaluation.statistics import Difference, paired_over_seeds
+from drencoder.study.cells import Cell, Row, Track, loss_of
+from drencoder.study.pool import stored_results
+from drencoder.study.tuning import is_at_edge, next_cells, tuned_steps, tuning_losses
 
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # of DP-LoRA's bytes: the code that has to be free where noise dominates
@@ -35,6 +36,10 @@ class Result:
     tuning: Mapping[str, float]  # "rate step, clip step" -> mean loss on the tuning seeds
 
     @property
+    def setting(self) -> Setting:
+        return setting_of(self.track)
+
+    @property
     def losses(self) -> list[float]:
         return [loss_of(row) for row in self.rows]
 
@@ -49,11 +54,11 @@ class Result:
     def first(self, *path: str) -> Any:
         """A fact of the first seed's run that did not fail, by its path in the line; None if there is none."""
         for row in self.rows:
-            found: Any = row
+            value: Any = row
             for key in path:
-                found = found.get(key) if isinstance(found, Mapping) else None
-            if found is not None:
-                return found
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                return value
         return None
 
     @property
@@ -69,7 +74,7 @@ class Result:
     @property
     def ratio(self) -> float:
         """D / K as the certificate has it; not a number if every seed failed."""
-        return self.track.setting.adapter_size / self.code_size if self.code_size else math.nan
+        return self.setting.adapter_size / self.code_size if self.code_size else math.nan
 
     @property
     def bytes_up(self) -> int:
@@ -85,18 +90,18 @@ class Result:
     @property
     def noisy(self) -> bool:
         """Whether noise dominates: k* < D / 64."""
-        return noise_dominates(self.track.setting.adapter_size, self.k_star)
+        return noise_dominates(self.setting.adapter_size, self.k_star)
 
 
 @dataclass(frozen=True)
-class Duel:
+class Comparison:
     """Two results, on the seeds that both were judged on."""
 
     ours: Result
     theirs: Result
 
     @classmethod
-    def of(cls, ours: Result, theirs: Result) -> "Duel":
+    def of(cls, ours: Result, theirs: Result) -> "Comparison":
         """Small cohorts have more seeds than large ones: the first ones of each are paired."""
         common = min(len(ours.rows), len(theirs.rows))
         return cls(replace(ours, rows=ours.rows[:common]), replace(theirs, rows=theirs.rows[:common]))
@@ -149,64 +154,129 @@ class Duel:
 Results = Mapping[Track, Result]
 
 
-def load_results(folder: Path) -> tuple[dict[Track, Result], list[Row]]:
-    """Finished tracks in the study's order, and the lines of runs that failed."""
-    rows = read_cells(folder)
-    parts = by_track({cell: loss_of(row) for cell, row in rows.items()})
+def load_results(rows: Mapping[str, Row]) -> tuple[dict[Track, Result], list[Row]]:
+    """Finished tracks in the study's order, and the rows of runs that failed."""
     results = {}
     for track in grid.tracks({}):
-        losses = parts.get(track, {})
-        if not losses or grid.next_cells(track, losses):
+        plan = setting_of(track).plan
+        known = stored_results([track], {track: plan}, rows)
+        losses = {cell: loss_of(row) for cell, row in known.items()}
+        if not losses or next_cells(track, plan, losses):
             continue
-        rate_step, clip_step = grid.tuned(track, losses)
-        final = tuple(rows[grid.Cell(track, seed, rate_step, clip_step)] for seed in track.setting.seeds)
+        judged = tuple(known[Cell(track, seed, *tuned_steps(plan, losses))] for seed in plan.seeds)
         mean = {
             f"{rate:+g}, {clip:+d}": loss
-            for clip in (0, *grid.CLIP_STEPS)
-            for rate, loss in sorted(grid.tried(track, losses, clip).items())
+            for clip in (0, *plan.clip_steps)
+            for rate, loss in sorted(tuning_losses(plan, losses, clip).items())
         }
-        results[track] = Result(track, final, grid.at_edge(track, losses), mean)
+        results[track] = Result(track, judged, is_at_edge(plan, losses), mean)
     return results, [row for row in rows.values() if "error" in row]
 
 
-def duels(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> list[Duel]:
+def compare_arms(results: Results, arms: Iterable[str], reference: str = REFERENCE) -> list[Comparison]:
     """Every arm against the reference in the same setting, where both are finished and the reference did not fail."""
-    found = []
+    pairs = []
     for arm in arms:
         for track, ours in results.items():
-            theirs = results.get(Track(reference, track.setting))
-            if track.arm == arm and theirs is not None and not theirs.failed:
-                found.append(Duel.of(ours, theirs))
-    return found
+            theirs = results.get(replace(track, method=reference))
+            if track.method == arm and theirs is not None and not theirs.failed:
+                pairs.append(Comparison.of(ours, theirs))
+    return pairs
 
 
-def held_back(duel: Duel) -> bool:
+def held_back(pair: Comparison) -> bool:
     """Whether it is of the task that counts by itself."""
-    return duel.ours.track.setting.task == grid.HELD_BACK
+    return pair.ours.setting.task == grid.HELD_BACK
 
 
-def equal_bytes(results: Results, arm: str) -> list[Duel]:
+def equal_bytes(results: Results, arm: str) -> list[Comparison]:
     """Ours with 64 times the clients of DP-LoRA: the same number of bytes goes up."""
-    found = []
+    pairs = []
     for track, ours in results.items():
-        setting = track.setting
-        if track.arm != arm or setting.cohort != MANY:
+        if track.method != arm or ours.setting.cohort != MANY:
             continue
-        few = Setting(setting.trust, setting.task, setting.adapter, FEW, setting.epsilon)
-        theirs = results.get(Track(REFERENCE, few))
+        few = replace(ours.setting, cohort=FEW)
+        theirs = results.get(few.track(REFERENCE, track.epsilon))
         if theirs is not None and not theirs.failed:
-            found.append(Duel.of(ours, theirs))
-    return found
+            pairs.append(Comparison.of(ours, theirs))
+    return pairs
 
 
-def against_comparators(results: Results, arms: Sequence[str] = OURS) -> list[Duel]:
+def against_comparators(results: Results, arms: Sequence[str] = OURS) -> list[Comparison]:
     """Each comparator against the largest of our codes (of these arms) that takes no more bytes than its own."""
-    found = []
+    pairs = []
     for track, theirs in results.items():
-        if track.arm not in COMPARATORS or theirs.failed:
+        if track.method not in COMPARATORS or theirs.failed:
             continue
-        mine = [results[other] for arm in arms if (other := Track(arm, track.setting)) in results]
+        mine = [results[other] for arm in arms if (other := replace(track, method=arm)) in results]
         fitting = [ours for ours in mine if 0 < ours.bytes_up <= SAME_BYTES * theirs.bytes_up]
         if fitting:
-            found.append(Duel.of(max(fitting, key=lambda ours: (ours.bytes_up, ours.code_size or 0)), theirs))
-    return found
+            pairs.append(Comparison.of(max(fitting, key=lambda ours: (ours.bytes_up, ours.code_size or 0)), theirs))
+    return pairs
+
+
+# --- claims ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`good` of `of` settings; met if that is at least (strictly: more than) the share `needed`. `whole`: no setting is missing."""
+
+    number: str
+    claim: str
+    good: int
+    of: int
+    whole: bool
+    needed: float = 1.0
+    strictly: bool = False
+
+    @property
+    def count(self) -> str:
+        return f"{self.good} of {self.of}"
+
+    @property
+    def word(self) -> str:
+        if not self.of:
+            return "not measured"
+        share = self.good / self.of
+        met = share > self.needed if self.strictly else share >= self.needed
+        return ("met" if met else "NOT met") + ("" if self.whole else " so far")
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """The claims that the study was made to test, counted. Nothing is typed by hand: no row, no verdict."""
+    both = compare_arms(results, [AUTOMATIC])
+    main, held = [pair for pair in both if not held_back(pair)], [pair for pair in both if held_back(pair)]
+    noisy = [pair for pair in main if pair.ours.noisy]
+    others, four_bits = against_comparators(results), against_comparators(results, grid.FOUR_BITS)
+
+    def count(pairs: Sequence[Comparison], test: Callable[[Comparison], bool], whole: bool) -> tuple[int, int, bool]:
+        return sum(map(test, pairs)), len(pairs), whole
+
+    all_main, all_others = _finished(results, [AUTOMATIC, REFERENCE]), _finished(results, [*OURS, *COMPARATORS])
+    return [
+        Verdict("1a", f"{AUTOMATIC}: held-out loss no worse than tuned DP-LoRA, 1 % margin on the mean over seeds",
+                *count(main, lambda pair: pair.no_worse, all_main)),
+        Verdict("1b", "the same with the whole 95 % interval within the margin (stricter than asked)",
+                *count(main, lambda pair: pair.surely_no_worse, all_main)),
+        Verdict("1c", "the same unless the whole interval is beyond the margin (laxer than asked: what chance may explain passes)",
+                *count(main, lambda pair: not pair.surely_worse and not pair.ours.failed, all_main)),
+        Verdict("1d", f"{AUTOMATIC}: at 1/64 of DP-LoRA's bytes or fewer where noise dominates (k* < D/64)",
+                *count(noisy, lambda pair: pair.fewer_bytes >= FREE_RATIO / SAME_BYTES, all_main)),
+        *(Verdict(number, f"equal bytes: {name} with n = {MANY} better than DP-LoRA with n = {FEW}",
+                  *count(equal_bytes(results, name), lambda pair: pair.better, _finished(results, [name, REFERENCE])))
+          for number, name in zip(("2", "2b"), grid.EQUAL_BYTES_ARMS, strict=True)),
+        Verdict("3", f"equal clients: {AUTOMATIC} better than tuned DP-LoRA in half of the settings where noise dominates",
+                *count(noisy, lambda pair: pair.better, all_main), needed=0.5),
+        Verdict("4", "better than each comparator with no more bytes, in most settings",
+                *count(others, lambda pair: pair.better, all_others), needed=0.5, strictly=True),
+        Verdict("4b", "the same with the codes in four bits alone, as the product sends them (hybrid-64 is float32)",
+                *count(four_bits, lambda pair: pair.better, all_others), needed=0.5, strictly=True),
+        Verdict("7", f"{AUTOMATIC} on the held-back task: no worse than tuned DP-LoRA, 1 % margin",
+                *count(held, lambda pair: pair.no_worse, all_main)),
+    ]  # fmt: skip
+
+
+def _finished(results: Results, arms: Sequence[str]) -> bool:
+    """Whether every track that the study declares for these arms is there."""
+    return all(track in results for track in grid.tracks({}) if track.method in arms)

@@ -4,7 +4,8 @@ import pytest
 
 from drencoder.recipe.recipe import Recipe, load_recipe, shipped_recipes
 from drencoder.runs.plan_overview import survey
-from drencoder.study.methods import METHODS
+from drencoder.study.methods import METHODS, start_rates
+from drencoder.study.settings import load_comparison
 
 PAPER = [name for name in shipped_recipes() if name.startswith("paper/") and "embedded" not in name]
 EMBEDDED = [name for name in shipped_recipes() if name.startswith("paper/embedded")]
@@ -62,10 +63,11 @@ def test_twins_have_the_same_federation_and_choices(name: str) -> None:
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_twins_can_be_compared_by_every_method_they_name(name: str) -> None:
-    recipe = load_recipe(name)
-    for method in recipe.compare.methods:
-        for epsilon in recipe.compare.epsilons:
-            survey(METHODS[method].recipe(recipe, epsilon=epsilon, seed=0, multiplier=1.0))
+    recipe, settings = load_comparison(name)
+    rates = start_rates(settings.rates)
+    for method in (METHODS[each] for each in settings.methods):
+        for epsilon in settings.epsilons:
+            survey(method.recipe(recipe, epsilon=epsilon, seed=0, rate=method.first_rate(recipe, rates)))
 
 
 def test_three_clients_at_epsilon_2_can_learn_less_than_one_coordinate() -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drencoder.runs.display import make_progress, make_table, printable
-from drencoder.study.compare import Cell, Track
+from drencoder.study.cells import Cell, Track
 from drencoder.study.compare_table import Row, short_cells
 
 __all__ = ["CompareDisplay", "comparison_table"]
@@ -52,7 +52,7 @@ class CompareDisplay:
         elif "error" not in result:
             kind = "tuning" if cell.seed == self._tuning_seed else f"seed {cell.seed}"
             self.console.print(
-                f"{time.monotonic() - self._began:7.1f} s  {cell.track}, {kind}, rate step {cell.step:+g}: "
+                f"{time.monotonic() - self._began:7.1f} s  {cell.track}, {kind}, rate step {cell.rate_step:+g}: "
                 f"held-out loss {result['loss']:.3f} in {result['seconds']:.0f} s"
             )
 

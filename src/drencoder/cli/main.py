@@ -17,7 +17,7 @@ from rich.text import Text
 from drencoder import __version__
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
-from drencoder.encoders.planning import load_checked_recipe
+from drencoder.encoders.planning import check_encoder, load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
 from drencoder.recipe.recipe import Recipe, shipped_recipes
 
@@ -154,28 +154,31 @@ def compare(
 ) -> None:
     """Methods x budgets x seeds under one accountant, tuned alike: a table, two plots, paired tests.
 
-    The recipe's [compare] section says what is run. A comparison that was stopped goes on when started again.
+    The recipe's \\[compare] table says what is run, and --set compare.KEY=VALUE overrides it: methods, epsilons, seeds, rates,
+    tuning_seed, tuning_runs, tuning_factor. A comparison that was stopped goes on when started again.
     """
     from drencoder.cli.compare_view import CompareDisplay, comparison_table
     from drencoder.runs.display import make_console, printable
     from drencoder.study.compare import compare as run_comparison
     from drencoder.study.compare_table import rows_of, write_comparison
+    from drencoder.study.settings import load_comparison
 
     console = make_console()
-    config = load_checked_recipe(recipe, set_ or ())
+    config, settings = load_comparison(recipe, set_ or ())
+    check_encoder(config)
     folder = out or Path("comparisons") / config.name
-    display = CompareDisplay(console, tuning_seed=config.compare.tuning_seed)
+    display = CompareDisplay(console, tuning_seed=settings.tuning_seed)
     try:
-        results, tracks = run_comparison(config, folder, display, processes=processes)
+        results, tracks = run_comparison(config, settings, folder, display, processes=processes)
     except KeyboardInterrupt:
         display.close()
         console.print("\nInterrupted. Finished cells are kept: start the same command again to go on.")
         raise SystemExit(130) from None
     finally:
         display.close()
-    rows = rows_of(config, tracks, results, folder)
+    rows = rows_of(config, settings, tracks, results, folder)
     console.print(comparison_table(rows))
-    for path in write_comparison(config, rows, folder):
+    for path in write_comparison(config, settings, rows, folder):
         console.print(f"Written: {printable(path)}", soft_wrap=True)
 
 

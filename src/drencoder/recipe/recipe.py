@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 
@@ -21,7 +21,6 @@ from drencoder.recipe.knobs import coerce
 from drencoder.recipe.removed import reject_removed_key
 from drencoder.recipe.sections import (
     Adapter,
-    Compare,
     Data,
     Encoder,
     Evaluation,
@@ -34,8 +33,12 @@ from drencoder.recipe.sections import (
     Speed,
 )
 
-__all__ = ["Recipe", "describe_knobs", "load_recipe", "shipped_recipes"]
+__all__ = ["STUDY_TABLE", "Recipe", "describe_knobs", "load_recipe", "read_section", "read_tables", "shipped_recipes"]
 
+Section = TypeVar("Section")
+
+STUDY_TABLE = "compare"
+"""The table of a recipe file that is no part of a recipe: `drencoder compare` reads it (`study.settings`), a run does not."""
 
 _SECTIONS: dict[str, type] = {
     "model": Model,
@@ -49,7 +52,6 @@ _SECTIONS: dict[str, type] = {
     "privacy": Privacy,
     "evaluation": Evaluation,
     "speed": Speed,
-    "compare": Compare,
 }
 
 
@@ -70,7 +72,6 @@ class Recipe:
     privacy: Privacy = field(default_factory=Privacy)
     evaluation: Evaluation = field(default_factory=Evaluation)
     speed: Speed = field(default_factory=Speed)
-    compare: Compare = field(default_factory=Compare)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", coerce("name", self.name, str))
@@ -122,16 +123,20 @@ class Recipe:
             if key not in _SECTIONS:
                 parts[key] = value
                 continue
-            if not isinstance(value, Mapping):
-                raise RecipeError(f"{origin}: {key} = {value!r} is not a section: write [{key}] and keys below.")
-            section = _SECTIONS[key]
-            knobs = {declared.name for declared in dataclasses.fields(section)}
-            for inner in value:
-                if inner not in knobs:
-                    reject_removed_key(f"{key}.{inner}")
-                    raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, knobs))
-            parts[key] = section(**value)
+            parts[key] = read_section(key, value, _SECTIONS[key], origin)
         return cls(**parts)
+
+
+def read_section(key: str, value: Any, section: type[Section], origin: str) -> Section:
+    """A section from its table; unknown keys raise `RecipeError` with the nearest known name."""
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{origin}: {key} = {value!r} is not a section: write [{key}] and keys below.")
+    knobs = {declared.name for declared in dataclasses.fields(section)}  # type: ignore[arg-type]
+    for inner in value:
+        if inner not in knobs:
+            reject_removed_key(f"{key}.{inner}")
+            raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, knobs))
+    return section(**value)
 
 
 def _unknown(what: str, word: str, names: set[str]) -> str:
@@ -210,6 +215,17 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     Raises:
       RecipeError: the file is missing or not TOML, a key is unknown, or a value is impossible.
     """
+    origin, tables = read_tables(source, overrides)
+    tables.pop(STUDY_TABLE, None)
+    return Recipe.from_dict(tables, origin=origin)
+
+
+def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """What a recipe file says, with the overrides, unchecked: where it comes from, and its tables.
+
+    Raises:
+      RecipeError: as `load_recipe` does, but for keys and values.
+    """
     origin, text = _read(source)
     try:
         tables: dict[str, Any] = tomllib.loads(text)
@@ -217,7 +233,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
         raise RecipeError(f"{origin} is not valid TOML: {error}.") from None
     for override in overrides:
         _override(tables, override)
-    return Recipe.from_dict(tables, origin=origin)
+    return origin, tables
 
 
 def _read(source: str | Path | None) -> tuple[str, str]:
@@ -252,7 +268,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {key.strip()} has more than one dot: write section.key=value.")
     table = tables
     if sections:
-        if sections[0] not in _SECTIONS:
+        if sections[0] not in (*_SECTIONS, STUDY_TABLE):
             reject_removed_key(key.strip())
             reject_removed_key(sections[0])
             raise RecipeError(_unknown(f"--set {key.strip()}: {sections[0]!r}", sections[0], set(_SECTIONS)))

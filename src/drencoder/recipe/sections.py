@@ -9,7 +9,6 @@ from drencoder.recipe.knobs import Checked, knob
 
 __all__ = [
     "Adapter",
-    "Compare",
     "Data",
     "Encoder",
     "Evaluation",
@@ -260,20 +259,3 @@ class Speed(Checked):
     """How fast, never what: up to float rounding, and to which values LoRA's dropout drops."""
 
     parallel_clients: int = knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
-
-
-@dataclass(frozen=True)
-class Compare(Checked):
-    """What `drencoder compare` runs: methods x epsilons x seeds. A plain run ignores it."""
-
-    methods: tuple[str, ...] = knob(
-        ("lora", "dp-lora", "dr-encoder", "fedcg", "random"), "see drencoder compare --help"
-    )
-    epsilons: tuple[float, ...] = knob((0.25, 2.0, 8.0), "budgets of the private methods", above=0)
-    seeds: tuple[int, ...] = knob((0, 1, 2), "paired: the same clients, start and held-out data for every method")
-    tuning_seed: int = knob(100, "the seed on which learning rates are chosen, by held-out loss")
-    tuning_runs: int = knob(
-        4, "learning rates that each method may try per epsilon; 1 = its first guess", low=1, high=12
-    )
-    rates: tuple[str, ...] = knob((), "`method=rate`: where a method's tuning starts, if not at the recipe's rate")
-    tuning_factor: float = knob(3.0, "ratio between neighbouring learning rates", above=1)

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -16,31 +16,20 @@ from typing import Any
 
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.evaluation.statistics import Difference, McNemar, mcnemar, paired_over_seeds
-from drencoder.recipe.recipe import Compare, Recipe
+from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plots import plot_accuracy_against_bytes, plot_loss_against_epsilon, save_figure
 from drencoder.runs.run_folder import RunFolder
-from drencoder.study.compare import Cell, Results, Track, best_step
-from drencoder.study.methods import METHODS
+from drencoder.study.cells import Cell, Track, loss_of
+from drencoder.study.compare import cell_folder, tuning_plan
+from drencoder.study.methods import METHODS, start_rates
+from drencoder.study.settings import Compare
+from drencoder.study.tables import Spread, json_ready, markdown_table, mean_of_known
+from drencoder.study.tuning import tuned_steps
 
-__all__ = ["Row", "Spread", "cells_of_table", "rows_of", "short_cells", "write_comparison"]
+__all__ = ["Row", "cells_of_table", "rows_of", "short_cells", "write_comparison"]
 
 REFERENCE = "dp-lora"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean, smallest and largest value over seeds."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(fmean(values), min(values), max(values))
-
-    def text(self, digits: int) -> str:
-        return f"{self.mean:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+Results = Mapping[Cell, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -72,13 +61,13 @@ class Row:
     answers: list[McNemar] | None = None
 
 
-def rows_of(recipe: Recipe, tracks: Sequence[Track], results: Results, folder: Path) -> list[Row]:
+def rows_of(recipe: Recipe, settings: Compare, tracks: Sequence[Track], results: Results, folder: Path) -> list[Row]:
     """The base model, the zero update, and every track, in the order of the recipe."""
     of_seed = {cell.seed: result for cell, result in results.items() if "error" not in result}
-    finished = [of_seed[seed] for seed in recipe.compare.seeds if seed in of_seed]  # all of a seed have the same base
+    finished = [of_seed[seed] for seed in settings.seeds if seed in of_seed]  # all of a seed have the same base
     rows = [_reference_row("base model", "base", finished), _reference_row("zero update", "zero", finished)]
     for track in tracks:
-        rows.append(_row(track, recipe, results, folder))
+        rows.append(_row(track, recipe, settings, results, folder))
     return [row for row in rows if row is not None]
 
 
@@ -93,27 +82,26 @@ def _accuracies(shown: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
     return {name: Spread.of([row["accuracy"][name] for row in shown]) for name in shown[0]["accuracy"]}
 
 
-def _row(track: Track, recipe: Recipe, results: Results, folder: Path) -> Row:
-    wanted = recipe.compare
-    cells = _final_cells(track, wanted, results)
+def _row(track: Track, recipe: Recipe, settings: Compare, results: Results, folder: Path) -> Row:
+    cells = _final_cells(track, settings, results)
     done = {cell.seed: results[cell] for cell in cells if "error" not in results[cell]}
     failures = [f"seed {cell.seed}: {results[cell]['error']}" for cell in cells if "error" in results[cell]]
     if not done:
         return Row(track.method, track.epsilon, [], failures)
     shown = list(done.values())
-    loss_difference, accuracy_difference, answers = _against_reference(track, wanted, results, folder)
+    loss_difference, accuracy_difference, answers = _against_reference(track, settings, results, folder)
     return Row(
         track.method,
         track.epsilon,
         sorted(done),
         failures,
-        learning_rate=_learning_rate(track, recipe, cells[0].step),
+        learning_rate=_learning_rate(recipe, settings, cells[0]),
         loss=Spread.of([row["loss"] for row in shown]),
         accuracy=_accuracies(shown),
-        cosine=_mean(row["cosine"] for row in shown),
-        captured_energy=_mean(row["captured_energy"] for row in shown),
-        bytes_stage1=_mean(row["bytes_stage1"] for row in shown),
-        bytes_stage2=_mean(row["bytes_stage2"] for row in shown),
+        cosine=mean_of_known(row["encoder"].get("gate_public_cosine") for row in shown),
+        captured_energy=mean_of_known(row["encoder"].get("gate_public_captured_energy") for row in shown),
+        bytes_stage1=mean_of_known(row["bytes_stage1"] for row in shown),
+        bytes_stage2=mean_of_known(row["bytes_up"] - row["bytes_stage1"] for row in shown),
         epsilon_server=max(float(row["epsilon"]["server"]) for row in shown),
         epsilon_clients=max(float(row["epsilon"]["clients"]) for row in shown),
         epsilon_public=max(float(row["epsilon"]["public"]) for row in shown),
@@ -124,38 +112,38 @@ def _row(track: Track, recipe: Recipe, results: Results, folder: Path) -> Row:
     )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+def _final_cells(track: Track, settings: Compare, results: Results) -> list[Cell]:
+    losses = {cell: loss_of(row) for cell, row in results.items() if cell.track == track}
+    rate_step, clip_step = tuned_steps(tuning_plan(settings), losses)
+    return [Cell(track, seed, rate_step, clip_step) for seed in settings.seeds]
 
 
-def _final_cells(track: Track, wanted: Compare, results: Results) -> list[Cell]:
-    step = best_step(track, wanted, results)
-    return [Cell(track, seed, step) for seed in wanted.seeds]
-
-
-def _learning_rate(track: Track, recipe: Recipe, step: float) -> float:
-    return METHODS[track.method].first_rate(recipe) * recipe.compare.tuning_factor**step
+def _learning_rate(recipe: Recipe, settings: Compare, cell: Cell) -> float:
+    first = METHODS[cell.track.method].first_rate(recipe, start_rates(settings.rates))
+    return tuning_plan(settings).rate(first, cell)
 
 
 def _against_reference(
-    track: Track, wanted: Compare, results: Results, folder: Path
+    track: Track, settings: Compare, results: Results, folder: Path
 ) -> tuple[Difference | None, Difference | None, list[McNemar] | None]:
     """Paired by seed (loss, mean accuracy) and by question; None without a budget, DP-LoRA, or enough seeds in common."""
     reference = Track(REFERENCE, track.epsilon)
-    if track == reference or track.epsilon is None or REFERENCE not in wanted.methods:
+    if track == reference or track.epsilon is None or REFERENCE not in settings.methods:
         return None, None, None
     pairs = [
         (theirs, ours)
         for theirs, ours in zip(
-            _final_cells(reference, wanted, results), _final_cells(track, wanted, results), strict=True
+            _final_cells(reference, settings, results), _final_cells(track, settings, results), strict=True
         )
         if "error" not in results[theirs] and "error" not in results[ours]
     ]
     if not pairs:
         return None, None, None
     losses = [results[ours]["loss"] - results[theirs]["loss"] for theirs, ours in pairs]
-    answers = [(_right(folder / theirs.folder), _right(folder / ours.folder)) for theirs, ours in pairs]
+    answers = [
+        (_right_answers(cell_folder(folder, theirs)), _right_answers(cell_folder(folder, ours)))
+        for theirs, ours in pairs
+    ]
     tests = [mcnemar(before, after) for before, after in answers]
     if len(pairs) < 3:
         return None, None, tests
@@ -163,7 +151,7 @@ def _against_reference(
     return paired_over_seeds(losses), paired_over_seeds(gains), tests
 
 
-def _right(folder: Path) -> list[bool]:
+def _right_answers(folder: Path) -> list[bool]:
     """Every question of every benchmark, answered rightly or not."""
     outcomes = json.loads(RunFolder(folder).outcomes.read_text("utf-8"))["this run"]["right"]
     return [bool(hit) for name in sorted(outcomes) for hit in outcomes[name]]
@@ -256,7 +244,7 @@ def _answer_words(change: McNemar) -> str:
 # --- files -----------------------------------------------------------------------------------------
 
 
-def write_comparison(recipe: Recipe, rows: Sequence[Row], folder: Path) -> list[Path]:
+def write_comparison(recipe: Recipe, settings: Compare, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes table.md, table.csv, table.json and the two plots; returns their paths.
 
     Raises:
@@ -264,11 +252,15 @@ def write_comparison(recipe: Recipe, rows: Sequence[Row], folder: Path) -> list[
     """
     store = RunFolder(folder)
     headings, lines = cells_of_table(rows)
-    store.write(folder / "table.md", _markdown(recipe, headings, lines).encode())
+    store.write(folder / "table.md", _markdown(recipe, settings, headings, lines).encode())
     buffer = io.StringIO()
     csv.writer(buffer).writerows([headings, *lines])
     store.write(folder / "table.csv", buffer.getvalue().encode("utf-8-sig"))
-    record = {"recipe": recipe.to_dict(), "rows": [_finite(asdict(row)) for row in rows]}
+    record = {
+        "recipe": recipe.to_dict(),
+        "compare": asdict(settings),
+        "rows": [json_ready(asdict(row)) for row in rows],
+    }
     store.write_json(folder / "table.json", record)
     points = [_point(row) for row in rows if row.loss is not None]
     plots = {
@@ -280,20 +272,18 @@ def write_comparison(recipe: Recipe, rows: Sequence[Row], folder: Path) -> list[
     return [folder / name for name in ("table.md", "table.csv", "table.json", *plots)]
 
 
-def _markdown(recipe: Recipe, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    wanted = recipe.compare
-    table = [headings, ["---"] * len(headings), *lines]
+def _markdown(recipe: Recipe, settings: Compare, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rule = (
-        f"Recipe `{recipe.name}`, seeds {', '.join(map(str, wanted.seeds))}. Mean (smallest to largest) over seeds; lower "
-        f"loss is better. Every method tried {wanted.tuning_runs} learning rates per ε on seed {wanted.tuning_seed}, a "
-        f"factor of {wanted.tuning_factor:g} apart, chosen by held-out loss. δ = {recipe.privacy.delta:g}, "
+        f"Recipe `{recipe.name}`, seeds {', '.join(map(str, settings.seeds))}. Mean (smallest to largest) over seeds; lower "
+        f"loss is better. Every method tried {settings.tuning_runs} learning rates per ε on seed {settings.tuning_seed}, a "
+        f"factor of {settings.tuning_factor:g} apart, chosen by held-out loss. δ = {recipe.privacy.delta:g}, "
         f"{recipe.privacy.relation.replace('_', '/')}; `none` = no guarantee. Cosine and energy: what the encoder alone "
         "carries of updates of server-held text. Uploads are sums over all clients. Differences are paired with DP-LoRA "
         "at the same ε: 95 % t intervals over seeds (accuracy: all benchmarks' questions); and per seed the questions gained "
         "and lost, with the exact McNemar test.\n"
     )
-    arms = "\n".join(f"- `{name}`: {METHODS[name].words}." for name in wanted.methods)
-    return rule + "\n" + "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n\n" + arms + "\n"
+    arms = "\n".join(f"- `{name}`: {METHODS[name].words}." for name in settings.methods)
+    return f"{rule}\n{markdown_table(headings, lines)}\n\n{arms}\n"
 
 
 def _point(row: Row) -> dict[str, Any]:
@@ -309,10 +299,3 @@ def _point(row: Row) -> dict[str, Any]:
         "accuracy_high": fmean(spread.high for spread in shown) if shown else None,
         "bytes": sent,
     }  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: "inf", as in certificates."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return "inf" if isinstance(value, float) and math.isinf(value) else value

@@ -13,7 +13,7 @@ from drencoder.recipe.recipe import Recipe
 __all__ = ["ClientSet", "agreement"]
 
 # Where a machine keeps things, how fast it is, and what the server alone does: free on each side.
-_FREE_SECTIONS = ("name", "server", "evaluation", "speed", "compare")
+_FREE_SECTIONS = ("name", "server", "evaluation", "speed")
 _FREE_KNOBS = {
     "model": ("source", "device"),
     "data": ("source", "split", "client_field", "held_out_share"),
