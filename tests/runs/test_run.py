@@ -136,7 +136,7 @@ def test_replayed_run_killed_anywhere_ends_with_the_very_same_adapter(
         "row": "_evaluate_round",
         "step": "server_step",
         "checkpoint": "save_checkpoint",
-        "finish": "_certificate",
+        "finish": "make_certificate",
     }[moment]
     original, calls = getattr(experiment, name), 0
 
