@@ -137,7 +137,7 @@ def chaos(folder: Path, recipe: Recipe, nodes: int, seed: int) -> dict[str, obje
         "hangs": weather.hangs,
         "lies_found": text.count("answer thrown away"),
         "missing_answers": len(re.findall(r"no answer within|Flower's error", text)),
-        "abandoned": sum(row["kind"] == "note" for row in rows),
+        "abandoned": sum(row["kind"] == "abandoned" for row in rows),
         "charges": [row["slot"] for row in rows if row["kind"] == "charge"],
         "verified": verify_run(run).trouble == "",
         "loss": json.loads((run / "certificate.json").read_text())["results"]["this run"]["loss"]["value"],

@@ -1,157 +1,184 @@
-"""Re-accounts a run from its files alone: imports nothing of drencoder, only json, scipy and dp_accounting.
+"""Re-accounts a run from its files alone: imports nothing of drencoder, only Python, numpy, scipy and dp_accounting.
 
     python tools/reaccount.py RUN
 
-Reads RUN/ledger.jsonl and RUN/certificate.json, checks the chain of hashes, computes every observer's
-epsilon under both adjacencies with dp_accounting's PLD accountant, prints a table and exits with 1 when
-the chain is broken, the certificate is of another ledger, or an epsilon differs by more than 1e-6.
+Checks the ledger's chain of hashes, each line against the plan, the plan against the recipe, the whole privacy part of the
+certificate against what dp_accounting makes of the ledger's charges, and every other file against the ledger's last line.
+Prints a table and what does not hold, and exits with 1 if anything does not. `docs/verify.md` lists what is checked.
+Copy it together with reaccount_ledger.py and reaccount_files.py.
 """
 
 import hashlib
 import json
-import math
 import sys
+import tomllib
 from pathlib import Path
 
-import dp_accounting as dp
-from dp_accounting.pld import PLDAccountant
-from scipy.stats import binom
+from reaccount_files import file_troubles
+from reaccount_ledger import (
+    RELATIONS,
+    agree,
+    budget_events,
+    composition_delta,
+    compositions,
+    epsilon,
+    line_troubles,
+    other_numbers,
+    read_ledger,
+    slots_of,
+)
 
-TOLERANCE = 1e-6
-RELATIONS = {
-    "add_remove": dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
-    "replace_one": dp.NeighboringRelation.REPLACE_ONE,
+TRUSTED = "The server adds the noise, keeps cohorts and sums secret, and does not collude."
+ASSUMPTIONS = {
+    ("central", "server"): "No guarantee: the server is trusted, it sees the un-noised sum of a round.",
+    ("central", "clients"): TRUSTED,
+    ("central", "public"): TRUSTED,
+    ("local", "server"): "No assumption about others: each client adds its full noise itself and keeps to the cap.",
+    ("local", "clients"): "All other contributors of a round add their noise honestly; the observer is one "
+    "client, knows its own noise, and colludes neither with the server nor with another client.",
+    ("local", "public"): "All other contributors of a round add their noise honestly; the observer sees only sums "
+    "and the model, and colludes neither with the server nor with a client.",
+    ("secure-aggregation", "server"): "The stated share of a round's contributors add their noise and keep it to "
+    "themselves; the others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
+    ("secure-aggregation", "clients"): "The observer is one of the honest contributors, who knows its own noise; the "
+    "others are as against the server.",
+    ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
 }
 
 
-def read_ledger(path: Path) -> tuple[list[dict], str]:
-    """The records and the last line's hash; ValueError when the chain is broken."""
-    records, previous = [], "0" * 64
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        raise ValueError("the last line was never finished: open the run with `drencoder run --resume` first")
-    for number, line in enumerate(data[:-1].split(b"\n"), start=1):
-        record = json.loads(line)
-        if record["prev"] != previous or record["seq"] != number - 1:
-            raise ValueError(f"line {number} does not follow the one before it")
-        records.append(record)
-        previous = hashlib.sha256(line).hexdigest()
-    return records, previous
+def plan_troubles(header: dict, recipe: dict) -> list[str]:
+    """The plan against the recipe: its single numbers, and the epsilon that its noise was calibrated to."""
+    plan, privacy, federation, prior = header["plan"], recipe["privacy"], recipe["federation"], recipe["prior"]
+    silent = privacy["trust"] == "non-private"
+    secure = privacy["trust"] == "secure-aggregation"
+    wanted = {
+        "trust": "central" if silent else privacy["trust"],
+        "population": federation["population"],
+        "sampling_rate": federation["sampling_rate"],
+        "rounds": federation["rounds"],
+        "stage1_rate": 0.0 if prior["source"] == "none" else prior["sampling_rate"] or federation["sampling_rate"],
+        "delta": privacy["delta"],
+        "relation": privacy["relation"],
+        "noise": privacy["noise"],
+        "participation_cap": privacy["participation_cap"],
+        "non_private": ["stage1", "round"] if silent else ["stage1"] if prior["source"] == "gradients" else [],
+        "target_epsilon": None if silent or privacy["noise_multiplier"] else privacy["epsilon"],
+    }
+    if privacy["trust"] == "local":  # else it makes no difference
+        encoder = recipe["encoder"]
+        wanted["decodes_each"] = encoder["name"] == "autoencoder" or encoder["wire_dtype"] not in ("auto", "float32")
+    if secure:
+        wanted |= {"dropout_share": privacy["dropout_share"], "honest_share": privacy["honest_share"]}
+    ratio = 0.0 if "stage1" in wanted["non_private"] or not wanted["stage1_rate"] else 1.0
+    sigma = plan["noise_multiplier"]
+    wanted["stage1_noise_multiplier"] = sigma * ratio
+    if silent or privacy["noise_multiplier"]:
+        wanted["noise_multiplier"] = 0.0 if silent else privacy["noise_multiplier"]
+    found = [f"the plan's {key} is not the recipe's" for key in wanted if not agree(plan.get(key), wanted[key], 1e-6)]
+    tables = {k: dict(v) if isinstance(v, dict) else v for k, v in recipe.items() if k not in ("speed", "compare")}
+    tables["model"].pop("device")
+    if header["recipe"] != hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest():
+        found.append("the recipe is not the one with which the ledger was started")
+    if not found and wanted["target_epsilon"] is not None:
+        target = wanted["target_epsilon"]
+        planned = epsilon(budget_events(plan, slots_of(plan)), composition_delta(plan), plan["relation"])
+        if not target - max(2e-3, 2e-3 * target) <= planned <= target + 1e-6 * max(1.0, target):
+            found.append(f"the plan costs epsilon {planned:.6f}, and the recipe's target is {target:g}")
+    return found
 
 
-def compositions(records: list[dict]) -> dict[str, list[dict] | None]:
-    """What each observer sees of the worst client: events, or None where there is no guarantee."""
-    plan = records[0]["plan"]
-    charges = [r for r in records if r["kind"] == "charge"]
-    known = ("header", "charge", "contributors", "note", *(["repeat"] if plan["noise"] == "replay" else []))
-    if strange := [r["kind"] for r in records if r["kind"] not in known]:
-        raise ValueError(f"the ledger has lines of kind {strange[0]}")
-    if plan["trust"] == "central":
-        events = [r["event"] for r in charges]
-        return {"server": None, "clients": events, "public": events}
-
-    # Otherwise the schedule falls into `cap` blocks; a client releases once in each, at worst the dearest slot.
-    slots = list(range(0 if plan["stage1_rate"] > 0 else 1, plan["rounds"] + 1))
-    cap = min(plan["participation_cap"], len(slots))
-    block_of = {}
-    for block in range(cap):
-        for slot in slots[len(slots) * block // cap : len(slots) * (block + 1) // cap]:
-            block_of[slot] = block
-    contributors: dict[int, int] = {}
-    for record in records:
-        if record["kind"] == "contributors":
-            slot, count = record["slot"], record["contributors"]
-            contributors[slot] = min(count, contributors.get(slot, count))
-    views: dict[str, dict[int, dict]] = {"server": {}, "clients": {}, "public": {}}
-    for record in charges:
-        slot, event = record["slot"], record["event"]
-        if plan["trust"] == "secure-aggregation":
-            # All see sums alone. The charge is for the noise of the fewest honest contributors; more of them add more.
-            least = least_contributors(plan, slot)
-            fewest, honest = (honest_of(plan, m) for m in (least, max(least, contributors.get(slot, 0))))
-            shares = [
-                ("server", honest / fewest),
-                ("clients", max(1, honest - 1) / fewest),
-                ("public", honest / fewest),
-            ]
-        else:
-            # A sum of codes that were decoded one by one, by a non-linear map, hides nobody in the others' noise.
-            m = 1 if plan["decodes_each"] and slot > 0 else contributors.get(slot, 1)
-            shares = [("server", 1), ("clients", max(1, m - 1)), ("public", max(1, m))]
-        for view, variances in shares:
-            seen = dict(event)
-            if seen["kind"] == "gaussian":
-                seen["noise_multiplier"] *= math.sqrt(variances)
-            worst = views[view].get(block_of[slot])
-            if worst is None or seen.get("noise_multiplier", 0.0) < worst.get("noise_multiplier", 0.0):
-                views[view][block_of[slot]] = seen
-    return {view: list(blocks.values()) for view, blocks in views.items()}
-
-
-def least_contributors(plan: dict, slot: int) -> int:
-    """Secure aggregation: fewer void the round. The cohort's 1e-6 quantile less the share that may drop out."""
-    rate = plan["stage1_rate"] if slot == 0 else plan["sampling_rate"]
-    cohort = max(1, int(binom.ppf(1e-6, plan["population"], rate)))
-    return max(1, math.ceil((1 - plan["dropout_share"]) * cohort - 1e-9))
-
-
-def honest_of(plan: dict, contributors: int) -> int:
-    """Secure aggregation: how many of them the plan assumes to keep their noise to themselves."""
-    return max(1, math.floor(plan["honest_share"] * contributors + 1e-9))
-
-
-def epsilon(events: list[dict] | None, delta: float, relation: str) -> float:
-    """dp_accounting's PLD epsilon with its default grid."""
-    if events is None:
-        return math.inf
-    counts: dict[str, int] = {}
-    for event in events:
-        single = {k: v for k, v in event.items() if k != "count"}
-        key = json.dumps(single, sort_keys=True)
-        counts[key] = counts.get(key, 0) + event["count"]
-    accountant = PLDAccountant(RELATIONS[relation])
-    for key, count in counts.items():
-        event = json.loads(key)
-        match event["kind"]:
-            case "gaussian":
-                dp_event = dp.GaussianDpEvent(event["noise_multiplier"])
-            case "poisson_gaussian":
-                gaussian = dp.GaussianDpEvent(event["noise_multiplier"])
-                dp_event = dp.PoissonSampledDpEvent(event["sampling_rate"], gaussian)
-            case "non_private":
-                dp_event = dp.NonPrivateDpEvent()
-            case kind:
-                raise ValueError(f"unknown event kind {kind}")
-        accountant.compose(dp_event, count)
-    return float(accountant.get_epsilon(delta))
-
-
-def main(run: str) -> int:
-    try:
-        records, head = read_ledger(Path(run, "ledger.jsonl"))
-        certificate = json.loads(Path(run, "certificate.json").read_text())
-        views = compositions(records)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"FAILED: {error}")
-        return 1
-    failures = 0
-    if certificate["ledger_head"] != {"seq": len(records) - 1, "sha256": head}:
-        print("FAILED: the certificate belongs to another state of the ledger")
-        failures += 1
-    plan = records[0]["plan"]
-    delta = plan["delta"]
-    print(f"{len(records)} lines, chain intact, delta {delta:g}")
+def statement(plan: dict, costs: dict[str, float]) -> str:
+    """The promise in one sentence; `costs`: observer -> epsilon under the plan's adjacency."""
+    if "round" in plan["non_private"]:
+        return "This run added no noise: it has no privacy guarantee of any kind and is a baseline only."
+    if plan["non_private"]:
+        return (
+            "Stage 1 used clients' real gradients without noise, so this run has no privacy guarantee of any kind, "
+            "whatever noise its rounds had: it is a baseline only."
+        )
+    if plan["noise"] == "replay":
+        return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
+    words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan["relation"]]
+    cost = costs[{"local": "server", "central": "public", "secure-aggregation": "clients"}[plan["trust"]]]
+    promise = f"({cost:.3f}, {plan['delta']:g})-differential privacy for {words} one client with all its text"
+    if plan["trust"] == "local":
+        return f"Against the server: {promise}. Against those who see only sums and the model: epsilon {costs['public']:.3f}."
     if plan["trust"] == "secure-aggregation":
-        delta *= 1 - 1e-6  # the rest is for noise that is discrete and not Gaussian
+        return (
+            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
+            f"{costs['server']:.3f}. At least {plan['honest_share']:.0%} of the contributors are taken to be honest."
+        )
+    return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."
+
+
+def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -> list[str]:
+    """The privacy part, field by field; prints the table of epsilons."""
+    plan, found, costs = records[0]["plan"], [], {}
+    delta = composition_delta(plan)
+    prefix = f"NON-PRIVATE, no noise in {' and '.join(plan['non_private'])}. " if plan["non_private"] else ""
+    if plan["noise"] == "replay":
+        prefix += "NOT PRIVATE, replayable noise: these numbers hold for secure noise only. "
+
+    def check(name: str, stated: object, expected: object) -> None:
+        if not agree(stated, expected):
+            found.append(f"the certificate's {name} is {stated!r:.80}, and the ledger gives {expected!r:.80}")
+
     print(f"{'observer':10} {'adjacency':12} {'certificate':>14} {'re-computed':>14}")
-    for observer, events in views.items():
+    if set(certificate["observers"]) != {"server", "clients", "public"}:
+        found.append("the certificate has other observers than server, clients and public")
+    for observer, events in compositions(records).items():
+        row = certificate["observers"][observer]
         for relation in RELATIONS:
-            stated = float(certificate["observers"][observer]["by_relation"][relation]["epsilon_pld"])
-            found = epsilon(events, delta, relation)
-            same = stated == found or abs(stated - found) <= TOLERANCE
-            failures += not same
-            print(f"{observer:10} {relation:12} {stated:14.8f} {found:14.8f}{'' if same else '   DIFFERS'}")
-    return 1 if failures else 0
+            numbers = {"epsilon_pld": epsilon(events, delta, relation), **other_numbers(events, delta, relation)}
+            stated, before = row["by_relation"][relation], len(found)
+            for name, value in numbers.items():
+                check(f"{observer}, {relation}, {name}", stated[name], value)
+                if relation == plan["relation"]:
+                    check(f"{observer}, {name}", row[name], value)
+            mark = "   DIFFERS" if len(found) > before else ""
+            print(
+                f"{observer:10} {relation:12} {float(stated['epsilon_pld']):14.8f} {numbers['epsilon_pld']:14.8f}{mark}"
+            )
+            if relation == plan["relation"]:
+                costs[observer] = float(stated["epsilon_pld"]) if not mark else numbers["epsilon_pld"]
+        for name, value in (("observer", observer), ("delta", plan["delta"]), ("relation", plan["relation"])):
+            check(f"{observer}, {name}", row[name], value)
+        check(f"{observer}, assumption", row["assumption"], prefix + ASSUMPTIONS[plan["trust"], observer])
+    private = plan["noise"] == "secure" and not plan["non_private"]
+    for name, value in {
+        "version": 1, "unit": "client", "run_id": records[0]["run_id"], "private": private, "delta": plan["delta"],
+        "relation": plan["relation"], "plan": plan, "charges": sum(r["kind"] == "charge" for r in records),
+        "name": recipe["name"], "model": recipe["model"]["source"], "statement": statement(plan, costs),
+    }.items():  # fmt: skip
+        check(name, certificate[name], value)
+    check("encoder", certificate["encoder"]["name"], recipe["encoder"]["name"])
+    check("stage 1", certificate["stage1"]["prior"], recipe["prior"]["source"])
+    return found
+
+
+def troubles(run: Path) -> list[str]:
+    """All that does not hold, in an order in which each part may rely on the ones before."""
+    records, _ = read_ledger(run / "ledger.jsonl")
+    recipe = tomllib.loads((run / "recipe.resolved.toml").read_text("utf-8"))
+    if found := plan_troubles(records[0], recipe) or line_troubles(records):
+        return found
+    if records[-1]["kind"] != "closed":
+        return ["the run is unfinished: its ledger has no line that closes it"]
+    certificate = json.loads((run / "certificate.json").read_bytes())
+    print(f"{len(records)} lines, chain intact, delta {records[0]['plan']['delta']:g}")
+    return certificate_troubles(records, certificate, recipe) + file_troubles(run, records, certificate)
+
+
+def main(run: str | Path) -> int:
+    try:
+        found = troubles(Path(run))
+    except OSError as error:
+        found = [f"{error.filename} cannot be read: {error.strerror}"]
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        found = [f"a file is damaged or incomplete ({type(error).__name__}: {str(error)[:160]})"]
+    for trouble in found:
+        print(f"FAILED: {trouble}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

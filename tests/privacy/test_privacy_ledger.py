@@ -4,8 +4,6 @@ import errno
 import json
 import math
 import os
-import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -222,7 +220,7 @@ def test_files_that_cannot_be(path):
     with pytest.raises(ArtifactError, match="No such file"):
         Ledger.open(path)
     path.write_bytes(b'{"half')
-    with pytest.raises(ArtifactError, match="Delete it"):
+    with pytest.raises(ArtifactError, match="no complete first line, so it was cut or damaged: restore it"):
         Ledger.open(path)
     with pytest.raises(ArtifactError, match="exists"):
         Ledger.create(path, plan())
@@ -275,7 +273,8 @@ def test_creation_syncs_file_and_folder(path, monkeypatch):
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.realpath(f"/proc/self/fd/{fd}")) or real(fd))
     Ledger.create(path, plan()).close()
-    assert synced == [str(path.resolve()), str(path.parent.resolve())]
+    # The file is whole under another name before it has its own: no kill leaves half a header.
+    assert synced == [str(path.resolve().with_name(".ledger.jsonl.starting")), str(path.parent.resolve())]
 
 
 def test_kill_9_leaves_every_returned_charge(path):
@@ -306,38 +305,3 @@ def test_non_private_stages_are_charged_and_infinite(path):
         certificate = json.loads(json.dumps(ledger.certificate(), allow_nan=False))
         assert certificate["observers"]["public"]["epsilon_pld"] == "inf"
         assert certificate["private"] is False
-
-
-def test_the_script_is_independent():
-    assert not re.search(r"^\s*(import|from) drencoder", TOOL.read_text(), re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        plan(noise_multiplier=5.0, sampling_rate=0.1, stage1_noise_ratio=1.5),
-        plan("local", participation_cap=2, noise_multiplier=5.0, stage1_noise_ratio=0.8),
-        plan("local", participation_cap=2, noise_multiplier=5.0, decodes_each=True),
-    ],
-    ids=["central", "local", "local-decodes-each"],
-)
-def test_the_independent_script_agrees_and_notices(path, made, capsys):
-    reaccount = runpy.run_path(str(TOOL))["main"]
-    with Ledger.create(path, made) as ledger:
-        for slot in (0, 1, 2, 3):
-            ledger.charge(slot)
-            if made.trust == "local":
-                ledger.record_contributors(slot, len(ledger.sampler().cohort(slot)) - slot)
-        certificate = ledger.certificate()
-    target = path.with_name("certificate.json")
-    target.write_text(json.dumps(certificate))
-    assert reaccount(path.parent) == 0
-    assert capsys.readouterr().out.count("\n") == 8
-    if made.trust == "central":
-        return
-    certificate["observers"]["public"]["by_relation"]["add_remove"]["epsilon_pld"] -= 1e-5
-    target.write_text(json.dumps(certificate))
-    assert reaccount(path.parent) == 1
-    assert capsys.readouterr().out.count("DIFFERS") == 1
-    path.write_bytes(path.read_bytes().replace(b'"slot": 1', b'"slot": 2'))
-    assert reaccount(path.parent) == 1

@@ -98,7 +98,7 @@ def test_a_changed_certificate_or_ledger_is_found(finished: experiment.RunResult
     else:
         lines = (copy / "ledger.jsonl").read_text().splitlines(keepends=True)
         (copy / "ledger.jsonl").write_text("".join(lines[:-2]))
-        assert "another state" in verify_run(copy).trouble
+        assert "unfinished" in verify_run(copy).trouble
         with pytest.raises(ArtifactError, match="lacks charges"):
             experiment.resume(copy)
 
@@ -136,7 +136,7 @@ def test_replayed_run_killed_anywhere_ends_with_the_very_same_adapter(
         "row": "_evaluate_round",
         "step": "server_step",
         "checkpoint": "save_checkpoint",
-        "finish": "_certificate",
+        "finish": "make_certificate",
     }[moment]
     original, calls = getattr(experiment, name), 0
 

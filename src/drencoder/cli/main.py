@@ -287,9 +287,9 @@ def verify(folder: RunArgument) -> None:
 def report(folder: RunArgument) -> None:
     """Writes RUN/report.html anew: one self-contained page."""
     from drencoder.runs.display import printable
-    from drencoder.runs.report import write_report
+    from drencoder.runs.report import remake_report
 
-    print(printable(write_report(folder)))
+    print(printable(remake_report(folder)))
 
 
 @app.command()

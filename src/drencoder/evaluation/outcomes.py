@@ -14,7 +14,7 @@ from torch import Tensor
 from drencoder.data.tokenization import Example
 from drencoder.errors import ModelError
 from drencoder.evaluation.held_out import choice_picks, held_out_outcomes
-from drencoder.evaluation.statistics import Estimate, ratio_of_sums, wilson
+from drencoder.evaluation.statistics import outcome_estimates
 from drencoder.models.lora import LoraModel
 
 __all__ = ["Outcomes", "Questions", "measure", "measure_all"]
@@ -30,11 +30,7 @@ class Outcomes:
 
     def estimates(self) -> dict[str, Any]:
         """Held-out loss and the accuracy on each benchmark, with 95 % intervals, as the certificate has them."""
-        accuracy = {}
-        for name, hits in self.right.items():
-            share = sum(hits) / len(hits)
-            accuracy[name] = asdict(Estimate(share, *wilson(share, len(hits)), len(hits)))
-        return {"loss": asdict(ratio_of_sums(self.losses, self.targets)), "accuracy": accuracy}
+        return outcome_estimates(self.losses, self.targets, self.right)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; right answers as 0 and 1."""

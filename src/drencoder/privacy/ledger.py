@@ -1,8 +1,10 @@
 """The ledger: one line per release, on disk before the release leaves.
 
-`ledger.jsonl` starts with a header (format version, run id, plan) and goes on with one JSON line per event,
-each with the SHA-256 of the line before it. Lines are flushed and fsynced before `charge` returns
+`ledger.jsonl` starts with a header (format version, run id, plan, digest of the recipe) and goes on with one JSON line per
+event, each with the SHA-256 of the line before it (`ledger_file`). Lines are flushed and fsynced before `charge` returns
 the `Permit` without which `privacy.mechanism` releases nothing. So a crash can waste budget and never hide it.
+After a release a line says by its digest what became public; a finished run's last line, "closed", has the digests of all
+that it leaves behind. A ledger without that line is of a run that is not finished.
 
 Resuming after a crash, for a slot that is charged but whose result was lost:
 
@@ -16,16 +18,14 @@ Resuming after a crash, for a slot that is charged but whose result was lost:
   tells nothing new; the ledger writes a line of kind "repeat" that costs nothing.
 """
 
-import fcntl
 import hashlib
-import json
-import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from drencoder import __version__
 from drencoder.errors import ArtifactError, BudgetError, PrivacyError
 from drencoder.privacy.accounting import (
     REPORT_INTERVAL,
@@ -35,15 +35,15 @@ from drencoder.privacy.accounting import (
     epsilon_pld,
     event_to_dict,
 )
+from drencoder.privacy.ledger_file import FORMAT, LedgerFile
 from drencoder.privacy.observers import ObserverGuarantee
 from drencoder.privacy.plan import Noise, PrivacyPlan, ShareTerms, Stage, Trust
 from drencoder.privacy.sampling import KEY_BYTES, Sampler
 
-__all__ = ["Ledger", "Permit"]
+__all__ = ["ROUNDING", "Ledger", "Permit"]
 
-_FORMAT = 1
-_GENESIS = "0" * 64
-_ROUNDING = 1e-6  # a charge may pass the budget by no more than this
+_MOST_ROUNDS = 1_000_000
+ROUNDING = 1e-6  # a charge may pass the budget by no more than this
 _TOKEN = object()
 
 
@@ -103,29 +103,34 @@ class Permit:
 class Ledger:
     """An open ledger. One process writes it at a time (file lock); make it with `create` or `open`."""
 
-    def __init__(self, path: Path, descriptor: int, lines: list[bytes], writable: bool) -> None:
-        self.path = path
-        self._descriptor: int | None = descriptor
-        self._writable = writable
-        self._records = list(_verified(path, lines))
-        self._head = hashlib.sha256(lines[-1]).hexdigest()
-        header = self._records[0]
-        self.plan = PrivacyPlan.from_dict(header["plan"])
-        self.run_id: str = header["run_id"]
-        key = header["sampler_key"]
-        # A secret cohort's key lives in memory only: each start of the run draws its own.
-        self._sampler = self.plan.sampler(bytes.fromhex(key) if key else secrets.token_bytes(KEY_BYTES))
+    def __init__(self, file: LedgerFile) -> None:
+        self._file = file
+        header = file.records[0]
+        try:
+            if not 0 < header["plan"]["rounds"] <= _MOST_ROUNDS:
+                raise PrivacyError("its plan has no number of rounds that a run can have")
+            self.plan = PrivacyPlan.from_dict(header["plan"])
+            key = bytes.fromhex(header["sampler_key"] or "")
+            # A secret cohort's key lives in memory only: each start of the run draws its own.
+            self._sampler = self.plan.sampler(key or secrets.token_bytes(KEY_BYTES))
+        except (PrivacyError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            said = f"{error}".splitlines()[0][:120] if isinstance(error, PrivacyError) else "a value of another kind"
+            raise ArtifactError(
+                f"{file.path} has a header that no run wrote ({said}): restore it from a copy."
+            ) from None
 
     @classmethod
-    def create(cls, path: str | Path, plan: PrivacyPlan, *, run_id: str = "", key: bytes | None = None) -> "Ledger":
+    def create(
+        cls, path: str | Path, plan: PrivacyPlan, *, run_id: str = "", key: bytes | None = None, recipe: str = ""
+    ) -> "Ledger":
         """Starts a ledger at `path`, which must not exist.
 
         `key` seeds the cohorts. Central trust with secure noise takes none (it is secret, fresh in
         each process and never written). Local trust draws one if none is given; it is kept in the
         header, since the cap must survive a resume. Replayed runs must give one.
+        `recipe`: digest of what the run does, which binds a resumed run to it.
         Raises ArtifactError when the file exists or cannot be written.
         """
-        path = Path(path)
         secret = plan.trust == "central" and plan.noise == "secure"
         if secret and key is not None:
             raise PrivacyError("A sampling key was given, but secret cohorts draw their own: leave it out.")
@@ -135,29 +140,10 @@ class Ledger:
             key = key or secrets.token_bytes(KEY_BYTES)
             plan.sampler(key)  # a bad key fails before a file exists
         header = {
-            "seq": 0, "kind": "header", "format": _FORMAT, "run_id": run_id, "plan": plan.to_dict(),
-            "delta": plan.delta, "prev": _GENESIS, "sampler_key": key.hex() if key else None,
+            "format": FORMAT, "run_id": run_id, "plan": plan.to_dict(), "delta": plan.delta, "recipe": recipe,
+            "sampler_key": key.hex() if key else None, "drencoder": __version__,
         }  # fmt: skip
-        line = _encode(header)
-        descriptor = None
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            _lock(path, descriptor)
-            _write_all(descriptor, line + b"\n")
-            os.fsync(descriptor)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # else the name itself could be lost
-            finally:
-                os.close(folder)
-        except FileExistsError:
-            raise ArtifactError(f"{path} exists: resume that run, or name another run folder.") from None
-        except OSError as error:
-            if descriptor is not None:
-                os.close(descriptor)
-                path.unlink(missing_ok=True)
-            raise ArtifactError(f"Cannot start the ledger {path}: {error}. Nothing was released.") from None
-        return cls(path, descriptor, [line], writable=True)
+        return cls(LedgerFile.create(Path(path), header))
 
     @classmethod
     def open(cls, path: str | Path, *, read_only: bool = False) -> "Ledger":
@@ -166,33 +152,19 @@ class Ledger:
         A last line without its end is a crash in mid-write: its charge had not returned, so nothing had
         left; it is cut off, with a note. Any other damage raises ArtifactError naming the line.
         """
-        path = Path(path)
+        file = LedgerFile.open(Path(path), read_only=read_only)
         try:
-            descriptor = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_APPEND) | os.O_CLOEXEC)
-            if not read_only:
-                _lock(path, descriptor)
-            data = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"Cannot open the ledger {path}: {error.strerror}.") from None
-        whole, _, torn = data.rpartition(b"\n")
-        if not whole:
-            os.close(descriptor)
-            raise ArtifactError(f"{path} has no complete first line: nothing was charged. Delete it and start anew.")
-        try:
-            ledger = cls(path, descriptor, whole.split(b"\n"), writable=not read_only)
+            ledger = cls(file)
+            if not read_only and (torn := file.cut_torn()):
+                file.append({"kind": "note", "text": f"cut off {torn} bytes of a line that was never finished"})
         except BaseException:
-            os.close(descriptor)
+            file.close()
             raise
-        if torn and not read_only:
-            os.ftruncate(descriptor, len(whole) + 1)
-            ledger._append({"kind": "note", "text": f"cut off {len(torn)} bytes of a line that was never finished"})
         return ledger
 
     def close(self) -> None:
         """Gives the lock back. Closing twice is fine."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._file.close()
 
     def __enter__(self) -> "Ledger":
         return self
@@ -203,9 +175,33 @@ class Ledger:
     # Reading
 
     @property
+    def path(self) -> Path:
+        return self._file.path
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines, the header first; to be read only."""
+        return self._file.records
+
+    @property
+    def torn(self) -> int:
+        """Bytes of a last line that was never finished; only a ledger opened to be read can have any."""
+        return self._file.torn
+
+    @property
+    def run_id(self) -> str:
+        """Tells this run from all others."""
+        return str(self.records[0]["run_id"])
+
+    @property
+    def recipe(self) -> str:
+        """Digest of what the run does, as `create` got it."""
+        return str(self.records[0]["recipe"])
+
+    @property
     def head(self) -> tuple[int, str]:
         """(number of the last line, its SHA-256); `contains` recognises it later."""
-        return len(self._records) - 1, self._head
+        return len(self.records) - 1, self._file.head_hash
 
     def contains(self, head: tuple[int, str]) -> bool:
         """Whether this ledger is the one that had `head` once, or a continuation of it.
@@ -213,15 +209,40 @@ class Ledger:
         A chain cannot show that its own end is missing: keep the head in each checkpoint and check it.
         """
         seq, digest = head
-        return digest == (self._records[seq + 1]["prev"] if seq + 1 < len(self._records) else self._head)
+        return digest == (self.records[seq + 1]["prev"] if seq + 1 < len(self.records) else self._file.head_hash)
 
     def charges(self) -> dict[int, int]:
         """How often each slot was charged."""
         counts: dict[int, int] = {}
-        for record in self._records:
+        for record in self.records:
             if record["kind"] == "charge":
                 counts[record["slot"]] = counts.get(record["slot"], 0) + 1
         return counts
+
+    def released_slots(self) -> dict[int, str]:
+        """Slot -> SHA-256 of what its last attempt made public; without slots whose result was lost or thrown away."""
+        last: dict[int, str] = {}
+        for record in self.records:
+            if record["kind"] == "release":
+                last[record["slot"]] = record["sha256"]
+            elif record["kind"] in ("lost", "abandoned"):
+                last.pop(record["slot"], None)
+        return last
+
+    def released_adapter(self, rounds: int) -> str | None:
+        """SHA-256 of the adapter after the first `rounds` rounds; None if no round of them released any."""
+        released = self.released_slots()
+        known = [slot for slot in released if 0 < slot <= rounds]
+        return released[max(known)] if known else None
+
+    def contributors(self) -> dict[int, int]:
+        """How many clients' releases the sum of each slot holds at least, where that is known."""
+        contributors: dict[int, int] = {}
+        for record in self.records:
+            if record["kind"] == "contributors":  # of a slot's records the smallest counts
+                slot = record["slot"]
+                contributors[slot] = min(record["contributors"], contributors.get(slot, record["contributors"]))
+        return contributors
 
     def sampler(self) -> Sampler:
         return self._sampler
@@ -280,10 +301,10 @@ class Ledger:
         cohort = tuple(self._sampler.cohort(slot, attempt))
         record = {"stage": plan.stage(slot), "slot": slot, "trust": plan.trust}
         if rule == "redo" and plan.noise == "replay":
-            self._append({"kind": "repeat", **record})
+            self._file.append({"kind": "repeat", **record})
         else:
             self._check_budget(slot)
-            self._append({"kind": "charge", **record, "attempt": attempt, "event": event_to_dict(event)})
+            self._file.append({"kind": "charge", **record, "attempt": attempt, "event": event_to_dict(event)})
         return _permit(plan, slot, attempt, cohort, self.run_id)
 
     def record_contributors(self, slot: int, contributors: int) -> None:
@@ -296,7 +317,7 @@ class Ledger:
             raise PrivacyError("The size of a secret cohort is never written: drop this call under central trust.")
         if slot not in self.charges() or not 0 <= contributors <= len(self._sampler.cohort(slot)):
             raise PrivacyError(f"Slot {slot} has no charge, or fewer than {contributors} clients in its cohort.")
-        self._append({"kind": "contributors", "slot": slot, "contributors": contributors})
+        self._file.append({"kind": "contributors", "slot": slot, "contributors": contributors})
 
     def record_abandoned(self, slot: int, answered: int | None) -> None:
         """A charged slot whose answers were thrown away, because too few came. Its charge stays.
@@ -308,15 +329,34 @@ class Ledger:
             raise PrivacyError(f"Slot {slot} has no charge, so there is nothing to abandon.")
         if answered is not None:
             self.record_contributors(slot, answered)
-        self._append({"kind": "note", "slot": slot, "text": f"slot {slot} was abandoned: too few clients answered"})
+        self._file.append({"kind": "abandoned", "slot": slot})
+
+    def record_release(self, slot: int, data: bytes, of: Literal["statistics", "adapter"]) -> None:
+        """What became public in a charged slot, by its SHA-256, so that nothing else can be shown in its place later.
+
+        `data`: stage 1's released statistics, a round's adapter after it, as little-endian float32. Call it after the charge
+        and before anything that was made of the release is stored.
+        """
+        if slot not in self.charges():
+            raise PrivacyError(f"Slot {slot} has no charge, so nothing of it may be released.")
+        digest = hashlib.sha256(data).hexdigest()
+        self._file.append(
+            {"kind": "release", "slot": slot, "attempt": self.charges()[slot] - 1, "of": of, "sha256": digest}
+        )
+
+    def record_lost(self, slot: int) -> None:
+        """A charged slot whose release, if there was one, was lost with a killed process and is not asked for again."""
+        if slot not in self.charges():
+            raise PrivacyError(f"Slot {slot} has no charge, so nothing of it can be lost.")
+        self._file.append({"kind": "lost", "slot": slot})
+
+    def record_closed(self, rounds: int, files: Mapping[str, str]) -> None:
+        """The run's last line: how many rounds there were, and the SHA-256 of each file that it leaves behind."""
+        self._file.append({"kind": "closed", "rounds": rounds, "files": dict(files)})
 
     def _charged(self) -> dict[int, tuple[int, int]]:
-        contributors: dict[int, int] = {}
-        for record in self._records:
-            if record["kind"] == "contributors":  # of a slot's records the smallest counts
-                slot = record["slot"]
-                contributors[slot] = min(record["contributors"], contributors.get(slot, record["contributors"]))
-        return {slot: (count, contributors.get(slot, 1)) for slot, count in self.charges().items()}
+        known = self.contributors()
+        return {slot: (count, known.get(slot, 1)) for slot, count in self.charges().items()}
 
     def _check_budget(self, slot: int) -> None:
         plan, charges = self.plan, self.charges()
@@ -326,29 +366,12 @@ class Ledger:
         counted = dict.fromkeys(plan.slots, 1) if planned else after
         interval = None if planned else REPORT_INTERVAL
         cost = epsilon_pld(plan.budget_events(counted), plan.gaussian_delta, plan.relation, interval)
-        if cost > plan.budget + _ROUNDING:
+        if cost > plan.budget + ROUNDING:
             spent = epsilon_pld(plan.budget_events(charges), plan.gaussian_delta, plan.relation)
             raise BudgetError(
                 f"Slot {slot} would bring epsilon from {spent:.4f} to {cost:.4f}, past the budget of {plan.budget:.4f} "
                 f"at delta {plan.delta:g}: stop here, or plan a run with more noise or fewer rounds."
             )
-
-    def _append(self, record: dict[str, Any]) -> None:
-        if self._descriptor is None or not self._writable:
-            raise ArtifactError(f"The ledger {self.path} is closed, read-only, or failed before: open it again.")
-        record = {"seq": len(self._records), **record, "prev": self._head}
-        line = _encode(record)
-        try:
-            _write_all(self._descriptor, line + b"\n")
-            os.fsync(self._descriptor)
-        except OSError as error:
-            self.close()  # what is on disk is unknown now; `open` finds out
-            raise ArtifactError(
-                f"Cannot write the ledger {self.path}: {error.strerror}. Nothing was released; "
-                "free the disk and resume."
-            ) from None
-        self._records.append(record)
-        self._head = hashlib.sha256(line).hexdigest()
 
 
 def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: tuple[int, ...], run_id: str) -> Permit:
@@ -358,42 +381,3 @@ def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: tuple[int, ...],
         relation=plan.relation, noise=plan.noise, cohort=cohort, run_id=run_id,
         shares=plan.share_terms(slot) if plan.trust == "secure-aggregation" else None, token=_TOKEN,
     )  # fmt: skip
-
-
-def _verified(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    previous = _GENESIS
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            sound = record["prev"] == previous and record["seq"] == number
-            sound = sound and (record["kind"] == "header") == (number == 0)
-            if record["kind"] not in ("header", "charge", "repeat", "contributors", "note"):
-                sound = False
-        except (ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            raise ArtifactError(
-                f"{path}, line {number + 1}, was changed or damaged (its chain of hashes is broken): restore the file "
-                "from a copy. A run without its whole ledger has no guarantee."
-            )
-        if number == 0 and record["format"] != _FORMAT:
-            raise ArtifactError(f"{path} has format {record['format']}; this version reads {_FORMAT}.")
-        yield record
-        previous = hashlib.sha256(line).hexdigest()
-
-
-def _encode(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, allow_nan=False).encode()
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _lock(path: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ArtifactError(f"{path} is in use by another process: wait for it, or stop it.") from None

@@ -16,6 +16,7 @@ from typing import Any
 
 from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.ledger import Permit, _permit
+from drencoder.privacy.ledger_check import plan_differences
 from drencoder.privacy.plan import PrivacyPlan
 
 __all__ = ["AnsweredError", "ForeignRunError", "SiteLedger"]
@@ -134,7 +135,7 @@ class SiteLedger:
         try:
             for line in whole.split(b"\n") if end else ():
                 self._enter(json.loads(line))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, PrivacyError):
             raise ArtifactError(
                 f"{self.path} is damaged: restore it from a copy; without it nobody may answer."
             ) from None
@@ -142,15 +143,22 @@ class SiteLedger:
 
     def _enter(self, record: dict[str, Any]) -> None:
         match record["kind"]:
-            case "header" if record != self._header:
+            case "header" if not self._is_own(record):
                 raise ArtifactError(
-                    f"{self.path} is the ledger of another recipe or plan: give another --state folder for this one."
+                    f"{self.path} is the ledger of another recipe or plan. If this run goes on, give the site the recipe that it "
+                    "was started with; only another run, to which the clients consent anew, may have a --state folder of its own."
                 )
             case "run":
                 self._run = record["run"]
             case "answer":
                 self._begun.add(record["slot"])
                 self._answered |= {(client, record["slot"], record["attempt"]) for client in record["clients"]}
+
+    def _is_own(self, header: dict[str, Any]) -> bool:
+        """Whether a header is of this recipe and plan, up to the last digits that another machine's arithmetic gives."""
+        same = header.keys() == self._header.keys() and header["format"] == _FORMAT
+        same = same and header["recipe"] == self._header["recipe"]
+        return same and not plan_differences(PrivacyPlan.from_dict(header["plan"]), self.plan)
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self._descriptor is not None

@@ -50,7 +50,10 @@ _LISTS = {tuple[str, ...]: "texts", tuple[int, ...]: "whole numbers", tuple[floa
 def coerce(where: str, value: Any, kind: Any) -> Any:
     """Brings a TOML value to the declared type, or says what was expected."""
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            raise RecipeError(f"{where} has more digits than a number can have: write one below 1e308.") from None
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind in (bool, str) and isinstance(value, kind):

@@ -231,6 +231,10 @@ def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ())
         tables: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{origin} is not valid TOML: {error}.") from None
+    except (RecursionError, ValueError):  # hundreds of open brackets, or a number of thousands of digits
+        raise RecipeError(
+            f"{origin} is not valid TOML: brackets are nested too deeply or a number is too long."
+        ) from None
     for override in overrides:
         _override(tables, override)
     return origin, tables

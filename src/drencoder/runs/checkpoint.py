@@ -6,8 +6,11 @@ Legend: D adapter values.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["Progress", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Progress", "float32_bytes", "load_checkpoint", "save_checkpoint"]
 
 _NAME = "latest.safetensors"
 
@@ -36,6 +39,11 @@ class Progress:
     stage1: Mapping[str, Any] | None = None
     clip_l2: float | None = None  # of the next round, where it follows the codes' norms
     bytes_down: int = 0
+
+
+def float32_bytes(values_V: Tensor) -> bytes:
+    """The values as little-endian float32, as a checkpoint has them and as the ledger's digests are of."""
+    return values_V.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
 def save_checkpoint(folder: RunFolder, ledger: Ledger, now: Progress) -> None:
@@ -65,7 +73,17 @@ def load_checkpoint(folder: RunFolder, ledger: Ledger, initial_D: Tensor, segmen
     path = folder.checkpoints / _NAME
     if not path.exists():
         return Progress(ServerState.start(initial_D))
-    data = path.read_bytes()
+    try:
+        return _progress(folder, ledger, path.read_bytes(), initial_D, segments)
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__}): restore it from a copy of the run.") from None
+
+
+def _progress(
+    folder: RunFolder, ledger: Ledger, data: bytes, initial_D: Tensor, segments: tuple[Segment, ...]
+) -> Progress:
+    """What a checkpoint's bytes say; any error of a reader means damage."""
+    path = folder.checkpoints / _NAME
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
     facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["drencoder"])
@@ -77,10 +95,17 @@ def load_checkpoint(folder: RunFolder, ledger: Ledger, initial_D: Tensor, segmen
         )
     if tensors["state.adapter"].shape != initial_D.shape:
         raise ArtifactError(f"{path} is of another adapter: restore the run's own recipe.")
+    slot, shapes = facts["slot"], {tensor.shape for name, tensor in tensors.items() if name.startswith("state.")}
+    if type(slot) is not int or not -1 <= slot <= ledger.plan.rounds or len(shapes) != 1:
+        raise ArtifactError(f"{path} is damaged: restore it from a copy of the run.")
+    if ledger.released_adapter(slot) not in (None, sha256(float32_bytes(tensors["state.adapter"])).hexdigest()):
+        raise ArtifactError(
+            f"{path} has another adapter than the one that {folder.ledger} says was released: restore it."
+        )
     prior = facts["prior"]
     return Progress(
         state=ServerState.of(_named("state.", tensors), facts["steps"]),
-        slot=facts["slot"],
+        slot=slot,
         bytes_up=facts["bytes_up"],
         prior=GaussianPrior.from_dict(prior, segments) if prior else None,
         encoder_state=_named("encoder.", tensors),

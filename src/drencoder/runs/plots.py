@@ -66,8 +66,11 @@ def save_figure(figure: "Figure", path: str | Path) -> Path:
 
 def svg_text(figure: "Figure") -> str:
     """The figure as an <svg> element, to stand inside a page."""
+    import matplotlib
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "drencoder"}):  # else the same figure gets other ids each time
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 

@@ -1,17 +1,18 @@
 """This module writes one self-contained HTML page from a run folder. It reads nothing else and needs no torch."""
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drencoder.errors import ArtifactError
+from drencoder.privacy.ledger import Ledger
+from drencoder.runs.certificate import file_digests
 from drencoder.runs.plots import plot_rounds, svg_text
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["write_report"]
+__all__ = ["remake_report", "write_report"]
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
@@ -28,11 +29,38 @@ def write_report(path: Path) -> Path:
       ArtifactError: the run has no certificate yet.
     """
     folder = RunFolder.open(path)
-    if not folder.certificate.is_file():
-        raise ArtifactError(f"{path} has no certificate yet: finish the run with drencoder run --resume {path}.")
-    certificate = json.loads(folder.certificate.read_text("utf-8"))
-    page = _render_page(certificate, folder.read_metrics(), folder.recipe.read_text("utf-8"))
-    folder.write(folder.report, page.encode())
+    certificate = folder.read_json(folder.certificate)
+    try:
+        page = _render_page(certificate, folder.read_metrics(), folder.recipe.read_text("utf-8"))
+        data = page.encode()
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise ArtifactError(
+            f"{folder.certificate} or another file of {path} is damaged ({type(error).__name__}): restore it from a copy."
+        ) from None
+    folder.write(folder.report, data)
+    return folder.report
+
+
+def remake_report(path: Path) -> Path:
+    """`write_report` for a finished run: the ledger closes again, with the digest of the new page.
+
+    Raises:
+      ArtifactError: the run is not finished, or another file is not the one that it left.
+    """
+    folder = RunFolder.open(path)
+    with Ledger.open(folder.ledger) as ledger:
+        closed = ledger.records[-1]
+        if closed["kind"] != "closed":
+            raise ArtifactError(f"{path} is unfinished: finish it with drencoder run --resume {path}.")
+        name, bound, found = folder.report.name, closed["files"], file_digests(folder)
+        if other := sorted(key for key in (bound.keys() | found.keys()) - {name} if bound.get(key) != found.get(key)):
+            raise ArtifactError(
+                f"{other[0][:80]} of {path} was changed after the run closed its ledger: drencoder verify says more."
+            )
+        write_report(path)
+        digests = file_digests(folder)
+        if digests != bound:
+            ledger.record_closed(closed["rounds"], digests)
     return folder.report
 
 

@@ -10,16 +10,11 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from drencoder import __version__
-from drencoder.encoders.code_sizes import plain_lora_bytes
 from drencoder.encoders.contract import Encoder
-from drencoder.encoders.planning import wire_dtype
-from drencoder.encoders.wire import WireFormat
-from drencoder.errors import ArtifactError, BudgetError, LostError, QuorumError
+from drencoder.errors import BudgetError, QuorumError
 from drencoder.evaluation.held_out import held_out_loss, multiple_choice
 from drencoder.evaluation.outcomes import measure_all
 from drencoder.federated.adaptive_clip import AdaptiveClip
@@ -27,12 +22,12 @@ from drencoder.federated.query import update_query
 from drencoder.federated.round import released_update
 from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
 from drencoder.privacy.ledger import Ledger
-from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs.asking import ask_cohort, downloaded_bytes, uploaded_bytes
 from drencoder.runs.build import EngineMaker, Live, build
-from drencoder.runs.checkpoint import Progress, load_checkpoint, save_checkpoint
-from drencoder.runs.plan_overview import Overview, modular_bits
+from drencoder.runs.certificate import check_same_recipe, file_digests, make_certificate, recipe_digest
+from drencoder.runs.checkpoint import Progress, float32_bytes, load_checkpoint, save_checkpoint
+from drencoder.runs.plan_overview import Overview
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
 
@@ -78,11 +73,12 @@ def run(
     path = Path(folder)
     RunFolder.check_free(path)
     live = _prepare(recipe, listener, engine)
-    run_folder = RunFolder.create(path)
-    run_folder.write(run_folder.recipe, recipe.to_toml().encode())
+    run_folder = RunFolder.create(path, recipe.to_toml())
     plan = live.plan
     key = hashlib.sha256(f"replay/{recipe.seed}".encode()).digest() if plan.noise == "replay" else None
-    with Ledger.create(run_folder.ledger, plan, run_id=secrets.token_hex(8), key=key) as ledger:
+    facts = {"run_id": secrets.token_hex(8), "recipe": recipe_digest(recipe)}
+    with Ledger.create(run_folder.ledger, plan, key=key, **facts) as ledger:
+        run_folder.begin()
         start = Progress(ServerState.start(live.lora.initial_D))
         return _drive(live, run_folder, ledger, start, listener)
 
@@ -96,14 +92,9 @@ def resume(folder: str | Path, listener: Listener | None = None, engine: EngineM
     listener = listener or _Silent()
     run_folder = RunFolder.open(Path(folder))
     recipe = load_recipe(run_folder.recipe)
-    live = _prepare(recipe, listener, engine)
-    if not run_folder.ledger.exists():
-        raise LostError(f"{folder} has no ledger, so nothing was charged yet: start it anew in another folder.")
     with Ledger.open(run_folder.ledger) as ledger:
-        if ledger.plan != live.plan:
-            raise ArtifactError(
-                f"the plan in {run_folder.ledger} is not that of {run_folder.recipe}: restore the recipe."
-            )
+        check_same_recipe(ledger, recipe)
+        live = _prepare(recipe, listener, engine)
         start = load_checkpoint(run_folder, ledger, live.lora.initial_D, live.lora.layout.segments)
         listener.say(f"resuming after {'nothing' if start.slot < 0 else f'slot {start.slot}'}")
         run_folder.keep_metrics([row for row in run_folder.read_metrics() if row["round"] <= start.slot])
@@ -151,6 +142,7 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
     recipe, plan = live.recipe, live.plan
     if ledger.resume_rule(slot) == "skip":
         listener.say(f"round {slot} was charged but its result was lost: skipped, so that no client releases twice")
+        ledger.record_lost(slot)
         return replace(now, slot=slot)
     adaptive_clip = _adaptive_clip(recipe, now)
     query = update_query(encoder, recipe, slot, adaptive_clip, now.prior)
@@ -160,6 +152,7 @@ def _round(live: Live, ledger: Ledger, now: Progress, encoder: Encoder, slot: in
         listener.say(f"round {slot}: {result.rejected} messages rejected, {result.nonfinite} updates not finite")
     sent = uploaded_bytes(result, plan.expected_cohort, query)
     state = server_step(now.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
+    ledger.record_release(slot, float32_bytes(state.adapter_D), "adapter")
     next_clip = adaptive_clip.after(result.release.value, plan.expected_cohort).clip_l2 if adaptive_clip else None
     asked = plan.expected_cohort if result.release.contributors is None else result.release.contributors
     down = round(asked * downloaded_bytes(encoder, live.lora.layout.size)) + result.bytes_down
@@ -212,72 +205,10 @@ def _finish(
         live.lora.save(now.state.adapter_D, temporary)
     outcomes = measure_all(live.lora, now.state.adapter_D, live.held_out, live.questions)
     folder.write_json(folder.outcomes, {name: outcome.to_dict() for name, outcome in outcomes.items()})
-    certificate = _certificate(live, ledger, now, encoder)
+    certificate = make_certificate(live, ledger, now, encoder)
     certificate["results"] = {name: outcome.estimates() for name, outcome in outcomes.items()}
     folder.write_json(folder.certificate, certificate)
     write_report(folder.path)
+    ledger.record_closed(now.slot, file_digests(folder))
     listener.finished(certificate)
     return RunResult(folder.path, folder.adapter, folder.ledger, folder.read_metrics(), certificate)
-
-
-def _certificate(live: Live, ledger: Ledger, now: Progress, encoder: Encoder) -> dict[str, Any]:
-    recipe, plan, layout = live.recipe, live.plan, live.lora.layout
-    privacy = ledger.certificate()
-    secure = plan.trust == "secure-aggregation"
-    senders = recipe.federation.nodes if secure else plan.expected_cohort
-    uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
-    wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
-    return {
-        "version": 1,
-        "drencoder": __version__,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "name": recipe.name,
-        "statement": _statement(plan, privacy["observers"]),
-        **privacy,
-        "rounds": now.slot,
-        "bytes": {
-            "uploaded": now.bytes_up,
-            "downloaded": now.bytes_down,
-            "stage1": (now.stage1 or {}).get("bytes", 0),
-            "counted": "counted" if plan.capped else "expected: the size of a secret cohort is not published",
-            "plain_lora": plain_lora_bytes(uploads, layout.size, wire.dtype),
-            "bits_per_value": modular_bits(plan, 1, encoder.code_size)
-            if plan.trust == "secure-aggregation"
-            else wire.bits,
-        },
-        "encoder": encoder.describe() | _flat(now.gate or {}),
-        "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},
-        "adapter_start": live.start,
-        "data": live.texts.source.provenance,
-        "model": recipe.model.source,
-    }
-
-
-def _flat(gate: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"gate_{kind}_{key}": value for kind, facts in gate.items() for key, value in facts.items()}
-
-
-def _statement(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
-    """The promise in one sentence."""
-    if "round" in plan.non_private:
-        return "This run added no noise: it has no privacy guarantee of any kind and is a baseline only."
-    if plan.non_private:
-        return (
-            "Stage 1 used clients' real gradients without noise, so this run has no privacy guarantee of any kind, "
-            "whatever noise its rounds had: it is a baseline only."
-        )
-    if plan.noise == "replay":
-        return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
-    seen = {name: row["by_relation"][plan.relation]["epsilon_pld"] for name, row in observers.items()}
-    words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan.relation]
-    cost = seen[plan.budget_observer]
-    promise = f"({float(cost):.3f}, {plan.delta:g})-differential privacy for {words} one client with all its text"
-    if plan.trust == "local":
-        rest = f"those who see only sums and the model: epsilon {float(seen['public']):.3f}"
-        return f"Against the server: {promise}. Against {rest}."
-    if plan.trust == "secure-aggregation":
-        return (
-            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
-            f"{float(seen['server']):.3f}. At least {plan.honest_share:.0%} of the contributors are taken to be honest."
-        )
-    return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."

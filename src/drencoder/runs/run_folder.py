@@ -16,6 +16,7 @@ No torch here: the report and the plan read run folders without it.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -66,15 +67,27 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def _starting(self) -> Path:
+        """The recipe of a run whose ledger is not there yet."""
+        return self.path / ".recipe.starting.toml"
+
     @staticmethod
     def check_free(path: Path) -> None:
-        """Checks that `path` is free for a new run folder. Raises ArtifactError if there is something already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """Raises ArtifactError if there is something at `path` already; what a start that was killed left counts as nothing."""
+        try:
+            taken = path.exists() and not (path.is_dir() and all(map(_is_of_a_start, path.iterdir())))
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror}): give another --out.") from None
+        if taken:
             raise ArtifactError(f"{path} is already there: continue it with --resume {path}, or give another --out.")
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
-        """Makes a new, empty run folder.
+    def create(cls, path: Path, recipe: str) -> "RunFolder":
+        """Makes a run folder that holds a recipe and waits for its ledger; `begin` is called when that is on disk.
+
+        Killed before, it is free for another start; killed between the two, `open` finishes what `begin` does. So a folder
+        with a recipe and no ledger is never the work of a kill.
 
         Raises:
           ArtifactError: the folder exists and is not empty, or cannot be made.
@@ -82,12 +95,20 @@ class RunFolder:
         try:
             cls.check_free(path)
             path.mkdir(parents=True, exist_ok=True)
-            (path / "checkpoints").mkdir()
+            (path / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise ArtifactError(
                 f"the run folder {path} cannot be made ({error.strerror}): give another --out."
             ) from None
-        return cls(path)
+        folder = cls(path)
+        folder.write(folder._starting, recipe.encode())
+        return folder
+
+    def begin(self) -> None:
+        """The ledger is there: from now on this is a run."""
+        with storing(self.recipe):
+            os.replace(self._starting, self.recipe)
+            _sync_folder(self.path)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -98,6 +119,11 @@ class RunFolder:
         """
         folder = cls(path)
         if not folder.recipe.is_file():
+            if folder._starting.is_file() and folder.ledger.is_file():
+                folder.begin()
+                return folder
+            if folder._starting.is_file():
+                raise ArtifactError(f"{path} was killed before its ledger began: start it again with --out {path}.")
             raise ArtifactError(
                 f"{path} is not a run folder (no {folder.recipe.name}): give the folder of a started run."
             )
@@ -109,13 +135,27 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns all complete rows of the metrics. A row that a kill cut short is left out."""
-        if not self.metrics.exists():
-            return []
+        """All rows; a last one that a kill tore is dropped.
+
+        Raises:
+          ArtifactError: another row is damaged.
+        """
+        try:
+            data = self.metrics.read_bytes() if self.metrics.exists() else b""
+        except OSError as error:
+            raise ArtifactError(f"{self.metrics} cannot be read ({error.strerror}): restore it from a copy.") from None
+        *lines, _torn = data.split(b"\n")
         rows = []
-        for line in self.metrics.read_text("utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not _is_row(row):
+                raise ArtifactError(
+                    f"{self.metrics}, line {number}, is damaged: restore the file from a copy of the run."
+                )
+            rows.append(row)
         return rows
 
     def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
@@ -134,6 +174,26 @@ class RunFolder:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """A file of the run that holds one JSON object.
+
+        Raises:
+          ArtifactError: it is missing, or no JSON object.
+        """
+        try:
+            value = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{self.path} has no {path.name} yet: finish it with drencoder run --resume {self.path}."
+            ) from None
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror}): restore it from a copy.") from None
+        except (ValueError, RecursionError):
+            raise ArtifactError(f"{path} is not valid JSON: restore it from a copy.") from None
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{path} is no JSON object: restore it from a copy.")
+        return value
 
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
         """Writes `value` as a whole JSON file or nothing. Raises ValueError for a number that is not finite."""
@@ -161,6 +221,23 @@ def storing(path: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{path} cannot be written ({error.strerror or error}): make room or permission, then use --resume."
         ) from error
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a start that was killed before its ledger began may have left this."""
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(path.iterdir())
+    return path.name in (".recipe.starting.toml", "..recipe.starting.toml.tmp", ".ledger.jsonl.starting")
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line of the metrics has what every row has, each of its kind."""
+    if not isinstance(row, dict) or type(row.get("round")) is not int or type(row.get("bytes_up")) is not int:
+        return False
+    numbers = [row[name] for name in ("loss", "accuracy") if row.get(name) is not None]
+    return isinstance(row.get("epsilon"), dict) and all(
+        (type(n) is float and math.isfinite(n)) or (type(n) is int and abs(n) < 1 << 53) for n in numbers
+    )
 
 
 def _sync_folder(folder: Path) -> None:

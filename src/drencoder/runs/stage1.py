@@ -26,7 +26,7 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.asking import ask_cohort, uploaded_bytes
 from drencoder.runs.build import Live
-from drencoder.runs.checkpoint import Progress
+from drencoder.runs.checkpoint import Progress, float32_bytes
 
 __all__ = ["fit_encoder", "refresh_encoder", "run_stage1"]
 
@@ -50,6 +50,7 @@ def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Pro
         return _real_gradients(live, ledger, now, say)
     if lost:
         say("stage 1 was charged but its result was lost: going on with an uninformed prior")
+        ledger.record_lost(0)
         return _uninformed(live, now), None
     try:
         return _moments(live, ledger, now, say), None
@@ -72,6 +73,7 @@ def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
     query = moment_query(segments, recipe.prior)
     result, _ = ask_cohort(live, ledger, query, now.state.adapter_D)
     release = result.release
+    ledger.record_release(0, float32_bytes(release.value), "statistics")
     mean_V = release.value / plan.stage1_cohort
     prior = GaussianPrior.from_statistics(mean_V, segments, release.noise_std / plan.stage1_cohort)
     facts = {"statistics": query.spec.wire.code_size, "message_bytes": query.spec.wire.message_size}

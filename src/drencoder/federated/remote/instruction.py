@@ -65,7 +65,7 @@ _WORDS = {
     Refusal.NONE: "answered",
     Refusal.FOREIGN: "cannot read the message: another version, or damaged",
     Refusal.RECIPE: "has another recipe",
-    Refusal.RUN: "belongs to another run: a new run needs a new --state folder there",
+    Refusal.RUN: "belongs to another run: its clients must consent to this one, which then needs a --state folder of its own there",
     Refusal.PLAN: "has another plan: trust, noise multiplier, kind of noise or slot",
     Refusal.CLIENTS: "does not host these clients",
     Refusal.ANSWERED: "has answered this slot already",

@@ -1,0 +1,158 @@
+"""The certificate: what was promised, to whom, and what was spent; and what binds it and the run's files to the ledger.
+
+No torch at import: an auditor rebuilds the privacy part from the ledger and the recipe alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drencoder import __version__
+from drencoder.encoders.code_sizes import plain_lora_bytes
+from drencoder.encoders.planning import wire_dtype
+from drencoder.errors import ArtifactError
+from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.ledger_check import plan_differences
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.recipe.recipe import Recipe
+from drencoder.runs.plan_overview import modular_bits, privacy_plan
+from drencoder.runs.run_folder import RunFolder, storing
+
+if TYPE_CHECKING:  # these import torch
+    from drencoder.encoders.contract import Encoder
+    from drencoder.runs.build import Live
+    from drencoder.runs.checkpoint import Progress
+
+__all__ = [
+    "BYTES_COUNTED",
+    "check_same_recipe",
+    "derived_part",
+    "file_digests",
+    "flat_gate",
+    "make_certificate",
+    "recipe_digest",
+]
+
+# What a resumed run may change: how fast it is and on which device, and what a plain run ignores.
+_FREE_SECTIONS = ("speed", "compare")
+_FREE_KNOBS = {"model": ("device",)}
+
+BYTES_COUNTED = {True: "counted", False: "expected: the size of a secret cohort is not published"}
+"""Whether cohorts are no secret -> how the certificate's bytes came about."""
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 over every knob that decides what a run does: all but [speed], [compare] and model.device."""
+    tables = {key: value for key, value in recipe.to_dict().items() if key not in _FREE_SECTIONS}
+    for section, free in _FREE_KNOBS.items():
+        tables[section] = {key: value for key, value in tables[section].items() if key not in free}
+    return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_recipe(ledger: Ledger, recipe: Recipe) -> None:
+    """Refuses to go on with a ledger under a recipe that it was not started with.
+
+    Raises:
+      ArtifactError: a knob was edited that decides what the run does.
+    """
+    differing = plan_differences(ledger.plan, privacy_plan(recipe))
+    if differing or ledger.recipe != recipe_digest(recipe):
+        named = f" ({', '.join(differing)} of the plan)" if differing else ""
+        raise ArtifactError(
+            f"the recipe is not the one with which {ledger.path} was started{named}: restore it; only [speed], [compare] and "
+            "model.device may change in a run. Another recipe is a new run, with its own --out."
+        )
+
+
+def file_digests(folder: RunFolder) -> dict[str, str]:
+    """Name -> SHA-256 of every file that a finished run leaves behind, but for the ledger itself.
+
+    Raises:
+      ArtifactError: one of them cannot be read.
+    """
+    names = [folder.recipe, folder.metrics, folder.outcomes, folder.certificate, folder.report]
+    names += [
+        path for part in (folder.checkpoints, folder.adapter) for path in sorted(part.rglob("*")) if path.is_file()
+    ]
+    with storing(folder.path):
+        return {path.relative_to(folder.path).as_posix(): _sha256(path) for path in names if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
+    """All of a certificate that follows from the ledger and the recipe; the ledger's head is the one at that time."""
+    privacy = ledger.certificate()
+    return {
+        "version": 1,
+        "name": recipe.name,
+        "statement": _statement(ledger.plan, privacy["observers"]),
+        **privacy,
+        "model": recipe.model.source,
+    }
+
+
+def make_certificate(live: "Live", ledger: Ledger, now: "Progress", encoder: "Encoder") -> dict[str, Any]:
+    """The certificate of a finished run, but for its results."""
+    from drencoder.encoders.wire import WireFormat
+
+    recipe, plan, layout = live.recipe, live.plan, live.lora.layout
+    secure = plan.trust == "secure-aggregation"
+    senders = recipe.federation.nodes if secure else plan.expected_cohort
+    uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
+    wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
+    return {
+        "drencoder": __version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **derived_part(ledger, recipe),
+        "rounds": now.slot,
+        "bytes": {
+            "uploaded": now.bytes_up,
+            "downloaded": now.bytes_down,
+            "stage1": (now.stage1 or {}).get("bytes", 0),
+            "counted": BYTES_COUNTED[plan.capped],
+            "plain_lora": plain_lora_bytes(uploads, layout.size, wire.dtype),
+            "bits_per_value": modular_bits(plan, 1, encoder.code_size) if secure else wire.bits,
+        },
+        "encoder": encoder.describe() | flat_gate(now.gate or {}),
+        "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},
+        "adapter_start": live.start,
+        "data": live.texts.source.provenance,
+    }
+
+
+def flat_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
+    """What the gate found, as the certificate has it among the encoder's facts."""
+    return {f"gate_{kind}_{key}": value for kind, facts in gate.items() for key, value in facts.items()}
+
+
+def _statement(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
+    """The promise in one sentence."""
+    if "round" in plan.non_private:
+        return "This run added no noise: it has no privacy guarantee of any kind and is a baseline only."
+    if plan.non_private:
+        return (
+            "Stage 1 used clients' real gradients without noise, so this run has no privacy guarantee of any kind, "
+            "whatever noise its rounds had: it is a baseline only."
+        )
+    if plan.noise == "replay":
+        return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
+    seen = {name: row["by_relation"][plan.relation]["epsilon_pld"] for name, row in observers.items()}
+    words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan.relation]
+    cost = seen[plan.budget_observer]
+    promise = f"({float(cost):.3f}, {plan.delta:g})-differential privacy for {words} one client with all its text"
+    if plan.trust == "local":
+        rest = f"those who see only sums and the model: epsilon {float(seen['public']):.3f}"
+        return f"Against the server: {promise}. Against {rest}."
+    if plan.trust == "secure-aggregation":
+        return (
+            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
+            f"{float(seen['server']):.3f}. At least {plan.honest_share:.0%} of the contributors are taken to be honest."
+        )
+    return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."
