@@ -1,16 +1,21 @@
-"""One private round by hand: a client's text -> update -> code -> clip -> noise -> sum -> adapter.
+"""One private round, written out: a client's text -> update -> code -> clip -> noise -> sum -> adapter.
 
     python examples/by_hand.py
 
-Local trust, ten clients of the embedded world. Everything that leaves a client is in `upload`; everything that is
-charged is in the ledger this prints.
+About ten clients of the embedded world take part, under local trust: the server is not trusted, so each client adds all of
+its noise itself. Everything that leaves the clients is in `upload`. Everything that is paid for is in the ledger, which
+the script prints at its end.
+
+Legend: N clients, D adapter values.
 """
 
 import tempfile
 from pathlib import Path
 
 from drencoder import load_recipe
+from drencoder.data.prompts_template import render
 from drencoder.data.sources import open_source
+from drencoder.data.tokenization import Example, make_examples
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.federated.query import update_query
 from drencoder.federated.round import client_message, released_update, server_release
@@ -20,37 +25,52 @@ from drencoder.models.lora import LoraModel, load_base
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.mechanism import SecureNoise
 from drencoder.privacy.plan import make_plan
-from drencoder.recipe import recipe as config
-from drencoder.runs.build import Texts
 
-# The plan: sampler, noise and events are born together. One release of one client costs epsilon 8 at most.
-plan = make_plan(trust="local", epsilon=8.0, delta=1e-3, population=100, sampling_rate=0.1, rounds=1)
+POPULATION, ROUND = 100, 1
+
+# The plan decides three things together: who takes part, how much noise is added, and what that costs. Here each of 100
+# clients is in the round with probability 0.1, and its one release costs epsilon 8 at most.
+plan = make_plan(trust="local", epsilon=8.0, delta=1e-3, population=POPULATION, sampling_rate=0.1, rounds=1)
 print(f"noise multiplier {plan.noise_multiplier:.3f}, expected cohort {plan.expected_cohort:.0f}")
 
-# Public things: base model, adapter, encoder. The encoder keeps 1/64 of the values, fresh directions each round.
-recipe = load_recipe("quickstart", ["federation.population=100"])
-base = load_base(config.Model())
+# What everybody knows: the base model, where its adapter starts, and the encoder. The encoder projects an update onto random
+# directions, 1/64 as many as the update has values. `query` is the question of this round, the clip norm included.
+recipe = load_recipe("quickstart", [f"federation.population={POPULATION}"])
+base = load_base(recipe.model)
 lora = LoraModel(base, recipe.adapter, seed=0)
 encoder = RandomSketch.build(lora.layout.segments, lora.layout.size // 64)
-query = update_query(encoder, recipe, slot=1)
+query = update_query(encoder, recipe, slot=ROUND)
 state = ServerState.start(lora.initial_D)
 
+# What only its owner knows: a client's text.
+source = open_source(recipe.data, population=POPULATION, seed=0)
+
+
+def examples_of(client: int) -> list[Example]:
+    """The tokenised records of one client."""
+    records = [render(record) for record in source.client(client)]
+    return make_examples(records, base.tokenize, base.end_id, recipe.data.max_tokens, start=base.start_ids)
+
+
 with tempfile.TemporaryDirectory() as folder, Ledger.create(Path(folder) / "ledger.jsonl", plan) as ledger:
-    permit = ledger.charge(1)  # on disk from here on; without a permit nothing is noised and nothing leaves
-    cohort = list(permit.cohort)  # who takes part
+    # 1. Pay. The charge is on disk when `charge` returns. Without the permit nobody can add noise or release anything.
+    permit = ledger.charge(ROUND)
+    cohort = list(permit.cohort)
 
-    # A client. Its text and its update stay here; the messages are what leaves.
-    texts = Texts(open_source(recipe.data, population=100, seed=0), base, recipe.data.max_tokens, d1_share=0.0)
-    update_ND = cohort_updates(lora, state.adapter_D, [texts.client(c, 1) for c in cohort], recipe.local, cohort)
+    # 2. The clients. Each one trains on its own text; its update is encoded, clipped and noised, and only then it is sent.
+    update_ND = cohort_updates(lora, state.adapter_D, [examples_of(c) for c in cohort], recipe.local, seeds=cohort)
     upload = client_message(query, update_ND, cohort, permit, SecureNoise())
-    print(f"{len(cohort)} clients sent {len(upload.messages[0])} bytes each, instead of {4 * lora.layout.size}")
+    sent, whole = sum(map(len, upload.messages)), 4 * lora.layout.size * len(cohort)
+    print(f"{len(cohort)} clients sent {sent:,} bytes; their whole updates have {whole:,}")
 
-    # The server. It sees noised codes only, adds them up, divides by the fixed expected size, decodes, steps.
+    # 3. The server. It sees noised codes only. It adds them up, divides by the expected size of the cohort (never by the real
+    #    one), decodes, and takes a step with its optimiser.
     outcome = server_release(query, [upload], permit, SecureNoise())
-    ledger.record_contributors(1, len(cohort))
+    ledger.record_contributors(ROUND, len(cohort))
     direction_D = released_update(query, outcome.release, permit, plan.expected_cohort)
     state = server_step(state, direction_D, recipe.server, recipe.server.learning_rate)
 
+    # 4. What it cost, against each observer and under which assumption.
     for observer, guarantee in ledger.guarantees().items():
-        print(f"against {observer}: epsilon {guarantee.epsilon_pld:.3f}. {guarantee.assumption}")
-    print((Path(folder) / "ledger.jsonl").read_text())
+        print(f"against the {observer}: epsilon {guarantee.epsilon_pld:.3f}. {guarantee.assumption}")
+    print((Path(folder) / "ledger.jsonl").read_text("utf-8"))
