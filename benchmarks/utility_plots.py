@@ -54,7 +54,7 @@ def _legend(axis: "Axes", arm: str) -> None:
 
     pairs = ((arm, _OURS), (REFERENCE, _THEIRS))
     handles = [Line2D([], [], color=colour, marker="o", linestyle="", label=label) for label, colour in pairs]
-    axis.legend(handles=handles, fontsize=8)
+    axis.legend(handles=handles, fontsize=8, loc="upper left")  # "best" warns on a busy machine
 
 
 def loss_against_bytes(results: Results, path: Path) -> Path | None:

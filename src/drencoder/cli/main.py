@@ -17,7 +17,7 @@ from rich.text import Text
 from drencoder import __version__
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
-from drencoder.encoders.planning import check_encoder, load_checked_recipe
+from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
 from drencoder.recipe.recipe import Recipe, shipped_recipes
 
@@ -165,7 +165,6 @@ def compare(
 
     console = make_console()
     config, settings = load_comparison(recipe, set_ or ())
-    check_encoder(config)
     folder = out or Path("comparisons") / config.name
     display = CompareDisplay(console, tuning_seed=settings.tuning_seed)
     try:

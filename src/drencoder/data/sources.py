@@ -128,6 +128,10 @@ class FileSource:
         Otherwise the owners are simulated: each category is spread over the clients by a Dirichlet(alpha) draw (Hsu, Qi and
         Brown 2019, https://arxiv.org/abs/1909.06335), which depends on all records.
         """
+        if not any(record["response"].strip() for record in records):
+            raise DataError(
+                f"{knobs.source} has no usable text: all {len(records)} responses are empty. Fill them, or give another file."
+            )
         share = knobs.held_out_share if server_share else 0.0
         if knobs.client_field:
             owned, server = _split_by_owner(records, knobs.client_field, share, seed)

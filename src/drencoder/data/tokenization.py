@@ -47,13 +47,13 @@ def make_example(
     max_tokens: int,
     start: Sequence[int] = (),
 ) -> Example | None:
-    """Tokenises one record; None when nothing would be predicted.
+    """Tokenises one record; None when its response is empty: a client must not train on a bare end token.
 
     `start` holds the tokens that every text of this model begins with, if any. A prompt that does not fit loses its
     beginning (but not `start`); a response that does not fit alone loses its end.
     """
     response_ids = tokenize(response)
-    if not response_ids:
+    if not response.strip() or not response_ids:
         return None
     prompt_ids = tokenize(prompt)
     response_ids = [*response_ids, end_id][: max(1, max_tokens - 1 - len(start))]

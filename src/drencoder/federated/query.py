@@ -15,6 +15,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, final, get_args
 
+import torch
 from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
@@ -116,8 +117,14 @@ class Query:
     prior: GaussianPrior | None = None
 
     def encode(self, update_ND: Tensor) -> Tensor:
-        """What clients computed, (N, epochs * D), as messages (N, K), neither clipped nor noised."""
-        return self.encoder.encode(update_ND, self.spec.seed)
+        """What clients computed, (N, epochs * D), as messages (N, K), neither clipped nor noised.
+
+        Each row is encoded by itself: products over many rows may round another way when there is one row less, and no bit
+        of a client's message may depend on who is encoded with it.
+        """
+        if not len(update_ND):
+            return self.encoder.encode(update_ND, self.spec.seed)
+        return torch.cat([self.encoder.encode(update_1D, self.spec.seed) for update_1D in update_ND.split(1)])
 
     def decode(self, code_NK: Tensor) -> Tensor:
         """Messages (N, K), or a sum of them, as updates (N, D)."""

@@ -89,7 +89,7 @@ class BoundedSum:
         """This sum plus all rows of `codes`, each with weight one. Raises PrivacyError on another clip or size."""
         _check_same("clip norm", self.clip_l2, codes.clip_l2)
         _check_same("size", self.sum_V.numel(), codes.values_NV.shape[1])
-        total_V = self.sum_V + codes.values_NV.sum(0, dtype=torch.float64).to(self.sum_V.device)
+        total_V = _add_rows(self.sum_V, codes.values_NV)
         return BoundedSum(total_V, self.clip_l2, self.contributors + codes.values_NV.shape[0], token=_TOKEN)
 
     def sensitivity(self, relation: Relation) -> float:
@@ -160,6 +160,14 @@ def clip_rows(values_NV: torch.Tensor, clip_l2: float) -> BoundedCodes:
         shrunk_NV = (double_NV * (scale_N * (1 - 1e-6))[:, None]).to(torch.float32)
         out_NV[start : start + rows] = torch.where(over_N[:, None], shrunk_NV, clipped_NV)
     return BoundedCodes(out_NV, float(clip_l2), nonfinite, token=_TOKEN)
+
+
+def _add_rows(total_V: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
+    """A new sum, float64: one row after the other, so that it does not depend on the batches that the rows came in."""
+    total_V = total_V.to(values_NV.device, copy=True)
+    for values_V in values_NV:
+        total_V += values_V.to(torch.float64)
+    return total_V
 
 
 class NoiseSource(Protocol):
@@ -291,7 +299,7 @@ def sum_releases(parts: Iterable[Releases]) -> Release:
         if twice := seen & set(part.client_ids):
             raise PrivacyError(f"Client {min(twice)} is in the sum of slot {part.slot} twice.")
         seen |= set(part.client_ids)
-        total_V = total_V.to(part.values_NV.device) + part.values_NV.sum(0, dtype=torch.float64)
+        total_V = _add_rows(total_V, part.values_NV)
     if first is None or total_V is None:
         raise PrivacyError("There are no releases to sum: give at least one part, which may have zero rows.")
     noise_std = first.noise_std * len(seen) ** 0.5

@@ -169,8 +169,12 @@ def refresh_encoder(live: Live, now: Progress, encoder: Encoder, slot: int) -> t
 
 
 def _server_updates(live: Live, adapter_D: Tensor) -> Tensor:
-    """Updates (up to 16, D) of make-believe clients that hold the server's own held-out text."""
-    size, held_out = live.recipe.data.examples_per_client, live.held_out
+    """Updates (up to 16, D) of make-believe clients that hold the server's own held-out text.
+
+    With little text they hold less of it: of two or three updates the gate could say nothing with confidence.
+    """
+    held_out = live.held_out
+    size = min(live.recipe.data.examples_per_client, max(1, len(held_out) // _GATE_CLIENTS))
     groups = [held_out[start : start + size] for start in range(0, min(len(held_out), _GATE_CLIENTS * size), size)]
     while len(groups) < 2:  # the gate compares at least two
         groups.append(held_out)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drencoder.encoders.planning import check_encoder
 from drencoder.recipe.knobs import Checked, knob
 from drencoder.recipe.recipe import STUDY_TABLE, Recipe, read_section, read_tables
 
@@ -31,8 +32,10 @@ def load_comparison(source: str | Path | None = None, overrides: Sequence[str] =
     """Reads a recipe file with its `[compare]` table; both may be overridden with `section.key=value`.
 
     Raises:
-      RecipeError: as `load_recipe` does, and for an unknown or impossible setting of the comparison.
+      RecipeError: as `load_checked_recipe` does, and for an unknown or impossible setting of the comparison.
     """
     origin, tables = read_tables(source, overrides)
     settings = read_section(STUDY_TABLE, tables.pop(STUDY_TABLE, {}), Compare, origin)
-    return Recipe.from_dict(tables, origin=origin), settings
+    recipe = Recipe.from_dict(tables, origin=origin)
+    check_encoder(recipe)
+    return recipe, settings
