@@ -44,7 +44,7 @@ from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.models.adapter_layout import Segment
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.rng import derive_seed
-from drencoder.runs.build import Live, build
+from drencoder.runs.build import Components, build
 
 RATIOS = (16, 64, 256)
 TESTED, OTHERS, PUBLIC = 256, 64, 64  # clients scored, other clients, make-believe clients of public text
@@ -58,7 +58,7 @@ Shares = Callable[[Tensor], Tensor]
 # --- capture ----------------------------------------------------------------------------------------------
 
 
-def updates(live: Live, adapter_D: Tensor, groups: Sequence[list[Example]]) -> Tensor:
+def updates(live: Components, adapter_D: Tensor, groups: Sequence[list[Example]]) -> Tensor:
     """(N, D): the update of every group of examples."""
     return torch.cat(
         [
@@ -70,11 +70,11 @@ def updates(live: Live, adapter_D: Tensor, groups: Sequence[list[Example]]) -> T
     )
 
 
-def clients(live: Live, first: int, count: int) -> list[list[Example]]:
+def clients(live: Components, first: int, count: int) -> list[list[Example]]:
     return [live.texts.client(client, 1) for client in range(first, first + count)]
 
 
-def public_texts(live: Live, seed: int) -> dict[str, list[list[Example]]]:
+def public_texts(live: Components, seed: int) -> dict[str, list[list[Example]]]:
     """Make-believe clients of two kinds of public text: records of the clients' own format, and the general part's."""
     size, count, base = live.recipe.data.examples_per_client, PUBLIC, live.texts.base
     documents = islice(World().documents(derive_seed(seed, "public-documents")), size * count)
@@ -86,7 +86,7 @@ def public_texts(live: Live, seed: int) -> dict[str, list[list[Example]]]:
     }
 
 
-def warmed(live: Live) -> Tensor:
+def warmed(live: Components) -> Tensor:
     """The adapter after some rounds without privacy, over clients that nothing else uses."""
     server = replace(live.recipe.server, optimizer="fedadam", learning_rate=0.02)
     state = ServerState.start(live.lora.initial_D)
@@ -120,7 +120,7 @@ def weightings(update_ND: Tensor) -> dict[str, Tensor]:
 
 
 def priors_of(
-    live: Live, adapter_D: Tensor, texts: dict[str, list[list[Example]]], tested_ND: Tensor
+    live: Components, adapter_D: Tensor, texts: dict[str, list[list[Example]]], tested_ND: Tensor
 ) -> dict[str, MatrixNormalPrior]:
     """Every prior that is compared, by the name of its row."""
     segments = live.lora.layout.segments

@@ -41,7 +41,7 @@ from drencoder.models.lora import LoraModel
 from drencoder.published.fitting import AutoencoderOptions
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import load_recipe
-from drencoder.runs.build import Live, build
+from drencoder.runs.build import Components, build
 
 SEGMENTS = (Segment("a", 0, (4, 32)), Segment("b", 128, (32, 4)))
 
@@ -220,13 +220,13 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
+def live() -> Iterator[Components]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subjects, "_SHADOWS", 128)
         yield build(load_recipe(None, QUICK))
 
 
-def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Live) -> None:
+def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Components) -> None:
     scene = subjects.gather_subjects(live, 24, 0)
     span, segments = SpanAttack.of(live.lora), live.lora.layout.segments
     present = mark_present_tokens(scene.target_texts, len(span.input_VH))
@@ -314,7 +314,7 @@ def test_findings_sort_themselves() -> None:
 # --- bad input ---------------------------------------------------------------------------------------
 
 
-def test_bad_input_is_one_sentence(live: Live, tiny_folder: Path) -> None:
+def test_bad_input_is_one_sentence(live: Components, tiny_folder: Path) -> None:
     with pytest.raises(DataError, match=r"7 clients.*at least 8"):
         audit_leakages(live, clients=7)
     with pytest.raises(DataError, match=r"7 trials.*at least 8"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from deployment import deployed, small_recipe
-from drencoder.federated.remote.engine import Patience, engine_maker
+from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.federated.remote.roster import named_keys
 from drencoder.federated.remote.site import Site
 from drencoder.flower.client_app import make_client_app, open_site
@@ -57,7 +57,7 @@ def in_process(recipe: Recipe, folder: Path) -> experiment.RunResult:
         for i in range(3)
     ]
     grid = InProcessGrid([app_of(site) for site in sites])
-    engine = engine_maker(GridTransport(grid), Patience(quorum=1.0, nodes=3, wait=5), keys=keys)
+    engine = make_remote_engine(GridTransport(grid), RoundTimeouts(quorum=1.0, nodes=3, wait=5), keys=keys)
     return experiment.run(recipe, folder / "run", engine=engine)
 
 

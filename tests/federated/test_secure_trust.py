@@ -35,7 +35,7 @@ from drencoder.privacy.mechanism import (
 from drencoder.privacy.plan import PrivacyPlan, make_plan
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs import run as experiment
-from drencoder.runs.build import EngineMaker, Live, build
+from drencoder.runs.build import Components, EngineMaker, build
 from drencoder.runs.plan_overview import survey
 from drencoder.runs.verify import verify_run
 from drencoder.secure_aggregation.crypto import NodeKey
@@ -400,7 +400,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes nodes of the local engine vanish."""
 
     def lose(lost: Any) -> None:
-        def built(recipe: Recipe, engine: EngineMaker | None = None) -> Live:
+        def built(recipe: Recipe, engine: EngineMaker | None = None) -> Components:
             live = build(recipe, engine)
             return dataclasses.replace(live, engine=dataclasses.replace(live.engine, lost=lost))
 

@@ -25,7 +25,7 @@ from deployment import Deployment, deployed, small_recipe, wait_for
 from drencoder.cli import main as cli
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.federated.remote.agreement import ClientSet, agreement
-from drencoder.federated.remote.engine import Patience
+from drencoder.federated.remote.engine import RoundTimeouts
 from drencoder.flower.keys import make_certificates, read_public_keys
 from drencoder.flower.server_app import ServerOptions
 from drencoder.flower.superlink import Guard
@@ -277,7 +277,7 @@ def test_the_packaged_app_points_at_installed_code_and_is_the_same_each_time() -
         module, name = reference.split(":")
         assert isinstance(getattr(importlib.import_module(module), name), kind)
     options = ServerOptions.from_run_config({**app["config"], "out": "runs/x"})
-    assert (options.out, options.patience) == (Path("runs/x"), Patience())
+    assert (options.out, options.patience) == (Path("runs/x"), RoundTimeouts())
     with pytest.raises(RecipeError, match="one of them"):
         ServerOptions.from_run_config(app["config"])
 

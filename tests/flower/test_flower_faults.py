@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from deployment import small_recipe
 from drencoder.errors import ArtifactError, EngineError, PrivacyError
 from drencoder.federated.query import QuerySpec, moment_query
-from drencoder.federated.remote.engine import Patience, engine_maker
+from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, Refusal
 from drencoder.federated.remote.site import Site
@@ -68,8 +68,8 @@ class Federation:
     def run(self, quorum: float = 0.5, name: str = "run") -> experiment.RunResult:
         if (self.folder / "run").exists() or name != "run":  # a site's ledger serves one run
             self.sites = [self.site(number, name) for number in range(3)]
-        patience = Patience(quorum=quorum, round_timeout=0.3, wait=0.5, nodes=0)
-        engine = engine_maker(GridTransport(self.grid, self.lines.say), patience, self.lines.say)
+        patience = RoundTimeouts(quorum=quorum, round_timeout=0.3, wait=0.5, nodes=0)
+        engine = make_remote_engine(GridTransport(self.grid, self.lines.say), patience, self.lines.say)
         return experiment.run(self.recipe, self.folder / name, self.lines, engine)
 
 
@@ -260,7 +260,7 @@ def test_a_node_that_comes_back_without_the_encoder_is_sent_it_again(federation:
 
 def question(site: Site, made: Federation, **head: Any) -> bytes:
     """A sound stage-1 question to the site of node 0, with some facts of its head changed."""
-    live, plan = site._live, site._live.plan
+    live, plan = site._components, site._components.plan
     sound = Instruction(
         nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
         spec=moment_query(live.lora.layout.segments, live.recipe.prior).spec, clients=(0, 3), encoder="",
@@ -306,7 +306,7 @@ def test_site_refuses(head: dict[str, Any], code: Refusal, federation: Callable[
     made = federation()
     site = made.sites[0]
     if "adapter" in head and head["adapter"] is None:
-        head = {"adapter": torch.full((site._live.lora.layout.size,), float("nan"))}
+        head = {"adapter": torch.full((site._components.lora.layout.size,), float("nan"))}
     assert refusal(site.answer(question(site, made, **head))) == code
     answered = [row for row in ledger_of(made, 0) if row["kind"] == "answer"]
     assert len(answered) == (code == Refusal.NONE)  # on disk exactly if something left
@@ -378,7 +378,7 @@ def test_a_torn_line_is_cut_off_and_a_damaged_one_refused(tmp_path: Path) -> Non
 
 def test_min_noise_is_the_sites_own(federation: Callable[..., Federation]) -> None:
     made = federation()
-    sigma = made.sites[0]._live.plan.noise_multiplier
+    sigma = made.sites[0]._components.plan.noise_multiplier
     made.site(0, min_noise=0.99 * sigma)
     with pytest.raises(PrivacyError, match="below --min-noise"):
         made.site(0, min_noise=1.01 * sigma)
@@ -469,7 +469,7 @@ def test_a_sites_own_file_belongs_to_its_clients_alone(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"instruction": f"q{i}", "response": f"a{i}"}) + "\n" for i in range(12)))
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     site = open_site(str(tmp_path / "recipe.toml"), "4,17", data=str(file), state=tmp_path / "state")
-    source = site._live.texts.source
+    source = site._components.texts.source
     held = [record["instruction"] for client in (4, 17) for record in source.client(client)]
     assert sorted(held) == sorted(f"q{i}" for i in range(12))
     assert source.held_out(5) == []

@@ -13,7 +13,7 @@ from deployment import deployed, small_recipe, wait_for
 from drencoder.errors import ArtifactError, EngineError, RecipeError, SecureError
 from drencoder.federated import secure_round
 from drencoder.federated.query import Query, moment_query
-from drencoder.federated.remote.engine import Patience, engine_maker
+from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, Refusal, adapter_bytes
 from drencoder.federated.remote.roster import Roster, named_keys
@@ -85,9 +85,9 @@ class Federation:
         return app
 
     def run(self, name: str = "run", **more: Any) -> experiment.RunResult:
-        patience = Patience(quorum=0.5, round_timeout=30, wait=0.5)
+        patience = RoundTimeouts(quorum=0.5, round_timeout=30, wait=0.5)
         keys = more.get("keys", self.keys)
-        engine = engine_maker(GridTransport(self.grid, self.said.append), patience, self.said.append, keys)
+        engine = make_remote_engine(GridTransport(self.grid, self.said.append), patience, self.said.append, keys)
         if more.get("resume"):
             return experiment.resume(self.folder / name, Lines(self.said), engine)
         return experiment.run(self.recipe, self.folder / name, Lines(self.said), engine)
@@ -295,10 +295,10 @@ def test_the_search_would_find_an_unmasked_vector(
 
 def question(made: Federation, number: int, **head: Any) -> bytes:
     """A sound first stage of slot 0, five clients on each node, some facts of its head changed."""
-    live = made.sites[number]._live
+    live = made.sites[number]._components
     plan, query = live.plan, moment_query(live.lora.layout.segments, live.recipe.prior)
     roster = Roster.of(made.keys.values())
-    place = made.sites[number]._seat.number  # type: ignore[union-attr]
+    place = made.sites[number]._session.number  # type: ignore[union-attr]
     own = tuple(range(number, 20, NODES))
     counts = (len(own),) * NODES
     terms = plan.share_terms(0)
@@ -350,7 +350,7 @@ def test_site_refuses(head: dict[str, Any], code: Refusal, charged: int, federat
 def test_a_lie_about_others_counts_makes_another_round(federation: Callable[..., Federation]) -> None:
     """The counts are part of what every message is bound to, so sites that were told different ones cannot be summed."""
     made = federation()
-    place = made.sites[0]._seat.number  # type: ignore[union-attr]
+    place = made.sites[0]._session.number  # type: ignore[union-attr]
     counts = [5] * NODES
     counts[place - 1] = 4
     assert refusal(made.sites[0].answer(question(made, 0, counts=counts))) == Refusal.SECURE
@@ -365,7 +365,7 @@ def test_a_round_is_begun_once_with_or_without_clients_also_after_a_restart(
     for site in (made.sites[0], made.site(0)):
         assert refusal(site.answer(sound)) == Refusal.ANSWERED
         assert refusal(site.answer(question(made, 0, attempt=1, nonce="m"))) == Refusal.ANSWERED
-    ledger = SiteLedger.open(made.folder / "other" / "site.jsonl", "r", made.sites[0]._live.plan)
+    ledger = SiteLedger.open(made.folder / "other" / "site.jsonl", "r", made.sites[0]._components.plan)
     ledger.charge("run", 1, 0, [])  # a node without clients signs lists, too
     for clients in ([], [4]):
         with pytest.raises(Exception, match="once too often"):

@@ -16,7 +16,7 @@ from drencoder.audit.tokens import SpanAttack, token_findings
 from drencoder.audit.training_set import training_set_findings
 from drencoder.errors import DataError
 from drencoder.published.fitting import AutoencoderOptions
-from drencoder.runs.build import Live
+from drencoder.runs.build import Components
 
 __all__ = ["audit_leakages"]
 
@@ -41,7 +41,7 @@ class Listener(Protocol):
 
 
 def audit_leakages(
-    components: Live,
+    components: Components,
     *,
     clients: int = 64,
     seed: int = 0,

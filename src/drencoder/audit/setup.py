@@ -23,7 +23,7 @@ from drencoder.published.autoencoder import Autoencoder
 from drencoder.published.fedcg import RealGradients
 from drencoder.published.fitting import AutoencoderOptions
 from drencoder.recipe.recipe import Encoder as EncoderKnobs
-from drencoder.runs.build import Live
+from drencoder.runs.build import Components
 from drencoder.runs.plan_overview import privacy_plan
 
 __all__ = ["AuditSetup", "plan_under"]
@@ -33,7 +33,7 @@ Segments = tuple[Segment, ...]
 _VALIDATION_SHARE = 0.25
 
 
-def plan_under(components: Live, trust: Trust) -> PrivacyPlan:
+def plan_under(components: Components, trust: Trust) -> PrivacyPlan:
     """Returns the recipe's plan under this trust, at the recipe's epsilon."""
     recipe, plan = components.recipe, components.plan
     if plan.trust == trust and not plan.non_private:
@@ -50,7 +50,7 @@ def plan_under(components: Live, trust: Trust) -> PrivacyPlan:
 class AuditSetup:
     """The recipe's objects and numbers as the experiments use them."""
 
-    components: Live
+    components: Components
     subjects: Subjects
     seed: int
     trials: int

@@ -21,7 +21,7 @@ from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
-from drencoder.runs.build import Live
+from drencoder.runs.build import Components
 
 __all__ = ["MIN_CLIENTS", "Subjects", "gather_subjects"]
 
@@ -47,7 +47,7 @@ class Subjects:
     shadow_MD: Tensor
 
 
-def gather_subjects(components: Live, clients: int, seed: int) -> Subjects:
+def gather_subjects(components: Components, clients: int, seed: int) -> Subjects:
     """Trains all groups, `clients` in each but the shadows.
 
     Raises:
@@ -82,7 +82,7 @@ def gather_subjects(components: Live, clients: int, seed: int) -> Subjects:
     )
 
 
-def _split_server_texts(components: Live) -> tuple[list[Example], list[Example]]:
+def _split_server_texts(components: Components) -> tuple[list[Example], list[Example]]:
     """Splits the server's own text into what trains the adapter at first and what its make-believe clients hold."""
     num_warm = _WARM_STEPS * _WARM_EXAMPLES
     held_out = components.texts.held_out(num_warm + _SHADOWS)
@@ -95,7 +95,7 @@ def _split_server_texts(components: Live) -> tuple[list[Example], list[Example]]
     return held_out[:warm], held_out[warm:]
 
 
-def _train_start(components: Live, texts: Sequence[Example]) -> Tensor:
+def _train_start(components: Components, texts: Sequence[Example]) -> Tensor:
     """Returns the adapter (D,) after a few non-private steps on the server's own text, as in a later round.
 
     LoRA starts with B = 0, where A has no gradient and shows nothing of the input.
@@ -109,7 +109,7 @@ def _train_start(components: Live, texts: Sequence[Example]) -> Tensor:
     return state.adapter_D
 
 
-def _train_updates(components: Live, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:
+def _train_updates(components: Components, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:
     """Computes one update (len(texts), D) per client of one record, as the recipe's clients do."""
     local, many = components.recipe.local, max(2, components.recipe.speed.parallel_clients)
     parts = [

@@ -74,11 +74,11 @@ def server(
 ) -> None:
     """The main job with its clients on other machines (drencoder client)."""
     _check_flower()
-    from drencoder.federated.remote.engine import Patience
+    from drencoder.federated.remote.engine import RoundTimeouts
     from drencoder.flower.keys import read_public_keys
 
     keys = read_public_keys(nodes or certs / "nodes")
-    patience = Patience(quorum, round_timeout, wait, len(keys))
+    patience = RoundTimeouts(quorum, round_timeout, wait, len(keys))
     folder, config = choose_run(recipe, set_, out, resume, needs_ledger=True)
     from drencoder.flower.deploy import ServerEndpoint, run_server
     from drencoder.flower.server_app import ServerOptions
@@ -152,7 +152,7 @@ def client(
     site = open_site(
         recipe, clients, data=data, state=endpoint.state, min_noise=min_noise, key=key, roster=roster, say=say
     )
-    say(f"ready: clients {site.hosted}, ledger {endpoint.state / 'site.jsonl'}")
+    say(f"ready: clients {site.own_clients}, ledger {endpoint.state / 'site.jsonl'}")
     try:
         run_site(site, endpoint)
     except KeyboardInterrupt:
@@ -169,7 +169,7 @@ def simulate(
 ) -> None:
     """The main job on Flower's simulation engine (Ray), in processes of this machine."""
     _check_flower()
-    from drencoder.federated.remote.engine import Patience
+    from drencoder.federated.remote.engine import RoundTimeouts
 
     folder, config = choose_run(recipe, set_, out, resume, needs_ledger=True)
     from drencoder.flower.simulation import isolate_network, simulate_run
@@ -178,5 +178,5 @@ def simulate(
     from drencoder.flower.server_app import ServerOptions
     from drencoder.runs.display import make_console, show_run_folder
 
-    result = simulate_run(ServerOptions(None if resume else config, folder, Patience(nodes=nodes)), nodes)
+    result = simulate_run(ServerOptions(None if resume else config, folder, RoundTimeouts(nodes=nodes)), nodes)
     show_run_folder(make_console(), result.folder)

@@ -18,12 +18,12 @@ from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame
 from drencoder.federated.remote.instruction import Answer, Refusal
 from drencoder.federated.remote.roster import is_secure
-from drencoder.federated.remote.seat import Seat
+from drencoder.federated.remote.session import SecAggSession
 from drencoder.federated.remote.site import Site
 from drencoder.flower.transport import read_payload, wrap_payload
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import load_recipe
-from drencoder.runs.build import Live, SiteText, build_site
+from drencoder.runs.build import Components, SiteText, build_site
 from drencoder.runs.display import printable
 
 __all__ = ["app", "make_client_app", "open_site"]
@@ -74,16 +74,16 @@ def open_site(
     """
     config = load_recipe(recipe)
     client_set = ClientSet.parse(clients, config.federation.population)
-    seat = Seat.open(config, key, roster) if is_secure(config) else None
+    session = SecAggSession.open(config, key, roster) if is_secure(config) else None
     components = _load_components(
         config.to_toml(), recipe, None if data is None else SiteText(data, client_set.clients)
     )
     ledger = SiteLedger.open(Path(state) / "site.jsonl", agreement(config).hex(), components.plan)
-    return Site(components, client_set, ledger, min_noise=min_noise, seat=seat, say=say)
+    return Site(components, client_set, ledger, min_noise=min_noise, session=session, say=say)
 
 
 @lru_cache(maxsize=1)
-def _load_components(resolved: str, recipe: str | None, own: SiteText | None) -> Live:
+def _load_components(resolved: str, recipe: str | None, own: SiteText | None) -> Components:
     """Builds what a site computes with, once for all the sites that a process simulates.
 
     `resolved` is the recipe's text: it is part of the cache's key, so that a changed file is read again.

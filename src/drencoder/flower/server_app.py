@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from drencoder.errors import DrencoderError, RecipeError, describe_crash
-from drencoder.federated.remote.engine import Patience, engine_maker
+from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.flower.transport import GridTransport
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs import run as experiment
@@ -33,7 +33,7 @@ class ServerOptions:
 
     recipe: Recipe | None
     out: Path
-    patience: Patience = field(default_factory=Patience)
+    patience: RoundTimeouts = field(default_factory=RoundTimeouts)
     keys: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -50,11 +50,11 @@ class ServerOptions:
             raise RecipeError(
                 "a run needs out = a new folder, or resume = the folder of a started run: give one of them."
             )
-        patience = Patience(
-            quorum=float(settings.get("quorum", Patience.quorum)),
-            round_timeout=float(settings.get("round-timeout", Patience.round_timeout)),
-            wait=float(settings.get("wait", Patience.wait)),
-            nodes=int(settings.get("nodes", Patience.nodes)),
+        patience = RoundTimeouts(
+            quorum=float(settings.get("quorum", RoundTimeouts.quorum)),
+            round_timeout=float(settings.get("round-timeout", RoundTimeouts.round_timeout)),
+            wait=float(settings.get("wait", RoundTimeouts.wait)),
+            nodes=int(settings.get("nodes", RoundTimeouts.nodes)),
         )
         recipe = None if resumed else load_recipe(str(settings.get("recipe", "")) or None)
         return cls(recipe, Path(resumed or out), patience)
@@ -73,7 +73,7 @@ def serve(
         console or make_console(), rounds=config.federation.rounds, encoder=config.encoder.name, name=config.name
     )
     transport = transport or GridTransport(grid, display.say)
-    engine = engine_maker(transport, options.patience, display.say, options.keys)
+    engine = make_remote_engine(transport, options.patience, display.say, options.keys)
     try:
         if options.recipe is None:
             return experiment.resume(options.out, display, engine)

@@ -10,12 +10,12 @@ from drencoder.errors import QuorumError
 from drencoder.federated.query import Query
 from drencoder.federated.round import CohortRelease, server_release
 from drencoder.privacy.ledger import Ledger, Permit
-from drencoder.runs.build import Live
+from drencoder.runs.build import Components
 
 __all__ = ["ask_cohort", "downloaded_bytes", "uploaded_bytes"]
 
 
-def ask_cohort(live: Live, ledger: Ledger, query: Query, adapter_D: Tensor) -> tuple[CohortRelease, Permit]:
+def ask_cohort(components: Components, ledger: Ledger, query: Query, adapter_D: Tensor) -> tuple[CohortRelease, Permit]:
     """Charges the slot, asks the cohort that was charged, and releases the sum of its answers, in this order.
 
     Raises:
@@ -23,11 +23,11 @@ def ask_cohort(live: Live, ledger: Ledger, query: Query, adapter_D: Tensor) -> t
       QuorumError: too few answered; their answers were thrown away and the charge stays.
     """
     slot = query.spec.slot
-    live.engine.ready()
-    permit, noise = ledger.charge(slot), live.noise()
+    components.engine.ready()
+    permit, noise = ledger.charge(slot), components.noise()
     try:
         result = server_release(
-            query, live.engine.gather(query, adapter_D, permit.cohort, permit, noise), permit, noise
+            query, components.engine.gather(query, adapter_D, permit.cohort, permit, noise), permit, noise
         )
     except QuorumError as error:
         ledger.record_abandoned(slot, error.answered if permit.trust == "local" else None)

@@ -30,7 +30,7 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.plan_overview import Overview, survey
 
-__all__ = ["EngineMaker", "Live", "SiteText", "build", "build_site"]
+__all__ = ["Components", "EngineMaker", "SiteText", "build", "build_site"]
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
 _PUBLIC_CLIENTS = 16  # make-believe ones, per estimate of the structured prior: 64 do no better (docs/log.md)
@@ -69,7 +69,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Live:
+class Components:
     """A run's live objects."""
 
     recipe: Recipe
@@ -168,18 +168,18 @@ class Live:
         return build_encoder(recipe.encoder.name, request, state)
 
 
-EngineMaker = Callable[[Live], Engine]
+EngineMaker = Callable[[Components], Engine]
 
 
-def build(recipe: Recipe, engine: EngineMaker | None = None) -> Live:
+def build(recipe: Recipe, engine: EngineMaker | None = None) -> Components:
     """Plans, loads and checks everything that a run needs. `engine` makes what reaches the clients (default: this process).
 
     Raises:
       DrencoderError: any part of the recipe cannot be had; nothing has been written.
     """
-    live = _loaded(recipe, None)
-    _ = live.held_out, live.questions  # refuse empty evaluation data now, not after the last round
-    return live if engine is None else replace(live, engine=engine(live))
+    components = _loaded(recipe, None)
+    _ = components.held_out, components.questions  # refuse empty evaluation data now, not after the last round
+    return components if engine is None else replace(components, engine=engine(components))
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class SiteText:
     clients: tuple[int, ...]
 
 
-def build_site(recipe: Recipe, own: SiteText | None) -> Live:
+def build_site(recipe: Recipe, own: SiteText | None) -> Components:
     """What a machine needs to answer for clients: all but what the server evaluates on.
 
     `own` takes the place of the recipe's data; None = the recipe's own source holds these clients' text.
@@ -201,7 +201,7 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Live:
     return _loaded(recipe, own, site=True)
 
 
-def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live:
+def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Components:
     overview = survey(recipe)
     resolve_device(recipe.model.device)
     source: Source
@@ -227,4 +227,4 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Live
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
     trainer = CohortTrainer(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
-    return Live(recipe, overview, texts, lora, trainer, engine)
+    return Components(recipe, overview, texts, lora, trainer, engine)

@@ -23,7 +23,6 @@ from drencoder.runs.run_folder import RunFolder, storing
 
 if TYPE_CHECKING:  # these import torch
     from drencoder.encoders.contract import Encoder
-    from drencoder.runs.build import Live
     from drencoder.runs.checkpoint import Progress
 
 __all__ = [
@@ -98,11 +97,11 @@ def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def make_certificate(live: "Live", ledger: Ledger, now: "Progress", encoder: "Encoder") -> dict[str, Any]:
+def make_certificate(components: "Components", ledger: Ledger, now: "Progress", encoder: "Encoder") -> dict[str, Any]:
     """The certificate of a finished run, but for its results."""
     from drencoder.encoders.wire import WireFormat
 
-    recipe, plan, layout = live.recipe, live.plan, live.lora.layout
+    recipe, plan, layout = components.recipe, components.plan, components.lora.layout
     secure = plan.trust == "secure-aggregation"
     senders = recipe.federation.nodes if secure else plan.expected_cohort
     uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
@@ -122,8 +121,8 @@ def make_certificate(live: "Live", ledger: Ledger, now: "Progress", encoder: "En
         },
         "encoder": encoder.describe() | flat_gate(now.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},
-        "adapter_start": live.start,
-        "data": live.texts.source.provenance,
+        "adapter_start": components.start,
+        "data": components.texts.source.provenance,
     }
 
 

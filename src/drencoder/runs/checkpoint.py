@@ -46,19 +46,19 @@ def float32_bytes(values_V: Tensor) -> bytes:
     return values_V.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
-def save_checkpoint(folder: RunFolder, ledger: Ledger, now: Progress) -> None:
+def save_checkpoint(folder: RunFolder, ledger: Ledger, progress: Progress) -> None:
     """One file, replaced atomically: tensors, and the rest as JSON in its header."""
-    tensors = {f"state.{name}": tensor.contiguous() for name, tensor in now.state.tensors().items()}
-    tensors |= {f"encoder.{name}": tensor.contiguous() for name, tensor in (now.encoder_state or {}).items()}
+    tensors = {f"state.{name}": tensor.contiguous() for name, tensor in progress.state.tensors().items()}
+    tensors |= {f"encoder.{name}": tensor.contiguous() for name, tensor in (progress.encoder_state or {}).items()}
     facts = {
-        "slot": now.slot,
-        "steps": now.state.steps,
-        "bytes_up": now.bytes_up,
-        "prior": now.prior.to_dict() if now.prior else None,
-        "gate": now.gate,
-        "stage1": now.stage1,
-        "clip_l2": now.clip_l2,
-        "bytes_down": now.bytes_down,
+        "slot": progress.slot,
+        "steps": progress.state.steps,
+        "bytes_up": progress.bytes_up,
+        "prior": progress.prior.to_dict() if progress.prior else None,
+        "gate": progress.gate,
+        "stage1": progress.stage1,
+        "clip_l2": progress.clip_l2,
+        "bytes_down": progress.bytes_down,
         "ledger_head": ledger.head,
     }
     folder.write(folder.checkpoints / _NAME, save(tensors, metadata={"drencoder": json.dumps(facts)}))

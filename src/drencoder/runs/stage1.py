@@ -25,7 +25,7 @@ from drencoder.privacy.ledger import Ledger
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.asking import ask_cohort, uploaded_bytes
-from drencoder.runs.build import Live
+from drencoder.runs.build import Components
 from drencoder.runs.checkpoint import Progress, float32_bytes
 
 __all__ = ["fit_encoder", "refresh_encoder", "run_stage1"]
@@ -37,41 +37,43 @@ _GATE_VALUES = 1 << 27  # and 512 MiB of them
 _GATE_CLIENTS = 16  # make-believe ones, of server-held text
 
 
-def run_stage1(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, TrainingGradients | None]:
+def run_stage1(
+    components: Components, ledger: Ledger, progress: Progress, say: Say
+) -> tuple[Progress, TrainingGradients | None]:
     """Asks stage 1's cohort. Moments become a prior; real gradients are handed on and never stored.
 
     Raises:
       LostError: FedCG's gradients were charged in a run that was killed before the encoder was made of them.
     """
     lost = ledger.resume_rule(0) == "skip"
-    if live.recipe.prior.source == "gradients":
+    if components.recipe.prior.source == "gradients":
         if lost:
             raise LostError("stage 1's real gradients were charged but lost with the killed run: start a new run.")
-        return _real_gradients(live, ledger, now, say)
+        return _real_gradients(components, ledger, progress, say)
     if lost:
         say("stage 1 was charged but its result was lost: going on with an uninformed prior")
         ledger.record_lost(0)
-        return _uninformed(live, now), None
+        return _uninformed(components, progress), None
     try:
-        return _moments(live, ledger, now, say), None
+        return _moments(components, ledger, progress, say), None
     except QuorumError as error:
         say(f"stage 1 was abandoned, its charge stays: {error} Going on with an uninformed prior.")
-        return _uninformed(live, now), None
+        return _uninformed(components, progress), None
 
 
-def _uninformed(live: Live, now: Progress) -> Progress:
+def _uninformed(components: Components, progress: Progress) -> Progress:
     """Stage 1 charged and nothing had of it."""
-    prior = GaussianPrior.isotropic(live.lora.layout.segments)
-    return replace(now, slot=0, prior=prior, stage1={"lost": True})
+    prior = GaussianPrior.isotropic(components.lora.layout.segments)
+    return replace(progress, slot=0, prior=prior, stage1={"lost": True})
 
 
-def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
+def _moments(components: Components, ledger: Ledger, progress: Progress, say: Say) -> Progress:
     """The charged, noised moments of one cohort, and the prior that is fitted to them."""
-    recipe, plan, segments = live.recipe, live.plan, live.lora.layout.segments
+    recipe, plan, segments = components.recipe, components.plan, components.lora.layout.segments
     epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
-    say(f"stage 1: asking about {live.plan.stage1_cohort:.0f} clients for two moments per tensor{epochs}")
+    say(f"stage 1: asking about {components.plan.stage1_cohort:.0f} clients for two moments per tensor{epochs}")
     query = moment_query(segments, recipe.prior)
-    result, _ = ask_cohort(live, ledger, query, now.state.adapter_D)
+    result, _ = ask_cohort(components, ledger, query, progress.state.adapter_D)
     release = result.release
     ledger.record_release(0, float32_bytes(release.value), "statistics")
     mean_V = release.value / plan.stage1_cohort
@@ -79,33 +81,37 @@ def _moments(live: Live, ledger: Ledger, now: Progress, say: Say) -> Progress:
     facts = {"statistics": query.spec.wire.code_size, "message_bytes": query.spec.wire.message_size}
     say(f"stage 1: {facts['statistics']} noised statistics, prior rms {prior.rms:.2e}")
     sent = uploaded_bytes(result, plan.stage1_cohort, query)
-    return replace(now, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=now.bytes_up + sent)
+    return replace(progress, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=progress.bytes_up + sent)
 
 
-def _real_gradients(live: Live, ledger: Ledger, now: Progress, say: Say) -> tuple[Progress, TrainingGradients]:
+def _real_gradients(
+    components: Components, ledger: Ledger, progress: Progress, say: Say
+) -> tuple[Progress, TrainingGradients]:
     """FedCG: every client's own gradients, one by one and without noise."""
-    recipe = live.recipe
-    query = gradient_query(live.lora.layout.size, recipe.prior)
+    recipe = components.recipe
+    query = gradient_query(components.lora.layout.size, recipe.prior)
     say(
-        f"stage 1: asking about {live.plan.stage1_cohort:.0f} clients for their REAL gradients, un-noised (FedCG: not private)"
+        f"stage 1: asking about {components.plan.stage1_cohort:.0f} clients for their REAL gradients, un-noised (FedCG: not private)"
     )
     permit = ledger.charge(0)
     cohort = list(permit.cohort)
     rounds = recipe.prior.epochs if recipe.prior.collection == "federated" else 1
-    state, collected, sent = now.state, [], 0
+    state, collected, sent = progress.state, [], 0
     for number in range(1, rounds + 1):
         # Federated collection: each of its rounds asks a part of the cohort, so that a client uploads once.
-        uploads = live.engine.gather(query, state.adapter_D, cohort[number - 1 :: rounds], permit, live.noise())
+        uploads = components.engine.gather(
+            query, state.adapter_D, cohort[number - 1 :: rounds], permit, components.noise()
+        )
         rows, count = message_rows(query, uploads, permit)
-        collected.append(rows.reshape(-1, live.lora.layout.size))
+        collected.append(rows.reshape(-1, components.lora.layout.size))
         sent += count
-        state = _averaged(state, collected[-1], live.recipe, number)
+        state = _averaged(state, collected[-1], components.recipe, number)
     from drencoder.published.fedcg import RealGradients
 
     real = RealGradients.collected(torch.cat(collected), permit)
     facts = {"gradients": len(real), "message_bytes": query.spec.wire.message_size, "bytes": sent}
     say(f"stage 1: {len(real)} real gradients collected, {sent:,} bytes")
-    return replace(now, slot=0, stage1=facts, bytes_up=now.bytes_up + sent), real
+    return replace(progress, slot=0, stage1=facts, bytes_up=progress.bytes_up + sent), real
 
 
 def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) -> ServerState:
@@ -116,31 +122,35 @@ def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) 
     return server_step(state, direction_D, recipe.server, learning_rate(recipe.server, number, recipe.prior.epochs))
 
 
-def fit_encoder(live: Live, now: Progress, real: TrainingGradients | None, say: Say) -> tuple[Progress, Encoder]:
+def fit_encoder(
+    components: Components, progress: Progress, real: TrainingGradients | None, say: Say
+) -> tuple[Progress, Encoder]:
     """Fits the encoder and asks the gate, before any of stage 2's budget is spent."""
 
     def trained(step: int, loss: float, checked: float | None) -> None:
         if checked is not None:
             say(f"auto-encoder, step {step}: training loss {loss:.4g}, validation loss {checked:.4g}")
 
-    structured = live.public_updates(now.state.adapter_D, 1)
+    structured = components.public_updates(progress.state.adapter_D, 1)
     if structured is not None:
         say(f"structured prior: {len(structured.update_ND)} updates of public text ({structured.declared})")
-    encoder = live.encoder(now.prior, real=real, public=structured, on_step=trained)
-    seed = derive_seed(live.recipe.seed, "gate")
-    public = measure_viability(encoder, _server_updates(live, now.state.adapter_D), seed)
+    encoder = components.encoder(progress.prior, real=real, public=structured, on_step=trained)
+    seed = derive_seed(components.recipe.seed, "gate")
+    public = measure_viability(encoder, _server_updates(components, progress.state.adapter_D), seed)
     gate = {"public": _facts(public)}
     verdict = public
     if real is None and structured is None:  # else no prior was fitted that could draw any, or it is the encoder's own
-        prior = now.prior or GaussianPrior.isotropic(live.lora.layout.segments)
-        count = min(_GATE_UPDATES, live.recipe.prior.synthetic, max(2, _GATE_VALUES // live.lora.layout.size))
+        prior = progress.prior or GaussianPrior.isotropic(components.lora.layout.segments)
+        count = min(
+            _GATE_UPDATES, components.recipe.prior.synthetic, max(2, _GATE_VALUES // components.lora.layout.size)
+        )
         samples = prior.sample(count, seed)
         verdict = measure_viability(encoder, samples.values_ND, seed)
         gate["synthetic"] = _facts(verdict)
         say(f"gate, synthetic gradients: {verdict.sentence}")
     say(f"gate, server-held text: cosine {public.cosine:.3f}, {public.captured_energy:.2%} of the energy")
-    require_viable(verdict, allow=live.recipe.encoder.gate == "warn")
-    return replace(now, gate=gate, encoder_state=encoder.state()), encoder
+    require_viable(verdict, allow=components.recipe.encoder.gate == "warn")
+    return replace(progress, gate=gate, encoder_state=encoder.state()), encoder
 
 
 def _facts(result: GateResult) -> Mapping[str, Any]:
@@ -152,30 +162,32 @@ def _facts(result: GateResult) -> Mapping[str, Any]:
     }
 
 
-def refresh_encoder(live: Live, now: Progress, encoder: Encoder, slot: int) -> tuple[Progress, Encoder]:
+def refresh_encoder(
+    components: Components, progress: Progress, encoder: Encoder, slot: int
+) -> tuple[Progress, Encoder]:
     """The encoder of round `slot`: one of public text or of the run's momentum is made anew every `prior.refresh` rounds.
 
     Bases of the start carry little a few rounds later (docs/log.md). Public text at the adapter as it is and released
     momentum alone go in.
     """
-    if not declared(live.recipe).refreshed or slot == 1 or (slot - 1) % live.recipe.prior.refresh:
-        return now, encoder
-    public = live.public_updates(now.state.adapter_D, slot)
+    if not declared(components.recipe).refreshed or slot == 1 or (slot - 1) % components.recipe.prior.refresh:
+        return progress, encoder
+    public = components.public_updates(progress.state.adapter_D, slot)
     # Without stage 1's moments: they are of the start, where LoRA's A has no gradient.
     # Where the momentum points, and where the whole run has led so far: noise averages out of the second.
-    history_JD = torch.stack([now.state.first_D, now.state.adapter_D - live.lora.initial_D.cpu()])
-    encoder = live.encoder(None, public=public, history_JD=history_JD)
-    return replace(now, encoder_state=encoder.state()), encoder
+    history_JD = torch.stack([progress.state.first_D, progress.state.adapter_D - components.lora.initial_D.cpu()])
+    encoder = components.encoder(None, public=public, history_JD=history_JD)
+    return replace(progress, encoder_state=encoder.state()), encoder
 
 
-def _server_updates(live: Live, adapter_D: Tensor) -> Tensor:
+def _server_updates(components: Components, adapter_D: Tensor) -> Tensor:
     """Updates (up to 16, D) of make-believe clients that hold the server's own held-out text.
 
     With little text they hold less of it: of two or three updates the gate could say nothing with confidence.
     """
-    held_out = live.held_out
-    size = min(live.recipe.data.examples_per_client, max(1, len(held_out) // _GATE_CLIENTS))
+    held_out = components.held_out
+    size = min(components.recipe.data.examples_per_client, max(1, len(held_out) // _GATE_CLIENTS))
     groups = [held_out[start : start + size] for start in range(0, min(len(held_out), _GATE_CLIENTS * size), size)]
     while len(groups) < 2:  # the gate compares at least two
         groups.append(held_out)
-    return live.updates_of(groups, adapter_D)
+    return components.updates_of(groups, adapter_D)

@@ -64,22 +64,22 @@ def centralised(recipe: Recipe, folder: Path) -> Row:
     from drencoder.models.cohort_training import cohort_updates
     from drencoder.runs.build import build
 
-    live = build(recipe)
-    turns = live.plan.expected_cohort * live.plan.rounds
-    num_clients = min(live.plan.population, max(1, round(turns)))
+    components = build(recipe)
+    turns = components.plan.expected_cohort * components.plan.rounds
+    num_clients = min(components.plan.population, max(1, round(turns)))
     epochs = max(1, round(turns / num_clients))
-    pooled = [example for client in range(num_clients) for example in live.texts.client(client, slot=1)]
+    pooled = [example for client in range(num_clients) for example in components.texts.client(client, slot=1)]
     local = Local(upload="increment", epochs=epochs, batch_size=_BATCH, learning_rate=recipe.local.learning_rate)
-    seed, start_D = derive_seed(recipe.seed, "centralised"), live.lora.initial_D
-    adapter_D = start_D.cpu() + cohort_updates(live.lora, start_D, [pooled], local, [seed])[0].cpu()
-    outcomes = measure_all(live.lora, adapter_D, live.held_out, live.questions)
+    seed, start_D = derive_seed(recipe.seed, "centralised"), components.lora.initial_D
+    adapter_D = start_D.cpu() + cohort_updates(components.lora, start_D, [pooled], local, [seed])[0].cpu()
+    outcomes = measure_all(components.lora, adapter_D, components.held_out, components.questions)
     stored = {name: outcome.to_dict() for name, outcome in outcomes.items()}
     RunFolder(folder).write_json(RunFolder(folder).outcomes, stored)
     return {
         **_scores({name: outcome.estimates() for name, outcome in outcomes.items()}),
         "bytes_up": 0,
         "bytes_stage1": 0,
-        "rounds": live.plan.rounds,
+        "rounds": components.plan.rounds,
         "epsilon": dict.fromkeys(("server", "clients", "public"), "inf"),
         "private": False,
         "encoder": {},

@@ -30,7 +30,7 @@ from drencoder.federated.remote.instruction import (
     fingerprint,
 )
 from drencoder.federated.remote.roster import is_secure
-from drencoder.federated.remote.rounds import StageMessages, Table, opened
+from drencoder.federated.remote.rounds import NodeDirectory, ProtocolMessages, parse_answer
 from drencoder.federated.remote.transport import Traffic, Transport
 from drencoder.federated.round import SecureSum, Upload
 from drencoder.federated.secure_round import round_settings, secure_sum
@@ -38,7 +38,7 @@ from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.messages import ProtocolStep, round_bytes
 
-__all__ = ["FlowerEngine", "Patience", "engine_maker"]
+__all__ = ["RemoteEngine", "RoundTimeouts", "make_remote_engine"]
 
 _HELLO_TIMEOUT = 30.0
 _HELLO_PAUSE = 20.0  # s until a node that did not say who it is is asked again
@@ -48,7 +48,7 @@ _TAIL = 8.0  # standard deviations: noise that long has a chance of 1e-14
 
 @final
 @dataclass(frozen=True)
-class Patience:
+class RoundTimeouts:
     """How long the engine waits, and for how many.
 
     Args:
@@ -72,18 +72,18 @@ class Patience:
                 raise RecipeError(f"{name} {value} is not a time: give seconds, more than 0.")
 
 
-def engine_maker(
+def make_remote_engine(
     transport: Transport,
-    patience: Patience,
+    timeouts: RoundTimeouts,
     say: Callable[[str], None] = lambda text: None,
     keys: Mapping[str, bytes] | None = None,
-) -> Callable[[RunComponents], "FlowerEngine"]:
+) -> Callable[[RunComponents], "RemoteEngine"]:
     """What `runs.run.run(engine=...)` takes. `keys`: name -> public key of each node, for secure aggregation."""
-    return lambda live: FlowerEngine(live, transport, patience, say, keys)
+    return lambda components: RemoteEngine(components, transport, timeouts, say, keys)
 
 
 @final
-class FlowerEngine:
+class RemoteEngine:
     """An engine whose clients live behind a `Transport`. Who hosts whom is fixed when a node first says hello.
 
     Raises RecipeError under secure aggregation unless there is one key for each of the recipe's nodes.
@@ -91,19 +91,19 @@ class FlowerEngine:
 
     def __init__(
         self,
-        live: RunComponents,
+        components: RunComponents,
         transport: Transport,
-        patience: Patience,
+        timeouts: RoundTimeouts,
         say: Callable[[str], None],
         keys: Mapping[str, bytes] | None = None,
     ) -> None:
-        self._transport, self._patience, self._say = transport, patience, say
-        self._recipe = agreement(live.recipe)
-        self._plan, self._population = live.plan, live.recipe.federation.population
-        self._threshold, self._table = live.recipe.threshold, None
-        if is_secure(live.recipe):
-            self._table = Table.of(keys or {})
-            self._table.roster.check(live.recipe, "the server")
+        self._transport, self._timeouts, self._say = transport, timeouts, say
+        self._recipe = agreement(components.recipe)
+        self._plan, self._population = components.plan, components.recipe.federation.population
+        self._threshold, self._directory = components.recipe.threshold, None
+        if is_secure(components.recipe):
+            self._directory = NodeDirectory.of(keys or {})
+            self._directory.roster.check(components.recipe, "the server")
         self._hosts: dict[int, str] = {}  # client -> node's name
         self._known: set[str] = set()
         self._ask_again: dict[str, float] = {}
@@ -114,20 +114,20 @@ class FlowerEngine:
 
     def ready(self) -> None:
         """Waits until nodes that host a quorum of the population are there (at first: all expected nodes)."""
-        end = time.monotonic() + self._patience.wait
+        end = time.monotonic() + self._timeouts.wait
         while True:
             online = self._roll_call()
-            enough = len(self._reachable(online)) >= max(1.0, self._patience.quorum * self._population)
-            if self._table is not None:
-                enough = enough and len(self._table.seated(online)) >= self._threshold
-            complete = self._started or len(online) >= self._patience.nodes
+            enough = len(self._reachable(online)) >= max(1.0, self._timeouts.quorum * self._population)
+            if self._directory is not None:
+                enough = enough and len(self._directory.reachable_nodes(online)) >= self._threshold
+            complete = self._started or len(online) >= self._timeouts.nodes
             if enough and (complete or time.monotonic() > end):
                 self._started = True
                 return
             if time.monotonic() > end:
                 raise EngineError(
                     f"nodes that host {len(self._reachable(online))} of {self._population} clients could be reached in "
-                    f"{self._patience.wait:.0f} s, and the quorum is {self._patience.quorum:g}: nothing was charged for this "
+                    f"{self._timeouts.wait:.0f} s, and the quorum is {self._timeouts.quorum:g}: nothing was charged for this "
                     "slot. Start more nodes, then go on with --resume."
                 )
             time.sleep(0.2)
@@ -156,15 +156,15 @@ class FlowerEngine:
             frame = unpack_frame(data, Kind.HELLO_ANSWER, first=0, second=0)
             if frame.recipe != self._recipe or frame.head.get("nonce") != nonce:
                 raise CodeError("of another recipe")
-            hosted = ClientSet.parse(str(frame.head.get("clients")), self._population)
+            own_clients = ClientSet.parse(str(frame.head.get("clients")), self._population)
         except CodeError:
             self._say(f"node {name}: {self._why(data)}; it is not asked in this run")
             return
         except RecipeError as error:
             self._say(f"node {name}: {error} It is not asked in this run.")
             return
-        taken = [client for client in hosted.clients if self._hosts.setdefault(client, name) != name]
-        self._say(f"node {name}: hosts {len(hosted.clients) - len(taken)} clients")
+        taken = [client for client in own_clients.clients if self._hosts.setdefault(client, name) != name]
+        self._say(f"node {name}: hosts {len(own_clients.clients) - len(taken)} clients")
         if taken:
             self._say(
                 f"node {name}: client {taken[0]} and {len(taken) - 1} more are another node's already: left there"
@@ -192,8 +192,8 @@ class FlowerEngine:
         quorum does not depend on the secret cohort. Under secure aggregation there is one sum: the quorum counts who can be
         reached at its start, and the recipe's `dropout_share` who stays to the end.
         """
-        if self._table is not None:
-            yield self._summed(self._table, query, adapter_D, permit, cohort)
+        if self._directory is not None:
+            yield self._summed(self._directory, query, adapter_D, permit, cohort)
             return
         online = self._roll_call()
         hosts = self._reachable(online)
@@ -221,8 +221,8 @@ class FlowerEngine:
         )
 
     def _check_quorum(self, present: int, total: int, answered: int | None, words: str) -> None:
-        if present < self._patience.quorum * total:
-            raise QuorumError(f"{present} of {total} {words}, and the quorum is {self._patience.quorum:g}.", answered)
+        if present < self._timeouts.quorum * total:
+            raise QuorumError(f"{present} of {total} {words}, and the quorum is {self._timeouts.quorum:g}.", answered)
 
     def _exchange(
         self, query: Query, adapter_D: Tensor, permit: Permit, asked: Mapping[int, list[int]]
@@ -255,10 +255,10 @@ class FlowerEngine:
                 first = adapter if asking.asks else b""
                 frames[node] = pack_frame(Frame(Kind.QUERY, self._recipe, asking.head(), first, second))
             lacking = {}
-            for node, data in self._transport.exchange("query", frames, self._patience.round_timeout).items():
+            for node, data in self._transport.exchange("query", frames, self._timeouts.round_timeout).items():
                 asking = todo[node]
                 try:
-                    got = opened(data, self._recipe, asking.nonce, asking.clients, limits[node])
+                    got = parse_answer(data, self._recipe, asking.nonce, asking.clients, limits[node])
                 except CodeError as error:
                     self._say(f"node {node}: answer thrown away: {error}")
                     continue
@@ -276,21 +276,21 @@ class FlowerEngine:
         return answers
 
     def _summed(
-        self, table: Table, query: Query, adapter_D: Tensor, permit: Permit, cohort: Sequence[int]
+        self, directory: NodeDirectory, query: Query, adapter_D: Tensor, permit: Permit, cohort: Sequence[int]
     ) -> SecureSum:
         """Secure aggregation. Raises VoidRoundError, a QuorumError, when the sum cannot be had."""
         online = self._roll_call()
-        seated = table.seated(online)
-        clients = table.clients(seated, self._reachable(online), cohort)
+        reachable_nodes = directory.reachable_nodes(online)
+        clients = directory.clients(reachable_nodes, self._reachable(online), cohort)
         counts = tuple(map(len, clients))
         self._check_quorum(sum(counts), len(cohort), None, "of the cohort's clients can be reached")
-        settings = round_settings(query, permit, counts, table.roster.keys, self._threshold)
+        settings = round_settings(query, permit, counts, directory.roster.keys, self._threshold)
         plain = _instruction(query, permit, ())
 
-        def opening(asked: Mapping[int, tuple[list[int], bytes]]) -> dict[int, tuple[str, bytes]]:
+        def ask_first_step(asked: Mapping[int, tuple[list[int], bytes]]) -> dict[int, tuple[str, bytes]]:
             questions = {
                 node: replace(
-                    plain, clients=tuple(own), counts=counts, roster=table.roster.digest, request=request.hex()
+                    plain, clients=tuple(own), counts=counts, roster=directory.roster.digest, request=request.hex()
                 )
                 for node, (own, request) in asked.items()
             }
@@ -299,13 +299,20 @@ class FlowerEngine:
             return {node: (answer.nonce, data) for node, (answer, data) in answers.items()}
 
         before = replace(self._transport.traffic)
-        messages = StageMessages(
-            settings, seated, clients, opening, self._transport, self._recipe, self._patience.round_timeout, self._say
+        messages = ProtocolMessages(
+            settings,
+            reachable_nodes,
+            clients,
+            ask_first_step,
+            self._transport,
+            self._recipe,
+            self._timeouts.round_timeout,
+            self._say,
         )
-        found = secure_sum(settings, clients, messages.exchange)
+        answers = secure_sum(settings, clients, messages.exchange)
         planned, _ = round_bytes(len(settings.roster), settings.values, settings.bits)
         self._say_bytes(query, before, len(settings.roster) * planned)
-        return found
+        return answers
 
 
 def _instruction(query: Query, permit: Permit, clients: Sequence[int]) -> Instruction:

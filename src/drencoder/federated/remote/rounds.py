@@ -1,7 +1,7 @@
-"""The server's side of secure aggregation over a transport: who sits where, and the stages' messages there and back.
+"""The server's side of secure aggregation over a transport: which node is which, and each step's messages there and back.
 
-The protocol is `secure`'s; this only carries its bytes. A node that does not answer a stage, or answers anything but that
-stage, is left out from there on, and the protocol's own bounds say whether the round can be finished.
+The protocol is `secure_aggregation`'s; this only carries its bytes. A node that does not answer a step, or answers anything but
+that step, is left out from there on, and the protocol's own bounds say whether the round can be finished.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,48 +15,50 @@ from drencoder.federated.remote.roster import Roster
 from drencoder.federated.remote.transport import Transport
 from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 
-__all__ = ["Opening", "StageMessages", "Table", "opened"]
+__all__ = ["FirstStepAsker", "NodeDirectory", "ProtocolMessages", "parse_answer"]
 
 # Carries the first stage inside the query: {node: (clients, request)} -> {node: (name of its round, answer)}.
-Opening: TypeAlias = Callable[[Mapping[int, tuple[list[int], bytes]]], Mapping[int, tuple[str, bytes]]]
+FirstStepAsker: TypeAlias = Callable[[Mapping[int, tuple[list[int], bytes]]], Mapping[int, tuple[str, bytes]]]
 
 
 @final
 @dataclass(frozen=True)
-class Table:
+class NodeDirectory:
     """The roster and the names that its nodes are registered by."""
 
     roster: Roster
     numbers: Mapping[str, int]
 
     @classmethod
-    def of(cls, keys: Mapping[str, bytes]) -> "Table":
+    def of(cls, keys: Mapping[str, bytes]) -> "NodeDirectory":
         roster = Roster.of(keys.values())
         return cls(roster, {name: roster.keys.index(key) for name, key in keys.items()})
 
-    def seated(self, online: Mapping[int, str]) -> dict[int, int]:
+    def reachable_nodes(self, online: Mapping[int, str]) -> dict[int, int]:
         """Number in the roster -> node, of the nodes that can be reached now."""
         return {self.numbers[name]: node for node, name in online.items() if name in self.numbers}
 
-    def clients(self, seated: Mapping[int, int], hosts: Mapping[int, int], cohort: Sequence[int]) -> list[list[int]]:
+    def clients(
+        self, reachable_nodes: Mapping[int, int], hosts: Mapping[int, int], cohort: Sequence[int]
+    ) -> list[list[int]]:
         """The cohort's clients on each node of the roster; none on one that cannot be reached. `hosts`: client -> node."""
-        numbers = {node: number for number, node in seated.items()}
-        found: list[list[int]] = [[] for _ in self.roster.keys]
+        numbers = {node: number for number, node in reachable_nodes.items()}
+        on_nodes: list[list[int]] = [[] for _ in self.roster.keys]
         for client in cohort:
             if client in hosts and hosts[client] in numbers:
-                found[numbers[hosts[client]]].append(client)
-        return found
+                on_nodes[numbers[hosts[client]]].append(client)
+        return on_nodes
 
 
 @final
 @dataclass
-class StageMessages:
+class ProtocolMessages:
     """Carries one round's stages; `exchange` is what `secure_round.secure_sum` asks for. `clients[i]` are node i's."""
 
     settings: RoundSettings
-    seated: Mapping[int, int]
+    reachable_nodes: Mapping[int, int]
     clients: Sequence[list[int]]
-    opening: Opening
+    ask_first_step: FirstStepAsker
     transport: Transport
     recipe: bytes
     timeout: float
@@ -65,10 +67,10 @@ class StageMessages:
 
     def exchange(self, stage: ProtocolStep, requests: Mapping[int, bytes]) -> dict[int, bytes]:
         """By number in the roster, who did not answer well left out."""
-        numbers = {self.seated[number]: number for number in requests if number in self.seated}
+        numbers = {self.reachable_nodes[number]: number for number in requests if number in self.reachable_nodes}
         if stage == ProtocolStep.ADVERTISE:
             asked = {node: (self.clients[number], requests[number]) for node, number in numbers.items()}
-            begun = self.opening(asked)
+            begun = self.ask_first_step(asked)
             self._rounds = {node: name for node, (name, _) in begun.items()}
             return {numbers[node]: answer for node, (_, answer) in begun.items()}
         frames = {
@@ -77,22 +79,22 @@ class StageMessages:
             )
             for node, number in numbers.items()
         }
-        found = {}
+        answers = {}
         limit = self.settings.largest(stage, answer=True)
         for node, data in self.transport.exchange(stage.name.lower(), frames, self.timeout).items():
             try:
-                answer = opened(data, self.recipe, self._rounds[node], (), limit)
+                answer = parse_answer(data, self.recipe, self._rounds[node], (), limit)
             except CodeError as error:
                 self.say(f"node {node}: {stage.name} thrown away: {error}")
                 continue
             if isinstance(answer, Refusal):
                 self.say(f"node {node}: {stage.name}: {answer.words}")
             else:
-                found[numbers[node]] = answer[1]
-        return found
+                answers[numbers[node]] = answer[1]
+        return answers
 
 
-def opened(
+def parse_answer(
     data: bytes, recipe: bytes, nonce: str, clients: tuple[int, ...], limit: int
 ) -> tuple[Answer, bytes] | Refusal:
     """A node's answer to the question `nonce` to `clients`, or why it gave none.

@@ -29,7 +29,7 @@ from drencoder.federated.query import Query, gradient_query, moment_query, updat
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, Refusal, adapter_of, encoder_of, fingerprint
-from drencoder.federated.remote.seat import Seat
+from drencoder.federated.remote.session import SecAggSession
 from drencoder.federated.round import Upload, client_message
 from drencoder.federated.secure_round import node_share, round_settings
 from drencoder.privacy.ledger import Permit
@@ -52,54 +52,56 @@ class _RefusedError(Exception):
 
 @final
 class Site:
-    """Answers frames. `seat` is for secure aggregation, and needed there. `say` takes lines for the site's own log: slots and counts, never text of a client.
+    """A site answers frames. `session` is for secure aggregation, and needed there. `say` takes lines for the site's own log: slots and counts, never text of a client.
 
     Raises PrivacyError at birth if the recipe's plan has less noise than `min_noise` (all trust but central).
     """
 
     def __init__(
         self,
-        live: RunComponents,
-        hosted: ClientSet,
+        components: RunComponents,
+        own_clients: ClientSet,
         ledger: SiteLedger,
         *,
         min_noise: float = 0.0,
-        seat: Seat | None = None,
+        session: SecAggSession | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        plan = live.plan
+        plan = components.plan
         weakest = min(_noise_multiplier(plan, slot) for slot in plan.slots)
         if plan.capped and weakest < min_noise:
             raise PrivacyError(
                 f"The recipe's noise multiplier at this site is {weakest:.4g}, below --min-noise {min_noise:.4g}: do not take "
                 "part, or lower --min-noise."
             )
-        if (plan.trust == "secure-aggregation") != (seat is not None):
-            raise EngineError("secure aggregation needs a seat at its table, and other trust has none: see Seat.open.")
-        self._live, self._hosted, self._ledger, self._say = live, hosted, ledger, say
-        self._recipe, self._seat = agreement(live.recipe), seat
-        self._clients = frozenset(hosted.clients)
+        if (plan.trust == "secure-aggregation") != (session is not None):
+            raise EngineError(
+                "secure aggregation needs a session with the site's key, and other trust has none: see SecAggSession.open."
+            )
+        self._components, self._own_clients, self._ledger, self._say = components, own_clients, ledger, say
+        self._recipe, self._session = agreement(components.recipe), session
+        self._clients = frozenset(own_clients.clients)
         self._encoder_name = ""
         self._encoder: Encoder | None = None
         self._prior: GaussianPrior | None = None
 
     @property
-    def hosted(self) -> ClientSet:
+    def own_clients(self) -> ClientSet:
         """The clients that this site answers for."""
-        return self._hosted
+        return self._own_clients
 
     def answer(self, data: bytes) -> bytes:
         """The answer to any bytes; never raises, and never says more about a failure than its number."""
         nonce = ""
         try:
             if data[5:6] == bytes([Kind.HELLO]):
-                return self._hello(data)
+                return self._answer_hello(data)
             if data[5:6] == bytes([Kind.STAGE]):
-                return self._staged(data)
+                return self._answer_step(data)
             frame = self._frame(data, Kind.QUERY)
             instruction = _instruction(frame)
             nonce = instruction.nonce
-            return self._queried(frame, instruction)
+            return self._answer_query(frame, instruction)
         except _RefusedError as refused:
             return self._refuse(nonce, refused.code)
         except CodeError:
@@ -120,19 +122,19 @@ class Site:
         return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, Answer(nonce, code).head()))
 
     def _frame(self, data: bytes, kind: Kind) -> Frame:
-        adapter = 4 * self._live.lora.layout.size
+        adapter = 4 * self._components.lora.layout.size
         frame = unpack_frame(data, kind, first=adapter, second=_PATH_FACTOR * adapter + _ENCODER_SLACK)
         if frame.recipe != self._recipe:
             raise _RefusedError(Refusal.RECIPE)
         return frame
 
-    def _hello(self, data: bytes) -> bytes:
+    def _answer_hello(self, data: bytes) -> bytes:
         """Which clients are here. The head's nonce comes back."""
         frame = self._frame(data, Kind.HELLO)
-        head = {"nonce": str(frame.head.get("nonce", ""))[:128], "clients": str(self._hosted)}
+        head = {"nonce": str(frame.head.get("nonce", ""))[:128], "clients": str(self._own_clients)}
         return pack_frame(Frame(Kind.HELLO_ANSWER, self._recipe, head))
 
-    def _queried(self, frame: Frame, asked: Instruction) -> bytes:
+    def _answer_query(self, frame: Frame, asked: Instruction) -> bytes:
         """Checks everything, charges, and only then lets the clients compute."""
         if not asked.asks:  # the server only asks whether this site is there
             return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, Answer(asked.nonce, Refusal.NONE).head()))
@@ -140,23 +142,23 @@ class Site:
         if not set(asked.clients) <= self._clients:
             raise _RefusedError(Refusal.CLIENTS)
         try:
-            adapter_D = adapter_of(frame.first, self._live.lora.layout.size)
+            adapter_D = adapter_of(frame.first, self._components.lora.layout.size)
         except CodeError:
             raise _RefusedError(Refusal.ADAPTER) from None
         query = self._query(frame, asked)
-        if self._seat is not None:
-            return self._begin_secure_round(self._seat, query, adapter_D, asked)
+        if self._session is not None:
+            return self._begin_secure_round(self._session, query, adapter_D, asked)
         permit = self._charge(asked)
         uploads = list(self._uploads(query, adapter_D, asked.clients, permit))
         messages = b"".join(message for upload in uploads for message in upload.messages)
         nonfinite = sum(upload.nonfinite for upload in uploads)
         self._say(f"slot {query.spec.slot}: {len(asked.clients)} clients answered, {len(messages):,} bytes")
         answer = Answer(asked.nonce, Refusal.NONE, asked.clients, nonfinite)
-        return self._sent(answer, messages)
+        return self._pack_answer(answer, messages)
 
     def _uploads(self, query: Query, adapter_D: Tensor, clients: Sequence[int], permit: Permit) -> Iterator[Upload]:
         """Trains the clients, some at a time, and makes their messages."""
-        trainer, noise = self._live.trainer, self._live.noise()
+        trainer, noise = self._components.trainer, self._components.noise()
         for start in range(0, len(clients), trainer.batch_clients):
             batch = clients[start : start + trainer.batch_clients]
             update_ND = trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
@@ -164,11 +166,11 @@ class Site:
 
     # --- secure aggregation -------------------------------------------------------------------
 
-    def _begin_secure_round(self, seat: Seat, query: Query, adapter_D: Tensor, asked: Instruction) -> bytes:
+    def _begin_secure_round(self, session: SecAggSession, query: Query, adapter_D: Tensor, asked: Instruction) -> bytes:
         """The first step. The clients train before it, so that no later step waits for them."""
-        if asked.roster != seat.roster.digest:
+        if asked.roster != session.roster.digest:
             raise _RefusedError(Refusal.ROSTER)
-        if len(asked.counts) != len(seat.roster.keys) or asked.counts[seat.number] != len(asked.clients):
+        if len(asked.counts) != len(session.roster.keys) or asked.counts[session.number] != len(asked.clients):
             raise _RefusedError(Refusal.CLIENTS)
         try:
             request = bytes.fromhex(asked.request)
@@ -176,40 +178,42 @@ class Site:
             raise CodeError("a request that is not hexadecimal") from None
         # First the charge: a node that does not exist cannot sign anything twice.
         permit = self._charge(asked)
-        settings = round_settings(query, permit, asked.counts, seat.roster.keys, seat.threshold)
-        share_V = node_share(query, self._live.trainer, adapter_D, asked.clients, permit, self._live.noise())
-        answer = seat.begin(asked.nonce, settings, asked.clients, share_V, request)
+        settings = round_settings(query, permit, asked.counts, session.roster.keys, session.threshold)
+        share_V = node_share(
+            query, self._components.trainer, adapter_D, asked.clients, permit, self._components.noise()
+        )
+        answer = session.begin(asked.nonce, settings, asked.clients, share_V, request)
         self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} clients")
-        return self._sent(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
+        return self._pack_answer(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
 
-    def _staged(self, data: bytes) -> bytes:
+    def _answer_step(self, data: bytes) -> bytes:
         """A later stage: bytes of the open round to its node, and the node's answer."""
-        if self._seat is None:
+        if self._session is None:
             raise _RefusedError(Refusal.PLAN)
-        frame = unpack_frame(data, Kind.STAGE, first=self._seat.longest_request, second=0)
+        frame = unpack_frame(data, Kind.STAGE, first=self._session.longest_request, second=0)
         nonce, number = frame.head.get("nonce"), frame.head.get("stage")
         if frame.recipe != self._recipe:
             raise _RefusedError(Refusal.RECIPE)
-        if not isinstance(nonce, str) or not self._seat.knows(nonce):
+        if not isinstance(nonce, str) or not self._session.knows(nonce):
             raise _RefusedError(Refusal.ROUND)
         if number not in tuple(ProtocolStep):
             raise CodeError("a stage that there is none of")
-        return self._sent(Answer(nonce, Refusal.NONE), self._seat.answer(ProtocolStep(number), frame.first))
+        return self._pack_answer(Answer(nonce, Refusal.NONE), self._session.answer(ProtocolStep(number), frame.first))
 
-    def _sent(self, answer: Answer, first: bytes) -> bytes:
+    def _pack_answer(self, answer: Answer, first: bytes) -> bytes:
         return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, answer.head(), first=first))
 
     # --- checks -------------------------------------------------------------------------------
 
     def _check_plan(self, asked: Instruction) -> None:
-        plan = self._live.plan
+        plan = self._components.plan
         slot = asked.spec.slot
         if slot not in plan.slots or (asked.trust, asked.noise) != (plan.trust, plan.noise):
             raise _RefusedError(Refusal.PLAN)
         own = _noise_multiplier(plan, slot)
         if not abs(asked.noise_multiplier - own) <= _SAME * own:
             raise _RefusedError(Refusal.PLAN)
-        if bool(asked.counts) != (self._seat is not None):
+        if bool(asked.counts) != (self._session is not None):
             raise _RefusedError(Refusal.PLAN)
         if not asked.spec.has_possible_clip:
             raise _RefusedError(Refusal.CLIP)
@@ -227,7 +231,7 @@ class Site:
 
     def _query(self, frame: Frame, asked: Instruction) -> Query:
         """The query that this site's recipe makes for the slot; refused unless its spec is the one that was sent."""
-        recipe, layout, spec = self._live.recipe, self._live.lora.layout, asked.spec
+        recipe, layout, spec = self._components.recipe, self._components.lora.layout, asked.spec
         if (spec.kind == "update") != (spec.slot > 0):
             raise _RefusedError(Refusal.PLAN)
         if spec.slot > 0:
@@ -246,7 +250,7 @@ class Site:
         return query
 
     def _adaptive_clip(self, asked: Instruction) -> AdaptiveClip | None:
-        privacy, clip_l2 = self._live.recipe.privacy, asked.spec.adaptive_clip
+        privacy, clip_l2 = self._components.recipe.privacy, asked.spec.adaptive_clip
         if (privacy.clip == "fixed") != (clip_l2 is None):
             raise _RefusedError(Refusal.CLIP)
         return None if clip_l2 is None else AdaptiveClip(clip_l2)
@@ -260,8 +264,8 @@ class Site:
         if fingerprint(frame.second) != asked.encoder:
             raise _RefusedError(Refusal.ENCODER)
         try:
-            self._prior, state = encoder_of(frame.second, self._live.lora.layout.segments)
-            self._encoder = self._live.encoder(self._prior, state)
+            self._prior, state = encoder_of(frame.second, self._components.lora.layout.segments)
+            self._encoder = self._components.encoder(self._prior, state)
         except (DrencoderError, KeyError, RuntimeError, ValueError, torch.OutOfMemoryError):
             raise _RefusedError(Refusal.ENCODER) from None
         self._encoder_name = asked.encoder

@@ -19,13 +19,13 @@ from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 
-__all__ = ["Seat"]
+__all__ = ["SecAggSession"]
 
 _REQUEST_BYTES = 256  # of a later stage's request, per node and once more; see the table in secure.messages
 
 
 @final
-class Seat:
+class SecAggSession:
     """A node of the roster. `number` is its place there, `threshold` how many nodes must stay to the end.
 
     Raises:
@@ -43,7 +43,7 @@ class Seat:
         self._node: SecAggClient | None = None
 
     @classmethod
-    def open(cls, recipe: Recipe, key: Path | None, roster: Path | None) -> "Seat":
+    def open(cls, recipe: Recipe, key: Path | None, roster: Path | None) -> "SecAggSession":
         """From files; `roster` None = the file `roster` beside the key. Raises as the class, and ArtifactError."""
         if key is None:
             raise EngineError(
