@@ -20,8 +20,9 @@ from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.federated.query import update_query
 from drencoder.federated.round import client_message, released_update, server_release
 from drencoder.federated.server_optimizer import ServerState, server_step
+from drencoder.models.base_model import load_base
 from drencoder.models.cohort_training import cohort_updates
-from drencoder.models.lora import LoraModel, load_base
+from drencoder.models.lora import LoraModel
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.mechanism import SecureNoise
 from drencoder.privacy.plan import make_plan

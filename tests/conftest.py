@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drencoder.data.tokenization import Example
-from drencoder.models.lora import BaseModel
+from drencoder.models.base_model import BaseModel
 
 torch.set_num_threads(1)
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and means to interrupt.

@@ -10,7 +10,7 @@ from conftest import tiny_overrides
 from drencoder.data.embedded_world.world import World
 from drencoder.data.public_text import PublicText, open_public
 from drencoder.errors import DataError
-from drencoder.models.lora import load_base
+from drencoder.models.base_model import load_base
 from drencoder.recipe import sections
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import build

@@ -28,7 +28,8 @@ from drencoder.encoders.request import EncoderRequest
 from drencoder.encoders.wire import WireDtype, WireFormat
 from drencoder.errors import EncoderError, ModelError
 from drencoder.federated.query import moment_query
-from drencoder.models.lora import LoraModel, load_base
+from drencoder.models.base_model import load_base
+from drencoder.models.lora import LoraModel
 from drencoder.published.architectures import ARCHITECTURES
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import load_recipe

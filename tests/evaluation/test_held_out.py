@@ -23,7 +23,8 @@ from drencoder.evaluation.held_out import (
     multiple_choice,
     question_examples,
 )
-from drencoder.models.lora import LoraModel, load_base
+from drencoder.models.base_model import load_base
+from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 
 

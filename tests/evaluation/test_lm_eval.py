@@ -14,7 +14,8 @@ from drencoder.data.benchmarks.questions import Benchmark, load_benchmark
 from drencoder.data.embedded_world.world import Question
 from drencoder.data.prompts_template import LETTERS
 from drencoder.evaluation.held_out import ask_questions, choice_scores
-from drencoder.models.lora import BaseModel, LoraModel, load_base
+from drencoder.models.base_model import BaseModel, load_base
+from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 
 QUESTIONS = 8

@@ -10,9 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import random_examples, tiny_base
 from drencoder.data.tokenization import Example, collate
 from drencoder.errors import ModelError
+from drencoder.models.base_model import BaseModel
 from drencoder.models.client_training import CohortTrainer
 from drencoder.models.cohort_training import adapter_after, cohort_updates, num_steps
-from drencoder.models.lora import BaseModel, LoraModel
+from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from peft_reference import client_update
 

@@ -19,7 +19,8 @@ from drencoder.data.prompts_template import LETTER_CONTINUATIONS, render
 from drencoder.data.sources import open_source
 from drencoder.errors import ArtifactError, DataError, DrencoderError, ModelError, RecipeError
 from drencoder.evaluation.statistics import Assessment
-from drencoder.models.lora import LoraModel, load_base
+from drencoder.models.base_model import load_base
+from drencoder.models.lora import LoraModel
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.assess import assess
 from drencoder.runs.build import build

@@ -15,7 +15,8 @@ from drencoder.data.prompts_template import LETTER_CONTINUATIONS
 from drencoder.data.tokenization import Example, collate
 from drencoder.errors import DataError
 from drencoder.evaluation.statistics import Estimate, ratio_of_sums, wilson
-from drencoder.models.lora import BaseModel, LoraModel
+from drencoder.models.base_model import BaseModel
+from drencoder.models.lora import LoraModel
 
 __all__ = [
     "AskedQuestions",

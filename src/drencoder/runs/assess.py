@@ -26,7 +26,8 @@ from drencoder.evaluation.statistics import (
     ratio_of_sums,
     score_benchmark,
 )
-from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
+from drencoder.models.base_model import BaseModel, load_base, resolve_device
+from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.rng import derive_seed

@@ -21,9 +21,10 @@ from drencoder.encoders.request import EncoderRequest, StepCallback, TrainingGra
 from drencoder.evaluation.held_out import question_examples
 from drencoder.federated.engine import Engine
 from drencoder.federated.in_process import InProcessEngine
+from drencoder.models.base_model import BaseModel, load_base, resolve_device
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.models.cohort_training import cohort_updates
-from drencoder.models.lora import BaseModel, LoraModel, load_base, resolve_device
+from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe

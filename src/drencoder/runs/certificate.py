@@ -23,6 +23,7 @@ from drencoder.runs.run_folder import RunFolder, storing
 
 if TYPE_CHECKING:  # these import torch
     from drencoder.encoders.contract import Encoder
+    from drencoder.runs.build import Components
     from drencoder.runs.checkpoint import Progress
 
 __all__ = [
@@ -97,7 +98,9 @@ def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def make_certificate(components: "Components", ledger: Ledger, now: "Progress", encoder: "Encoder") -> dict[str, Any]:
+def make_certificate(
+    components: "Components", ledger: Ledger, progress: "Progress", encoder: "Encoder"
+) -> dict[str, Any]:
     """The certificate of a finished run, but for its results."""
     from drencoder.encoders.wire import WireFormat
 
@@ -110,17 +113,17 @@ def make_certificate(components: "Components", ledger: Ledger, now: "Progress", 
         "drencoder": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         **derived_part(ledger, recipe),
-        "rounds": now.slot,
+        "rounds": progress.slot,
         "bytes": {
-            "uploaded": now.bytes_up,
-            "downloaded": now.bytes_down,
-            "stage1": (now.stage1 or {}).get("bytes", 0),
+            "uploaded": progress.bytes_up,
+            "downloaded": progress.bytes_down,
+            "stage1": (progress.stage1 or {}).get("bytes", 0),
             "counted": BYTES_COUNTED[plan.capped],
             "plain_lora": plain_lora_bytes(uploads, layout.size, wire.dtype),
             "bits_per_value": modular_bits(plan, 1, encoder.code_size) if secure else wire.bits,
         },
-        "encoder": encoder.describe() | flat_gate(now.gate or {}),
-        "stage1": {"prior": recipe.prior.source, **(now.stage1 or {})},
+        "encoder": encoder.describe() | flat_gate(progress.gate or {}),
+        "stage1": {"prior": recipe.prior.source, **(progress.stage1 or {})},
         "adapter_start": components.start,
         "data": components.texts.source.provenance,
     }
