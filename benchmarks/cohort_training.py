@@ -8,6 +8,7 @@ Prints medians of interleaved repeats and the ratio pair by pair. Asserts nothin
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -15,9 +16,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from drencoder.models.cohort_training import client_update, cohort_updates
+from drencoder.models.cohort_training import cohort_updates
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import build
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # plain PEFT, as the tests compare with it
+
+from peft_reference import client_update  # noqa: E402
 
 
 def main() -> None:
@@ -31,19 +36,19 @@ def main() -> None:
     overrides = [f"model.source={args.model}", "evaluation.examples=8", "evaluation.questions=8"]
     recipe = load_recipe(None, overrides)
     torch.set_num_threads(args.threads)
-    live = build(recipe)
-    clients = [live.texts.client(number) for number in range(args.clients)]
-    seeds, start_D = [0] * args.clients, live.lora.initial_D
+    components = build(recipe)
+    clients = [components.texts.client(number, 1) for number in range(args.clients)]
+    seeds, start_D = [0] * args.clients, components.lora.initial_D
     widths = (8, 32, 64)
 
     def one_by_one() -> torch.Tensor:
-        return torch.stack([client_update(live.lora, start_D, mine, recipe.local, 0) for mine in clients])
+        return torch.stack([client_update(components.lora, start_D, examples, recipe.local, 0) for examples in clients])
 
     def together(width: int) -> torch.Tensor:
         parts = range(0, args.clients, width)
         return torch.cat(
             [
-                cohort_updates(live.lora, start_D, clients[i : i + width], recipe.local, seeds[i : i + width])
+                cohort_updates(components.lora, start_D, clients[i : i + width], recipe.local, seeds[i : i + width])
                 for i in parts
             ]
         )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the deployment that the tests start, too
 
-from deployment import deployed, free_port, small_recipe
+from deployment import deployed, find_free_port, small_recipe
 from drencoder.runs.plan_overview import survey
 
 
@@ -31,7 +31,7 @@ class CountingProxy:
     """Forwards connections to a port of the loopback and counts bytes towards the server (up) and the nodes (down)."""
 
     def __init__(self, target: int) -> None:
-        self.port, self.target = free_port(), target
+        self.port, self.target = find_free_port(), target
         self.up = self.down = 0
         self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
         threading.Thread(target=self._accept, daemon=True).start()
