@@ -22,7 +22,7 @@ from drencoder.runs.build import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # plain PEFT, as the tests compare with it
 
-from peft_reference import client_update  # noqa: E402
+from peft_reference import client_update
 
 
 def main() -> None:

@@ -43,15 +43,15 @@ def crash(*_arguments: object, **_options: object) -> None:
 
 
 COMMANDS = {
-    "run": (["run"], "drencoder.cli.options.load_recipe"),
+    "run": (["run"], "drencoder.cli.options.load_checked_recipe"),
     "run, training": (["run"], "drencoder.runs.run.run"),
     "plan": (["plan"], "drencoder.runs.plan_overview.survey"),
-    "plan --curve": (["plan", "--curve"], "drencoder.privacy.curves.budget_curves"),
+    "plan --curve": (["plan", "--curve"], "drencoder.privacy.budget_table.budget_table"),
     "compare": (["compare"], "drencoder.study.compare.compare"),
     "evaluate": (["evaluate", "embedded"], "drencoder.runs.assess.assess"),
     "audit": (["audit"], "drencoder.runs.build.build"),
     "verify": (["verify", "x"], "drencoder.runs.verify.verify_run"),
-    "report": (["report", "x"], "drencoder.runs.report.write_report"),
+    "report": (["report", "x"], "drencoder.runs.report.remake_report"),
     "knobs": (["knobs"], "drencoder.recipe.recipe.describe_knobs"),
     "certs": (["certs", "x", "--nodes", "1"], "drencoder.flower.keys.make_certificates"),
     "server": (["server", "--certs", "certs"], "drencoder.flower.deploy.run_server"),

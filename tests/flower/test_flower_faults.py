@@ -195,7 +195,7 @@ def test_below_the_quorum_the_charge_stays_and_nothing_is_released(
     made.grid.tamper = {number: LIES["cut"] for number in range(3)}
     run = made.run(quorum=0.5)
     charged = [entry for entry in kinds(run) if entry[0] == "charge"]
-    noted = [entry for entry in kinds(run) if entry[0] == "note"]
+    noted = [entry for entry in kinds(run) if entry[0] == "abandoned"]
     assert charged == [("charge", 0), ("charge", 1), ("charge", 2)]
     assert [slot for _, slot in noted] == [0, 1, 2]
     assert "abandoned" in made.lines.text
@@ -233,7 +233,7 @@ def test_the_quorum_of_a_secret_cohort_counts_the_population(federation: Callabl
     heads = [unpack_frame(data, Kind.QUERY, first=BIG, second=BIG) for data in queries]
     assert len(heads) >= 9
     assert any(not frame.head["clients"] and not frame.first for frame in heads)
-    assert [entry for entry in kinds(run) if entry[0] == "note"] == []
+    assert [entry for entry in kinds(run) if entry[0] == "abandoned"] == []
 
 
 def test_a_node_that_comes_back_without_the_encoder_is_sent_it_again(federation: Callable[..., Federation]) -> None:

@@ -159,9 +159,9 @@ def test_two_lost_nodes_make_the_round_void_and_its_charge_stays(
     made = federation()
     made.lost = lambda number, data: number in (0, 3) and stage_of(data) >= stage
     run = made.run()
-    rows = [(row["kind"], row["slot"]) for row in rows_of(run.folder) if "slot" in row and row["kind"] != "note"]
+    rows = [(row["kind"], row["slot"]) for row in rows_of(run.folder) if "slot" in row and row["kind"] != "abandoned"]
     assert rows == [("charge", 0), ("charge", 1), ("charge", 2)]
-    assert [row["slot"] for row in rows_of(run.folder) if row["kind"] == "note"] == [0, 1, 2]
+    assert [row["slot"] for row in rows_of(run.folder) if row["kind"] == "abandoned"] == [0, 1, 2]
     assert "the round is void" in "\n".join(made.said)
     assert run.certificate["results"]["this run"] == run.certificate["results"]["zero update"]
     assert verify_run(run.folder).trouble == ""

@@ -293,12 +293,12 @@ def test_methods_of_public_text_take_the_recipes_or_the_embedded_one() -> None:
     plain = load_recipe(None)
     own = plain.changed({"prior.public": "hub:org/texts", "prior.provenance": "a public collection"})
     for name in ("kronecker", "hybrid", "top-k", "core"):
-        made = [METHODS[name].recipe(base, epsilon=2.0, seed=0, multiplier=1.0) for base in (plain, own)]
+        made = [METHODS[name].recipe(base, epsilon=2.0, seed=0, rate=1.0) for base in (plain, own)]
         assert [recipe.prior.public for recipe in made] == ["embedded", "hub:org/texts"]
         assert made[1].prior.provenance == "a public collection"
         assert (made[0].encoder.name, made[0].prior.source, made[0].privacy.noise_in) == (name, "none", "code")
     for name in ("ffa-lora", "power", "dp-lora"):
-        assert METHODS[name].recipe(plain, epsilon=2.0, seed=0, multiplier=1.0).prior.public == ""
+        assert METHODS[name].recipe(plain, epsilon=2.0, seed=0, rate=1.0).prior.public == ""
 
 
 # --- the orthonormal start --------------------------------------------------------------------------------
