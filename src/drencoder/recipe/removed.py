@@ -29,7 +29,6 @@ REMOVED: dict[str, str] = {
     "prior.rank": _FIXED.format("64"),
     "privacy.clip_quantile": "an adaptive clip always follows the median",
     "privacy.clip_rate": _FIXED.format("0.3"),
-    "speed.threads": "set OMP_NUM_THREADS in the environment",
     "evaluation.template": f"{_LM_EVAL}, which asks with each benchmark's own prompt",
     "evaluation.shots": "use `drencoder evaluate --tasks ... --shots`",
     "evaluation.max_tokens": f"{_LM_EVAL}; the quick questions of a run are cut at data.max_tokens",

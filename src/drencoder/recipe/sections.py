@@ -256,6 +256,7 @@ class Evaluation(Checked):
 
 @dataclass(frozen=True)
 class Speed(Checked):
-    """How fast, never what: up to float rounding, and to which values LoRA's dropout drops."""
+    """How fast, never what: with another number of clients in a batch every update is the same, bit for bit."""
 
-    parallel_clients: int = knob(32, "clients that train as one batch; 1 = one by one through PEFT", low=1)
+    parallel_clients: int = knob(32, "clients that train as one batch", low=1)
+    threads: int = knob(0, "CPU threads of torch; 0 = all cores, or as OMP_NUM_THREADS says", low=0)

@@ -205,6 +205,8 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Components:
 def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Components:
     overview = survey(recipe)
     resolve_device(recipe.model.device)
+    if recipe.speed.threads:  # process-wide; this is the one place that sets it
+        torch.set_num_threads(recipe.speed.threads)
     source: Source
     if own is None:
         source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
