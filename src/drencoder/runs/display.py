@@ -167,17 +167,16 @@ def _trust_words(plan: PrivacyPlan) -> Text:
 
 
 def observers_table(observers: Mapping[str, Mapping[str, Any]], delta: float) -> Table:
-    """Returns epsilon (PLD) for each observer under both adjacencies; RDP, GDP and CLT under add/remove."""
+    """Returns epsilon for each observer: PLD under both adjacencies, RDP under add/remove."""
     table = make_table(
         f"Client-level epsilon at delta = {delta:g}",
-        *("observer", "add/remove", "replace-one", "RDP", "GDP mu", "CLT*"),
+        *("observer", "add/remove", "replace-one", "add/remove, RDP"),
         words=("observer",),
-        caption="clients: the other ones; public: all who get the model; * an approximation, not a guarantee",
+        caption="clients: the other ones; public: all who get the model",
     )
     for observer, row in observers.items():
         add_remove, replace_one = row["by_relation"]["add_remove"], row["by_relation"]["replace_one"]
-        epsilons = [add_remove["epsilon_pld"], replace_one["epsilon_pld"]]
-        epsilons += [add_remove[key] for key in ("epsilon_rdp", "mu", "epsilon_clt_approx")]
+        epsilons = [add_remove["epsilon_pld"], replace_one["epsilon_pld"], add_remove["epsilon_rdp"]]
         table.add_row(observer, *map(_epsilon_cell, epsilons))
     return table
 
