@@ -448,3 +448,24 @@ def test_a_diverged_run_is_one_sentence_and_keeps_its_ledger(tiny_folder: Path, 
     with pytest.raises(ModelError, match=r"diverged: lower server\.learning_rate"):
         experiment.run(recipe, tmp_path / "run")
     assert len(charged(tmp_path / "run")) == 5
+
+
+def test_under_central_trust_nobody_is_told_how_many_updates_were_broken(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The count depends on who is in a secret cohort. A client whose training raises does not end the run either."""
+    original = CohortTrainer._train
+
+    def failing(self: CohortTrainer, adapter_D: Any, clients: Any, *rest: Any) -> Any:
+        if any(client % 2 for client in clients):
+            raise ValueError("the patient in room 12")
+        return original(self, adapter_D, clients, *rest)
+
+    monkeypatch.setattr(CohortTrainer, "_train", failing)
+    lines: list[str] = []
+    silent = experiment._Silent()
+    silent.say = lines.append  # type: ignore[method-assign]
+    result = experiment.run(recipe_of(tiny_folder, "privacy.trust=central"), tmp_path / "run", silent)
+    assert result.certificate["rounds"] == 4
+    assert not [line for line in lines if "rejected" in line or "not finite" in line]
+    assert "room 12" not in "".join(lines) + "".join(capsys.readouterr())

@@ -154,7 +154,8 @@ def _round(
     query = update_query(encoder, recipe, slot, adaptive_clip, progress.prior)
     result, permit = ask_cohort(components, ledger, query, progress.state.adapter_D)
     direction_D = released_update(query, result.release, permit, plan.expected_cohort)
-    if result.rejected or result.nonfinite:
+    # Under central trust these counts depend on who is in a secret cohort: nobody is told them.
+    if plan.capped and (result.rejected or result.nonfinite):
         listener.say(f"round {slot}: {result.rejected} messages rejected, {result.nonfinite} updates not finite")
     sent = uploaded_bytes(result, plan.expected_cohort, query)
     state = server_step(progress.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
