@@ -7,7 +7,6 @@ from drencoder.errors import RecipeError
 
 __all__ = ["REMOVED", "reject_removed_key", "reject_removed_value"]
 
-_LM_EVAL = "use `drencoder evaluate --tasks ...`"
 _FIXED = "it is always {}"
 _ROTATED = "use rotated4, rotated2 or rotated1, or float32"
 
@@ -29,10 +28,6 @@ REMOVED: dict[str, str] = {
     "prior.rank": _FIXED.format("64"),
     "privacy.clip_quantile": "an adaptive clip always follows the median",
     "privacy.clip_rate": _FIXED.format("0.3"),
-    "evaluation.template": f"{_LM_EVAL}, which asks with each benchmark's own prompt",
-    "evaluation.shots": "use `drencoder evaluate --tasks ... --shots`",
-    "evaluation.max_tokens": f"{_LM_EVAL}; the quick questions of a run are cut at data.max_tokens",
-    "evaluation.split": f"{_LM_EVAL}, which knows each benchmark's test part",
 }
 """`section`, `section.key` or `section.key=value` -> the end of a sentence that says what to do instead."""
 
