@@ -44,7 +44,7 @@ def choose_run(
             raise RecipeError("--resume continues a run with its own recipe: give no recipe, --set or --out beside it.")
         if needs_ledger and not (resume / "ledger.jsonl").exists():
             raise ArtifactError(
-                f"{resume} has no ledger: give the folder of a started run, or start anew without --resume."
+                f"{resume} has no ledger: give the folder of a started run; if it is one, restore its ledger from a copy."
             )
         return resume, load_recipe(RunFolder.open(resume).recipe)
     config = load_checked_recipe(recipe, overrides or ())

@@ -93,26 +93,26 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_base(wanted: config.Model) -> BaseModel:
+def load_base(knobs: config.Model) -> BaseModel:
     """Loads the base model from the package, a local folder or the hub, frozen and in eval mode.
 
     Raises:
       DeviceError: the device is not there.
       ModelError: the folder or hub id has no causal language model, or its tokenizer has no end token.
     """
-    device = resolve_device(wanted.device)
-    source = str(embedded_folder()) if wanted.source == "embedded" else wanted.source
+    device = resolve_device(knobs.device)
+    source = str(embedded_folder()) if knobs.source == "embedded" else knobs.source
     hf_logging.disable_progress_bar()  # a bar for a model of two megabytes hides our own lines
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, wanted.dtype))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, knobs.dtype))
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.source = {wanted.source!r} cannot be loaded ({first_line}): give 'embedded', a local Hugging Face "
+            f"model.source = {knobs.source!r} cannot be loaded ({first_line}): give 'embedded', a local Hugging Face "
             "folder with config.json, weights and tokenizer, or a hub id that this machine can reach."
         ) from None
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {wanted.source!r} has no end-of-text token: set eos_token in its files.")
+        raise ModelError(f"the tokenizer of {knobs.source!r} has no end-of-text token: set eos_token in its files.")
     model.requires_grad_(False)
-    return BaseModel(model.eval().to(device), tokenizer, wanted.source)
+    return BaseModel(model.eval().to(device), tokenizer, knobs.source)

@@ -37,17 +37,17 @@ class LoraModel:
 
     Args:
       base: the frozen model; its linear layers are wrapped in place.
-      wanted: rank, alpha and targets.
+      knobs: rank, alpha and targets.
       seed: of the adapter's start (A random, B zero).
 
     Raises:
       ModelError: no module matches the targets, or a matched layer is not a linear one.
     """
 
-    def __init__(self, base: BaseModel, wanted: config.Adapter, *, seed: int) -> None:
+    def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int) -> None:
         self.base = base
-        self.dropout, self.rank = wanted.dropout, wanted.rank
-        self._peft = _attach(base, wanted, seed)
+        self.dropout, self.rank = knobs.dropout, knobs.rank
+        self._peft = _attach(base, knobs, seed)
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         self.initial_D = self.layout.flatten(tensors).clone()
@@ -282,14 +282,14 @@ def _positions_before(predicted: Tensor) -> Tensor:
     return before
 
 
-def _attach(base: BaseModel, wanted: config.Adapter, seed: int) -> Any:
+def _attach(base: BaseModel, knobs: config.Adapter, seed: int) -> Any:
     """Wraps the target layers with a PEFT adapter whose random start depends on the seed alone."""
     lora = LoraConfig(
         task_type="CAUSAL_LM",
-        r=wanted.rank,
-        lora_alpha=wanted.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a fraction is fine
-        lora_dropout=wanted.dropout,
-        target_modules=list(wanted.targets),
+        r=knobs.rank,
+        lora_alpha=knobs.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a fraction is fine
+        lora_dropout=knobs.dropout,
+        target_modules=list(knobs.targets),
         bias="none",
     )
     devices = [base.model.device] if base.model.device.type == "cuda" else []
@@ -301,13 +301,13 @@ def _attach(base: BaseModel, wanted: config.Adapter, seed: int) -> Any:
         except ValueError as error:
             first_line = str(error).strip().splitlines()[0]
             raise ModelError(
-                f"adapter.targets = {list(wanted.targets)} does not fit {base.source!r} ({first_line}): "
+                f"adapter.targets = {list(knobs.targets)} does not fit {base.source!r} ({first_line}): "
                 "name linear modules of this model."
             ) from None
     for name, parameter in attached.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-        if ".lora_A." in name and wanted.start == "orthonormal":
+        if ".lora_A." in name and knobs.start == "orthonormal":
             parameter.data = orthonormal_rows(parameter.data, float(parameter.data.norm()))
     return attached
 

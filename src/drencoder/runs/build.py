@@ -101,14 +101,14 @@ class Components:
     @cached_property
     def questions(self) -> dict[str, tuple[list[list[Example]], list[int]]]:
         """Benchmark -> (four options per question, answers)."""
-        wanted = self.recipe.evaluation
-        limit, template = wanted.max_tokens or self.recipe.data.max_tokens, wanted.template
+        knobs = self.recipe.evaluation
+        limit, template = knobs.max_tokens or self.recipe.data.max_tokens, knobs.template
         return {
             name: (
                 question_examples(self.lora, drawn.questions, limit, examples=drawn.examples, template=template),
                 drawn.answers,
             )
-            for name, drawn in load_benchmarks(wanted, self.recipe.data, seed=self.recipe.seed).items()
+            for name, drawn in load_benchmarks(knobs, self.recipe.data, seed=self.recipe.seed).items()
         }
 
     def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
@@ -211,8 +211,8 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Comp
     if own is None:
         source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
     else:
-        wanted = replace(recipe.data, source=own.source)
-        held = open_source(wanted, population=len(own.clients), seed=recipe.seed, server_share=False)
+        knobs = replace(recipe.data, source=own.source)
+        held = open_source(knobs, population=len(own.clients), seed=recipe.seed, server_share=False)
         source = HostedSource(held, own.clients)
     base = load_base(recipe.model)
     d1_share = 0.0

@@ -93,29 +93,29 @@ def _head_troubles(ledger: Ledger, certificate: Mapping[str, Any]) -> Iterator[s
         yield "the certificate was written from another state of the ledger."
 
 
-def _differences(place: str, found: Any, expected: Any) -> Iterator[str]:
-    """One sentence for each field of `expected` that `found` has otherwise."""
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+def _differences(place: str, actual: Any, expected: Any) -> Iterator[str]:
+    """One sentence for each field of `expected` that `actual` has otherwise."""
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
         for key in expected:
-            if key not in found:
+            if key not in actual:
                 yield f"the {place} lacks {key}."
             else:
-                yield from _differences(f"{place}'s {key}", found[key], expected[key])
+                yield from _differences(f"{place}'s {key}", actual[key], expected[key])
         if place != "certificate":
-            yield from (f"the {place} has a field {key!r:.40} of its own." for key in found.keys() - expected.keys())
-    elif not _agree(found, expected):
-        yield f"the {place} is {_shown(found)}, and ledger and recipe give {_shown(expected)}."
+            yield from (f"the {place} has a field {key!r:.40} of its own." for key in actual.keys() - expected.keys())
+    elif not _agree(actual, expected):
+        yield f"the {place} is {_shown(actual)}, and ledger and recipe give {_shown(expected)}."
 
 
-def _agree(found: Any, expected: Any) -> bool:
+def _agree(actual: Any, expected: Any) -> bool:
     if isinstance(expected, list | tuple):
-        same = isinstance(found, list) and len(found) == len(expected)
-        return same and all(map(_agree, found, expected))
-    if type(found) is int and abs(found) >= 1 << 53:
-        return bool(found == expected)
-    if type(found) in (int, float) and type(expected) in (int, float):
-        return math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=min(_TOLERANCE, abs(expected) * _TOLERANCE))
-    return type(found) is type(expected) and bool(found == expected)
+        same = isinstance(actual, list) and len(actual) == len(expected)
+        return same and all(map(_agree, actual, expected))
+    if type(actual) is int and abs(actual) >= 1 << 53:
+        return bool(actual == expected)
+    if type(actual) in (int, float) and type(expected) in (int, float):
+        return math.isclose(actual, expected, rel_tol=_TOLERANCE, abs_tol=min(_TOLERANCE, abs(expected) * _TOLERANCE))
+    return type(actual) is type(expected) and bool(actual == expected)
 
 
 def _shown(value: Any) -> str:
@@ -222,7 +222,7 @@ def _checkpoint_troubles(ledger: Ledger, folder: RunFolder, certificate: Mapping
         yield "the checkpoint knows of lines that the ledger lacks."
     sent, encoder = certificate["bytes"], certificate["encoder"]
     gate = {key: value for key, value in encoder.items() if key.startswith("gate_")}
-    for name, found, expected in (
+    for name, actual, expected in (
         ("bytes uploaded", sent["uploaded"], facts.get("bytes_up")),
         ("bytes downloaded", sent["downloaded"], facts.get("bytes_down")),
         ("bytes of stage 1", sent["stage1"], (facts.get("stage1") or {}).get("bytes", 0)),
@@ -230,7 +230,7 @@ def _checkpoint_troubles(ledger: Ledger, folder: RunFolder, certificate: Mapping
         ("gate", gate, flat_gate(facts.get("gate") or {})),
         ("encoder's update_size", encoder.get("update_size"), len(state.data) // 4),
     ):
-        if not _agree(found, expected) and found != expected:
+        if not _agree(actual, expected) and actual != expected:
             yield f"the certificate's {name} is not what the checkpoint has."
     digest = hashlib.sha256(state.data).hexdigest()
     if ledger.released_adapter(rounds) not in (None, digest):
@@ -244,13 +244,13 @@ def _file_troubles(ledger: Ledger, folder: RunFolder) -> Iterator[str]:
     if ledger.records[-1]["kind"] != "closed":
         yield "the ledger goes on after the line that closes it: finish the run with --resume."
         return
-    closed, found = _closed(ledger)["files"], file_digests(folder)
-    for name in sorted(closed.keys() | found.keys()):
-        if name not in found:
+    closed, actual = _closed(ledger)["files"], file_digests(folder)
+    for name in sorted(closed.keys() | actual.keys()):
+        if name not in actual:
             yield f"{name[:80]} is missing."
         elif name not in closed:
             yield f"{name[:80]} is not one of the files that the run left."
-        elif closed[name] != found[name]:
+        elif closed[name] != actual[name]:
             yield f"{name[:80]} was changed after the run closed its ledger."
 
 
