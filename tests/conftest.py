@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,6 +18,12 @@ from drencoder.data.tokenization import Example
 from drencoder.models.base_model import BaseModel
 
 torch.set_num_threads(1)
+# The same examples in every run, and no stopwatch: a busy machine is no error. `--hypothesis-profile=explore` draws others.
+settings.register_profile(
+    "steady", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile("steady")
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and means to interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("encoder_contract")

@@ -32,7 +32,7 @@ def find_free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(path: Path, words: str, seconds: float = 180.0) -> str:
+def wait_for(path: Path, words: str, seconds: float = 600.0) -> str:
     """The text of a log once it has these words."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -51,7 +51,7 @@ class Deployment:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.toml").write_text(recipe.to_toml())
-        assert self.start("certs", "certs", "certs", "--nodes", str(nodes)).wait(60) == 0
+        assert self.start("certs", "certs", "certs", "--nodes", str(nodes)).wait(300) == 0
 
     def start(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -67,7 +67,7 @@ class Deployment:
     def server(self, *arguments: str) -> "subprocess.Popen[bytes]":
         first = [] if "--resume" in arguments else ["recipe.toml", "--out", "run"]
         return self.start(
-            "server", "server", *first, "--certs", "certs", "--port", str(self.port), "--wait", "200", *arguments
+            "server", "server", *first, "--certs", "certs", "--port", str(self.port), "--wait", "500", *arguments
         )
 
     def node(self, number: int, *arguments: str, key: str = "") -> "subprocess.Popen[bytes]":
@@ -82,7 +82,7 @@ class Deployment:
                 process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
             try:
-                process.wait(10)
+                process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

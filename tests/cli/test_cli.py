@@ -6,16 +6,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conftest import tiny_overrides
+from drencoder.cli import main as cli
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def drencoder(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "drencoder", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=600)
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The same in this process, in `tmp_path`: a process of its own spends five seconds on importing torch."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["drencoder", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capfd.readouterr())
+
+    return call
 
 
 def sets(folder: Path, *more: str) -> list[str]:
@@ -62,8 +81,8 @@ def test_plan_json_is_the_plan() -> None:
         (["report", "nowhere"], "not a run folder"),
     ],
 )
-def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
-    done = drencoder(*arguments, cwd=tmp_path)
+def test_wrong_input_is_one_sentence(tmp_path: Path, command: Command, arguments: list[str], words: str) -> None:
+    done = command(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -71,45 +90,53 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], words
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
-def test_run_verify_report(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_process_of_its_own_says_no_more(tmp_path: Path) -> None:
+    done = drencoder("run", "--set", "model.source=./nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout.count("Traceback")) == (2, 0)
+    assert "is not a folder" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_verify_report(tiny_folder: Path, tmp_path: Path, command: Command) -> None:
     done = drencoder("run", *sets(tiny_folder), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("Plan of", "stage 1", "gate", "round 4", "base model", "zero update", "this run", "Uploads"):
         assert words in done.stdout
     run = tmp_path / "runs" / "quickstart"
-    assert drencoder("verify", str(run)).returncode == 0
+    assert command("verify", str(run)).returncode == 0
     (run / "report.html").unlink()
-    assert drencoder("report", str(run)).returncode == 0
+    assert command("report", str(run)).returncode == 0
     page = (run / "report.html").read_text()
     assert "<svg" in page
     for outside in ("<script", "src=", "url(http", "<link", "@import"):
         assert outside not in page  # nothing is fetched when the page is opened
 
-    again = drencoder("run", *sets(tiny_folder), cwd=tmp_path)
+    again = command("run", *sets(tiny_folder))
     assert again.returncode == 0
     assert (tmp_path / "runs" / "quickstart-2").is_dir()
 
     certificate = json.loads((run / "certificate.json").read_text())
     certificate["observers"]["server"]["by_relation"]["add_remove"]["epsilon_pld"] = 1.0
     (run / "certificate.json").write_text(json.dumps(certificate))
-    caught = drencoder("verify", str(run))
+    caught = command("verify", str(run))
     assert caught.returncode == 1
     assert "Does not hold" in caught.stdout
 
 
-def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder, "federation.rounds=9"), "--out", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and (not (run / "ledger.jsonl").exists()):
+    start = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder, "federation.rounds=9"), "--out", str(run)]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (run / "ledger.jsonl").exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "--resume" in out
     assert "Traceback" not in err
-    done = drencoder("run", "--resume", str(run))
+    done = command("run", "--resume", str(run))
     assert done.returncode == 0, done.stderr
     assert (run / "certificate.json").exists()
 
@@ -121,7 +148,7 @@ def test_ctrl_c_before_the_ledger_promises_nothing_to_resume(tiny_folder: Path, 
     assert process.stdout is not None
     assert "loading" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert not run.exists()
     assert "nothing was asked or charged" in out
@@ -137,14 +164,14 @@ REFERENCE = [
 ]  # fmt: skip
 
 
-def test_curve_shows_and_draws_the_budget_per_round(tmp_path: Path) -> None:
-    done = drencoder("plan", "--curve", "--sigmas", "0.997,2", *REFERENCE, "--plot", "budget.png", cwd=tmp_path)
+def test_curve_shows_and_draws_the_budget_per_round(tmp_path: Path, command: Command) -> None:
+    done = command("plan", "--curve", "--sigmas", "0.997,2", *REFERENCE, "--plot", "budget.png")
     assert done.returncode == 0, done.stderr
     assert "guarantees: PLD, RDP" in done.stdout
     for number in ("1.999", "2.498"):  # PLD and RDP of the reference setting after round 20
         assert number in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"budget.png"}
-    as_json = json.loads(drencoder("plan", "--curve", "--json", "--sigmas", "0.997", *REFERENCE).stdout)
+    as_json = json.loads(command("plan", "--curve", "--json", "--sigmas", "0.997", *REFERENCE).stdout)
     assert round(as_json["budgets"][0]["points"][-1]["epsilon_pld"], 3) == 1.999
 
 
@@ -168,17 +195,19 @@ def test_curve_shows_and_draws_the_budget_per_round(tmp_path: Path) -> None:
         (["audit", "--set", "federation.population=20", "--set", "privacy.delta=1e-3"], "population"),
     ],
 )
-def test_wrong_input_of_the_newer_commands_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_wrong_input_of_the_newer_commands_is_one_sentence(
+    tmp_path: Path, command: Command, arguments: list[str], words: str
+) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
-    done = drencoder(*arguments, cwd=tmp_path)
+    done = command(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert words in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_evaluate_prints_base_and_categories_as_json() -> None:
-    done = drencoder("evaluate", "embedded", "--benchmark", "mmlu", "--count", "24", "--shots", "1", "--json")
+def test_evaluate_prints_base_and_categories_as_json(command: Command) -> None:
+    done = command("evaluate", "embedded", "--benchmark", "mmlu", "--count", "24", "--shots", "1", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["benchmarks"]["mmlu"]
     assert found["base"]["overall"]["count"] == 24

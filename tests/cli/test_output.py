@@ -27,7 +27,7 @@ PACKAGE = Path(cli.__file__).parents[1]
 def drencoder(*arguments: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "drencoder", *arguments]
     environment = {**os.environ, **more}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=600)
 
 
 # --- crashes -----------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_a_crash_in_the_middle_of_a_run_shows_no_message(tiny_folder: Path, tmp_
     )
     sets = [f"--set={text}" for text in tiny_overrides(tiny_folder)]
     command = [sys.executable, "-c", script, "run", *sets, "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 70, done.stdout + done.stderr
     assert "unforeseen RuntimeError at drencoder/" in done.stderr
     assert "Mustermann" not in done.stdout + done.stderr

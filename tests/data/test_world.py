@@ -201,7 +201,7 @@ def test_the_tables_are_read_when_they_are_asked_for_and_not_before() -> None:
         "from drencoder.data.embedded_world import subjects, world; assert not subjects.world_tables.cache_info().misses;"
         "world.World(0); assert subjects.world_tables.cache_info().misses == 1"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_the_world_of_version_1_is_the_one_that_the_embedded_model_learned(world: World) -> None:

@@ -219,3 +219,19 @@ def test_states_of_others_are_refused() -> None:
 def test_impossible_code_sizes_are_refused(code_size: int) -> None:
     with pytest.raises(EncoderError, match=f"code_size is {code_size}, expected 1 to {SMALL_SIZE}"):
         KroneckerEncoder.build(random_prior(SMALL), code_size)
+
+
+def test_rounding_of_the_public_updates_moves_no_coordinate() -> None:
+    """Two updates know 2 directions of a tensor's sides; a longer code goes on with coordinates of which nothing is known.
+
+    Which ones those are must not be decided by the last bit, which differs from processor to processor.
+    """
+    update_ND = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(5))
+    counts = []
+    for seed in range(8):
+        noise_ND = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(seed))
+        rounded_ND = update_ND * (1 + 1e-7 * noise_ND)
+        prior = MatrixNormalPrior.from_updates(rounded_ND, SEGMENTS, declared="noise", rank=700)
+        encoder = KroneckerEncoder.build(prior, SIZE // 2)
+        counts.append([(part.segment.name, part.count_A.tolist()) for part in encoder.parts])
+    assert all(count == counts[0] for count in counts)

@@ -65,7 +65,7 @@ def simulated(recipe: Recipe, folder: Path) -> experiment.RunResult:
     folder.mkdir()
     (folder / "recipe.toml").write_text(recipe.to_toml())
     command = [sys.executable, "-m", "drencoder", "simulate", "recipe.toml", "--nodes", "3", "--out", "run"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return result_in(folder / "run")
 
@@ -76,7 +76,7 @@ def on_loopback(recipe: Recipe, folder: Path) -> experiment.RunResult:
         server = place.server("--quorum", "1")
         for number in range(3):
             place.node(number)
-        assert server.wait(300) == 0, place.log("server").read_text()
+        assert server.wait(600) == 0, place.log("server").read_text()
     return result_in(folder / "run")
 
 

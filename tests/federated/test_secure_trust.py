@@ -208,7 +208,7 @@ def test_the_released_sum_has_the_promised_noise_and_no_other(ledger_fn):
     assert outcome.release.contributors == len(cohort)
     for scale, right in ((1.0, True), (2 / 3, False), (3 / 2, False)):
         p_value = stats.kstest(noise / (scale * outcome.release.noise_std), "norm").pvalue
-        assert (p_value > 1e-6) == right
+        assert (p_value > 1e-10) == right  # a false alarm once in 1e10 runs
     # The promise of the ledger: sigma C for the fewest honest ones, so this much for all who came, and hardly more.
     promised = 0.5 * math.sqrt(len(cohort) / permit.shares.honest)
     assert promised <= outcome.release.noise_std <= promised * 1.02
@@ -248,7 +248,7 @@ def test_a_broken_update_goes_as_zero_and_is_not_told(ledger_fn):
     update_ND[3, 5], update_ND[4, 0] = math.nan, math.inf
     outcome = aggregate_rows(query, permit, cohort, update_ND)
     assert outcome.nonfinite == 0
-    assert outcome.release.value.abs().max() < 6 * outcome.release.noise_std
+    assert outcome.release.value.abs().max() < 8 * outcome.release.noise_std  # exceeded once in 1e13 runs
 
 
 def test_shares_and_sums_need_their_permit(ledger_fn):

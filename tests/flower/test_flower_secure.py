@@ -460,7 +460,7 @@ def test_loopback_deployment_with_a_killed_node(tmp_path: Path) -> None:
         wait_for(place.log("server"), "round 1:", 150)
         nodes[3].kill()
         nodes[3].wait()
-        assert server.wait(200) == 0, place.log("server").read_text()
+        assert server.wait(600) == 0, place.log("server").read_text()
     run = place.folder / "run"
     counts = {row["slot"]: row["contributors"] for row in rows_of(run) if row["kind"] == "contributors"}
     assert list(counts) == [0, 1, 2, 3, 4]
@@ -479,6 +479,6 @@ def test_loopback_deployment_sums_like_this_process(tmp_path: Path) -> None:
         server = place.server("--quorum", "1")
         for number in range(NODES):
             place.node(number)
-        assert server.wait(200) == 0, place.log("server").read_text()
+        assert server.wait(600) == 0, place.log("server").read_text()
     found = load_file(place.folder / "run" / "adapter" / "adapter_model.safetensors")
     assert torch.allclose(torch.cat([tensor.flatten() for tensor in found.values()]), expected, atol=1e-5)

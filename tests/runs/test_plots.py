@@ -207,4 +207,4 @@ def test_no_global_figures_and_no_import_before_it_is_needed():
         "svg_text(plot_rounds([{'round': 0, 'loss': 1.0, 'accuracy': 0.5}]));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

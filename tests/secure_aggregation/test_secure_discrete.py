@@ -48,15 +48,16 @@ def chi_square_p(draws, std):
 
 @pytest.mark.parametrize("std", [1.0, 4.0, 37.3, 2000.0])
 def test_draws_have_the_law_of_the_discrete_gaussian(std):
+    """Of the operating system's words a false alarm once in 1e10 runs; the seeded ones are the same in every run."""
     draws = discrete_gaussian(std).sample(200_000, seeded_words(3))
     assert chi_square_p(draws, std) > 1e-4
-    assert chi_square_p(discrete_gaussian(std).sample(200_000, system_words), std) > 1e-6
+    assert chi_square_p(discrete_gaussian(std).sample(200_000, system_words), std) > 1e-10
 
 
 @pytest.mark.parametrize("wrong", [2 / 3, 3 / 2, 0.98])
 def test_the_law_test_rejects_wrong_scales(wrong):
     draws = discrete_gaussian(37.3 * wrong).sample(200_000, seeded_words(3))
-    assert chi_square_p(draws, 37.3) < 1e-9
+    assert chi_square_p(draws, 37.3) < 1e-10
 
 
 def test_values_signs_and_neighbours_are_independent():

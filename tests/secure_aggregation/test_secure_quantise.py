@@ -18,6 +18,11 @@ def system_words(count):
     return np.frombuffer(os.urandom(8 * count), dtype="<u8")
 
 
+def seeded_words(seed):
+    generator = np.random.Philox(seed)
+    return lambda count: np.atleast_1d(generator.random_raw(count))
+
+
 def rounding_up(count):
     """The worst uniform numbers: every fraction goes up."""
     return np.zeros(count, dtype=np.uint64)
@@ -60,14 +65,18 @@ def test_a_code_that_cannot_be_rounded_up_is_rounded_towards_zero():
     rounded = tight.round_code(code, rounding_up)
     assert np.array_equal(rounded, np.ones(400))
     # With honest randomness hardly any value goes up, and the first rounding is kept.
-    assert 400 < tight.round_code(code, system_words).sum() < 460
+    assert 400 < tight.round_code(code, seeded_words(0)).sum() < 460
 
 
 def test_rounding_is_unbiased():
+    """A false alarm once in 5e9 runs: 64 values, 7 of their largest possible standard errors. Rounding to the nearest fails."""
     quantiser = made(values=64, share=0.05)
     code = rows(1, 64, 0.7)[0]
+    exact, limit = code.astype(float) / quantiser.step, 7 * 0.5 / math.sqrt(4000)
     mean = np.mean([quantiser.round_code(code, system_words) for _ in range(4000)], axis=0)
-    assert np.abs(mean - code.astype(float) / quantiser.step).max() < 5 * 0.5 / math.sqrt(4000)
+    assert np.abs(mean - exact).max() < limit
+    for wrong in (np.round(exact), np.floor(exact), quantiser.round_code(code, rounding_up)):
+        assert np.abs(wrong - exact).max() > 4 * limit
 
 
 def test_codes_that_are_too_long_or_not_finite_are_refused():
@@ -131,7 +140,7 @@ def test_the_sum_is_the_codes_plus_noise_of_the_stated_deviation(scale):
     noise = released - codes.sum(axis=0, dtype=np.float64)
     promised = scale * quantiser.share_std * math.sqrt(clients)
     p_value = stats.kstest(noise / promised, "norm").pvalue
-    assert (p_value > 1e-6) if scale == 1.0 else (p_value < 1e-9)
+    assert (p_value > 1e-10) if scale == 1.0 else (p_value < 1e-20)  # a false alarm once in 1e10 runs
     # The promise is the plan's multiplier times the bound after rounding, and a little more.
     assert quantiser.share_std > 0.25 * quantiser.bound_l2
     assert quantiser.std_steps == pytest.approx(math.hypot(0.25 * quantiser.bound_steps, SMOOTHING_STD))

@@ -77,9 +77,14 @@ class SecondMoment:
         if total == 0.0:
             return cls.isotropic(length)
         vectors_LQ, second_Q = top_directions(rows_XL, min(rank, length))
+        known, rest = len(second_Q), length - len(second_Q)
+        complete = known < rank or known >= len(rows_XL)
+        if complete:
+            # The known directions hold all there is. A difference from the rows' own energy would be rounding, which is not the
+            # same on every processor, and an encoder with values to spare would choose among tensors by it.
+            total = float(second_Q.sum())
         values_Q = second_Q / total
-        rest = length - len(values_Q)
-        floor = max(0.0, 1.0 - float(values_Q.sum())) / rest if rest else 0.0
+        floor = max(0.0, 1.0 - float(values_Q.sum())) / rest if rest and not complete else 0.0
         values_Q = values_Q.clamp(min=floor)  # blocks forget a little of the weak directions
         trace = float(values_Q.sum()) + rest * floor
         return cls(vectors_LQ, values_Q / trace, floor / trace)
