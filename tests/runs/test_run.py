@@ -24,6 +24,7 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.build import build
 from drencoder.runs.verify import verify_run
+from processes import start_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,28 +232,28 @@ def test_kill_minus_nine_at_random_moments(tiny_folder: Path, tmp_path: Path) ->
     """Real processes, real SIGKILL; the last start runs to its end. The ledger never gets shorter."""
     run, chance = tmp_path / "run", random.Random(5)
     overrides = [f"--set={text}" for text in [*tiny_overrides(tiny_folder), "federation.rounds=6"]]
-    start = [sys.executable, "-m", "drencoder", "run", *overrides, "--out", str(run)]
-    again = [sys.executable, "-m", "drencoder", "run", "--resume", str(run)]
+    start, again = ["run", *overrides, "--out", str(run)], ["run", "--resume", str(run)]
     longest: list[tuple[str, int]] = []
     for attempt in range(4):
         begun = (run / "ledger.jsonl").exists()
-        process = subprocess.Popen(again if begun else start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_command(*(again if begun else start))
         deadline = time.monotonic() + 300
         target = chance.randint(1, 2) + len(longest)
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             if (run / "ledger.jsonl").exists() and len(charged_if_whole(run, longest)) >= target:
                 break
             time.sleep(0.005)
         time.sleep(chance.random() * 0.05)
         process.kill()
-        process.wait()
+        process.join()
         now = charged_if_whole(run, longest)
         assert now[: len(longest)] == longest, f"attempt {attempt} lost charges"
         longest = now
     assert longest
     if not (run / "certificate.json").exists():
-        final = subprocess.run(again, capture_output=True, text=True, check=False)
-        assert final.returncode == 0, final.stderr
+        final = start_command(*again)
+        final.join()
+        assert final.exitcode == 0
     assert charged(run)[: len(longest)] == longest
     assert [slot for _, slot in charged(run)] == list(range(7))
     assert verify_run(run).trouble == ""
