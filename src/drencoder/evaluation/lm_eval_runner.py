@@ -123,6 +123,7 @@ def _observe(model: Any, on_progress: Callable[[int, int], None]) -> Any:
 
         def _ask(self, method: Callable[..., Any], requests: list[Any]) -> Any:
             self._total += len(requests)
+            on_progress(self._done, self._total)  # the first batch, of the longest texts, can take minutes
             return method(requests, disable_tqdm=True)
 
     return ObservedModel()
