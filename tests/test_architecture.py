@@ -22,7 +22,8 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 DOORS = {  # library -> rooms, or files of a room, that may import it
     "transformers": {"models"},
     "peft": {"models"},
-    "datasets": {"data/hub"},
+    "datasets": {"data/hub", "evaluation/lm_eval_tasks"},
+    "lm_eval": {"evaluation/lm_eval_tasks", "evaluation/lm_eval_runner"},
     "dp_accounting": {"privacy/accounting"},
     "matplotlib": {"runs/plots"},
     "typer": {"cli"},

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import tiny_overrides
 from drencoder.cli import main as cli
+from lm_eval_by_hand import write_original_folder
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -187,10 +188,9 @@ def test_curve_shows_and_draws_the_budget_per_round(tmp_path: Path, command: Com
         (["compare", "--set", "compare.epsilons=[0]"], "above 0"),
         (["compare", "--out", "."], "already there"),
         (["evaluate", "nowhere/at/all"], "nowhere/at/all"),
-        (["evaluate", "embedded", "--from", "mmlu"], "NAME=WHERE"),
-        (["evaluate", "embedded", "--benchmark", "mmlu", "--from", "mmlu=nofolder"], "nofolder"),
-        (["evaluate", "embedded", "--shots", "9"], "at most 5"),
-        (["evaluate", "embedded", "--subject", "astronomie"], "astronomie"),
+        (["evaluate", "embedded", "--tasks", "mmlu", "--from", "mmlu"], "TASK=FOLDER"),
+        (["evaluate", "embedded", "--tasks", "mmlu", "--from", "mmlu=nofolder"], "nofolder"),
+        (["evaluate", "embedded", "--tasks", "mmlu", "--limit", "0"], "--limit 0"),
         (["audit", "nowhere.toml"], "does not exist"),
         (["audit", "--set", "federation.population=20", "--set", "privacy.delta=1e-3"], "population"),
     ],
@@ -206,11 +206,17 @@ def test_wrong_input_of_the_newer_commands_is_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_evaluate_prints_base_and_categories_as_json(command: Command) -> None:
-    done = command("evaluate", "embedded", "--benchmark", "mmlu", "--count", "24", "--shots", "1", "--json")
+def test_evaluate_prints_base_and_categories_as_json(command: Command, tmp_path: Path) -> None:
+    folder = write_original_folder("mmlu", tmp_path / "mmlu")
+    arguments = ["evaluate", "embedded", "--tasks", "mmlu", "--from", f"mmlu={folder}", "--limit", "5"]
+    done = command(*arguments, "--subjects", "anatomy, philosophy", "--shots", "1", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["benchmarks"]["mmlu"]
-    assert found["base"]["overall"]["count"] == 24
-    assert found["shots"] == 1
-    assert found["adapter"] is None
-    assert sum(score["count"] for score in found["base"]["subjects"].values()) == 24
+    assert "mmlu, base model" in done.stderr  # the progress
+    benchmark = json.loads(done.stdout)["benchmarks"]["mmlu"]
+    counts = {row["name"]: row["base"]["count"] for row in benchmark["rows"]}
+    assert counts == {"overall": 10, "humanities": 5, "other": 5, "anatomy": 5, "philosophy": 5}
+    assert benchmark["prompt"] == "asked by lm-eval, 1 worked examples"
+    assert all(row["adapter"] is None for row in benchmark["rows"])
+    quiet = command(*arguments, "-q")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert "virology" in quiet.stdout

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-from drencoder.data.benchmarks.few_shot import prompt_with_examples
 from drencoder.data.benchmarks.files import read_questions
-from drencoder.data.benchmarks.questions import Benchmark, load_benchmark, load_benchmarks
+from drencoder.data.benchmarks.questions import Benchmark, check_apart, load_benchmark, load_benchmarks
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
-from drencoder.data.embedded_world.subjects import all_subjects
-from drencoder.data.embedded_world.world import Question, World, prompt_of
+from drencoder.data.embedded_world.world import Question, World
 from drencoder.data.sources import open_source
 from drencoder.errors import DataError
 from drencoder.recipe import recipe as config
@@ -57,6 +55,10 @@ def load(where: Path | str, name: str = "mmlu", **options: Any) -> Benchmark:
     return load_benchmark(name, str(where), **{"count": 0, "seed": 0, **options})
 
 
+def read(where: Path | str, split: str, name: str = "mmlu", subjects: Sequence[str] = ()) -> dict[str, list[Question]]:
+    return read_questions(TAXONOMIES[name], str(where), split, subjects)
+
+
 # --- taxonomy --------------------------------------------------------------------------------------
 
 
@@ -71,36 +73,31 @@ def test_the_taxonomies_are_those_of_the_papers() -> None:
     }
     assert len(set(ceval.subjects)) == 52
     assert len(ceval.hard) == 8
-    assert {ceval.category_of(subject) for subject in ceval.hard} == {"STEM"}
-    assert all(re.fullmatch("[\u4e00-\u9fff]+", ceval.title(subject)) for subject in ceval.subjects)
-    assert len({ceval.title(subject) for subject in ceval.subjects}) == 52
-    for subject in all_subjects():
-        taxonomy = mmlu if subject.language == "en" else ceval
-        assert taxonomy.category_of(subject.name) in taxonomy.categories
+    assert ceval.hard < set(ceval.categories["STEM"])
+    assert "anatomy" in mmlu.categories["other"]  # health, as its authors have it; lm-eval counts it to STEM
 
 
 # --- folders ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_mmlus_files(tmp_path: Path) -> None:
-    found = load(mmlu_folder(tmp_path), shots=2)
+    found = load(mmlu_folder(tmp_path))
     assert Counter(found.subjects) == {"anatomy": 7, "virology": 7, "philosophy": 7}
     by_text = {question.question: question for question in found.questions}
     assert by_text["anatomy 2?"] == Question("anatomy", "anatomy 2?", ("a2", "b2", "c2", "d2"), 2, "en")
-    assert [example.question for example in found.examples["virology"]] == ["virology dev 0?", "virology dev 1?"]
-    assert found.provenance == f"{tmp_path}, split test"
-    assert {q.question for q in load(tmp_path, split="validation").questions} == {
+    worked = read(tmp_path, "dev")["virology"]
+    assert [example.question for example in worked[:2]] == ["virology dev 0?", "virology dev 1?"]
+    assert {q.question for questions in read(tmp_path, "validation").values() for q in questions} == {
         f"{subject} val {i}?" for subject in ("anatomy", "virology", "philosophy") for i in range(2)
     }
     assert set(load(tmp_path, subjects=["virology"]).subjects) == {"virology"}
 
 
 def test_a_folder_of_cevals_files(tmp_path: Path) -> None:
-    found = load(ceval_folder(tmp_path), "ceval", shots=5)
+    found = load(ceval_folder(tmp_path), "ceval")
     assert Counter(found.subjects) == {"law": 4, "logic": 4}
-    assert found.provenance.endswith("split val")
     assert found.questions[0].language == "zh"
-    assert found.examples["law"][4] == Question("law", "law问题4", ("甲", "乙", "丙", "丁4"), 0, "zh")
+    assert read(tmp_path, "dev", "ceval")["law"][4] == Question("law", "law问题4", ("甲", "乙", "丙", "丁4"), 0, "zh")
 
 
 def test_a_count_is_spread_evenly_and_depends_on_the_seed(tmp_path: Path) -> None:
@@ -175,7 +172,7 @@ def test_bad_rows_of_ceval_name_file_and_line(tmp_path: Path, name: str) -> None
 
 def test_cevals_test_split_has_no_answers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"law_test\.csv, line 1: .*lacks the column 'answer'.*use its split val"):
-        load(ceval_folder(tmp_path), "ceval", split="test")
+        read(ceval_folder(tmp_path), "test", "ceval")
 
 
 @pytest.mark.parametrize(
@@ -221,8 +218,6 @@ def test_folders_that_are_not_a_benchmark(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(DataError, match="benchmark 'mmul' is not known"):
         load(tmp_path, "mmul")
-    with pytest.raises(DataError, match="shots = 6"):
-        load(tmp_path, shots=6)
 
 
 def test_unknown_subjects_get_the_nearest_name(tmp_path: Path) -> None:
@@ -239,19 +234,6 @@ def test_unknown_subjects_get_the_nearest_name(tmp_path: Path) -> None:
     path = path.rename(tmp_path / "test" / "sociology.csv")
     with pytest.raises(DataError, match=r"sociology\.csv: the file's name is not <subject>_test\.csv"):
         load(tmp_path)
-
-
-def test_worked_examples_must_be_there_and_apart(tmp_path: Path) -> None:
-    mmlu_folder(tmp_path)
-    with pytest.raises(DataError, match="worked examples come from dev"):
-        load(tmp_path, split="dev", shots=1)
-    assert len(load(tmp_path, split="dev").questions) == 15
-    write_csv(tmp_path / "dev" / "virology_dev.csv", [GOOD])
-    with pytest.raises(DataError, match="1 questions of 'virology', fewer than shots = 2"):
-        load(tmp_path, shots=2)
-    (tmp_path / "dev" / "virology_dev.csv").unlink()
-    with pytest.raises(DataError, match="split 'dev' has no question of 'virology'"):
-        load(tmp_path, shots=2)
 
 
 # --- the hub's layout ------------------------------------------------------------------------------
@@ -304,14 +286,14 @@ def hub_row(subject: str, number: int) -> dict[str, Any]:
 def test_the_hubs_mmlu(datasets: Any, tmp_path: Path, whole: bool) -> None:
     rows = {subject: [hub_row(subject, i) for i in range(6)] for subject in ("anatomy", "virology")}
     where = cais_mmlu(datasets, tmp_path / "mmlu", rows, whole)
-    found = load(where, shots=5)
+    found = load(where)
     assert Counter(found.subjects) == {"anatomy": 6, "virology": 6}
     assert Question("anatomy", "test anatomy 3", ("w3", "x3", "y3", "z3"), 3, "en") in found.questions
-    assert [q.question for q in found.examples["virology"]] == [f"dev virology {i}" for i in range(5)]
-    assert set(load(where, split="val", subjects=["virology"]).subjects) == {"virology"}
-    assert load(where, split="val").questions[0].question.startswith("validation")
+    assert [q.question for q in read(where, "dev")["virology"]] == [f"dev virology {i}" for i in range(6)]
+    assert set(read(where, "val", subjects=["virology"])) == {"virology"}
+    assert read(where, "val")["anatomy"][0].question.startswith("validation")
     with pytest.raises(DataError, match="has no split 'train': choose one of dev, test, validation"):
-        load(where, split="train")
+        read(where, "train")
     with pytest.raises(DataError, match="no question of 'sociology'"):
         load(where, subjects=["anatomy", "sociology"])
 
@@ -331,8 +313,6 @@ def test_mmlus_training_split_is_clients_text_and_no_benchmark(datasets: Any, tm
         source = open_source(wanted, population=2, seed=0)
         assert len(source.held_out(100)) == round(0.2 * count)
         assert all(record["response"] in "ABCD" for record in source.client(0))
-        with pytest.raises(DataError, match="text to train on"):
-            load(where, split="auxiliary_train")
     with pytest.raises(DataError, match="has no subjects"):
         read_questions(TAXONOMIES["mmlu"], str(folder), "auxiliary_train", ["anatomy"])
 
@@ -370,11 +350,11 @@ def ceval_exam(folder: Path, rows: Sequence[Sequence[str]], header: Sequence[str
 def test_the_hubs_ceval(datasets: Any, tmp_path: Path) -> None:
     rows = [[str(i), f"问{i}", "甲", "乙", "丙", "丁", "ABCD"[i % 4], "因为"] for i in range(6)]
     where = ceval_exam(tmp_path / "ceval", rows)
-    found = load(where, "ceval", shots=2)
+    found = load(where, "ceval")
     assert Question("law", "问5", ("甲", "乙", "丙", "丁"), 1, "zh") in found.questions
-    assert len(found.examples["law"]) == 2
+    assert len(read(where, "dev", "ceval")["law"]) == 6
     with pytest.raises(DataError, match=r"configuration law, split test, row 1: .*no right answer.*use its split val"):
-        load(where, "ceval", split="test")
+        read(where, "test", "ceval")
     where = ceval_exam(tmp_path / "lacking", [row[:7] for row in rows], [*HEADER[:4], "E", *HEADER[5:7]])
     with pytest.raises(DataError, match="configuration law, split val, row 1: there is no column 'C'"):
         load(where, "ceval")
@@ -398,27 +378,12 @@ def test_a_hub_that_cannot_be_had(datasets: Any, tmp_path: Path) -> None:
 def test_the_embedded_questions_are_the_worlds_own(name: str) -> None:
     found = load("embedded", name, count=60, seed=4)
     assert list(found.questions) == World().benchmark(name, count=60, seed=derive_seed(4, "benchmark"))
-    assert found.examples == {}
     subject = found.subjects[0]
     assert set(load("embedded", name, count=20, subjects=[subject]).subjects) == {subject}
     with pytest.raises(DataError, match="is not a subject"):
         load("embedded", name, count=20, subjects=["anatomy"])
     with pytest.raises(DataError, match="has no end"):
         load("embedded", name)
-
-
-@pytest.mark.parametrize("name", ["mmlu", "ceval"])
-def test_embedded_worked_examples_are_never_asked(name: str) -> None:
-    examples: set[tuple[str, frozenset[str]]] = set()
-    for seed in range(4):
-        found = load("embedded", name, count=500, seed=seed, shots=5)
-        assert set(found.examples) == set(found.subjects)
-        assert all(len(set(series)) == 5 for series in found.examples.values())
-        examples |= {(q.question, frozenset(q.choices)) for series in found.examples.values() for q in series}
-        assert not examples & {(q.question, frozenset(q.choices)) for q in found.questions}
-    assert len(examples) == 25  # the series is fixed, as a dev split is
-    fewer = load("embedded", name, count=500, seed=0, shots=2)
-    assert all(found.examples[subject][:2] == series for subject, series in fewer.examples.items())
 
 
 # --- recipes ---------------------------------------------------------------------------------------
@@ -437,47 +402,14 @@ def test_subjects_of_a_recipe_are_dealt_to_the_benchmarks_that_know_them(tmp_pat
 
 def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
     folder = str(mmlu_folder(tmp_path))
-    for options, split in (({}, "test"), ({"split": "val"}, "val"), ({"shots": 1}, "dev")):
-        wanted = config.Evaluation(benchmarks=("mmlu",), mmlu=folder, **options)
-        with pytest.raises(DataError, match=f"clients would be trained on split '{split}'"):
-            load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}", split=split), seed=0)
-        assert load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}x", split=split), seed=0)
     wanted = config.Evaluation(benchmarks=("mmlu",), mmlu=folder)
     assert load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}", split="dev"), seed=0)
     # Other spellings of the same place and the same split.
     for other in (f"{folder}/", f"{folder}/../{Path(folder).name}"):
-        with pytest.raises(DataError, match="clients would be trained on"):
+        with pytest.raises(DataError, match="clients are trained on"):
             load_benchmarks(wanted, config.Data(source=f"mmlu:{other}", split="test"), seed=0)
-    validation = config.Evaluation(benchmarks=("mmlu",), mmlu=folder, split="val")
-    with pytest.raises(DataError, match="clients would be trained on split 'validation'"):
-        load_benchmarks(validation, config.Data(source=f"mmlu:{folder}", split="validation"), seed=0)
-
-
-# --- prompts ---------------------------------------------------------------------------------------
-
-COLOUR = Question("high_school_physics", " What is red? ", ("light", "heat", "mass", "time"), 0, "en")
-LAW = Question("law", "什么是法？", ("甲", "乙", "丙", "丁"), 3, "zh")
-
-
-def test_the_standard_prompts() -> None:
-    assert prompt_with_examples(COLOUR, [COLOUR], "standard") == (
-        "The following are multiple choice questions (with answers) about high school physics.\n\n"
-        "What is red?\nA. light\nB. heat\nC. mass\nD. time\nAnswer: A\n\n"
-        "What is red?\nA. light\nB. heat\nC. mass\nD. time\nAnswer:"
-    )
-    assert prompt_with_examples(LAW, [LAW], "standard") == (
-        "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n"
-        "什么是法？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案： D\n\n"
-        "什么是法？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
-    )
-
-
-def test_the_plain_prompt_is_a_clients_record() -> None:
-    assert prompt_with_examples(COLOUR) == prompt_of(COLOUR, "plain")
-    assert prompt_with_examples(COLOUR, [LAW, COLOUR]) == (
-        "什么是法？ A. 甲 B. 乙 C. 丙 D. 丁\nAnswer: D\n\n"
-        "What is red?  A. light B. heat C. mass D. time\nAnswer: A\n\n"
-        "What is red?  A. light B. heat C. mass D. time\nAnswer:"
-    )
-    with pytest.raises(ValueError, match="template is 'fancy'"):
-        prompt_with_examples(COLOUR, template="fancy")
+    for split, other in (("dev", "dev"), ("val", "validation"), ("validation", "val")):
+        with pytest.raises(DataError, match=f"clients are trained on split '{other}'"):
+            check_apart("mmlu", folder, ["test", split], config.Data(source=f"mmlu:{folder}", split=other))
+    check_apart("mmlu", folder, ["test"], config.Data(source=f"mmlu:{folder}x", split="test"))
+    check_apart("ceval", folder, ["test"], config.Data(source=f"mmlu:{folder}", split="test"))

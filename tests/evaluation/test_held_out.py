@@ -1,6 +1,5 @@
 """Scores against a direct computation, and intervals against their definition."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -10,13 +9,11 @@ from tokenizers import processors
 from torch.nn import functional
 
 from conftest import random_examples, tiny_base
-from drencoder.data.benchmarks.few_shot import prompt_with_examples
 from drencoder.data.embedded_world.world import World, prompt_of, record_of
 from drencoder.data.prompts_template import LETTER_CONTINUATIONS, render
 from drencoder.data.tokenization import Example, make_example
 from drencoder.errors import DataError
 from drencoder.evaluation.held_out import (
-    ask_questions,
     choice_scores,
     held_out_loss,
     held_out_outcomes,
@@ -115,34 +112,6 @@ def test_outcomes_are_the_losses_of_single_texts() -> None:
     assert held_out_loss(lora, lora.initial_D, examples).value == pytest.approx(sum(losses) / sum(targets))
 
 
-def test_too_long_prompts_lose_whole_worked_examples_from_the_front(tiny_folder: Path) -> None:
-    base = load_base(config.Model(source=str(tiny_folder)))
-    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
-    question, *shots = World().benchmark("mmlu", count=6, seed=0)
-    examples = {question.subject: shots}
-
-    def length(kept: int, template: str) -> int:
-        prompt = prompt_with_examples(question, shots[5 - kept :], template)
-        return max(len(base.tokenize(prompt + letter)) for letter in LETTER_CONTINUATIONS)
-
-    for template, reserved in (("plain", 1), ("standard", 0)):
-        for kept in range(6):
-            exact = length(kept, template) + reserved
-            for limit, expected in ((exact, kept), (exact - 1, kept - 1)):
-                if expected < 0:
-                    continue
-                asked = ask_questions(lora, [question], limit, examples=examples, template=template)
-                assert asked.shots == [expected]
-                prompt = prompt_with_examples(question, shots[5 - expected :], template)
-                for option, letter in zip(asked.options[0], LETTER_CONTINUATIONS, strict=True):
-                    assert base.tokenizer.decode(option.tokens) == prompt + letter
-        (options,) = ask_questions(lora, [question], 20, examples=examples, template=template).options
-        for option, letter in zip(options, LETTER_CONTINUATIONS, strict=True):
-            assert len(option.tokens) == 20 - reserved
-            text = prompt_with_examples(question, (), template) + letter
-            assert text.endswith(base.tokenizer.decode(option.tokens))
-
-
 @pytest.mark.parametrize("starts", [False, True])
 def test_a_plain_question_is_cut_as_a_clients_record_is(tiny_folder: Path, starts: bool) -> None:
     base = load_base(config.Model(source=str(tiny_folder)))
@@ -161,18 +130,3 @@ def test_a_plain_question_is_cut_as_a_clients_record_is(tiny_folder: Path, start
             assert option.prompt_length == record.prompt_length
             assert record.tokens[: len(base.start_ids)] == base.start_ids
             assert len(record.tokens) <= limit
-
-
-def test_letters_that_melt_into_the_prompt_are_scored_all_the_same() -> None:
-    class Melting:
-        eos_token_id = 1
-
-        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-            return {"input_ids": [2 + ord(letter) % 90 for letter in text.replace(": ", ";")]}
-
-    base = dataclasses.replace(tiny_base(), tokenizer=Melting())
-    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
-    question = World().benchmark("mmlu", count=1, seed=0)[0]
-    (options,) = question_examples(lora, [question], 512, template="standard")
-    assert all(option.targets >= 1 for option in options)
-    assert len({option.tokens for option in options}) == 4

@@ -10,12 +10,14 @@ from scipy import stats
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.errors import DataError
 from drencoder.evaluation.statistics import (
+    Estimate,
+    Row,
     accuracy_difference,
+    assess_rows,
     loss_difference,
     mcnemar,
     paired_over_seeds,
     ratio_of_sums,
-    score_benchmark,
     wilson,
 )
 
@@ -42,30 +44,64 @@ def test_ratio_of_sums_is_the_mean_where_all_texts_are_equally_long() -> None:
         ratio_of_sums([], [])
 
 
+def accuracies(rows: list[Row], part: str) -> dict[str, Estimate]:
+    return {row.name: row.base for row in rows if row.part == part}
+
+
 def test_mmlu_weighs_questions_and_ceval_subjects() -> None:
     subjects = ["anatomy"] * 6 + ["virology"] * 2 + ["philosophy"] * 2
     right = [True] * 6 + [False] * 2 + [True, False]
-    mmlu = score_benchmark(MMLU, subjects, right)
-    assert mmlu.overall.value == pytest.approx(0.7)
-    assert (mmlu.overall.low, mmlu.overall.high) == pytest.approx(wilson(0.7, 10))
-    assert mmlu.categories["other"].value == pytest.approx(0.75)
-    assert mmlu.categories["humanities"].value == pytest.approx(0.5)
-    assert set(mmlu.categories) == {"other", "humanities"}
-    assert {name: found.count for name, found in mmlu.subjects.items()} == {
-        "anatomy": 6,
-        "philosophy": 2,
-        "virology": 2,
-    }
-    assert mmlu.hard is None
+    mmlu = assess_rows(MMLU, subjects, right, seed=0)
+    assert mmlu[0].part == "overall"
+    assert mmlu[0].base.value == pytest.approx(0.7)
+    assert (mmlu[0].base.low, mmlu[0].base.high) == pytest.approx(wilson(0.7, 10))
+    categories = accuracies(mmlu, "category")
+    assert {name: one.value for name, one in categories.items()} == pytest.approx({"other": 0.75, "humanities": 0.5})
+    counts = {name: one.count for name, one in accuracies(mmlu, "subject").items()}
+    assert counts == {"anatomy": 6, "philosophy": 2, "virology": 2}
+    assert accuracies(mmlu, "hard") == {}
+    assert all(row.adapter is row.difference is row.mcnemar is None for row in mmlu)
 
     subjects = ["law"] * 6 + ["logic"] * 2 + ["college_physics"] * 2
-    ceval = score_benchmark(CEVAL, subjects, right)
-    assert ceval.overall.value == pytest.approx((1 + 0 + 0.5) / 3)
-    assert ceval.categories["Humanities"].value == pytest.approx(0.5)
-    assert ceval.categories["STEM"] == ceval.subjects["college_physics"] == ceval.hard
-    assert ceval.overall.count == 10
+    ceval = assess_rows(CEVAL, subjects, right, seed=0)
+    assert ceval[0].base.value == pytest.approx((1 + 0 + 0.5) / 3)
+    assert ceval[0].base.count == 10
+    assert accuracies(ceval, "category")["Humanities"].value == pytest.approx(0.5)
+    physics = accuracies(ceval, "subject")["college_physics"]
+    assert accuracies(ceval, "category")["STEM"] == physics == accuracies(ceval, "hard")["Hard subset"]
     with pytest.raises(DataError, match="no multiple-choice question"):
-        score_benchmark(CEVAL, [], [])
+        assess_rows(CEVAL, [], [], seed=0)
+
+
+def test_a_task_without_categories_has_its_subjects_only_if_there_are_some() -> None:
+    assert [row.name for row in assess_rows(None, ["one"] * 3, [True, False, True], seed=0)] == ["overall"]
+    rows = assess_rows(None, ["b", "a", "b"], [True, False, True], seed=0)
+    assert [(row.part, row.name) for row in rows] == [("overall", "overall"), ("subject", "a"), ("subject", "b")]
+
+
+def test_every_part_is_tested_in_pairs() -> None:
+    subjects = ["law"] * 6 + ["logic"] * 4 + ["college_physics"] * 5
+    rng = np.random.default_rng(2)
+    first, second = ([bool(hit) for hit in rng.random(15) < share] for share in (0.3, 0.8))
+    parts = {
+        "overall": subjects,
+        "Hard subset": ["college_physics"],
+        "STEM": ["college_physics"],
+        "Humanities": ["law", "logic"],
+        "law": ["law"],
+        "logic": ["logic"],
+        "college_physics": ["college_physics"],
+    }
+    rows = assess_rows(CEVAL, subjects, first, second, seed=4)
+    assert {row.name for row in rows} == set(parts)
+    for row in rows:
+        chosen = [index for index, subject in enumerate(subjects) if subject in parts[row.name]]
+        before, after = ([hits[index] for index in chosen] for hits in (first, second))
+        own = [subjects[index] for index in chosen]
+        assert row.mcnemar == mcnemar(before, after)
+        assert row.difference == accuracy_difference(own, before, after, by_subject=True, seed=4)
+        assert row.adapter is not None
+        assert row.difference.value == pytest.approx(row.adapter.value - row.base.value)
 
 
 def test_the_interval_of_a_subject_mean_covers_the_truth() -> None:
@@ -77,7 +113,7 @@ def test_the_interval_of_a_subject_mean_covers_the_truth() -> None:
     names = [subject for subject in subjects for _ in range(sizes[subject])]
     hits = 0
     for _ in range(400):
-        overall = score_benchmark(CEVAL, names, [rng.random() < chances[name] for name in names]).overall
+        overall = assess_rows(CEVAL, names, [rng.random() < chances[name] for name in names], seed=0)[0].base
         hits += overall.low <= truth <= overall.high
     assert hits / 400 > 0.95 - 6 * math.sqrt(0.95 * 0.05 / 400)
 
@@ -102,7 +138,7 @@ def enumerate_bootstrap(sums: list[float], weights: list[float]) -> np.ndarray:
 def test_the_bootstrap_draws_from_the_enumerated_distribution() -> None:
     subjects = ["anatomy"] * 3 + ["virology"] * 3
     first, second = [True, False, False, True, False, False], [True, True, True, False, True, False]
-    found = accuracy_difference(MMLU, subjects, first, second, seed=1, draws=40_000)
+    found = accuracy_difference(subjects, first, second, by_subject=False, seed=1, draws=40_000)
     every = enumerate_bootstrap([0, 1, 1, -1, 1, 0], [1] * 6)
     assert found.value == pytest.approx(2 / 6)
     assert (found.low, found.high) == pytest.approx(np.quantile(every, [0.025, 0.975]), abs=1e-9)
@@ -114,25 +150,25 @@ def test_the_bootstrap_draws_from_the_enumerated_distribution() -> None:
 def test_the_bootstrap_of_a_subject_mean_weighs_subjects_alike() -> None:
     subjects = ["law"] * 4 + ["logic"] * 2
     first, second = [True, False, False, False, True, False], [True, True, False, False, False, True]
-    found = accuracy_difference(CEVAL, subjects, first, second, seed=0, draws=40_000)
-    before, after = (score_benchmark(CEVAL, subjects, right).overall.value for right in (first, second))
+    found = accuracy_difference(subjects, first, second, by_subject=True, seed=0, draws=40_000)
+    before, after = (assess_rows(CEVAL, subjects, right, seed=0)[0].base.value for right in (first, second))
     assert found.value == pytest.approx(after - before)
     every = enumerate_bootstrap([0, 0.25, 0, 0, -0.5, 0.5], [0.25] * 4 + [0.5] * 2)
     assert (found.low, found.high) == pytest.approx(np.quantile(every, [0.025, 0.975]), abs=0.02)
-    alone = accuracy_difference(CEVAL, ["law", "logic"], [False, False], [True, False], seed=0)
+    alone = accuracy_difference(["law", "logic"], [False, False], [True, False], by_subject=True, seed=0)
     assert alone.high > alone.low  # one question a subject is not certainty
 
 
 def test_paired_differences_do_not_depend_on_chance_twice() -> None:
     subjects, first = ["anatomy"] * 8, [True, False] * 4
-    assert accuracy_difference(MMLU, subjects, first, first, seed=3).p == 1.0
+    assert accuracy_difference(subjects, first, first, by_subject=False, seed=3).p == 1.0
     second = [True] * 8
-    one, same = (accuracy_difference(MMLU, subjects, first, second, seed=3, draws=500) for _ in range(2))
+    one, same = (accuracy_difference(subjects, first, second, by_subject=False, seed=3, draws=500) for _ in range(2))
     assert one == same
-    back = accuracy_difference(MMLU, subjects, second, first, seed=3, draws=500)
+    back = accuracy_difference(subjects, second, first, by_subject=False, seed=3, draws=500)
     assert (back.value, back.low, back.high) == pytest.approx((-one.value, -one.high, -one.low))
     with pytest.raises(DataError, match="no multiple-choice question"):
-        accuracy_difference(MMLU, [], [], [], seed=0)
+        accuracy_difference([], [], [], by_subject=False, seed=0)
 
 
 def test_the_loss_difference_covers_the_truth_as_often_as_it_says() -> None:

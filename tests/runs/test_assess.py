@@ -1,29 +1,29 @@
-"""Assessing a run and a model: against PEFT's own loading, and one sentence for what cannot be assessed."""
+"""Assessing a run and a model: against lm-eval on plain PEFT's model, and one sentence for what cannot be assessed."""
 
 import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import tiny_overrides
 from drencoder.cli.assess_view import assessment_tables
-from drencoder.data.benchmarks.few_shot import prompt_with_examples
-from drencoder.data.benchmarks.questions import load_benchmark
-from drencoder.data.prompts_template import LETTER_CONTINUATIONS, render
-from drencoder.data.sources import open_source
-from drencoder.errors import ArtifactError, DataError, DrencoderError, ModelError, RecipeError
-from drencoder.evaluation.statistics import Assessment
+from drencoder.errors import ArtifactError, DataError, DeviceError, DrencoderError, ModelError
+from drencoder.evaluation.statistics import Assessment, Row, loss_difference, mcnemar, ratio_of_sums
 from drencoder.models.base_model import load_base
 from drencoder.models.lora import LoraModel
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.assess import assess
 from drencoder.runs.build import build
+from drencoder.runs.display import make_console
+from lm_eval_by_hand import ask_by_hand, write_original_folder
+
+NAMES = ["mmlu", "ceval"]
 
 
 @pytest.fixture(scope="module")
@@ -41,185 +41,198 @@ def run_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def assessed(run_folder: Path) -> Assessment:
-    return assess(run_folder, count=40, examples=12)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write_original_folder(name, tmp_path_factory.mktemp(name), count=12) for name in NAMES}
 
 
-def log_likelihood(model: torch.nn.Module, tokenizer: object, prompt: str, response: str, end: bool) -> float:
-    tail = tokenizer(response)["input_ids"] + [tokenizer.eos_token_id] * end  # type: ignore[operator]
-    ids = torch.tensor([tokenizer(prompt)["input_ids"] + tail])  # type: ignore[operator]
-    with torch.no_grad():
-        log_p = model(input_ids=ids).logits[0].log_softmax(-1)
-    first = ids.shape[1] - len(tail)
-    return float(log_p[range(first - 1, ids.shape[1] - 1), ids[0, first:]].sum())
+@pytest.fixture(scope="module")
+def where(folders: dict[str, Path]) -> dict[str, str]:
+    return {name: str(folder) for name, folder in folders.items()}
 
 
-def test_a_runs_scores_are_those_of_plain_peft(run_folder: Path, tiny_folder: Path, assessed: Assessment) -> None:
-    recipe = load_recipe(run_folder / "recipe.resolved.toml")
+@pytest.fixture(scope="module")
+def assessed(run_folder: Path, where: dict[str, str]) -> Assessment:
+    return assess(run_folder, tasks=NAMES, places=where, shots=1)
+
+
+def rows_of(assessment: Assessment, part: str) -> dict[str, Row]:
+    return {row.name: row for one in assessment.benchmarks.values() for row in one.rows if row.part == part}
+
+
+def test_a_runs_scores_are_lm_evals_on_plain_peft(
+    run_folder: Path, tiny_folder: Path, folders: dict[str, Path], assessed: Assessment, tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
-    tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), run_folder / "adapter")
-    tuned.eval()
-    for name, found in assessed.benchmarks.items():
-        benchmark = load_benchmark(name, "embedded", count=40, seed=recipe.seed)
-        rights = {}
-        for model, scores in ((plain, found.base), (tuned, found.adapter)):
-            right = []
-            for question in benchmark.questions:
-                prompt = prompt_with_examples(question)
-                assert len(tokenizer(prompt)["input_ids"]) < 128  # nothing was cut
-                given = [log_likelihood(model, tokenizer, prompt, letter, False) for letter in LETTER_CONTINUATIONS]
-                right.append(max(range(4), key=given.__getitem__) == question.answer)
-            rights[model] = right
-            assert scores is not None
-            by_subject = {
-                s: [r for q, r in zip(benchmark.questions, right, strict=True) if q.subject == s]
-                for s in scores.subjects
-            }
-            for subject, hits in by_subject.items():
-                assert scores.subjects[subject].value == pytest.approx(sum(hits) / len(hits))
-        pairs = list(zip(rights[plain], rights[tuned], strict=True))
-        assert found.mcnemar is not None
-        assert (found.mcnemar.gained, found.mcnemar.lost) == (pairs.count((False, True)), pairs.count((True, False)))
-        assert found.difference is not None
-        assert found.adapter is not None
-        assert found.difference.value == pytest.approx(found.adapter.overall.value - found.base.overall.value)
-    records = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed).held_out(12)
-    losses = {}
-    for model in (plain, tuned):
-        parts = [log_likelihood(model, tokenizer, *render(record), True) for record in records]
-        tokens = sum(len(tokenizer(render(record)[1])["input_ids"]) + 1 for record in records)
-        losses[model] = -sum(parts) / tokens
-    assert assessed.loss is not None
-    assert assessed.loss.base.value == pytest.approx(losses[plain], rel=1e-4)
-    assert assessed.loss.adapter.value == pytest.approx(losses[tuned], rel=1e-4)
-    assert assessed.loss.difference.value == pytest.approx(losses[tuned] - losses[plain], abs=1e-4)
-    assert abs(losses[tuned] - losses[plain]) > 1e-2  # the adapter does something
+    before = ask_by_hand(plain, tokenizer, folders, tmp_path / "base", shots=1)
+    tuned = peft.PeftModel.from_pretrained(plain, run_folder / "adapter").eval()
+    after = ask_by_hand(tuned, tokenizer, folders, tmp_path / "adapter", shots=1)
+    assert before != after  # the adapter does something
+    subjects = rows_of(assessed, "subject")
+    assert set(subjects) == set(before)
+    for name, row in subjects.items():
+        assert row.base.value == pytest.approx(sum(before[name]) / len(before[name]))
+        assert row.adapter is not None
+        assert row.adapter.value == pytest.approx(sum(after[name]) / len(after[name]))
+        assert row.mcnemar == mcnemar([bool(hit) for hit in before[name]], [bool(hit) for hit in after[name]])
+        assert row.difference is not None
+        assert row.difference.value == pytest.approx(row.adapter.value - row.base.value)
+    mmlu, ceval = (assessed.benchmarks[name] for name in NAMES)
+    for model, hits in (("base", before), ("adapter", after)):
+        everything = [hit for name in ("anatomy", "virology", "philosophy") for hit in hits[name]]
+        share = sum(everything) / len(everything)
+        assert mmlu.lm_eval[model]["mmlu"]["acc"] == pytest.approx(share)
+        assert getattr(mmlu.rows[0], model).value == pytest.approx(share)
+        over_subjects = [sum(hits[name]) / len(hits[name]) for name in ("law", "college_physics")]
+        assert getattr(ceval.rows[0], model).value == pytest.approx(sum(over_subjects) / 2)
+        whole = hits["law"] + hits["college_physics"]
+        assert ceval.lm_eval[model]["ceval-valid"]["acc"] == pytest.approx(sum(whole) / len(whole))
+    assert set(rows_of(assessed, "category")) == {"other", "humanities", "STEM", "Humanities"}
+    assert set(rows_of(assessed, "hard")) == {"Hard subset"}
 
 
-def test_an_assessment_is_json_and_a_table(assessed: Assessment) -> None:
+def screen_of(assessment: Assessment) -> str:
+    screen = make_console(file=io.StringIO(), width=200)
+    for table in assessment_tables(assessment):
+        screen.print(table)
+    return screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_assessment_is_json_and_a_table(assessed: Assessment, folders: dict[str, Path]) -> None:
     table = json.loads(json.dumps(assessed.to_dict(), allow_nan=False))
-    assert table["benchmarks"]["mmlu"]["base"]["overall"]["count"] == 40
-    assert table["loss"]["difference"]["p"] == assessed.loss.difference.p  # type: ignore[union-attr]
-    screen = Console(file=io.StringIO(), width=160)
-    for one in assessment_tables(assessed):
-        screen.print(one)
-    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    overall = table["benchmarks"]["mmlu"]["rows"][0]
+    assert (overall["part"], overall["base"]["count"]) == ("overall", 39)
+    assert set(overall["mcnemar"]) == {"gained", "lost", "p"}
+    text = screen_of(assessed)
     mmlu = assessed.benchmarks["mmlu"]
-    assert f"{mmlu.base.overall.value:.3f} [{mmlu.base.overall.low:.3f}, {mmlu.base.overall.high:.3f}]" in text
-    assert "exact McNemar p = " in text
-    assert "adapter minus base: " in text
-    assert "conceptual_physics" in text
-    short = Console(file=io.StringIO(), width=160)
-    short.print(*assessment_tables(assessed, subjects=False))
-    assert "conceptual_physics" not in short.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_an_assessment_can_be_repeated(run_folder: Path, assessed: Assessment) -> None:
-    assert assess(str(run_folder), count=40, examples=12) == assessed
-
-
-def test_options_take_the_place_of_the_recipes(run_folder: Path) -> None:
-    found = assess(
-        run_folder,
-        benchmarks=["ceval"],
-        subjects=["art_studies"],
-        shots=3,
-        template="standard",
-        count=6,
-        examples=0,
-        max_tokens=900,
-        device="cpu",
+    first = mmlu.rows[0]
+    assert f"{first.base.value:.3f} [{first.base.low:.3f}, {first.base.high:.3f}]" in text
+    assert first.mcnemar is not None
+    assert f"{first.mcnemar.gained}/{first.mcnemar.lost}" in text
+    assert (
+        f"lm-eval's own ceval-valid: base acc {assessed.benchmarks['ceval'].lm_eval['base']['ceval-valid']['acc']:.4f}"
+        in text
     )
-    assert list(found.benchmarks) == ["ceval"]
-    one = found.benchmarks["ceval"]
-    assert (one.shots, one.template, one.shortened, set(one.base.subjects)) == (3, "standard", 0, {"art_studies"})
-    assert one.base.hard is None
-    assert found.loss is None
-    squeezed = assess(run_folder, benchmarks=["ceval"], shots=3, count=6, examples=0, max_tokens=60)
-    assert squeezed.benchmarks["ceval"].shortened == 6
-    screen = Console(file=io.StringIO(), width=160)
-    screen.print(*assessment_tables(squeezed))
-    assert "6 prompts had no room for all 3 worked examples" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert f"mmlu ({folders['mmlu']}), asked by lm-eval, 1 worked examples" in text
+    assert "college_physics" in text
+    for word in ("stone", "river", "山"):  # of a question
+        assert word not in text.replace(str(folders["mmlu"]), "").replace(str(folders["ceval"]), "")
 
 
-def test_a_model_without_a_run_has_a_base_only(tiny_folder: Path, assessed: Assessment) -> None:
-    found = assess(str(tiny_folder), count=40)
+def test_an_assessment_can_be_repeated(run_folder: Path, where: dict[str, str], assessed: Assessment) -> None:
+    told: list[str] = []
+    again = assess(
+        str(run_folder), tasks=NAMES, places=where, shots=1, batch=3, on_progress=lambda what, *_: told.append(what)
+    )
+    assert again == assessed
+    assert set(told) == {f"{name}, {model}" for name in NAMES for model in ("base model", "adapter")}
+
+
+def test_a_model_without_a_run_has_a_base_only(tiny_folder: Path, where: dict[str, str], assessed: Assessment) -> None:
+    found = assess(str(tiny_folder), tasks=["ceval-valid", "mmlu"], places=where, shots=1, device="cpu")
     assert (found.model, found.adapter, found.loss) == (str(tiny_folder), None, None)
-    assert {name: one.base for name, one in found.benchmarks.items()} == {
-        name: one.base for name, one in assessed.benchmarks.items()
-    }
-    assert all(one.adapter is one.difference is one.mcnemar is None for one in found.benchmarks.values())
+    for name in NAMES:
+        ours, theirs = (one.benchmarks[name].rows for one in (found, assessed))
+        assert [row.base for row in ours] == [row.base for row in theirs]
+        assert all(row.adapter is row.difference is row.mcnemar is None for row in ours)
+    assert "gained/lost" not in screen_of(found)
+    few = assess(str(tiny_folder), tasks=["mmlu"], places={"mmlu": where["mmlu"]}, subjects=["virology"], limit=3)
+    assert [(row.name, row.base.count) for row in few.benchmarks["mmlu"].rows] == [
+        ("overall", 3), ("other", 3), ("virology", 3),
+    ]  # fmt: skip
 
 
-def test_models_whose_linear_layers_have_other_names(tiny_folder: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.save_pretrained(tmp_path)
-    ends = {"bos_token_id": 1, "eos_token_id": 1}
-    shape = {"n_embd": 12, "n_layer": 1, "n_head": 2, "n_positions": 200}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(tmp_path)
-    found = assess(str(tmp_path), benchmarks=["mmlu"], count=8)
-    assert found.benchmarks["mmlu"].base.overall.count == 8
+def copy_run(run_folder: Path, folder: Path, *changes: Any) -> Path:
+    """The run with other values in its recipe: (section, key, value) each."""
+    recipe = load_recipe(run_folder / "recipe.resolved.toml")
+    for section, key, value in changes:
+        recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{key: value})})
+    (folder / "adapter").mkdir(parents=True)
+    weights = Path("adapter") / "adapter_model.safetensors"
+    (folder / weights).write_bytes((run_folder / weights).read_bytes())
+    (folder / "recipe.resolved.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    return folder
 
 
-def test_a_folder_benchmark_in_place_of_the_embedded_one(run_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "anatomy_test.csv").write_text("q?,a,b,c,d,A\nr?,a,b,c,d,B\n", encoding="utf-8")
-    found = assess(run_folder, benchmarks=["mmlu"], where={"mmlu": str(tmp_path)}, count=0, examples=0)
-    assert found.benchmarks["mmlu"].provenance == f"{tmp_path}, split test"
-    assert found.benchmarks["mmlu"].base.overall.count == 2
+def test_the_folders_of_the_runs_recipe_are_asked(run_folder: Path, where: dict[str, str], tmp_path: Path) -> None:
+    run = copy_run(run_folder, tmp_path / "run", ("evaluation", "mmlu", where["mmlu"]))
+    found = assess(run, tasks=["mmlu"], subjects=["anatomy"])
+    assert found.benchmarks["mmlu"].provenance == where["mmlu"]
 
 
-def test_what_cannot_be_assessed_is_one_sentence(run_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, object], type[DrencoderError], str]] = [
-        ({"benchmarks": ["gsm8k"]}, RecipeError, "choose one of mmlu, ceval"),
-        ({"where": {"gsm8k": "x"}}, DataError, "benchmark 'gsm8k' is not known"),
-        ({"shots": 6}, RecipeError, "shots = 6 is out of range"),
-        ({"template": "fancy"}, RecipeError, "choose one of plain, standard"),
-        ({"count": 0}, DataError, "has no end"),
-        ({"count": -1}, DataError, "count = -1"),
-        ({"examples": -1}, DataError, "examples = -1"),
-        ({"max_tokens": 1}, DataError, "max_tokens = 1"),
-        ({"where": {"mmlu": str(tmp_path / "none")}}, DataError, "does not exist"),
+def test_a_run_is_not_asked_what_its_clients_own(run_folder: Path, where: dict[str, str], tmp_path: Path) -> None:
+    for split, shots in (("test", 0), ("dev", 1)):
+        run = copy_run(
+            run_folder, tmp_path / split, ("data", "source", f"mmlu:{where['mmlu']}"), ("data", "split", split)
+        )
+        with pytest.raises(DataError, match=f"clients are trained on split '{split}'"):
+            assess(run, tasks=["mmlu"], places={"mmlu": where["mmlu"]}, shots=shots)
+
+
+def test_without_tasks_a_runs_own_outcomes_are_compared(run_folder: Path, tmp_path: Path) -> None:
+    run = copy_run(run_folder, tmp_path / "run")
+    with pytest.raises(ArtifactError, match="has no outcomes yet: finish the run"):
+        assess(run)
+    targets = [3, 1, 2, 5]
+    base = {"losses": [3.0, 2.0, 1.0, 9.0], "targets": targets, "right": {"mmlu": [1, 0, 0, 0], "ceval": [0, 1]}}
+    this = {"losses": [2.0, 1.0, 1.5, 4.0], "targets": targets, "right": {"mmlu": [1, 1, 1, 0], "ceval": [0, 0]}}
+    (run / "outcomes.json").write_text(json.dumps({"base model": base, "zero update": base, "this run": this}))
+    found = assess(run)
+    rows = {name: one.rows[0] for name, one in found.benchmarks.items()}
+    assert (rows["mmlu"].base.value, rows["mmlu"].adapter.value) == (0.25, 0.75)  # type: ignore[union-attr]
+    assert rows["mmlu"].mcnemar == mcnemar([True, False, False, False], [True, True, True, False])
+    assert all(len(one.rows) == 1 for one in found.benchmarks.values())
+    assert found.loss is not None
+    assert found.loss.adapter == ratio_of_sums(this["losses"], targets)  # type: ignore[arg-type]
+    assert found.loss.difference.value == pytest.approx((8.5 - 15) / 11)
+    assert found.loss.difference.low < loss_difference([1.0], [1.0], [1], seed=0).value
+    assert "Held-out loss" in screen_of(found)
+    with pytest.raises(DataError, match="belong to --tasks"):
+        assess(run, limit=3)
+    (run / "outcomes.json").write_text(json.dumps({"base model": base}))
+    with pytest.raises(ArtifactError, match=r"cannot be read \(KeyError\)"):
+        assess(run)
+
+
+def test_what_cannot_be_assessed_is_one_sentence(run_folder: Path, where: dict[str, str], tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], type[DrencoderError], str]] = [
+        ({"shots": -1}, DataError, "--shots -1"),
+        ({"limit": 0}, DataError, "--limit 0"),
+        ({"batch": 0}, DataError, "--batch 0"),
+        ({"places": {**where, "gsm8k": "x"}}, DataError, "--from gsm8k=x belongs to no task"),
+        ({"places": {**where, "mmlu": str(tmp_path / "none")}}, DataError, "does not exist"),
     ]
+    if not torch.cuda.is_available():
+        cases.append(({"device": "cuda"}, DeviceError, "no GPU"))
     for options, kind, message in cases:
         with pytest.raises(kind, match=message):
-            assess(run_folder, **options)  # type: ignore[arg-type]
+            assess(run_folder, **{"tasks": NAMES, "places": where, **options})
     with pytest.raises(ModelError, match="cannot be loaded"):
-        assess(str(tmp_path / "nothing"))
-    unfinished = tmp_path / "run"
-    unfinished.mkdir()
-    recipe = unfinished / "recipe.resolved.toml"
-    recipe.write_bytes((run_folder / "recipe.resolved.toml").read_bytes())
-    with pytest.raises(ArtifactError, match="has no adapter yet: finish the run"):
-        assess(unfinished, count=4)
-    (unfinished / "adapter").mkdir()
-    (unfinished / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        assess(unfinished, count=4)
-    other = load_recipe(recipe)
-    recipe.write_text(dataclasses.replace(other, adapter=dataclasses.replace(other.adapter, rank=3)).to_toml())
-    weights = run_folder / "adapter" / "adapter_model.safetensors"
-    (unfinished / "adapter" / weights.name).write_bytes(weights.read_bytes())
+        assess(str(tmp_path / "nothing"), tasks=NAMES, places=where)
+    with pytest.raises(DataError, match="is not a run folder, so there is nothing to read: name --tasks"):
+        assess("embedded")
+    run = copy_run(run_folder, tmp_path / "run", ("adapter", "rank", 3))
     with pytest.raises(ModelError, match="shape"):
-        assess(unfinished, count=4)
+        assess(run, tasks=NAMES, places=where)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(b"cut")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        assess(run, tasks=NAMES, places=where)
+    weights.unlink()
+    with pytest.raises(ArtifactError, match="has no adapter yet: finish the run"):
+        assess(run, tasks=NAMES, places=where)
 
 
-def test_a_run_asks_what_its_recipe_names(tiny_folder: Path, tmp_path: Path) -> None:
-    for split in ("dev", "val"):
-        (tmp_path / split).mkdir()
-        rows = "".join(f"{i},{split}{i}?,a,b,c,d,{'ABCD'[i]}\n" for i in range(3))
-        text = "id,question,A,B,C,D,answer\n" + rows
-        (tmp_path / split / f"law_{split}.csv").write_text(text, encoding="utf-8")
-    overrides = [f"evaluation.ceval={tmp_path}", "evaluation.benchmarks=['ceval']", "evaluation.shots=1"]
-    tiny = [*tiny_overrides(tiny_folder), "data.max_tokens=200", *overrides]
-    live = build(load_recipe("quickstart", [*tiny, "evaluation.template=standard"]))
+def test_a_run_asks_what_its_recipe_names(tiny_folder: Path, folders: dict[str, Path]) -> None:
+    overrides = [
+        f"evaluation.ceval={folders['ceval']}",
+        "evaluation.benchmarks=['ceval']",
+        "evaluation.subjects=['law']",
+    ]
+    live = build(load_recipe("quickstart", [*tiny_overrides(tiny_folder), "data.max_tokens=200", *overrides]))
     options, answers = live.questions["ceval"]
-    texts = {
+    texts = [
         live.lora.base.tokenizer.decode(four[answer].tokens) for four, answer in zip(options, answers, strict=True)
-    }
-    opening = "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n"
-    solved, options_text = "dev0?\nA. a\nB. b\nC. c\nD. d\n答案： A\n\n", "\nA. a\nB. b\nC. c\nD. d\n答案： "
-    assert texts == {f"{opening}{solved}val{i}?{options_text}{'ABCD'[i]}" for i in range(3)}
-    with pytest.raises(DataError, match="has no split 'test'"):
-        build(load_recipe("quickstart", [*tiny, "evaluation.split=test"]))
+    ]
+    assert len(texts) == live.recipe.evaluation.questions == 8
+    assert all(text.endswith(f"\nAnswer: {'ABCD'[answer]}") for text, answer in zip(texts, answers, strict=True))

@@ -1,56 +1,91 @@
-"""An assessment as tables for the terminal. No torch here."""
+"""An assessment as tables for the terminal, and its progress. No torch here."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
-from drencoder.evaluation.statistics import (
-    Assessment,
-    BenchmarkAssessment,
-    Difference,
-    Estimate,
-    LossAssessment,
-    Scores,
-)
-from drencoder.runs.display import estimate_cell, make_table, printable
+from drencoder.evaluation.statistics import Assessment, BenchmarkAssessment, Difference, Estimate, LossAssessment
+from drencoder.runs.display import estimate_cell, make_console, make_progress, make_table, printable
 
-__all__ = ["assessment_tables"]
+__all__ = ["assessment_tables", "progress_lines"]
 
 
-def assessment_tables(assessment: Assessment, *, subjects: bool = True) -> list[Table]:
-    """Returns one table per benchmark (overall, Hard subset, categories; `subjects` too) and one of the loss."""
-    tables = [_benchmark_table(benchmark, subjects) for benchmark in assessment.benchmarks.values()]
+class _Report(Protocol):
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+@contextmanager
+def progress_lines(quiet: bool) -> Iterator[_Report]:
+    """Lends a function that shows on standard error how far each evaluation is; with `quiet` it shows nothing."""
+    console = make_console(file=sys.stderr)
+    progress = make_progress("requests", console, what=True)
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if quiet:
+            return
+        progress.start()  # here, so that an error that comes before leaves no empty bar
+        if what not in tasks:
+            tasks[what] = progress.add_task(printable(what), total=total)
+        progress.update(tasks[what], completed=done, total=total)
+
+    if not quiet:
+        console.print("loading torch and lm-eval", style="dim")
+    try:
+        yield report
+    finally:
+        if tasks:
+            progress.stop()
+
+
+def assessment_tables(assessment: Assessment) -> list[Table]:
+    """Returns one table per benchmark (overall, Hard subset, categories and subjects) and one of the loss."""
+    tables = [_benchmark_table(benchmark) for benchmark in assessment.benchmarks.values()]
     return [*tables, _loss_table(assessment.loss)] if assessment.loss else tables
 
 
-def _benchmark_table(benchmark: BenchmarkAssessment, subjects: bool) -> Table:
+def _benchmark_table(benchmark: BenchmarkAssessment) -> Table:
+    paired = benchmark.rows[0].adapter is not None
     table = make_table(
-        f"{benchmark.name} ({benchmark.provenance}), {benchmark.template} prompt, {benchmark.shots} shots",
-        *("", "questions", "base model", *(["adapter"] if benchmark.adapter else [])),
+        f"{benchmark.name} ({benchmark.provenance}), {benchmark.prompt}",
+        *("", "questions", "base model"),
+        *(("adapter", "difference", "gained/lost", "p") if paired else ()),
         words=("",),
-        caption=_caption(benchmark),
+        caption=_caption(benchmark, paired),
     )
-    base, adapter = _rows(benchmark.base, subjects), _rows(benchmark.adapter, subjects) if benchmark.adapter else {}
-    for name, estimate in base.items():
-        cells = [_estimate_cell(row[name]) for row in (base, adapter) if row]
-        table.add_row(Text(printable(name)), str(estimate.count), *cells)
+    for row in benchmark.rows:
+        name = f"  {row.name}" if row.part == "subject" else row.name
+        cells: list[str | Text] = [str(row.base.count), _estimate_cell(row.base)]
+        if row.adapter and row.difference and row.mcnemar:
+            change, pairs = row.difference, row.mcnemar
+            cells += [
+                _estimate_cell(row.adapter),
+                Text.assemble(f"{change.value:+.3f} ", (f"[{change.low:+.3f}, {change.high:+.3f}]", "dim")),
+                f"{pairs.gained}/{pairs.lost}",
+                f"{pairs.p:.2g}",
+            ]
+        table.add_row(Text(printable(name)), *cells)
     return table
 
 
-def _rows(scores: Scores, subjects: bool) -> dict[str, Estimate]:
-    hard = {"Hard subset": scores.hard} if scores.hard else {}
-    below = {f"  {name}": estimate for name, estimate in scores.subjects.items()} if subjects else {}
-    return {"overall": scores.overall, **hard, **scores.categories, **below}
-
-
-def _caption(benchmark: BenchmarkAssessment) -> str:
-    lines = ["95 % intervals in brackets"]
-    if benchmark.shortened:
-        lines.append(f"{benchmark.shortened} prompts had no room for all {benchmark.shots} worked examples")
-    if benchmark.difference and benchmark.mcnemar:
-        lines.append(f"adapter minus base: {_difference_text(benchmark.difference)} (paired bootstrap)")
+def _caption(benchmark: BenchmarkAssessment, paired: bool) -> str:
+    lines = [f"accuracy ({benchmark.metric}); 95 % intervals in brackets"]
+    if paired:
         lines.append(
-            f"gained {benchmark.mcnemar.gained}, lost {benchmark.mcnemar.lost} questions: exact McNemar p = {benchmark.mcnemar.p:.2g}"
+            "difference: adapter minus base, paired bootstrap; gained/lost: questions that only the adapter, or only the "
+            "base, got right; p: exact McNemar test of that row alone"
         )
+    if benchmark.shortened:
+        lines.append(f"{benchmark.shortened} prompts were longer than the model's context and lost their beginning")
+    whole = {model: table[benchmark.task] for model, table in benchmark.lm_eval.items() if benchmark.task in table}
+    if whole:  # a tag of several tasks has no aggregate
+        texts = [f"{model} {metric} {value:.4f}" for model, row in whole.items() for metric, value in row.items()]
+        lines.append(f"lm-eval's own {benchmark.task}: {', '.join(texts)}")
     return "\n".join(lines)
 
 

@@ -186,39 +186,51 @@ def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="RUN|MODEL", help="a run folder, or a model: embedded, folder, hub id")
     ],
-    benchmark: Annotated[list[str] | None, typer.Option("--benchmark", help="mmlu or ceval; may be repeated")] = None,
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="LIST", help="tasks of lm-eval, e.g. mmlu,ceval,hellaswag")
+    ] = "",
     from_: Annotated[
         list[str] | None,
-        typer.Option("--from", metavar="NAME=WHERE", help="e.g. mmlu=FOLDER, ceval=hub:ceval/ceval-exam"),
+        typer.Option(
+            "--from", metavar="TASK=FOLDER", help="a task's data, e.g. mmlu=FOLDER with the original CSV files"
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="part of the benchmark")] = None,
-    subject: Annotated[list[str] | None, typer.Option("--subject", help="only this subject; may be repeated")] = None,
-    shots: Annotated[int | None, typer.Option("--shots", help="worked examples, 0 to 5")] = None,
-    template: Annotated[str | None, typer.Option("--template", help="plain or standard")] = None,
-    count: Annotated[int | None, typer.Option("--count", help="questions per benchmark; 0 = all")] = None,
+    subjects: Annotated[str, typer.Option("--subjects", metavar="LIST", help="of mmlu and ceval; default all")] = "",
+    shots: Annotated[int | None, typer.Option("--shots", help="worked examples; default as the task says")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="questions per subject, the first ones")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="requests of one forward pass")] = 16,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda")] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="show no progress")] = False,
 ) -> None:
-    """Log-likelihood multiple choice per subject and category, and held-out loss, against the base model."""
-    from drencoder.cli.assess_view import assessment_tables
+    """Benchmark scores by lm-eval, the adapter in pairs with its base model. Nothing is downloaded.
+
+    Without --tasks: the pairs of a finished run's own quick evaluation, which needs no model.
+    """
+    from drencoder.cli.assess_view import assessment_tables, progress_lines
     from drencoder.runs.assess import assess
     from drencoder.runs.display import make_console
 
-    where = {}
+    places = {}
     for entry in from_ or ():
         name, equals, place = entry.partition("=")
-        if not equals or not place:
-            raise RecipeError(f"--from {entry!r} is not NAME=WHERE: write, say, mmlu=data/mmlu.")
-        where[name] = place
-    assessment = assess(
-        target, benchmarks=benchmark, where=where, split=split, subjects=subject, shots=shots, template=template,
-        count=count, device=device,
-    )  # fmt: skip
+        if not equals or not name or not place:
+            raise RecipeError(f"--from {entry!r} is not TASK=FOLDER: write, say, mmlu=data/mmlu.")
+        places[name.strip()] = place
+    with progress_lines(quiet) as report_progress:
+        assessment = assess(
+            target, tasks=_names(tasks), places=places, subjects=_names(subjects), shots=shots, limit=limit,
+            batch=batch, device=device, on_progress=report_progress,
+        )  # fmt: skip
     if json_:
         print(json.dumps(assessment.to_dict(), indent=2, ensure_ascii=False))
         return
     for table in assessment_tables(assessment):
         make_console().print(table)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @app.command()

@@ -3,25 +3,20 @@
 Everything here runs on data that the server holds; no client's text is touched. Legend: N texts, Q questions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from drencoder.data.benchmarks.few_shot import prompt_with_examples
-from drencoder.data.embedded_world.world import Question
+from drencoder.data.embedded_world.world import Question, prompt_of
 from drencoder.data.prompts_template import LETTER_CONTINUATIONS
 from drencoder.data.tokenization import Example, collate
 from drencoder.errors import DataError
 from drencoder.evaluation.statistics import Estimate, ratio_of_sums, wilson
-from drencoder.models.base_model import BaseModel
 from drencoder.models.lora import LoraModel
 
 __all__ = [
-    "AskedQuestions",
     "Estimate",
-    "ask_questions",
     "choice_picks",
     "choice_scores",
     "held_out_loss",
@@ -60,69 +55,19 @@ def held_out_loss(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example
     return ratio_of_sums(*held_out_outcomes(lora, adapter_D, examples))
 
 
-@dataclass(frozen=True)
-class AskedQuestions:
-    """`options` (Q, 4) examples of prompt and letter, without an end token; `shots` (Q,) worked examples that fitted."""
+def question_examples(lora: LoraModel, questions: Sequence[Question], max_tokens: int) -> list[list[Example]]:
+    """Tokenises every question with each of its four letters as clients' records are, zero-shot, without an end token.
 
-    options: list[list[Example]]
-    shots: list[int]
-
-
-def ask_questions(
-    lora: LoraModel,
-    questions: Sequence[Question],
-    max_tokens: int,
-    *,
-    examples: Mapping[str, Sequence[Question]] | None = None,
-    template: str = "plain",
-) -> AskedQuestions:
-    """Tokenises every question with each of its four letters.
-
-    Args:
-      max_tokens: of prompt and letter (and, for "plain", the end that a client's record would have). A prompt that is
-        too long loses worked examples, the first ones first and whole; with none left, it loses its beginning.
-      examples: subject -> worked examples; none = zero-shot.
-      template: "plain" is tokenised as clients' records are, prompt and letter apart behind the model's start token;
-        "standard" as lm-evaluation-harness does, both as one text with the tokenizer's own special tokens.
+    Returns (Q, 4) examples. `max_tokens` is for prompt, letter and the end that a client's record would have; a prompt that
+    is too long loses its beginning, behind the model's start token.
     """
-    encode, limit = (_apart, max_tokens - 1) if template == "plain" else (_together, max_tokens)
-    options, kept = [], []
+    base, keep = lora.base, len(lora.base.start_ids)
+    options = []
     for question in questions:
-        shots = list((examples or {}).get(question.subject, ()))
-        while True:
-            prompt = prompt_with_examples(question, shots, template)
-            four = [encode(lora.base, prompt, letter) for letter in LETTER_CONTINUATIONS]
-            if not shots or max(len(option.tokens) for option in four) <= limit:
-                break
-            del shots[0]
-        keep = len(lora.base.start_ids) if template == "plain" else 0
-        options.append([_cut(option, limit, keep) for option in four])
-        kept.append(len(shots))
-    return AskedQuestions(options, kept)
-
-
-def question_examples(
-    lora: LoraModel,
-    questions: Sequence[Question],
-    max_tokens: int,
-    *,
-    examples: Mapping[str, Sequence[Question]] | None = None,
-    template: str = "plain",
-) -> list[list[Example]]:
-    """The options of `ask_questions`, (Q, 4)."""
-    return ask_questions(lora, questions, max_tokens, examples=examples, template=template).options
-
-
-def _apart(base: BaseModel, prompt: str, letter: str) -> Example:
-    prompt_ids, letter_ids = [*base.start_ids, *base.tokenize(prompt)], base.tokenize(letter)
-    return Example((*prompt_ids, *letter_ids), len(prompt_ids))
-
-
-def _together(base: BaseModel, prompt: str, letter: str) -> Example:
-    prompt_ids, whole_ids = (base.tokenizer(text)["input_ids"] for text in (prompt, prompt + letter))
-    # A tokenizer that melts the letter into the prompt's last token leaves nothing of it to score.
-    letter_ids = whole_ids[len(prompt_ids) :] or base.tokenize(letter)
-    return Example((*prompt_ids, *letter_ids), len(prompt_ids))
+        prompt_ids = [*base.start_ids, *base.tokenize(prompt_of(question, "plain"))]
+        four = [Example((*prompt_ids, *base.tokenize(letter)), len(prompt_ids)) for letter in LETTER_CONTINUATIONS]
+        options.append([_cut(option, max_tokens - 1, keep) for option in four])
+    return options
 
 
 def _cut(option: Example, limit: int, keep: int) -> Example:

@@ -5,7 +5,7 @@ Legend: Q questions, N texts, S subjects, B bootstrap draws. Every interval is a
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,14 +23,14 @@ __all__ = [
     "Estimate",
     "LossAssessment",
     "McNemar",
-    "Scores",
+    "Row",
     "accuracy_difference",
+    "assess_rows",
     "loss_difference",
     "mcnemar",
     "outcome_estimates",
     "paired_over_seeds",
     "ratio_of_sums",
-    "score_benchmark",
     "wilson",
 ]
 
@@ -87,32 +87,43 @@ class McNemar:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """One model's accuracies on one benchmark. `hard` is None where no asked subject is a Hard one."""
+class Row:
+    """Accuracy on a part of a benchmark: on all of it, on C-Eval's Hard subset, a category or a subject.
 
-    overall: Estimate
-    categories: Mapping[str, Estimate]
-    subjects: Mapping[str, Estimate]
-    hard: Estimate | None
+    `part` is "overall", "hard", "category" or "subject". `difference` is the adapter's accuracy minus the base's; `mcnemar`
+    counts single questions.
+    """
+
+    part: str
+    name: str
+    base: Estimate
+    adapter: Estimate | None = None
+    difference: Difference | None = None
+    mcnemar: McNemar | None = None
 
 
 @dataclass(frozen=True)
 class BenchmarkAssessment:
     """A base model, and perhaps its adapter, on one benchmark.
 
-    `shortened` counts the questions whose prompt had room for fewer than `shots` worked examples. `difference` is the
-    adapter's overall accuracy minus the base's; `mcnemar` counts single questions.
+    Attributes:
+      provenance: where the questions come from.
+      prompt: how they were asked, in words.
+      metric: what says that an answer is right.
+      shortened: prompts that were longer than the model's context and lost their beginning.
+      rows: `overall` first.
+      lm_eval: "base" and "adapter" -> lm-eval's own table (group or task -> metric -> value); empty if it was not asked.
+      task: lm-eval's name of the whole; empty if it was not asked.
     """
 
     name: str
     provenance: str
-    template: str
-    shots: int
+    prompt: str
+    metric: str
     shortened: int
-    base: Scores
-    adapter: Scores | None = None
-    difference: Difference | None = None
-    mcnemar: McNemar | None = None
+    rows: Sequence[Row]
+    lm_eval: Mapping[str, Mapping[str, Mapping[str, float]]]
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class LossAssessment:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What `assess` found; `adapter` is the run folder, or None for a model without one."""
+    """What `drencoder evaluate` found; `adapter` is the run folder, or None for a model without one."""
 
     model: str
     adapter: str | None
@@ -164,32 +175,70 @@ def ratio_of_sums(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     return Estimate(mean, mean - error, mean + error, len(sums))
 
 
-def score_benchmark(taxonomy: Taxonomy, subjects: Sequence[str], right: Sequence[bool]) -> Scores:
-    """Accuracies of one model, averaged as the benchmark's authors do.
+def assess_rows(
+    taxonomy: Taxonomy | None,
+    subjects: Sequence[str],
+    base: Sequence[bool],
+    adapter: Sequence[bool] | None = None,
+    *,
+    seed: int,
+) -> list[Row]:
+    """Accuracies, and paired tests of the adapter against its base, on the whole benchmark and on each part of it.
 
-    MMLU averages over questions (Hendrycks et al. 2021), C-Eval over subjects (Huang et al. 2023), overall and in
-    every category alike.
+    They are averaged as the benchmark's authors do: MMLU over questions (Hendrycks et al. 2021), C-Eval over subjects
+    (Huang et al. 2023), overall and in every category alike. The p-values are those of single tests: with many subjects,
+    some are small by chance.
 
     Args:
+      taxonomy: the benchmark's categories; None = it has none, and is averaged over questions.
       subjects: (Q,) the subject of each question.
-      right: (Q,) whether it was answered rightly.
+      base, adapter: (Q,) whether the model answered it rightly.
+      seed: of the bootstrap.
 
     Raises:
       DataError: there is no question.
     """
+    rows = []
+    for part, name, indices in _parts(taxonomy, subjects):
+        own = [subjects[index] for index in indices]
+        by_subject = taxonomy is not None and taxonomy.by_subject
+        before = [bool(base[index]) for index in indices]
+        row = Row(part, name, _accuracy(own, before, by_subject))
+        if adapter is not None:
+            after = [bool(adapter[index]) for index in indices]
+            row = Row(
+                part,
+                name,
+                row.base,
+                _accuracy(own, after, by_subject),
+                accuracy_difference(own, before, after, by_subject=by_subject, seed=seed),
+                mcnemar(before, after),
+            )
+        rows.append(row)
+    return rows
+
+
+def _parts(taxonomy: Taxonomy | None, subjects: Sequence[str]) -> Iterator[tuple[str, str, list[int]]]:
+    """(part, name, indices of its questions) of every part that has questions; one subject is no part of its own."""
+    piles: dict[str, list[int]] = {}
+    for index, subject in enumerate(subjects):
+        piles.setdefault(subject, []).append(index)
+    yield "overall", "overall", list(range(len(subjects)))
+    if taxonomy is not None:
+        groups = {"Hard subset": taxonomy.hard, **taxonomy.categories}
+        for name, members in groups.items():
+            indices = [index for subject in piles if subject in members for index in piles[subject]]
+            if indices:
+                yield ("hard" if name == "Hard subset" else "category"), name, indices
+    if taxonomy is not None or len(piles) > 1:
+        yield from (("subject", subject, piles[subject]) for subject in sorted(piles))
+
+
+def _accuracy(subjects: Sequence[str], right: Sequence[bool], by_subject: bool) -> Estimate:
     piles: dict[str, list[bool]] = {}
     for subject, hit in zip(subjects, right, strict=True):
-        piles.setdefault(subject, []).append(bool(hit))
-    by_category: dict[str, list[list[bool]]] = {name: [] for name in taxonomy.categories}
-    for subject, hits in piles.items():
-        by_category[taxonomy.category_of(subject)].append(hits)
-    hard = [hits for subject, hits in piles.items() if subject in taxonomy.hard]
-    return Scores(
-        _average(list(piles.values()), taxonomy.by_subject),
-        {name: _average(some, taxonomy.by_subject) for name, some in by_category.items() if some},
-        {subject: _average([piles[subject]], False) for subject in sorted(piles)},
-        _average(hard, taxonomy.by_subject) if hard else None,
-    )
+        piles.setdefault(subject, []).append(hit)
+    return _average(list(piles.values()), by_subject)
 
 
 def _average(piles: Sequence[Sequence[bool]], by_subject: bool) -> Estimate:
@@ -201,7 +250,7 @@ def _average(piles: Sequence[Sequence[bool]], by_subject: bool) -> Estimate:
     """
     count = sum(len(pile) for pile in piles)
     if not count:
-        raise DataError("there is no multiple-choice question to score: raise evaluation.questions.")
+        raise DataError("there is no multiple-choice question to score: give the benchmark some.")
     if not by_subject:
         share, effective = sum(map(sum, piles)) / count, float(count)
     else:
@@ -224,26 +273,26 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
 
 
 def accuracy_difference(
-    taxonomy: Taxonomy,
     subjects: Sequence[str],
     first: Sequence[bool],
     second: Sequence[bool],
     *,
+    by_subject: bool,
     seed: int,
     draws: int = _DRAWS,
 ) -> Difference:
-    """Paired bootstrap of the benchmark's overall accuracy, second model minus first, over questions.
+    """Paired bootstrap of the accuracy, second model minus first, over questions.
 
-    C-Eval's mean over subjects is a mean over questions that weigh 1 / (questions of their subject); a weight is drawn
+    A mean over subjects (`by_subject`, as C-Eval has it) is a mean over questions that weigh 1 / (questions of their subject); a weight is drawn
     with its question, so that subjects with few questions do not pretend to be known exactly.
 
     Raises:
       DataError: there is no question.
     """
     if not subjects:
-        raise DataError("there is no multiple-choice question to compare: raise evaluation.questions.")
+        raise DataError("there is no multiple-choice question to compare: give the benchmark some.")
     sizes = Counter(subjects)
-    weight_Q = np.array([1 / sizes[subject] if taxonomy.by_subject else 1.0 for subject in subjects])
+    weight_Q = np.array([1 / sizes[subject] if by_subject else 1.0 for subject in subjects])
     sign_Q = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     return _bootstrap(sign_Q * weight_Q, weight_Q, seed, draws)
 

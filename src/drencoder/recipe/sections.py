@@ -241,17 +241,11 @@ class Evaluation(Checked):
     every: int = knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
     progress_examples: int = knob(128, "examples and questions of an evaluation between rounds", low=1)
     examples: int = knob(1024, "held-out examples of the final table", low=1)
-    questions: int = knob(1024, "multiple-choice questions of the final table, per benchmark", low=1)
+    questions: int = knob(1024, "multiple-choice questions of the final table, per benchmark, asked zero-shot", low=1)
     benchmarks: tuple[str, ...] = knob(("mmlu", "ceval"), "multiple-choice benchmarks", choices=("mmlu", "ceval"))
     mmlu: str = knob("embedded", "where mmlu comes from: `embedded`, a folder, or `hub:ORG/NAME`")
     ceval: str = knob("embedded", "where ceval comes from: `embedded`, a folder, or `hub:ORG/NAME`")
-    split: str = knob("", "part of a folder or hub benchmark; empty = mmlu test, ceval val (its test has no answers)")
     subjects: tuple[str, ...] = knob((), "subjects of a folder or hub benchmark; empty = all")
-    shots: int = knob(0, "worked examples before each question", low=0, high=5)
-    max_tokens: int = knob(0, "tokens of a question with its worked examples; 0 = data.max_tokens", low=0)
-    template: str = knob(
-        "plain", "plain: as clients' records are; standard: the benchmark's own prompt", choices=("plain", "standard")
-    )
 
 
 @dataclass(frozen=True)

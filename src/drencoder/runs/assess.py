@@ -1,32 +1,31 @@
-"""How good is a finished run, or any model: MMLU, C-Eval and held-out text, the adapter paired with its base."""
+"""How good is a finished run, or any model: benchmark scores by lm-eval, the adapter in pairs with its base.
 
-from collections.abc import Mapping, Sequence
+Without tasks, a run's own quick evaluation is read from its folder: the same pairs, and no model is needed.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from drencoder.data.benchmarks.questions import Benchmark, load_benchmarks
+from drencoder.data.benchmarks.questions import DEFAULT_SPLIT, EXAMPLE_SPLIT, check_apart
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
-from drencoder.data.prompts_template import render
-from drencoder.data.sources import open_source
-from drencoder.data.tokenization import make_examples
-from drencoder.errors import ArtifactError, DataError, ModelError
-from drencoder.evaluation.held_out import AskedQuestions, ask_questions, choice_picks, held_out_outcomes
+from drencoder.errors import ArtifactError, DataError
+from drencoder.evaluation.lm_eval_runner import ItemLog, ask_tasks
+from drencoder.evaluation.lm_eval_tasks import LoadedBenchmark, load_tasks, unify_names
 from drencoder.evaluation.statistics import (
     Assessment,
     BenchmarkAssessment,
     LossAssessment,
-    accuracy_difference,
+    assess_rows,
     loss_difference,
-    mcnemar,
     ratio_of_sums,
-    score_benchmark,
 )
-from drencoder.models.base_model import BaseModel, load_base, resolve_device
+from drencoder.models.base_model import load_base, resolve_device
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe, load_recipe
@@ -35,146 +34,162 @@ from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["assess"]
 
-# Longest prompt unless told otherwise: five worked examples of the longest subjects need about 3,000 tokens.
-_LONGEST_PROMPT_TOKENS = 4096
+Progress = Callable[[str, int, int], None]
+"""(what is asked, requests answered, requests in all)."""
 
 
 def assess(
     target: Path | str,
     *,
-    benchmarks: Sequence[str] | None = None,
-    where: Mapping[str, str] | None = None,
-    split: str | None = None,
-    subjects: Sequence[str] | None = None,
+    tasks: Sequence[str] = (),
+    places: Mapping[str, str] | None = None,
+    subjects: Sequence[str] = (),
     shots: int | None = None,
-    template: str | None = None,
-    count: int | None = None,
-    examples: int | None = None,
-    max_tokens: int | None = None,
+    limit: int | None = None,
+    batch: int = 16,
     device: str | None = None,
+    on_progress: Progress = lambda what, done, total: None,
 ) -> Assessment:
-    """Scores a base model and, for a run, its adapter on the same questions and texts.
-
-    None means: as the run's recipe says, or its default for a model that has no run.
+    """Scores a base model and, for a run, its adapter on the same questions.
 
     Args:
       target: a run folder (`recipe.resolved.toml` and `adapter/`), else a model: "embedded", a folder or a hub id.
-      benchmarks: any of "mmlu" and "ceval"; none at all when empty.
-      where: benchmark -> "embedded", a folder of CSV files, or "hub:ORG/NAME".
-      split, subjects, shots, template: as the knobs of `[evaluation]`.
-      count: questions per benchmark; 0 = all (not of the embedded world, which has no end).
-      examples: held-out texts of a run, which needs the run's data; 0 = leave them out. A model has none.
-      max_tokens: of a prompt; None = the model's context, 4,096 at most.
-      device: "auto", "cpu" or "cuda".
+      tasks: of lm-eval; none = what the run's own quick evaluation left in `outcomes.json`.
+      places: task -> folder of its data; for mmlu and ceval, a folder that the run's recipe names is taken if none is given.
+      subjects: of mmlu and ceval; empty = all.
+      shots: worked examples; None = as the task says.
+      limit: questions of each subject, the first ones; None = all.
+      batch: requests of one forward pass.
+      device: "auto", "cpu" or "cuda"; None = as the run's recipe says, auto for a model.
 
     Raises:
-      DrencoderError: the target, its data or a benchmark cannot be had, or an option cannot be meant.
+      DrencoderError: the target, lm-eval or the data of a task cannot be had, or an option cannot be meant.
     """
-    for name, value, least in (("examples", examples, 0), ("max_tokens", max_tokens, 8)):
+    for name, value, least in (("--shots", shots, 0), ("--limit", limit, 1), ("--batch", batch, 1)):
         if value is not None and value < least:
-            raise DataError(f"{name} = {value} is too few: give at least {least}.")
-    folder = Path(target)
-    is_run = RunFolder(folder).recipe.is_file()
-    recipe = load_recipe(RunFolder(folder).recipe) if is_run else Recipe(model=config.Model(source=str(target)))
-    given = {"benchmarks": benchmarks, "split": split, "subjects": subjects, "shots": shots, "template": template}
-    recipe = _with(recipe, {**given, **_places(where or {})}, device)
-    count = recipe.evaluation.questions if count is None else count
-    drawn = load_benchmarks(recipe.evaluation, recipe.data, seed=recipe.seed, count=count)
+            raise DataError(f"{name} {value} is too few: give at least {least}.")
+    folder = RunFolder(Path(target))
+    is_run = folder.recipe.is_file()
+    if not tasks:
+        if not is_run:
+            raise DataError(
+                f"{str(target)!r} is not a run folder, so there is nothing to read: name --tasks, say mmlu."
+            )
+        if places or subjects or shots is not None or limit is not None:
+            raise DataError("--from, --subjects, --shots and --limit belong to --tasks: give it too.")
+        return _assess_outcomes(folder)
+    recipe = load_recipe(folder.recipe) if is_run else Recipe(model=config.Model(source=str(target)))
+    if device is not None:
+        recipe = replace(recipe, model=replace(recipe.model, device=device))
     resolve_device(recipe.model.device)
-    base = load_base(recipe.model)
-    lora = LoraModel(base, recipe.adapter if is_run else _smallest_adapter(base), seed=recipe.seed)
-    adapter_D = _load_adapter(RunFolder(folder), lora) if is_run else None
-    limit = max_tokens or _context_tokens(base)
-    scored = {name: _assess_benchmark(lora, adapter_D, benchmark, recipe, limit) for name, benchmark in drawn.items()}
-    loss = None
-    if adapter_D is not None and examples != 0:
-        loss = _assess_loss(lora, adapter_D, recipe, examples or recipe.evaluation.examples)
-    return Assessment(recipe.model.source, str(target) if is_run else None, scored, loss)
+    adapter = _read_adapter(folder) if is_run else None
+    names = unify_names(tasks)
+    where = {
+        **_places_of(recipe, names),
+        **dict(zip(unify_names(list(places or {})), (places or {}).values(), strict=True)),
+    }
+    for name in set(where) & set(TAXONOMIES):
+        check_apart(name, where[name], [DEFAULT_SPLIT[name], *([EXAMPLE_SPLIT] if shots else [])], recipe.data)
+    benchmarks = load_tasks(names, where, subjects=subjects, shots=shots)
+    logs = _ask_models(benchmarks, recipe, adapter, limit=limit, batch=batch, on_progress=on_progress)
+    scored = {benchmark.name: _compare(benchmark, *logs[benchmark.name], seed=recipe.seed) for benchmark in benchmarks}
+    return Assessment(recipe.model.source, str(target) if is_run else None, scored)
 
 
-def _places(where: Mapping[str, str]) -> Mapping[str, str]:
-    if unknown := set(where) - set(TAXONOMIES):
-        raise DataError(f"benchmark {min(unknown)!r} is not known: choose one of {', '.join(TAXONOMIES)}.")
-    return where
+def _places_of(recipe: Recipe, names: Sequence[str]) -> dict[str, str]:
+    """The folders that a recipe's quick evaluation asks from, of the benchmarks that are asked now."""
+    named = {name: getattr(recipe.evaluation, name) for name in TAXONOMIES if name in names}
+    return {name: place for name, place in named.items() if place != "embedded" and not place.startswith("hub:")}
 
 
-def _with(recipe: Recipe, given: Mapping[str, Any], device: str | None) -> Recipe:
-    """The recipe with what was given in place of its own; the knobs check themselves."""
-    changed = {key: value for key, value in given.items() if value is not None}
-    model = recipe.model if device is None else replace(recipe.model, device=device)
-    return replace(recipe, evaluation=replace(recipe.evaluation, **changed), model=model)
-
-
-def _context_tokens(base: BaseModel) -> int:
-    context = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    return min(context or _LONGEST_PROMPT_TOKENS, _LONGEST_PROMPT_TOKENS)
-
-
-def _smallest_adapter(base: BaseModel) -> config.Adapter:
-    """A rank-1 adapter on some linear layer: a model without a run is scored as the zero update of one."""
-    head = base.model.get_output_embeddings()
-    for name, module in base.model.named_modules():
-        # GPT-2 and its kin call their linear layers Conv1D; PEFT knows both.
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            return config.Adapter(rank=1, targets=(name.rpartition(".")[2],))
-    raise ModelError(f"{base.source!r} has no linear layer: give a causal language model.")
-
-
-def _load_adapter(folder: RunFolder, lora: LoraModel) -> Tensor:
-    """The run's released adapter as one vector (D,)."""
+def _read_adapter(folder: RunFolder) -> Mapping[str, Tensor]:
     path = folder.adapter / "adapter_model.safetensors"
     if not path.is_file():
         raise ArtifactError(
             f"{folder.path} has no adapter yet: finish the run with drencoder run --resume {folder.path}."
         )
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except Exception as error:  # safetensors has an error type of its own, not an OSError
         raise ArtifactError(f"{path} cannot be read ({error}): it was cut or changed; restore it.") from None
-    return lora.layout.flatten(tensors).to(lora.device)
 
 
-def _assess_benchmark(
-    lora: LoraModel, adapter_D: Tensor | None, benchmark: Benchmark, recipe: Recipe, limit: int
+def _ask_models(
+    benchmarks: Sequence[LoadedBenchmark],
+    recipe: Recipe,
+    adapter: Mapping[str, Tensor] | None,
+    *,
+    limit: int | None,
+    batch: int,
+    on_progress: Progress,
+) -> dict[str, list[ItemLog]]:
+    """Benchmark -> what the base model answered and, if there is an adapter, what it answered with it."""
+    base = load_base(recipe.model)
+
+    def ask(benchmark: LoadedBenchmark, model: str) -> ItemLog:
+        def report(done: int, total: int) -> None:
+            on_progress(f"{benchmark.name}, {model}", done, total)
+
+        return ask_tasks(benchmark, base, limit=limit, batch=batch, on_progress=report)
+
+    if adapter is None:
+        return {benchmark.name: [ask(benchmark, "base model")] for benchmark in benchmarks}
+    lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    adapter_D = lora.layout.flatten(adapter).to(lora.device)  # a wrong shape is told before anything is asked
+    logs = {}
+    for benchmark in benchmarks:
+        logs[benchmark.name] = [ask(benchmark, "base model")]
+        with lora.peft(adapter_D):
+            logs[benchmark.name].append(ask(benchmark, "adapter"))
+    return logs
+
+
+def _compare(
+    benchmark: LoadedBenchmark, base: ItemLog, adapter: ItemLog | None = None, *, seed: int
 ) -> BenchmarkAssessment:
-    taxonomy, template = TAXONOMIES[benchmark.name], recipe.evaluation.template
-    asked = ask_questions(lora, benchmark.questions, limit, examples=benchmark.examples, template=template)
-    base = _right(lora, torch.zeros_like(lora.initial_D), asked, benchmark)
-    result = BenchmarkAssessment(
+    return BenchmarkAssessment(
         benchmark.name,
         benchmark.provenance,
-        template,
-        benchmark.shots,
-        sum(kept < benchmark.shots for kept in asked.shots),
-        score_benchmark(taxonomy, benchmark.subjects, base),
-    )
-    if adapter_D is None:
-        return result
-    adapter = _right(lora, adapter_D, asked, benchmark)
-    seed = derive_seed(recipe.seed, f"bootstrap {benchmark.name}")
-    return replace(
-        result,
-        adapter=score_benchmark(taxonomy, benchmark.subjects, adapter),
-        difference=accuracy_difference(taxonomy, benchmark.subjects, base, adapter, seed=seed),
-        mcnemar=mcnemar(base, adapter),
+        f"asked by lm-eval, {benchmark.shots} worked examples",
+        base.metric,
+        base.shortened,
+        assess_rows(
+            TAXONOMIES.get(benchmark.name),
+            base.subjects,
+            base.right,
+            adapter.right if adapter else None,
+            seed=derive_seed(seed, f"bootstrap {benchmark.name}"),
+        ),
+        {"base": base.aggregates, **({"adapter": adapter.aggregates} if adapter else {})},
+        benchmark.task,
     )
 
 
-def _right(lora: LoraModel, adapter_D: Tensor, asked: AskedQuestions, benchmark: Benchmark) -> list[bool]:
-    picks = choice_picks(lora, adapter_D, asked.options)
-    return [pick == answer for pick, answer in zip(picks, benchmark.answers, strict=True)]
-
-
-def _assess_loss(lora: LoraModel, adapter_D: Tensor, recipe: Recipe, count: int) -> LossAssessment:
-    source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
-    rendered = map(render, source.held_out(count))
-    limit, owner = recipe.data.max_tokens, "the server's held-out set"
-    model = lora.base
-    texts = make_examples(rendered, model.tokenize, model.end_id, limit, owner=owner, start=model.start_ids)
-    base, targets = held_out_outcomes(lora, torch.zeros_like(lora.initial_D), texts)
-    adapter, _ = held_out_outcomes(lora, adapter_D, texts)
-    return LossAssessment(
-        ratio_of_sums(base, targets),
-        ratio_of_sums(adapter, targets),
-        loss_difference(base, adapter, targets, seed=derive_seed(recipe.seed, "bootstrap loss")),
-    )
+def _assess_outcomes(folder: RunFolder) -> Assessment:
+    """The pairs of a finished run's quick evaluation; every question weighs the same, as in the run's own table."""
+    if not folder.outcomes.is_file():
+        raise ArtifactError(
+            f"{folder.path} has no outcomes yet: finish the run with drencoder run --resume {folder.path}."
+        )
+    recipe = load_recipe(folder.recipe)
+    try:
+        outcomes: Mapping[str, Any] = json.loads(folder.outcomes.read_text("utf-8"))
+        base, run = outcomes["base model"], outcomes["this run"]
+        losses, targets, right = (base["losses"], run["losses"]), base["targets"], (base["right"], run["right"])
+        pairs = {name: (right[0][name], right[1][name]) for name in right[0]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{folder.outcomes} cannot be read ({type(error).__name__}): it was cut or changed."
+        ) from None
+    scored = {}
+    for name, (before, after) in pairs.items():
+        rows = assess_rows(
+            None, [name] * len(before), before, after, seed=derive_seed(recipe.seed, f"bootstrap {name}")
+        )
+        place = getattr(recipe.evaluation, name)
+        scored[name] = BenchmarkAssessment(
+            name, place, "asked as clients' records are, zero-shot", "letter", 0, rows, {}
+        )
+    change = loss_difference(*losses, targets, seed=derive_seed(recipe.seed, "bootstrap loss"))
+    loss = LossAssessment(ratio_of_sums(losses[0], targets), ratio_of_sums(losses[1], targets), change)
+    return Assessment(recipe.model.source, str(folder.path), scored, loss)

@@ -101,15 +101,9 @@ class Components:
     @cached_property
     def questions(self) -> dict[str, tuple[list[list[Example]], list[int]]]:
         """Benchmark -> (four options per question, answers)."""
-        knobs = self.recipe.evaluation
-        limit, template = knobs.max_tokens or self.recipe.data.max_tokens, knobs.template
-        return {
-            name: (
-                question_examples(self.lora, drawn.questions, limit, examples=drawn.examples, template=template),
-                drawn.answers,
-            )
-            for name, drawn in load_benchmarks(knobs, self.recipe.data, seed=self.recipe.seed).items()
-        }
+        drawn = load_benchmarks(self.recipe.evaluation, self.recipe.data, seed=self.recipe.seed)
+        limit = self.recipe.data.max_tokens
+        return {name: (question_examples(self.lora, one.questions, limit), one.answers) for name, one in drawn.items()}
 
     def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
         """Updates of make-believe clients with public text at this adapter; None if the encoder is not made from any.

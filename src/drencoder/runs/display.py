@@ -77,9 +77,14 @@ def make_table(title: str, *headings: str, words: Sequence[str] = (), caption: s
     return table
 
 
-def make_progress(unit: str) -> Progress:
-    """Returns a progress bar that counts `unit` and shows the time that has passed and that is left."""
-    return Progress(TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+def make_progress(unit: str, console: Console | None = None, *, what: bool = False) -> Progress:
+    """Returns a progress bar that counts `unit` and shows the time that has passed and that is left.
+
+    `console` is where it shows, standard output if none is given; with `what`, each bar begins with its own description.
+    """
+    heading = [TextColumn("{task.description}", markup=False)] if what else []
+    columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*heading, *columns, console=console)
 
 
 def estimate_cell(value: float, low: float, high: float) -> Text:
