@@ -8,6 +8,7 @@ from drencoder.errors import RecipeError
 __all__ = ["REMOVED", "reject_removed_key", "reject_removed_value"]
 
 _FIXED = "it is always {}"
+_LM_EVAL = "`drencoder evaluate RUN --tasks ...` asks whole benchmarks as lm-eval does"
 _ROTATED = "use rotated4, rotated2 or rotated1, or float32"
 
 REMOVED: dict[str, str] = {
@@ -21,6 +22,10 @@ REMOVED: dict[str, str] = {
     "encoder.wire_dtype=int8": _ROTATED,
     "encoder.wire_dtype=int4": _ROTATED,
     "encoder.wire_dtype=int2": _ROTATED,
+    "evaluation.template": _LM_EVAL,
+    "evaluation.shots": "a run's quick score shows no examples; " + _LM_EVAL,
+    "evaluation.max_tokens": "a question may have data.max_tokens tokens",
+    "evaluation.split": "a run's quick score asks the questions that its benchmark is scored on; " + _LM_EVAL,
     "local.upload=state": "use increment",
     "prior.d1_share": _FIXED.format("0.3"),
     "prior.noise_ratio": "stage 1 always has a round's noise multiplier",
