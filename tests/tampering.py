@@ -28,11 +28,11 @@ def verdict(path: Path) -> str:
         return str(error)
 
 
-def reaccount(path: Path) -> int:
+def reaccount(path: Path, *signers: Path) -> int:
     """The exit status of the script that imports nothing of this package."""
     if str(TOOLS) not in sys.path:
         sys.path.append(str(TOOLS))
-    return int(importlib.import_module("reaccount").main(path))
+    return int(importlib.import_module("reaccount").main(path, *signers))
 
 
 class Forgery:

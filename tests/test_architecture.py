@@ -31,7 +31,7 @@ DOORS = {  # library -> rooms, or files of a room, that may import it
     "flwr": {"flower"},
     "httpx": {"flower"},
     "uvicorn": {"flower"},
-    "cryptography": {"flower/keys", "secure_aggregation/crypto"},
+    "cryptography": {"flower/keys", "runs/signatures", "secure_aggregation/crypto"},
     "tomli_w": {"recipe"},
 }
 # What must answer in about a second: `import drencoder`, the commands' help, `plan` and `verify`.

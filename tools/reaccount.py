@@ -1,13 +1,15 @@
 """Re-accounts a run from its files alone: imports nothing of drencoder, only Python, numpy, scipy and dp_accounting.
 
-    python tools/reaccount.py RUN
+    python tools/reaccount.py RUN [PUBLIC_KEY_FILE ...]
 
 Checks the ledger's chain of hashes, each line against the plan, the plan against the recipe, the whole privacy part of the
 certificate against what dp_accounting makes of the ledger's charges, and every other file against the ledger's last line.
 Prints a table and what does not hold, and exits with 1 if anything does not. `docs/verify.md` lists what is checked.
+The signatures in RUN/signatures.jsonl are checked if `cryptography` is installed; each PUBLIC_KEY_FILE must have signed.
 Copy it together with reaccount_ledger.py and reaccount_files.py.
 """
 
+import base64
 import hashlib
 import json
 import sys
@@ -156,9 +158,32 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
     return found
 
 
-def troubles(run: Path) -> list[str]:
+def signature_troubles(run: Path, records: list[dict], head: str, demanded: list[Path]) -> list[str]:
+    """Each line of signatures.jsonl is an Ed25519 signature of the ledger's last line; each demanded key has one."""
+    file = run / "signatures.jsonl"
+    if not file.exists() and not demanded:
+        return []
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    except ImportError:
+        return ["the signatures were not checked: install cryptography"]
+    message = f"drencoder ledger 1\n{records[0]['run_id']}\n{len(records) - 1} {head}\n".encode()
+    found, signers = [], set()
+    for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], start=1):
+        try:
+            record = json.loads(line)
+            load_ssh_public_key(record["key"].encode()).verify(base64.b64decode(record["signature"]), message)
+            signers.add(record["key"].split()[1])
+            print(f"signed by {record['key']:.120}")
+        except (ValueError, TypeError, LookupError, AttributeError, InvalidSignature):
+            found.append(f"line {number} of signatures.jsonl is no signature of this ledger's last line")
+    return found + [f"{key} has not signed" for key in demanded if key.read_text().split()[1] not in signers]
+
+
+def troubles(run: Path, demanded: list[Path]) -> list[str]:
     """All that does not hold, in an order in which each part may rely on the ones before."""
-    records, _ = read_ledger(run / "ledger.jsonl")
+    records, head = read_ledger(run / "ledger.jsonl")
     recipe = tomllib.loads((run / "recipe.resolved.toml").read_text("utf-8"))
     if found := plan_troubles(records[0], recipe) or line_troubles(records):
         return found
@@ -166,12 +191,13 @@ def troubles(run: Path) -> list[str]:
         return ["the run is unfinished: its ledger has no line that closes it"]
     certificate = json.loads((run / "certificate.json").read_bytes())
     print(f"{len(records)} lines, chain intact, delta {records[0]['plan']['delta']:g}")
-    return certificate_troubles(records, certificate, recipe) + file_troubles(run, records, certificate)
+    found = certificate_troubles(records, certificate, recipe) + file_troubles(run, records, certificate)
+    return found + signature_troubles(run, records, head, demanded)
 
 
-def main(run: str | Path) -> int:
+def main(run: str | Path, *demanded: str | Path) -> int:
     try:
-        found = troubles(Path(run))
+        found = troubles(Path(run), [Path(key) for key in demanded])
     except OSError as error:
         found = [f"{error.filename} cannot be read: {error.strerror}"]
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -182,6 +208,6 @@ def main(run: str | Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tools/reaccount.py RUN")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) < 2:
+        sys.exit("usage: python tools/reaccount.py RUN [PUBLIC_KEY_FILE ...]")
+    sys.exit(main(*sys.argv[1:]))

@@ -44,14 +44,16 @@ def certs(
     ] = None,
     days: Annotated[int, typer.Option("--days", min=1, help="until the certificates expire")] = 825,
 ) -> None:
-    """Makes an authority, the server's certificate, and a key for each site."""
+    """Makes an authority, the server's certificate, a key for each site, and keys to sign finished runs with."""
     from drencoder.flower.keys import make_certificates
     from drencoder.runs.display import make_console, printable
 
     written = make_certificates(folder, nodes, host or [], days=days)
     console = make_console()
     console.print(f"{len(written)} files in {printable(folder)}.")
-    console.print("Server: ca.crt, server.crt, server.key and nodes/. Site i: node[i]/. Keep ca.key off both.")
+    console.print(
+        "Server: ca.crt, server.crt, server.key, signing.key, nodes/. Site i: node[i]/. Keep ca.key off both."
+    )
 
 
 def server(

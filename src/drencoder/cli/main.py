@@ -274,24 +274,42 @@ def audit(
 
 
 @app.command()
-def verify(folder: RunArgument) -> None:
-    """Re-accounts a run's ledger and compares it with its certificate."""
+def verify(
+    folder: RunArgument,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="sign the ledger's last line if everything holds")
+    ] = None,
+    signed_by: Annotated[
+        list[Path] | None,
+        typer.Option("--signed-by", metavar="PUB|DIR", help="public keys of those who must have signed"),
+    ] = None,
+) -> None:
+    """Re-accounts a run's ledger and compares it with its certificate and all files; signs it on request."""
     from drencoder.runs.display import make_console, make_table, printable
+    from drencoder.runs.run_folder import RunFolder
+    from drencoder.runs.signatures import fingerprint, read_signers, sign_run
     from drencoder.runs.verify import verify_run
 
-    report = verify_run(folder)
+    names = {key: name for place in signed_by or () for key, name in read_signers(place).items()}
+    report = verify_run(folder, names)
     headings = ("observer", "adjacency", "certificate", "ledger")
     table = make_table("Epsilon, re-computed from the ledger", *headings, words=headings)
     for row in report.rows:
         table.add_row(*map(str, row))
     console = make_console()
     console.print(table)
+    for key in report.signers:
+        name = f" ({names[key]})" if key in names else ""
+        console.print(Text.assemble(("Signed: ", "green"), printable(f"{fingerprint(key)}{name}")), soft_wrap=True)
     if report.trouble:
         console.print(Text.assemble(("Does not hold: ", "bold red"), printable(report.trouble)))
         raise SystemExit(1)
     console.print(
         Text.assemble(("Holds: ", "green"), f"{report.charges} charges, chain of hashes intact, numbers agree to 1e-6.")
     )
+    if sign is not None:
+        signer = sign_run(RunFolder.open(folder), sign)
+        console.print(Text.assemble(("Signed now: ", "green"), signer), soft_wrap=True)
 
 
 @app.command()

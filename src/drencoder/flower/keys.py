@@ -5,10 +5,13 @@
     DIR/ca.crt, ca.key           the authority that all of one federation believe; keep ca.key off the server afterwards
     DIR/server.crt, server.key   for the server
     DIR/nodes/node0.pub ...      for the server: whom it lets in
-    DIR/node0/key, key.pub, ca.crt, clients, roster    for the site: its key, whom it believes, which clients it answers for,
-                                 and all nodes' keys, against which it checks the others under secure aggregation
+    DIR/signing.key              for the server: with it `drencoder verify --sign` signs a finished run
+    DIR/signers/server.pub ...   for everybody: whose signatures `drencoder verify --signed-by` asks for
+    DIR/node0/key, key.pub, ca.crt, clients, roster, signing.key    for the site: its key, whom it believes, which clients it
+                                 answers for, all nodes' keys, against which it checks the others under secure aggregation,
+                                 and a key with which it counter-signs a run
 
-TLS keys are ECDSA P-256, node keys ECDSA P-384 in OpenSSH's format, which is what Flower takes. Private keys are written with
+TLS keys are ECDSA P-256, node keys ECDSA P-384 in OpenSSH's format, which is what Flower takes, signing keys Ed25519. Private keys are written with
 mode 0600 and never leave the machine that makes them but by your hand.
 """
 
@@ -26,6 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.runs.run_folder import storing
+from drencoder.runs.signatures import make_signing_key
 
 __all__ = ["make_certificates", "read_public_keys"]
 
@@ -75,6 +79,12 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
             _write(own / "ca.crt", root.public_bytes(serialization.Encoding.PEM), 0o644),
             _write(own / "clients", f"{node}/{nodes}\n".encode(), 0o644),
             _write(own / "roster", roster, 0o644),
+        ]
+    for name, own in {"server": folder, **{f"node{node}": folder / f"node{node}" for node in range(nodes)}}.items():
+        private, public = make_signing_key()
+        written += [
+            _write(own / "signing.key", private, 0o600),
+            _write(folder / "signers" / f"{name}.pub", public, 0o644),
         ]
     return written
 

@@ -10,6 +10,7 @@
     certificate.json       what was promised, to whom, and what was spent
     outcomes.json          every held-out text's loss and every question's outcome, for paired comparisons
     report.html            one page for people
+    signatures.jsonl       who stands for the ledger's last line, if anybody signed it (runs.signatures)
 
 No torch here: the report and the plan read run folders without it.
 """
@@ -66,6 +67,10 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def signatures(self) -> Path:
+        return self.path / "signatures.jsonl"
 
     @property
     def _starting(self) -> Path:

@@ -20,6 +20,7 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs.certificate import BYTES_COUNTED, derived_part, file_digests, flat_gate, recipe_digest
 from drencoder.runs.plan_overview import privacy_plan, survey
 from drencoder.runs.run_folder import RunFolder
+from drencoder.runs.signatures import check_signatures
 from drencoder.runs.tensor_files import adapter_digest, read_tensors
 
 __all__ = ["Verification", "verify_run"]
@@ -31,11 +32,15 @@ _MOST_TROUBLES = 20
 
 @dataclass(frozen=True)
 class Verification:
-    """Rows (observer, adjacency, certificate's epsilon, ledger's epsilon); `troubles`: what does not hold, a sentence each."""
+    """Rows (observer, adjacency, certificate's epsilon, ledger's epsilon); `troubles`: what does not hold, a sentence each.
+
+    `signers`: the public keys whose signatures of this ledger are right.
+    """
 
     rows: list[tuple[str, str, str, str]]
     charges: int
     troubles: tuple[str, ...]
+    signers: tuple[str, ...] = ()
 
     @property
     def trouble(self) -> str:
@@ -44,8 +49,11 @@ class Verification:
         return " ".join([*self.troubles[:_MOST_TROUBLES], *([f"And {more} more."] if more > 0 else [])])
 
 
-def verify_run(path: Path) -> Verification:
-    """Checks a run folder against its own ledger and recipe.
+def verify_run(path: Path, signed_by: Mapping[str, str] | None = None) -> Verification:
+    """Checks a run folder against its own ledger and recipe, and the signatures that it has.
+
+    Args:
+      signed_by: public key -> name, of all who must have signed (`signatures.read_signers`).
 
     Raises:
       ArtifactError: a file is missing or damaged, or the ledger's chain is broken.
@@ -71,7 +79,8 @@ def verify_run(path: Path) -> Verification:
         if not troubles:
             troubles += _checkpoint_troubles(ledger, folder, certificate)
         troubles += _file_troubles(ledger, folder)
-        return Verification(_rows(certificate, derived), charges, tuple(troubles))
+        signers, unsigned = check_signatures(folder, ledger, signed_by or {})
+        return Verification(_rows(certificate, derived), charges, (*troubles, *unsigned), tuple(signers))
 
 
 def _plan_troubles(ledger: Ledger, recipe: Recipe) -> Iterator[str]:
