@@ -185,7 +185,7 @@ def compositions(records: list[dict]) -> dict[str, list[dict] | None]:
             ]
         else:
             # A sum of codes that were decoded one by one, by a non-linear map, hides nobody in the others' noise.
-            m = 1 if plan["decodes_each"] and slot > 0 else contributors.get(slot, 1)
+            m = 1 if plan["nonlinear_decoding"] and slot > 0 else contributors.get(slot, 1)
             shares = [("server", 1), ("clients", max(1, m - 1)), ("public", max(1, m))]
         for view, variances in shares:
             seen = dict(event)

@@ -215,4 +215,4 @@ def test_the_plan_chooses_the_code_by_what_its_noise_lets_a_round_learn() -> Non
 def test_four_bits_are_automatic_for_hybrid_with_a_trusted_server(said: list[str], dtype: str) -> None:
     recipe = load_recipe("quickstart", ["encoder.name=hybrid", "privacy.trust=central", *said])
     assert wire_dtype(recipe) == dtype
-    assert survey(recipe).privacy.decodes_each == (dtype != "float32")
+    assert survey(recipe).privacy.nonlinear_decoding == (dtype != "float32")

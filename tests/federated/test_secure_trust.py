@@ -146,7 +146,7 @@ def test_nothing_is_amplified_and_a_client_pays_once_a_block():
         ({"dropout_share": 0.5}, r"\[0, 0.5\)"),
         ({"honest_share": 0.0}, r"\(0, 1\]"),
         ({"non_private": ("round",), "noise_multiplier": None}, "without noise"),
-        ({"decodes_each": True}, "only their sum"),
+        ({"nonlinear_decoding": True}, "only their sum"),
     ],
 )
 def test_impossible_plans_are_refused(change, match):

@@ -51,7 +51,7 @@ def test_the_script_is_independent():
     [
         plan(noise_multiplier=5.0, sampling_rate=0.1, stage1_noise_ratio=1.5),
         plan("local", participation_cap=2, noise_multiplier=5.0, stage1_noise_ratio=0.8),
-        plan("local", participation_cap=2, noise_multiplier=5.0, decodes_each=True),
+        plan("local", participation_cap=2, noise_multiplier=5.0, nonlinear_decoding=True),
     ],
     ids=["central", "local", "local-decodes-each"],
 )

@@ -88,9 +88,9 @@ def test_local_cap_above_the_schedule_is_every_slot():
 
 def test_decoding_one_by_one_gives_up_the_others_noise():
     # decode(code_1 + noise_1) + decode(code_2 + noise_2) is no function of the sum of noised codes.
-    views = make_plan(**{**LOCAL, "stage1_rate": 0.0}, decodes_each=True).epsilons()
+    views = make_plan(**{**LOCAL, "stage1_rate": 0.0}, nonlinear_decoding=True).epsilons()
     assert views["public"].epsilon_pld == views["clients"].epsilon_pld == views["server"].epsilon_pld
-    with_moments = make_plan(**LOCAL, participation_cap=2, decodes_each=True)
+    with_moments = make_plan(**LOCAL, participation_cap=2, nonlinear_decoding=True)
     bound, sigma = with_moments.cohort_bound(0), with_moments.noise_multiplier
     first_block = with_moments.composition("public", {0: (1, bound)})
     assert first_block == (GaussianEvent(sigma * math.sqrt(bound)),)  # moments are summed as they come

@@ -316,7 +316,7 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "codes that are decoded one by one hide behind each other",
         "privacy/plan",
-        'observer == "server" or (self.decodes_each and slot > 0):',
+        'observer == "server" or (self.nonlinear_decoding and slot > 0):',
         'observer == "server":',
         _ACCOUNT,
     ),

@@ -41,7 +41,7 @@ class Finding:
       attack: how it scores.
       auc: measured, with its 95 % interval.
       max_auc: the largest AUC that the accounting allows for this release; None where nothing is promised.
-      found: tokens only: share of a text's tokens among as many best guesses.
+      tokens_found: tokens only: share of a text's tokens among as many best guesses.
       note: one fact more.
       sabotaged: the audit itself took noise away, to see whether the attack notices; then `exposed` must be true.
     """
@@ -52,7 +52,7 @@ class Finding:
     attack: str
     auc: Auc
     max_auc: float | None = None
-    found: float | None = None
+    tokens_found: float | None = None
     note: str = ""
     sabotaged: bool = False
 

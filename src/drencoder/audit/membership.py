@@ -58,7 +58,7 @@ def release_findings(setup: AuditSetup, arms: Sequence[Arm]) -> list[Finding]:
         few = trials if linear else max(8, trials // 2)  # networks are slow
         many = _MORE_TRIALS * trials if arm.sabotaged else few
         sizes = (smallest_cohort(count, len(target_ND), seed) for count in (few, many))
-        # Messages that are decoded one by one do not hide behind each other's noise (`PrivacyPlan.decodes_each`).
+        # Messages that are decoded one by one do not hide behind each other's noise (`PrivacyPlan.nonlinear_decoding`).
         (some, mu_few), (least, mu_many) = (
             (size, arm.max_mu("add_remove", size) if linear else promise) for size in sizes
         )

@@ -131,11 +131,11 @@ def token_findings(setup: AuditSetup, arms: Sequence[Arm], span: SpanAttack) -> 
 
     def add(arm: str, sees: str, attack: str, score_NV: Tensor, mu: float | None) -> None:
         bound = None if mu is None else gaussian_max_auc(mu)
-        auc, found = (
+        auc, tokens_found = (
             estimate_clustered_auc(score_NV, present_NV, setup.seed),
             share_of_tokens_found(score_NV, present_NV),
         )
-        findings.append(Finding("tokens", arm, sees, attack, auc, bound, found))
+        findings.append(Finding("tokens", arm, sees, attack, auc, bound, tokens_found))
 
     for arm in arms:
         query, mu = arm.query(setup.components.recipe, 1), arm.max_mu("replace_one")

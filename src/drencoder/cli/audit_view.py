@@ -24,7 +24,7 @@ def audit_tables(audit: Audit) -> list[Table]:
 
 
 def _findings_table(title: str, findings: list[Finding]) -> Table:
-    has_tokens = any(finding.found is not None for finding in findings)
+    has_tokens = any(finding.tokens_found is not None for finding in findings)
     table = make_table(title, caption=_CAPTION)
     table.show_header = True
     for heading in ("arm", "the attacker sees", "attack"):
@@ -38,7 +38,7 @@ def _findings_table(title: str, findings: list[Finding]) -> Table:
         cells: list[str | Text] = [finding.arm, finding.sees, finding.attack, _auc_cell(finding)]
         cells.append("-" if finding.max_auc is None else f"{finding.max_auc:.3f}")
         if has_tokens:
-            cells.append("" if finding.found is None else f"{finding.found:.0%}")
+            cells.append("" if finding.tokens_found is None else f"{finding.tokens_found:.0%}")
         cells += [f"{finding.auc.positives} / {finding.auc.negatives}", finding.note]
         table.add_row(*cells[: len(table.columns)], style=style)
     return table

@@ -21,7 +21,7 @@ __all__ = ["Engine", "RunComponents"]
 
 class Engine(Protocol):
     """Knows neither stage, encoder nor epsilon. All engines give the same sums from the same seeds, up to float rounding
-    (tests/test_engines.py)."""
+    (tests/federated/test_engines.py)."""
 
     def ready(self) -> None:
         """Returns once enough clients can be reached; called before a slot is charged.

@@ -30,16 +30,16 @@ def _same(one: Any, other: Any, name: str = "") -> bool:
 def ledger_troubles(ledger: Ledger) -> list[str]:
     """One sentence for each line that the ledger's own plan does not allow; empty if all are sound."""
     plan, header = ledger.plan, ledger.records[0]
-    found = []
+    troubles = []
     if ledger.torn:
-        found.append(f"the ledger's last line was never finished ({ledger.torn} bytes): resume the run.")
+        troubles.append(f"the ledger's last line was never finished ({ledger.torn} bytes): resume the run.")
     if header["delta"] != plan.delta:
-        found.append(f"the ledger's header says delta {header['delta']:g} and its plan {plan.delta:g}.")
+        troubles.append(f"the ledger's header says delta {header['delta']:g} and its plan {plan.delta:g}.")
     if (header["sampler_key"] is None) == (plan.capped or plan.noise == "replay"):
         missing = header["sampler_key"] is None
-        found.append(f"the ledger's header {'lacks the' if missing else 'has a'} key of cohorts, against its plan.")
-    found += _line_troubles(ledger)
-    return found or list(_budget_troubles(ledger))
+        troubles.append(f"the ledger's header {'lacks the' if missing else 'has a'} key of cohorts, against its plan.")
+    troubles += _line_troubles(ledger)
+    return troubles or list(_budget_troubles(ledger))
 
 
 def _line_troubles(ledger: Ledger) -> Iterator[str]:
@@ -88,10 +88,10 @@ def _charge_troubles(plan: PrivacyPlan, record: Mapping[str, Any], before: int, 
     if planned.keys() != event.keys() or not all(_same(planned[key], event[key]) for key in planned):
         noise = event.get("noise_multiplier")
         said = f"noise multiplier {noise:g}" if isinstance(noise, float) else "another event"
-        wanted = planned.get("noise_multiplier")
+        expected = planned.get("noise_multiplier")
         yield (
             f"{line} charges slot {slot} with {said}, and the plan "
-            + (f"has {wanted:g}." if isinstance(wanted, float) and wanted != noise else "with another event.")
+            + (f"has {expected:g}." if isinstance(expected, float) and expected != noise else "with another event.")
         )
 
 

@@ -59,7 +59,7 @@ class PrivacyPlan:
     shares together (secure-aggregation, see `share_terms`).
     `noise` = "replay" marks a run whose noise can be computed again: for tests, without any guarantee.
     `non_private` names the stages that are released without noise, of "stage1" and "round".
-    `decodes_each`: the rounds' codes pass a non-linear map one by one before they are summed. Such a sum is
+    `nonlinear_decoding`: the rounds' codes pass a non-linear map one by one before they are summed. Such a sum is
     no function of the sum of the codes, so under local trust clients do not hide behind each other's noise.
     `dropout_share`, `honest_share`: secure aggregation only; see `least_contributors` and `honest`.
     """
@@ -77,7 +77,7 @@ class PrivacyPlan:
     target_epsilon: float | None
     noise: Noise = "secure"
     non_private: tuple[Stage, ...] = ()
-    decodes_each: bool = False
+    nonlinear_decoding: bool = False
     dropout_share: float = 0.0
     honest_share: float = 1.0
 
@@ -223,7 +223,7 @@ class PrivacyPlan:
             honest = self.honest(max(least, contributors))
             unknown = max(1, honest - 1 if observer == "clients" else honest)
             return GaussianEvent(event.noise_multiplier * math.sqrt(unknown / self.honest(least)))
-        if isinstance(event, NonPrivateEvent) or observer == "server" or (self.decodes_each and slot > 0):
+        if isinstance(event, NonPrivateEvent) or observer == "server" or (self.nonlinear_decoding and slot > 0):
             return event
         others = contributors - 1 if observer == "clients" else contributors
         return GaussianEvent(event.noise_multiplier * math.sqrt(max(1, others)))
@@ -331,7 +331,7 @@ def make_plan(
     relation: Relation = "add_remove",
     noise: Noise = "secure",
     non_private: Iterable[Stage] = (),
-    decodes_each: bool = False,
+    nonlinear_decoding: bool = False,
     dropout_share: float = 0.0,
     honest_share: float = 1.0,
 ) -> PrivacyPlan:
@@ -340,7 +340,7 @@ def make_plan(
     Give `epsilon` (then the smallest sigma with PLD epsilon <= `epsilon` is found, over stage 1 and all
     rounds; capped cohorts: over the `participation_cap` releases of one client; local trust: against the server), or
     `noise_multiplier`, or both (then it is checked), or neither if every stage is in `non_private`.
-    Stage 1 has `stage1_noise_ratio` times the noise multiplier of the rounds. `decodes_each` must be set when the
+    Stage 1 has `stage1_noise_ratio` times the noise multiplier of the rounds. `nonlinear_decoding` must be set when the
     encoder's decoder is not linear (see `PrivacyPlan`).
     Raises PrivacyError with the value, the bound and the cure.
     """
@@ -355,7 +355,7 @@ def make_plan(
             stage1_rate=stage1_rate, delta=delta, relation=relation, participation_cap=participation_cap,
             noise_multiplier=0.0 if "round" in silent else sigma,
             stage1_noise_multiplier=0.0 if "stage1" in silent or stage1_rate == 0 else sigma * stage1_noise_ratio,
-            target_epsilon=epsilon, noise=noise, non_private=silent, decodes_each=decodes_each,
+            target_epsilon=epsilon, noise=noise, non_private=silent, nonlinear_decoding=nonlinear_decoding,
             dropout_share=dropout_share, honest_share=honest_share,
         )  # fmt: skip
 

@@ -65,7 +65,7 @@ def _check_shares(plan: "PrivacyPlan") -> None:
             "secure aggregation without noise tells the sum as it is",
             "use prior.source 'moments', or another trust for a baseline",
         )
-    if plan.decodes_each:
+    if plan.nonlinear_decoding:
         refuse(
             "Codes would be decoded or rounded one by one",
             "secure aggregation gives only their sum",

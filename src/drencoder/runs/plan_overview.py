@@ -121,7 +121,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         # itself, and rounding each to fewer bits, put something else in its place.
         dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
         honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
-        decodes_each=not declared(recipe).linear or wire_dtype(recipe) != "float32",
+        nonlinear_decoding=not declared(recipe).linear or wire_dtype(recipe) != "float32",
     )
 
 

@@ -91,7 +91,7 @@ def plot_rounds(rows: Sequence[Row]) -> "Figure":
         axis.grid(alpha=0.3)
         if key == "accuracy":
             axis.axhline(0.25, linestyle=":", color=_GREY, label="chance")
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="lower right")  # searching the best place takes long
     return figure
 
 

@@ -52,8 +52,8 @@ def remake_report(path: Path) -> Path:
         closed = ledger.records[-1]
         if closed["kind"] != "closed":
             raise ArtifactError(f"{path} is unfinished: finish it with drencoder run --resume {path}.")
-        name, bound, found = folder.report.name, closed["files"], file_digests(folder)
-        if other := sorted(key for key in (bound.keys() | found.keys()) - {name} if bound.get(key) != found.get(key)):
+        name, bound, actual = folder.report.name, closed["files"], file_digests(folder)
+        if other := sorted(key for key in (bound.keys() | actual.keys()) - {name} if bound.get(key) != actual.get(key)):
             raise ArtifactError(
                 f"{other[0][:80]} of {path} was changed after the run closed its ledger: drencoder verify says more."
             )

@@ -50,15 +50,15 @@ def read_questions(taxonomy: Taxonomy, where: str, split: str, subjects: Sequenc
     for subject in subjects:
         taxonomy.check_subject(subject, "evaluation.subjects")
     if where.startswith("hub:"):
-        found = _read_hub(taxonomy, where.removeprefix("hub:"), split, subjects)
+        by_subject = _read_hub(taxonomy, where.removeprefix("hub:"), split, subjects)
     else:
-        found = _read_folder(taxonomy, Path(where), split, subjects)
-    for subject in subjects or found:
-        if not found.get(subject):
+        by_subject = _read_folder(taxonomy, Path(where), split, subjects)
+    for subject in subjects or by_subject:
+        if not by_subject.get(subject):
             raise DataError(f"{where}: split {split!r} has no question of {subject!r}: name other subjects or a split.")
-    if not found:
+    if not by_subject:
         raise DataError(f"{where}: split {split!r} has no question: give the benchmark's own files.")
-    return {subject: found[subject] for subject in sorted(found)}
+    return {subject: by_subject[subject] for subject in sorted(by_subject)}
 
 
 # --- folders ---------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def _read_folder(taxonomy: Taxonomy, folder: Path, split: str, subjects: Sequenc
             raise DataError(f"{path}: the file's name is not <subject>_{name}.csv: rename or remove it.")
         taxonomy.check_subject(subject, str(path))
         files[subject] = path
-    wanted = subjects or sorted(files)
-    return {subject: _read_csv(taxonomy, subject, files[subject]) for subject in wanted if subject in files}
+    chosen = subjects or sorted(files)
+    return {subject: _read_csv(taxonomy, subject, files[subject]) for subject in chosen if subject in files}
 
 
 def _splits_of(taxonomy: Taxonomy, folder: Path) -> dict[str, list[Path]]:
@@ -179,7 +179,7 @@ def _utf8(path: Path) -> str:
 def _read_hub(taxonomy: Taxonomy, source: str, split: str, subjects: Sequence[str]) -> dict[str, list[Question]]:
     knob = f"evaluation.{taxonomy.name}"
     configs = config_names(source, knob=knob)
-    found: dict[str, list[Question]] = {}
+    by_subject: dict[str, list[Question]] = {}
     for config in _choose_configs(taxonomy, source, configs, subjects):
         name = _choose_split(split, split_names(source, config, knob=knob), f"{source}, configuration {config}")
         rows = load_rows(source, name, knob=knob, config=config)
@@ -191,8 +191,8 @@ def _read_hub(taxonomy: Taxonomy, source: str, split: str, subjects: Sequence[st
             else:
                 taxonomy.check_subject(subject, where)
             if not subjects or subject in subjects:
-                found.setdefault(subject, []).append(_HUB_ROWS[taxonomy.name](taxonomy, subject, row, where))
-    return found
+                by_subject.setdefault(subject, []).append(_HUB_ROWS[taxonomy.name](taxonomy, subject, row, where))
+    return by_subject
 
 
 def _choose_configs(taxonomy: Taxonomy, source: str, configs: Sequence[str], subjects: Sequence[str]) -> Sequence[str]:

@@ -61,22 +61,22 @@ def load_benchmark(name: str, where: str, *, subjects: Sequence[str] = (), count
     draw = derive_seed(seed, "benchmark")
     if where == "embedded":
         return _embedded(taxonomy, subjects=subjects, count=count, draw=draw)
-    found = read_questions(taxonomy, where, DEFAULT_SPLIT[name], subjects)
-    return Benchmark(name, tuple(_in_turn(found, count, draw)))
+    by_subject = read_questions(taxonomy, where, DEFAULT_SPLIT[name], subjects)
+    return Benchmark(name, tuple(_in_turn(by_subject, count, draw)))
 
 
-def load_benchmarks(wanted: config.Evaluation, data: config.Data, *, seed: int) -> dict[str, Benchmark]:
+def load_benchmarks(knobs: config.Evaluation, data: config.Data, *, seed: int) -> dict[str, Benchmark]:
     """Every benchmark that a recipe evaluates on; `evaluation.subjects` may name subjects of several of them.
 
     Raises:
       DataError: as `load_benchmark`, or clients own the very questions that would be asked.
     """
     drawn = {}
-    for name in wanted.benchmarks:
-        where = getattr(wanted, name)
+    for name in knobs.benchmarks:
+        where = getattr(knobs, name)
         check_apart(name, where, [DEFAULT_SPLIT[name]], data)
-        mine = _subjects_of(name, wanted)
-        drawn[name] = load_benchmark(name, where, subjects=mine, count=wanted.questions, seed=seed)
+        mine = _subjects_of(name, knobs)
+        drawn[name] = load_benchmark(name, where, subjects=mine, count=knobs.questions, seed=seed)
     return drawn
 
 
@@ -98,15 +98,15 @@ def _known(name: str, where: str) -> tuple[str, ...]:
     return tuple(s.name for s in all_subjects() if s.kept and s.language == TAXONOMIES[name].language)
 
 
-def _subjects_of(name: str, wanted: config.Evaluation) -> tuple[str, ...]:
+def _subjects_of(name: str, knobs: config.Evaluation) -> tuple[str, ...]:
     """The asked-for subjects without those that only another of the benchmarks knows."""
     others = {
-        subject for other in wanted.benchmarks if other != name for subject in _known(other, getattr(wanted, other))
-    } - set(_known(name, getattr(wanted, name)))
-    mine = tuple(subject for subject in wanted.subjects if subject not in others)
-    if wanted.subjects and not mine:
+        subject for other in knobs.benchmarks if other != name for subject in _known(other, getattr(knobs, other))
+    } - set(_known(name, getattr(knobs, name)))
+    mine = tuple(subject for subject in knobs.subjects if subject not in others)
+    if knobs.subjects and not mine:
         raise DataError(
-            f"evaluation.subjects = {', '.join(wanted.subjects)} has none of {name}: add one, or take {name} out of "
+            f"evaluation.subjects = {', '.join(knobs.subjects)} has none of {name}: add one, or take {name} out of "
             "evaluation.benchmarks."
         )
     return mine
@@ -128,12 +128,12 @@ def _embedded(taxonomy: Taxonomy, *, subjects: Sequence[str], count: int, draw: 
     return Benchmark(taxonomy.name, tuple(World().benchmark(taxonomy.name, count=count, seed=draw, subjects=subjects)))
 
 
-def _in_turn(found: Mapping[str, Sequence[Question]], count: int, draw: int) -> list[Question]:
+def _in_turn(by_subject: Mapping[str, Sequence[Question]], count: int, draw: int) -> list[Question]:
     """One question of each subject after the other, in an order drawn by the seed, until `count` are taken."""
     chance = random.Random(draw)
     piles = []
-    for subject in sorted(found):
-        pile = list(found[subject])
+    for subject in sorted(by_subject):
+        pile = list(by_subject[subject])
         chance.shuffle(pile)
         piles.append(pile)
     chance.shuffle(piles)

@@ -46,7 +46,7 @@ class ClientSet:
             first, step = int(every[1]), int(every[2])
             if first >= step:
                 raise RecipeError(f"--clients {text!r}: the first number must be below the second: write, say, 0/3.")
-            found: Iterable[int] = range(first, population, step)
+            numbers: Iterable[int] = range(first, population, step)
         else:
             chosen: set[int] = set()
             for part in text.split(","):
@@ -59,8 +59,8 @@ class ClientSet:
                         f"--clients {text!r}: {part!r} is not inside 0-{population - 1}, the recipe's population."
                     )
                 chosen |= set(range(low, high + 1))
-            found = sorted(chosen)
-        clients = tuple(found)
+            numbers = sorted(chosen)
+        clients = tuple(numbers)
         if not clients:
             raise RecipeError(f"--clients {text!r} names none of the {population} clients of the recipe.")
         return cls(clients)

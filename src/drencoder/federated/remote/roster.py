@@ -82,11 +82,11 @@ def named_keys(recipe: Recipe, nodes: Mapping[str, bytes]) -> dict[str, bytes]:
     if not is_secure(recipe):
         return {}
     try:
-        found = {name: public_key_bytes(data) for name, data in nodes.items()}
+        keys = {name: public_key_bytes(data) for name, data in nodes.items()}
     except SecureError as error:
         raise EngineError(f"{error} Secure aggregation signs with the nodes' keys.") from None
-    Roster.of(found.values()).check(recipe, "--nodes")
-    return found
+    Roster.of(keys.values()).check(recipe, "--nodes")
+    return keys
 
 
 def node_key(path: Path) -> NodeKey:
