@@ -244,7 +244,7 @@ def base_recipe(track: Track, seed: int, scale: Scale) -> Recipe:
         {
             "name": "utility",
             "seed": seed,
-            "data.task": setting.task,
+            "data.source": f"embedded:{setting.task}",
             "data.examples_per_client": scale.examples_per_client,
             "federation.population": population,
             "federation.sampling_rate": setting.cohort / population,

@@ -149,3 +149,15 @@ def test_clients_can_own_a_benchmarks_split(tmp_path: Path) -> None:
     for where in ("", "embedded"):
         with pytest.raises(DataError, match=r"names no folder: write ceval:FOLDER or ceval:hub:ORG/NAME"):
             open_source(sections.Data(source=f"ceval:{where}"), population=3, seed=0)
+
+
+@pytest.mark.parametrize(("name", "letters"), [("", True), (":letters", True), (":next", False), (":facts", False)])
+def test_embedded_clients_teach_what_the_source_names(name: str, letters: bool) -> None:
+    source = open_source(sections.Data(source=f"embedded{name}"), population=3, seed=1)
+    responses = [record["response"] for client in range(3) for record in source.client(client)]
+    assert all((text in "ABCD") == letters for text in responses)
+
+
+def test_another_embedded_task_is_one_sentence() -> None:
+    with pytest.raises(DataError, match=r"^data\.source = 'embedded:poems' is not there: write embedded, "):
+        open_source(sections.Data(source="embedded:poems"), population=3, seed=1)

@@ -104,7 +104,7 @@ def test_the_start_reads_no_clients_text(tiny_folder: Path, monkeypatch: pytest.
     live = build(recipe_of(tiny_folder, "hybrid", "adapter.start=public"))
     assert live.start.startswith("public: leading inputs of 64 texts; general part of the embedded world")
     assert read == []
-    other = build(recipe_of(tiny_folder, "hybrid", "adapter.start=public", "data.task=facts"))
+    other = build(recipe_of(tiny_folder, "hybrid", "adapter.start=public", "data.source=embedded:facts"))
     assert torch.equal(live.lora.initial_D, other.lora.initial_D)  # whatever the clients hold
 
 

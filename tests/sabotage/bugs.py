@@ -657,8 +657,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "the server's evaluation text is the clients' own",
         "data/sources",
-        'seed=derive_seed(self.seed, "held-out"), task=self.knobs.task)',
-        'seed=derive_seed(self.seed, "clients"), task=self.knobs.task)',
+        'seed=derive_seed(self.seed, "held-out"), task=self.task)',
+        'seed=derive_seed(self.seed, "clients"), task=self.task)',
         ("data", "runs/test_run.py"),
     ),
     Bug(

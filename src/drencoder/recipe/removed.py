@@ -16,6 +16,7 @@ REMOVED: dict[str, str] = {
     "server.beta2": _FIXED.format("0.99"),
     "server.tau": _FIXED.format("1e-8"),
     "server.decoding": "the server always decodes plainly",
+    "data.task": "write data.source = 'embedded:next' or 'embedded:facts'; plain 'embedded' teaches letters",
     "encoder.explore": _FIXED.format("0.25"),
     "encoder.floor": _FIXED.format("0.6"),
     "encoder.wire_dtype=float16": _ROTATED,

@@ -59,12 +59,8 @@ class Data(Checked):
     source: str = knob(
         "embedded",
         "`embedded`, a .jsonl/.json file in Dolly's schema, `hub:ORG/NAME`, `mmlu:FOLDER` or `ceval:FOLDER` "
-        "(FOLDER may be hub:ORG/NAME)",
-    )
-    task: str = knob(
-        "letters",
-        "what embedded clients teach: the letter of the right option, the words of the option after it (next), or new facts",
-        choices=("letters", "next", "facts"),
+        "(FOLDER may be hub:ORG/NAME); embedded clients teach the letter of the right option, with `embedded:next` the words "
+        "of the option after it, with `embedded:facts` new facts",
     )
     alpha: float = knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
     examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
