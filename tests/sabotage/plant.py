@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def _run_tests(bug: Bug, source: Path, report: Path) -> None:
                 report.write_text(one.nodeid.removeprefix("tests/"))
 
     os.setpgid(0, 0)
+    sys.modules["__main__"] = types.ModuleType("__main__")  # else processes that tests start import this script again
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(quiet, stream)
