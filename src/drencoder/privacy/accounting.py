@@ -324,14 +324,23 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
 
     if mu in (0, math.inf):
         return mu
-    return float(dp.get_epsilon_gaussian(1 / mu, delta))
+    with _tiny_numbers():
+        return float(dp.get_epsilon_gaussian(1 / mu, delta))
 
 
 def sigma_gaussian(epsilon: float, delta: float) -> float:
     """Inverse of `epsilon_gaussian`: the noise multiplier 1/mu that costs `epsilon`, from above."""
     import dp_accounting as dp
 
-    return float(dp.get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9)  # the root's own error, on the safe side
+    with _tiny_numbers():
+        return float(dp.get_sigma_gaussian(epsilon, delta)) * (1 + 1e-9)  # the root's own error, on the safe side
+
+
+def _tiny_numbers() -> "np.errstate":
+    """dp_accounting takes the logarithm of 0 on its way to a delta that is 0, which is right; numpy would warn."""
+    import numpy as np
+
+    return np.errstate(divide="ignore")
 
 
 def _neighbours(relation: Relation) -> "dp_accounting.NeighboringRelation":

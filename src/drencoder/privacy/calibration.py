@@ -16,7 +16,11 @@ from drencoder.privacy.accounting import (
     sigma_gaussian,
 )
 
-__all__ = ["sigma_for"]
+__all__ = ["LEAST_SAMPLED_NOISE", "sigma_for"]
+
+LEAST_SAMPLED_NOISE = 0.1
+"""The smallest noise multiplier of secret cohorts: less protects nobody, and its privacy loss fits on no grid."""
+_MOST_NOISE = 1e4
 
 
 def sigma_for(
@@ -26,11 +30,17 @@ def sigma_for(
 
     Returns sigma with epsilon - 1e-3 <= PLD epsilon <= epsilon wherever the grid allows, never above.
     Secant steps in (log sigma, log epsilon), on a coarse grid first, then on the one `epsilon_pld` chooses.
-    Raises PrivacyError when no sigma in [1e-2, 1e4] will do.
+    Raises PrivacyError when no sigma in [0.1, 1e4] will do.
     """
     tolerance = min(4.9e-4, 1e-3 * epsilon)
     goal = epsilon - 1.01 * tolerance
-    guess, slope = sigma_gaussian(goal, delta), -1.2
+    most = epsilon_pld(events_fn(LEAST_SAMPLED_NOISE), delta, relation, COARSE_INTERVAL)
+    if epsilon > most:
+        raise PrivacyError(
+            f"epsilon is {epsilon:g}, and the least noise multiplier of secret cohorts, {LEAST_SAMPLED_NOISE:g}, costs {most:.4g} "
+            "in this plan: choose a smaller epsilon, or give the noise multiplier itself."
+        )
+    guess, slope = max(LEAST_SAMPLED_NOISE, sigma_gaussian(goal, delta)), -1.2
     mu = clt_mu(events_fn(guess * (1 if relation == "add_remove" else 2)))
     if mu:  # by the limit's own formula epsilon is about proportional to mu: a better start
         guess = max(0.3, guess * min(1.0, mu * guess))
@@ -51,14 +61,14 @@ def _secant(
     epsilon_fn: Callable[[float], float], goal: float, tolerance: float, sigma: float, slope: float
 ) -> tuple[float, float, float]:
     """Solves epsilon_fn(sigma) = goal +- tolerance, bracketed; returns (sigma, slope, epsilon)."""
-    low, high = 1e-2, 1e4
+    low, high = LEAST_SAMPLED_NOISE, _MOST_NOISE
     x_old = y_old = math.nan
     for _ in range(60):
         value = epsilon_fn(sigma)
         if abs(value - goal) <= tolerance:
             return sigma, slope, value
         low, high = (max(low, sigma), high) if value > goal else (low, min(high, sigma))
-        if low >= high or high <= 1.001e-2 or low >= 0.999e4:
+        if low >= high or high <= 1.001 * LEAST_SAMPLED_NOISE or low >= 0.999 * _MOST_NOISE:
             break
         x, y = math.log(sigma), math.log(max(value, 1e-9) / goal)
         if math.isfinite(x_old) and x != x_old and (y - y_old) / (x - x_old) < -0.1:
@@ -69,6 +79,6 @@ def _secant(
         if not low < sigma < high:
             sigma = math.sqrt(low * high)
     raise PrivacyError(
-        f"No noise multiplier between 0.01 and 10000 gives epsilon {goal:.4g}: choose an epsilon between "
-        "about 0.01 and 100, a larger delta, fewer rounds, or give the noise multiplier itself."
+        f"No noise multiplier between {LEAST_SAMPLED_NOISE:g} and {_MOST_NOISE:g} gives epsilon {goal:.4g}: choose an epsilon "
+        "between about 0.01 and 100, a larger delta, fewer rounds, or give the noise multiplier itself."
     )

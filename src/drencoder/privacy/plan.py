@@ -34,7 +34,7 @@ from drencoder.privacy.accounting import (
     merge,
     sigma_gaussian,
 )
-from drencoder.privacy.calibration import sigma_for
+from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE, sigma_for
 from drencoder.privacy.observers import ASSUMPTIONS, ObserverGuarantee, report
 from drencoder.privacy.plan_checks import Noise, Stage, Trust, check_facts, check_noise, refuse
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
@@ -91,6 +91,17 @@ class PrivacyPlan:
                     "it must be positive and finite",
                     f"name '{stage}' in non_private for a run without noise and without a guarantee there",
                 )
+            if (
+                used
+                and not self.capped
+                and self.rate(0 if stage == "stage1" else 1) < 1
+                and 0 < sigma < LEAST_SAMPLED_NOISE
+            ):
+                refuse(
+                    f"The noise multiplier of {stage} is {sigma:g}",
+                    f"with secret cohorts it must be at least {LEAST_SAMPLED_NOISE:g}",
+                    "raise it; less noise protects nobody",
+                )
         if self.capped:
             self.sampler(bytes(32))  # checks that each block's rates fit into one
 
@@ -106,12 +117,12 @@ class PrivacyPlan:
         """The delta that epsilons are computed at; secure aggregation sets a millionth aside for its discrete noise."""
         return self.delta * (1 - _DISCRETE_SHARE) if self.trust == "secure-aggregation" else self.delta
 
-    @property
+    @cached_property
     def slots(self) -> tuple[int, ...]:
         """0 for stage 1 where there is one, then 1..rounds."""
         return tuple(range(0 if self.stage1_rate > 0 else 1, self.rounds + 1))
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
         """Where cohorts are capped: runs of slots, in each of which a client takes part at most once."""
         return split_blocks(self.slots, self.participation_cap)
@@ -148,7 +159,7 @@ class PrivacyPlan:
 
     def event(self, slot: int) -> Event:
         """What one release of `slot` is charged as (capped cohorts: for each client of its cohort)."""
-        if slot not in self.slots:
+        if not self.slots[0] <= slot <= self.rounds:  # a search in `slots` would make long plans slow
             raise PrivacyError(f"Slot {slot} is not in the plan, which has slots {self.slots[0]} to {self.rounds}.")
         if self.stage(slot) in self.non_private:
             return NonPrivateEvent()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Noise", "Stage", "Trust", "check_facts", "check_noise", "refuse"]
 
+_LEAST_NOISE, _MOST_NOISE = 1e-4, 1e6  # beyond them floating point numbers end before epsilon does
+
 Trust = Literal["local", "central", "secure-aggregation"]
 Noise = Literal["secure", "replay"]
 Stage = Literal["stage1", "round"]
@@ -79,9 +81,9 @@ def check_noise(epsilon: float | None, noise_multiplier: float | None, stage1_no
         refuse(f"stage1_noise_ratio is {stage1_noise_ratio}", "it must be positive and finite", "1 is usual")
     if epsilon is not None and not 0 < epsilon < math.inf:
         refuse(f"epsilon is {epsilon}", "it must be positive and finite", "1 to 8 is usual")
-    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
+    if noise_multiplier is not None and not _LEAST_NOISE <= noise_multiplier <= _MOST_NOISE:
         refuse(
             f"noise_multiplier is {noise_multiplier}",
-            "it must be positive and finite",
+            f"it must lie between {_LEAST_NOISE:g} and {_MOST_NOISE:g}",
             "leave it out to have it found from epsilon, or name the stage in non_private",
         )
