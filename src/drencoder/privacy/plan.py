@@ -91,12 +91,8 @@ class PrivacyPlan:
                     "it must be positive and finite",
                     f"name '{stage}' in non_private for a run without noise and without a guarantee there",
                 )
-            if (
-                used
-                and not self.capped
-                and self.rate(0 if stage == "stage1" else 1) < 1
-                and 0 < sigma < LEAST_SAMPLED_NOISE
-            ):
+            secret = used and not self.capped and self.rate(0 if stage == "stage1" else 1) < 1
+            if secret and 0 < sigma < LEAST_SAMPLED_NOISE:
                 refuse(
                     f"The noise multiplier of {stage} is {sigma:g}",
                     f"with secret cohorts it must be at least {LEAST_SAMPLED_NOISE:g}",
@@ -159,7 +155,7 @@ class PrivacyPlan:
 
     def event(self, slot: int) -> Event:
         """What one release of `slot` is charged as (capped cohorts: for each client of its cohort)."""
-        if not self.slots[0] <= slot <= self.rounds:  # a search in `slots` would make long plans slow
+        if not self.slots[0] <= slot <= self.rounds:
             raise PrivacyError(f"Slot {slot} is not in the plan, which has slots {self.slots[0]} to {self.rounds}.")
         if self.stage(slot) in self.non_private:
             return NonPrivateEvent()
