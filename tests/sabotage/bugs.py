@@ -22,14 +22,14 @@ class Bug:
     tests: tuple[str, ...]
 
 
-_MECHANISM = ("privacy/test_privacy_mechanism.py", "federated", "test_neighbours.py")
+_MECHANISM = ("privacy/test_privacy_mechanism.py", "federated/test_releases.py", "federated", "test_neighbours.py")
 _LEDGER = ("privacy", "runs/test_verify.py", "runs/test_run.py")
 _ACCOUNT = ("privacy", "runs/test_verify.py")
 _SECURE = ("secure_aggregation", "federated/test_secure_trust.py")
-_ROUND = ("federated", "test_neighbours.py", "runs/test_run.py")
+_ROUND = ("federated/test_releases.py", "federated", "runs/test_secrets.py", "runs/test_run.py", "test_neighbours.py")
 _ALONE = ("test_neighbours.py", "models", "data")
 _SITE = ("federated", "flower", "privacy/test_privacy_ledger.py")
-_RUN = ("runs/test_run.py", "runs/test_verify.py", "test_neighbours.py", "cli")
+_RUN = ("runs/test_secrets.py", "runs/test_run.py", "runs/test_verify.py", "test_neighbours.py", "cli")
 
 _SECAGG_SEED = "self._seed = secrets.token_bytes(SECRET_BYTES)"
 _SECAGG_KEYS = "self._sealing, self._masking = KeyAgreement(), KeyAgreement()"
