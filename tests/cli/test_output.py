@@ -16,8 +16,9 @@ from rich.table import Table
 from conftest import tiny_overrides
 from drencoder.cli import main as cli
 from drencoder.errors import hide_crash_messages
+from drencoder.reading import printable
 from drencoder.recipe.recipe import load_recipe
-from drencoder.runs.display import RunDisplay, make_console, make_table, plan_tables, printable
+from drencoder.runs.display import RunDisplay, make_console, make_table, plan_tables
 from drencoder.runs.plan_overview import survey
 
 SECRET = "the patient Erika Mustermann has a rare disease"

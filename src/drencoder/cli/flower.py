@@ -9,6 +9,7 @@ import typer
 
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
 from drencoder.errors import EngineError, RecipeError
+from drencoder.reading import printable
 
 __all__ = ["add_flower_commands"]
 
@@ -46,7 +47,7 @@ def certs(
 ) -> None:
     """Makes an authority, the server's certificate, a key for each site, and keys to sign finished runs with."""
     from drencoder.flower.keys import make_certificates
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
 
     written = make_certificates(folder, nodes, host or [], days=days)
     console = make_console()
@@ -143,7 +144,7 @@ def client(
     endpoint = SiteEndpoint(server, root or key.parent / "ca.crt", key, state or key.parent / "state", poll)
     endpoint.check()
     from drencoder.flower.client_app import open_site
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
 
     console = make_console()
 

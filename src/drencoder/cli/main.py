@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -19,6 +19,7 @@ from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
+from drencoder.reading import one_line, printable, shown
 from drencoder.recipe.recipe import Recipe, shipped_recipes
 
 __all__ = ["app", "main"]
@@ -32,6 +33,7 @@ app = typer.Typer(
     help="Differentially private federated fine-tuning of language models with encoded LoRA updates.",
 )
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
@@ -116,7 +118,7 @@ def _parse_numbers(text: str) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")] if text else None
     except ValueError:
-        raise RecipeError(f"--sigmas {text!r} is not a list of numbers: write, say, 0.8,1,1.5.") from None
+        raise RecipeError(f"--sigmas {shown(text)} is not a list of numbers: write, say, 0.8,1,1.5.") from None
 
 
 def _show_curve(
@@ -158,7 +160,7 @@ def compare(
     tuning_seed, tuning_runs, tuning_factor. A comparison that was stopped goes on when started again.
     """
     from drencoder.cli.compare_view import CompareDisplay, comparison_table
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
     from drencoder.study.compare import compare as run_comparison
     from drencoder.study.compare_table import rows_of, write_comparison
     from drencoder.study.settings import load_comparison
@@ -215,7 +217,7 @@ def evaluate(
     for entry in from_ or ():
         name, equals, place = entry.partition("=")
         if not equals or not name or not place:
-            raise RecipeError(f"--from {entry!r} is not TASK=FOLDER: write, say, mmlu=data/mmlu.")
+            raise RecipeError(f"--from {shown(entry)} is not TASK=FOLDER: write, say, mmlu=data/mmlu.")
         places[name.strip()] = place
     with progress_lines(quiet) as report_progress:
         assessment = assess(
@@ -249,7 +251,7 @@ def audit(
     if an attack beats its bound or misses a planted sabotage.
     """
     from drencoder.cli.audit_view import audit_tables
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
 
     console = make_console()
     is_run = recipe is not None and (Path(recipe) / "recipe.resolved.toml").is_file()
@@ -285,7 +287,7 @@ def verify(
     ] = None,
 ) -> None:
     """Re-accounts a run's ledger and compares it with its certificate and all files; signs it on request."""
-    from drencoder.runs.display import make_console, make_table, printable
+    from drencoder.runs.display import make_console, make_table
     from drencoder.runs.run_folder import RunFolder
     from drencoder.runs.signatures import fingerprint, read_signers, sign_run
     from drencoder.runs.verify import verify_run
@@ -315,7 +317,6 @@ def verify(
 @app.command()
 def report(folder: RunArgument) -> None:
     """Writes RUN/report.html anew: one self-contained page."""
-    from drencoder.runs.display import printable
     from drencoder.runs.report import remake_report
 
     print(printable(remake_report(folder)))
@@ -346,14 +347,11 @@ def main() -> None:
     with hide_crash_messages():
         try:
             try:
-                app()
+                code = app(standalone_mode=False)
             finally:
                 sys.stdout.flush()  # here, where a closed or full output can still be told from a failed check
         except DrencoderError as error:
-            from drencoder.runs.display import printable
-
-            print(f"drencoder: {printable(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _end(str(error))
         except SystemExit as stop:
             if isinstance(stop.__context__, BrokenPipeError):  # typer and rich make exit code 1 of it
                 _stop_writing(141)
@@ -361,10 +359,31 @@ def main() -> None:
         except BrokenPipeError:
             _stop_writing(141)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            if type(error).__module__ != "builtins" or error.strerror is None:  # a library's own
                 raise
-            print("drencoder: the output cannot be written, since the disk is full: make room.", file=sys.stderr)
-            _stop_writing(2)
+            if error.filename is None and error.errno in _NO_ROOM:
+                print("drencoder: the output cannot be written, since the disk is full: make room.", file=sys.stderr)
+                _stop_writing(2)
+            what = "a file, or the output," if error.filename is None else shown(error.filename)
+            _end(f"{what} cannot be read or written ({error.strerror}): check the name, the permissions and the disk.")
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            _end_usage(error)
+        raise SystemExit(code or 0)
+
+
+def _end(sentence: str) -> NoReturn:
+    print(f"drencoder: {one_line(sentence)}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _end_usage(error: Any) -> NoReturn:
+    """Says in one sentence what typer found wrong with the options; of `drencoder` alone it has shown the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise SystemExit(2) from None
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "drencoder"
+    _end(f"{error.format_message().rstrip('.')}: see {command} --help.")
 
 
 def _stop_writing(code: int) -> NoReturn:

@@ -18,6 +18,7 @@ from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.ledger import Permit, _permit
 from drencoder.privacy.ledger_check import plan_differences
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.reading import parse_json
 
 __all__ = ["AnsweredError", "ForeignRunError", "SiteLedger"]
 
@@ -134,8 +135,8 @@ class SiteLedger:
             os.ftruncate(self._descriptor, size - len(torn))
         try:
             for line in whole.split(b"\n") if end else ():
-                self._enter(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, PrivacyError):
+                self._enter(parse_json(line))
+        except (ValueError, LookupError, TypeError, AttributeError, PrivacyError):
             raise ArtifactError(
                 f"{self.path} is damaged: restore it from a copy; without it nobody may answer."
             ) from None

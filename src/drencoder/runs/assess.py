@@ -3,7 +3,6 @@
 Without tasks, a run's own quick evaluation is read from its folder: the same pairs, and no model is needed.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from drencoder.evaluation.statistics import (
 )
 from drencoder.models.base_model import load_base, resolve_device
 from drencoder.models.lora import LoraModel
+from drencoder.reading import parse_json, read_bytes
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.rng import derive_seed
@@ -173,7 +173,7 @@ def _assess_outcomes(folder: RunFolder) -> Assessment:
         )
     recipe = load_recipe(folder.recipe)
     try:
-        outcomes: Mapping[str, Any] = json.loads(folder.outcomes.read_text("utf-8"))
+        outcomes: Mapping[str, Any] = parse_json(read_bytes(folder.outcomes))
         base, run = outcomes["base model"], outcomes["this run"]
         losses, targets, right = (base["losses"], run["losses"]), base["targets"], (base["right"], run["right"])
         pairs = {name: (right[0][name], right[1][name]) for name in right[0]}

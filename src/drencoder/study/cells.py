@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.errors import ArtifactError
+from drencoder.reading import parse_json, read_bytes, shown
 from drencoder.runs.run_folder import RunFolder, storing
 
 __all__ = ["CELLS", "STUDY", "Cell", "CellStore", "Row", "Track", "loss_of", "read_rows"]
@@ -79,7 +80,7 @@ def read_rows(folder: Path) -> dict[str, Row]:
     rows = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             rows[row["key"]] = row
         except (ValueError, TypeError, KeyError):
             raise ArtifactError(
@@ -155,7 +156,7 @@ def _lock(folder: Path) -> int:
 def _check_same_study(folder: Path, needed: Mapping[str, Any]) -> None:
     path = folder / STUDY
     try:
-        known = json.loads(path.read_text("utf-8"))["cells_depend_on"]
+        known = parse_json(read_bytes(path))["cells_depend_on"]
     except (OSError, ValueError, TypeError, KeyError):
         raise ArtifactError(f"{path} cannot be read as a study: give another --out, or remove the folder.") from None
     if other := _first_difference(known, needed):
@@ -170,7 +171,7 @@ def _first_difference(known: Any, needed: Any, where: str = "") -> str:
             if words := _first_difference(known.get(key), needed.get(key), inner):
                 return words
         return ""
-    return "" if known == needed else f"{where} is {known!r} there and {needed!r} here"
+    return "" if known == needed else f"{where} is {shown(known)} there and {shown(needed)} here"
 
 
 def _cut_unfinished_line(path: Path) -> None:
