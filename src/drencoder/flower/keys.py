@@ -50,7 +50,7 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
         raise RecipeError(f"--nodes {nodes} and --days {days} must both be at least 1.")
     if not all(host.strip() for host in hosts):
         raise RecipeError("--host '' names no host: give a DNS name or an IP address of the server.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(
             f"{folder} is already there: name another folder, or remove it if its keys are in use nowhere."
         )
@@ -104,7 +104,7 @@ def read_public_keys(where: Path) -> dict[str, bytes]:
             key = serialization.load_ssh_public_key(file.read_bytes())
         except OSError as error:
             raise ArtifactError(f"{file} cannot be read ({error.strerror}): give the nodes' public keys.") from None
-        except (ValueError, UnsupportedAlgorithm):
+        except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm):
             raise ArtifactError(f"{file} is not an OpenSSH public key: make one with drencoder certs.") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
             raise ArtifactError(f"{file} is not an ECDSA key on a NIST curve: make one with drencoder certs.")

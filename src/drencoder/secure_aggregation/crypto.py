@@ -37,6 +37,7 @@ PUBLIC_KEY_BYTES = 49  # a compressed point of P-384
 SIGNATURE_BYTES = 96  # r and s
 SEAL_BYTES = 16  # what sealing adds
 _HALF = SIGNATURE_BYTES // 2
+_NO_KEY = (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm)  # of the library, for damaged keys
 _HASH = ec.ECDSA(hashes.SHA384())
 _MASK_VALUES = 1 << 20  # of a mask at a time: 4 MiB
 
@@ -63,7 +64,7 @@ class NodeKey:
         for load in loaders:
             try:
                 key = load(data, password=None)
-            except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a passphrase
+            except _NO_KEY:  # TypeError: it has a passphrase
                 continue
             if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1):
                 return cls(key)
@@ -91,7 +92,7 @@ def public_key_bytes(data: bytes) -> bytes:
     for load in (serialization.load_ssh_public_key, serialization.load_pem_public_key):
         try:
             key = load(data)
-        except (ValueError, UnsupportedAlgorithm):
+        except _NO_KEY:
             continue
         if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1):
             return _compressed(key)
