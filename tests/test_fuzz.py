@@ -43,6 +43,7 @@ from drencoder.runs.build import Components, build
 from drencoder.runs.checkpoint import load_checkpoint
 from drencoder.runs.report import write_report
 from drencoder.runs.run_folder import RunFolder
+from drencoder.runs.signatures import check_signatures, read_signers, sign_run
 from drencoder.runs.tensor_files import adapter_digest, read_tensors
 from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
@@ -288,6 +289,19 @@ def site_ledger(world: World) -> Reader:
     return Reader(path.read_bytes(), read, path)
 
 
+def signatures(world: World) -> Reader:
+    folder = RunFolder(world.folder / "run")
+    sign_run(folder, world.certificates / "signing.key")
+
+    def read(_: Path) -> object:
+        with Ledger.open(folder.ledger, read_only=True) as ledger:
+            good, troubles = check_signatures(folder, ledger, {})
+        assert all(line.isprintable() and len(line) < 1000 for line in troubles)
+        return good
+
+    return Reader(folder.signatures.read_bytes(), read, folder.signatures)
+
+
 def key_file(name: str, read: Callable[[Path], object]) -> Callable[[World], Reader]:
     def made(world: World) -> Reader:
         return Reader((world.certificates / name).read_bytes(), read, world.folder / Path(name).name)
@@ -427,6 +441,8 @@ READERS: dict[str, Callable[[World], Reader]] = {
     "outcomes": run_file("outcomes.json", read_scores),
     "a run's recipe": run_file("recipe.resolved.toml", lambda _, run: load_recipe(RunFolder.open(run).recipe)),
     "site's ledger": site_ledger,
+    "signatures": signatures,
+    "signer": key_file("signers/node0.pub", read_signers),
     "public key": key_file("nodes/node0.pub", read_public_keys),
     "roster": key_file("node0/roster", Roster.read),
     "private key": key_file("node0/key", node_key),

@@ -9,10 +9,11 @@ import typer
 
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
 from drencoder.errors import EngineError, RecipeError
-from drencoder.reading import printable
+from drencoder.reading import printable, read_text, reason, shown
 
 __all__ = ["add_flower_commands"]
 
+_MOST_CLIENTS = 1 << 20  # bytes of the file that names a site's clients
 QuorumOption = Annotated[
     float, typer.Option("--quorum", help="share of the cohort (central trust: of the population) that must answer")
 ]
@@ -138,7 +139,12 @@ def client(
         beside = key.parent / "clients"
         if not beside.is_file():
             raise RecipeError(f"which clients are at this site? {beside} is not there: give --clients, say 0-9 or 0/3.")
-        clients = beside.read_text("utf-8").strip()
+        try:
+            clients = read_text(beside, _MOST_CLIENTS).strip()
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"{shown(beside)} cannot be read ({reason(error)}): give --clients, say 0-9 or 0/3."
+            ) from None
     from drencoder.flower.deploy import SiteEndpoint, run_site
 
     endpoint = SiteEndpoint(server, root or key.parent / "ca.crt", key, state or key.parent / "state", poll)

@@ -28,11 +28,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from drencoder.errors import ArtifactError, RecipeError
+from drencoder.reading import read_bytes
 from drencoder.runs.run_folder import storing
 from drencoder.runs.signatures import make_signing_key
 
 __all__ = ["make_certificates", "read_public_keys"]
 
+_LONGEST = 4096  # bytes of a public key file; a real one has about 250
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
@@ -101,7 +103,7 @@ def read_public_keys(where: Path) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
     for file in files:
         try:
-            key = serialization.load_ssh_public_key(file.read_bytes())
+            key = serialization.load_ssh_public_key(read_bytes(file, _LONGEST))
         except OSError as error:
             raise ArtifactError(f"{file} cannot be read ({error.strerror}): give the nodes' public keys.") from None
         except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm):

@@ -8,6 +8,7 @@ from typing import Any
 
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
+from drencoder.reading import read_text
 from drencoder.runs.certificate import file_digests
 from drencoder.runs.plots import plot_rounds, svg_text
 from drencoder.runs.run_folder import RunFolder
@@ -31,7 +32,7 @@ def write_report(path: Path) -> Path:
     folder = RunFolder.open(path)
     certificate = folder.read_json(folder.certificate)
     try:
-        page = _render_page(certificate, folder.read_metrics(), folder.recipe.read_text("utf-8"))
+        page = _render_page(certificate, folder.read_metrics(), read_text(folder.recipe))
         data = page.encode()
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise ArtifactError(
