@@ -40,11 +40,11 @@ def _check_flower() -> None:
 
 def certs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to make")],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="how many sites")],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, max=10_000, help="how many sites")],
     host: Annotated[
         list[str] | None, typer.Option("--host", help="DNS name or IP address of the server; may be repeated")
     ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, help="until the certificates expire")] = 825,
+    days: Annotated[int, typer.Option("--days", min=1, max=36_500, help="until the certificates expire")] = 825,
 ) -> None:
     """Makes an authority, the server's certificate, a key for each site, and keys to sign finished runs with."""
     from drencoder.flower.keys import make_certificates
@@ -171,7 +171,7 @@ def client(
 
 def simulate(
     recipe: RecipeArgument = None,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="simulated machines")] = 3,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, max=10_000, help="simulated machines")] = 3,
     set_: SetOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,

@@ -152,7 +152,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the comparison, made or continued; default comparisons/NAME")
     ] = None,
-    processes: Annotated[int, typer.Option("--processes", min=0, help="cells at a time; 0 = one per core")] = 0,
+    processes: Annotated[
+        int, typer.Option("--processes", min=0, max=1024, help="cells at a time; 0 = one per core")
+    ] = 0,
 ) -> None:
     """Methods x budgets x seeds under one accountant, tuned alike: a table, two plots, paired tests.
 
@@ -241,7 +243,7 @@ def audit(
         str | None, typer.Argument(metavar="[RECIPE|RUN]", help="a recipe, or a run folder to take it from")
     ] = None,
     set_: SetOption = None,
-    clients: Annotated[int, typer.Option("--clients", min=8, help="clients under attack")] = 64,
+    clients: Annotated[int, typer.Option("--clients", min=8, max=100_000, help="clients under attack")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="of the audit")] = 0,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="write the findings as JSON")] = None,
 ) -> None:
@@ -359,18 +361,28 @@ def main() -> None:
         except BrokenPipeError:
             _stop_writing(141)
         except OSError as error:
-            if type(error).__module__ != "builtins" or error.strerror is None:  # a library's own
+            if type(error).__module__ != "builtins" or error.errno is None:  # a library's own
                 raise
             if error.filename is None and error.errno in _NO_ROOM:
                 print("drencoder: the output cannot be written, since the disk is full: make room.", file=sys.stderr)
                 _stop_writing(2)
-            what = "a file, or the output," if error.filename is None else shown(error.filename)
-            _end(f"{what} cannot be read or written ({error.strerror}): check the name, the permissions and the disk.")
+            what, why = _file_of(error), os.strerror(error.errno or 0)
+            _end(f"{what} cannot be read or written ({why}): check the name, the permissions and the disk.")
         except Exception as error:
             if not hasattr(error, "format_message"):
                 raise
             _end_usage(error)
         raise SystemExit(code or 0)
+
+
+def _file_of(error: OSError) -> str:
+    """The file that an error is about if the command names it, or a folder that it is in: another name may be a client's text."""
+    named = {word.partition("=")[2] or word for word in sys.argv[1:]}
+    if isinstance(error.filename, str):
+        path = Path(error.filename)
+        if named & {error.filename, *map(str, [path, *path.parents][:-1])}:
+            return shown(error.filename)
+    return "a file, or the output,"
 
 
 def _end(sentence: str) -> NoReturn:

@@ -45,6 +45,7 @@ class Checked:
 
 
 _LONGEST_TEXT = 4096  # characters
+_LEAST, _MOST = 1e-30, 1e30  # of a number that is not 0: squares and ratios of such numbers are finite
 _WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text in quotes"}
 _LISTS = {tuple[str, ...]: "texts", tuple[int, ...]: "whole numbers", tuple[float, ...]: "numbers"}
 
@@ -98,6 +99,10 @@ def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
 def _check_number(where: str, value: float, bounds: Mapping[str, Any]) -> None:
     if not math.isfinite(value):
         raise RecipeError(f"{where} = {value} is not finite: give a finite number.")
+    if value and not _LEAST <= abs(value) <= _MOST:
+        raise RecipeError(
+            f"{where} = {value} is out of range: numbers of a recipe are 0 or between {_LEAST:g} and {_MOST:g}."
+        )
     for name, broken, words in (
         ("low", lambda bound: value < bound, "at least"),
         ("above", lambda bound: value <= bound, "above"),

@@ -65,7 +65,11 @@ def adapter_digest(path: Path) -> str | None:
     tensors, _ = read_tensors(path)
     if any(tensor.dtype != "F32" for tensor in tensors.values()):
         return None
-    return hashlib.sha256(b"".join(tensors[name].data for name in sorted(tensors, key=_natural))).hexdigest()
+    try:
+        names = sorted(tensors, key=_natural)
+    except ValueError:  # a number of thousands of digits
+        raise ArtifactError(f"{path} is damaged: restore it from a copy of the run.") from None
+    return hashlib.sha256(b"".join(tensors[name].data for name in names)).hexdigest()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
