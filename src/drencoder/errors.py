@@ -139,7 +139,7 @@ def hide_crash_messages() -> Iterator[None]:
     """Reports whatever the block, or a thread beside it, raises with `report_crash`, and ends the process with code 70.
 
     DrencoderError is no exception: an entry point handles it inside the block. Of a library's warning only kind and place are
-    shown, and a log line that cannot be formatted is dropped. Raises SystemExit.
+    shown, and a log line that no handler takes, or that cannot be formatted, is dropped. Raises SystemExit.
     """
 
     def report_uncaught(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
@@ -165,7 +165,7 @@ def hide_crash_messages() -> Iterator[None]:
 
     hooks = ((sys, "excepthook", report_uncaught), (threading, "excepthook", report_thread),
              (sys, "unraisablehook", report_unraisable), (warnings, "showwarning", report_warning),
-             (logging, "raiseExceptions", False))  # fmt: skip
+             (logging, "raiseExceptions", False), (logging, "lastResort", None))  # fmt: skip
     before = [getattr(module, name) for module, name, _ in hooks]
     try:
         for module, name, hook in hooks:

@@ -103,7 +103,7 @@ def read_text(path: Path, most: int | None = None) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text") from None
+        raise ValueError(f"line {line}: not UTF-8 text (byte 0x{data[error.start]:02x})") from None
 
 
 def reason(error: OSError | ValueError) -> str:
