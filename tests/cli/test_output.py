@@ -292,7 +292,7 @@ def test_a_closed_pipe_is_no_failed_check(arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-@pytest.mark.parametrize("arguments", [["knobs"], ["plan", "--json"]])
+@pytest.mark.parametrize("arguments", [["knobs"], ["plan"], ["plan", "--json"]])
 def test_a_full_disk_behind_the_output_is_one_sentence(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
