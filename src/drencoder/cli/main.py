@@ -4,22 +4,21 @@ Exit codes: 0 done, 1 a check failed, 2 the user can mend it (one sentence says 
 type and place are shown, its message is not: it may quote a record), 130 interrupted, 141 nobody reads the output any more.
 """
 
-import errno
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from drencoder import __version__
+from drencoder.cli.endings import end, end_disk, end_usage, stop_writing
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
-from drencoder.reading import one_line, printable, shown
+from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe, shipped_recipes
 
 __all__ = ["app", "main"]
@@ -33,7 +32,6 @@ app = typer.Typer(
     help="Differentially private federated fine-tuning of language models with encoded LoRA updates.",
 )
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
@@ -353,53 +351,19 @@ def main() -> None:
             finally:
                 sys.stdout.flush()  # here, where a closed or full output can still be told from a failed check
         except DrencoderError as error:
-            _end(str(error))
+            end(str(error))
         except SystemExit as stop:
             if isinstance(stop.__context__, BrokenPipeError):  # typer and rich make exit code 1 of it
-                _stop_writing(141)
+                stop_writing(141)
             raise
         except BrokenPipeError:
-            _stop_writing(141)
+            stop_writing(141)
         except OSError as error:
             if type(error).__module__ != "builtins" or error.errno is None:  # a library's own
                 raise
-            if error.filename is None and error.errno in _NO_ROOM:
-                print("drencoder: the output cannot be written, since the disk is full: make room.", file=sys.stderr)
-                _stop_writing(2)
-            what, why = _file_of(error), os.strerror(error.errno or 0)
-            _end(f"{what} cannot be read or written ({why}): check the name, the permissions and the disk.")
+            end_disk(error)
         except Exception as error:
             if not hasattr(error, "format_message"):
                 raise
-            _end_usage(error)
+            end_usage(error)
         raise SystemExit(code or 0)
-
-
-def _file_of(error: OSError) -> str:
-    """The file that an error is about if the command names it, or a folder that it is in: another name may be a client's text."""
-    named = {word.partition("=")[2] or word for word in sys.argv[1:]}
-    if isinstance(error.filename, str):
-        path = Path(error.filename)
-        if named & {error.filename, *map(str, [path, *path.parents][:-1])}:
-            return shown(error.filename)
-    return "a file, or the output,"
-
-
-def _end(sentence: str) -> NoReturn:
-    print(f"drencoder: {one_line(sentence)}", file=sys.stderr)
-    raise SystemExit(2) from None
-
-
-def _end_usage(error: Any) -> NoReturn:
-    """Says in one sentence what typer found wrong with the options; of `drencoder` alone it has shown the help."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        raise SystemExit(2) from None
-    command = error.ctx.command_path if getattr(error, "ctx", None) else "drencoder"
-    _end(f"{error.format_message().rstrip('.')}: see {command} --help.")
-
-
-def _stop_writing(code: int) -> NoReturn:
-    """Ends the process with this code. What is still to be printed goes nowhere, so that Python's last flush is silent."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    raise SystemExit(code) from None
