@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "drencoder"
 LEVELS = (
-    {"errors", "rng"},
+    {"errors", "reading", "rng"},
     {"recipe"},
     {"secure_aggregation"},
     {"privacy", "data"},

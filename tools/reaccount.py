@@ -198,6 +198,12 @@ def troubles(run: Path, demanded: list[Path]) -> list[str]:
     return found + signature_troubles(run, records, head, demanded)
 
 
+def one_line(text: str) -> str:
+    """At most 400 characters that a terminal shows as they are: a file may hold anything."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:400])
+    return shown if len(text) <= 400 else f"{shown} ..."
+
+
 def main(run: str | Path, *demanded: str | Path) -> int:
     try:
         found = troubles(Path(run), [Path(key) for key in demanded])
@@ -206,7 +212,7 @@ def main(run: str | Path, *demanded: str | Path) -> int:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         found = [f"a file is damaged or incomplete ({type(error).__name__}: {str(error)[:160]})"]
     for trouble in found:
-        print(f"FAILED: {trouble}")
+        print(f"FAILED: {one_line(trouble)}")
     return 1 if found else 0
 
 

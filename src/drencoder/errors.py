@@ -25,10 +25,12 @@ place are shown (`describe_crash`).
 """
 
 import contextlib
+import logging
 import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,7 +138,8 @@ def report_crash(error: BaseException) -> None:
 def hide_crash_messages() -> Iterator[None]:
     """Reports whatever the block, or a thread beside it, raises with `report_crash`, and ends the process with code 70.
 
-    DrencoderError is no exception: an entry point handles it inside the block. Raises SystemExit.
+    DrencoderError is no exception: an entry point handles it inside the block. Of a library's warning only kind and place are
+    shown, and a log line that no handler takes, or that cannot be formatted, is dropped. Raises SystemExit.
     """
 
     def report_uncaught(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
@@ -148,15 +151,37 @@ def hide_crash_messages() -> Iterator[None]:
         if uncaught.exc_value is not None and not isinstance(uncaught.exc_value, SystemExit):
             report_crash(uncaught.exc_value)
 
-    before = sys.excepthook, threading.excepthook
-    sys.excepthook, threading.excepthook = report_uncaught, report_thread
+    def report_unraisable(uncaught: "sys.UnraisableHookArgs") -> None:
+        if uncaught.exc_value is not None:
+            report_crash(uncaught.exc_value)
+
+    def report_warning(
+        message: object, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
+        place = _place(traceback.FrameSummary(filename, lineno, "", lookup_line=False))
+        print(f"drencoder: {category.__name__} at {place.removesuffix(' ()')}", file=sys.stderr)
+        if os.environ.get(_SHOW_TRACEBACK) == "1":
+            print(message, file=sys.stderr)
+
+    hooks = ((sys, "excepthook", report_uncaught), (threading, "excepthook", report_thread),
+             (sys, "unraisablehook", report_unraisable), (warnings, "showwarning", report_warning),
+             (logging, "raiseExceptions", False), (logging, "lastResort", None))  # fmt: skip
+    before = [getattr(module, name) for module, name, _ in hooks]
     try:
+        for module, name, hook in hooks:
+            setattr(module, name, hook)
         yield
     except Exception as error:
         report_crash(error)
         raise SystemExit(70) from None
+    except SystemExit as stop:
+        if isinstance(stop.code, int | None):
+            raise
+        report_crash(stop)  # Python would print what stands in place of the code
+        raise SystemExit(70) from None
     finally:
-        sys.excepthook, threading.excepthook = before
+        for (module, name, _), hook in zip(hooks, before, strict=True):
+            setattr(module, name, hook)
 
 
 def _place(frame: traceback.FrameSummary) -> str:

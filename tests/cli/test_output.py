@@ -1,23 +1,30 @@
 """What reaches a screen: no record's text, no markup from outside, and the right exit code when nobody reads on."""
 
+import errno
 import io
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from conftest import tiny_overrides
 from drencoder.cli import main as cli
 from drencoder.errors import hide_crash_messages
+from drencoder.reading import printable
 from drencoder.recipe.recipe import load_recipe
-from drencoder.runs.display import RunDisplay, make_console, make_table, plan_tables, printable
+from drencoder.runs.display import RunDisplay, make_console, make_table, plan_tables
 from drencoder.runs.plan_overview import survey
 
 SECRET = "the patient Erika Mustermann has a rare disease"
@@ -42,6 +49,48 @@ def crash(*_arguments: object, **_options: object) -> None:
         raise KeyError(f"no tensor for {record}") from error
 
 
+def warn(*_: object) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(SECRET, stacklevel=1)
+    raise RuntimeError
+
+
+def log(*_: object) -> None:
+    logging.getLogger("a library").error(SECRET)
+    logging.getLogger("a library").error("%d records", SECRET)
+    raise RuntimeError
+
+
+def crash_beside(*_: object) -> None:
+    thread = threading.Thread(target=crash)
+    thread.start()
+    thread.join()
+    raise RuntimeError
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise ValueError(SECRET)
+
+
+def noted() -> Exception:
+    error = ValueError("of a record")
+    error.add_note(SECRET)
+    return error
+
+
+FAILURES: list[Callable[..., object] | BaseException] = [
+    crash, warn, log, crash_beside, UnspeakableError(SECRET), noted(), ValueError(SECRET), TypeError(SECRET), RuntimeError(SECRET),
+    UnicodeDecodeError("utf-8", SECRET.encode(), 0, 5, SECRET), UnicodeEncodeError("ascii", SECRET, 0, 5, SECRET),
+    json.JSONDecodeError(SECRET, SECRET, 0), OSError(SECRET), OSError(errno.ENOENT, SECRET, SECRET), OSError(errno.ENOSPC, SECRET),
+    ConnectionError(SECRET), AssertionError(SECRET), MemoryError(SECRET), RecursionError(SECRET), ImportError(SECRET),
+    ExceptionGroup(SECRET, [ValueError(SECRET)]), subprocess.CalledProcessError(1, [SECRET], SECRET, SECRET), SystemExit(SECRET),
+    SafetensorError(SECRET), torch.OutOfMemoryError(SECRET), StopIteration(SECRET), EOFError(SECRET), KeyboardInterrupt(SECRET),
+]  # fmt: skip
+"""What a library may do with a record: all of it ends without a word of it."""
+
+
 COMMANDS = {
     "run": (["run"], "drencoder.cli.options.load_checked_recipe"),
     "run, training": (["run"], "drencoder.runs.run.run"),
@@ -61,7 +110,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_shows_the_message_of_a_crash(
+def test_no_command_shows_a_record_however_it_fails(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from drencoder.flower.keys import make_certificates
@@ -70,16 +119,25 @@ def test_no_command_shows_the_message_of_a_crash(
     arguments, target = COMMANDS[command]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DRENCODER_TRACEBACK", raising=False)
-    monkeypatch.setattr(target, crash)
     monkeypatch.setattr(sys, "argv", ["drencoder", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    shown = capfd.readouterr()
-    assert ended.value.code == 70, shown
-    assert "unforeseen KeyError at " in shown.err
-    assert re.search(r"test_output\.py:\d+ \(crash\)", shown.err)
-    for word in ("Mustermann", "Traceback", "no tensor"):
-        assert word not in shown.out + shown.err
+    for failure in FAILURES:
+
+        def fail(*_: object, **__: object) -> None:
+            raise failure  # type: ignore[misc]  # noqa: B023
+
+        monkeypatch.setattr(target, failure if callable(failure) else fail)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capfd.readouterr()
+        assert ended.value.code in ((130,) if isinstance(failure, KeyboardInterrupt) else (2, 70)), (failure, shown)
+        for word in ("Mustermann", "Traceback", "no tensor"):
+            assert word not in shown.out + shown.err, repr(failure)
+        if failure is crash:
+            assert ended.value.code == 70
+            assert "unforeseen KeyError at " in shown.err
+            assert re.search(r"test_output\.py:\d+ \(crash\)", shown.err)
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"Mustermann" in data for data in written)
 
 
 def test_the_traceback_is_shown_on_demand_and_warns(
@@ -234,7 +292,7 @@ def test_a_closed_pipe_is_no_failed_check(arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-@pytest.mark.parametrize("arguments", [["knobs"], ["plan", "--json"]])
+@pytest.mark.parametrize("arguments", [["knobs"], ["plan"], ["plan", "--json"]])
 def test_a_full_disk_behind_the_output_is_one_sentence(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -137,7 +137,7 @@ BAD_MMLU: dict[str, tuple[list[list[str]], str]] = {
     "header": ([["question", "A", "B", "C", "D", "answer"], GOOD], "line 1: the answer is 'answer'"),
     "empty question": ([GOOD, [" ", *GOOD[1:]]], "line 2: the question is empty"),
     "empty right option": ([["q?", "", "b", "c", "d", "A"]], "line 1: the right option, A, is empty"),
-    "four equal options": ([["q?", "b", "b", "b", "b", "A"]], "line 1: all four options are 'b'"),
+    "four equal options": ([["q?", "b", "b", "b", "b", "A"]], "line 1: all four options are the same"),
     "after line breaks": ([["q\n\n?", "a\nb", *GOOD[2:]], [*GOOD[:5], "?"]], "line 5: the answer is '?'"),
     "nothing": ([], "holds no question"),
 }

@@ -17,6 +17,7 @@ from drencoder.runs import run as experiment
 from drencoder.runs.report import remake_report
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.verify import verify_run
+from mutations import mutated, number_of_mutations
 from tampering import Forgery, reaccount, verdict
 
 
@@ -95,33 +96,6 @@ def test_a_ledger_of_the_first_version_names_it(run: Path, tmp_path: Path) -> No
         verify_run(forged.mend())
 
 
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """One kind of damage that disks, editors and people do."""
-    place, kind = chance.randrange(max(1, len(data))), chance.randrange(8)
-    if kind == 0:
-        return data[:place]
-    if kind == 1:
-        return data[:place] + bytes([chance.randrange(256)]) + data[place + 1 :]
-    if kind == 2:
-        return data[:place] + chance.randbytes(chance.randint(1, 9)) + data[place:]
-    if kind == 3:
-        return data[:place] + data[place + chance.randint(1, 40) :]
-    if kind == 4:
-        return chance.choice(
-            [b"", b"null", b"[]", b"{}", b"0\n", b'{"a": 1}\n', b"[" * 900, b"\xff\xfe", b"\x00" * 64, b"9" * 5000]
-        )
-    if kind == 5:  # a value of another kind
-        for old in chance.sample([b'"', b"1", b"{", b"true", b"0."], 5):
-            if (found := data.find(old, place)) >= 0:
-                new = chance.choice([b"null", b"[]", b'"x"', b"-1", b"1e999", b"NaN", b"9" * 400])
-                return data[:found] + new + data[found + len(old) :]
-    if kind == 6:
-        lines = data.split(b"\n")
-        chance.shuffle(lines)
-        return b"\n".join(lines)
-    return data + data[place:]
-
-
 def test_damage_of_any_file_is_one_sentence(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeded mutations: none may end in a traceback, and none may pass for the run."""
 
@@ -137,7 +111,7 @@ def test_damage_of_any_file_is_one_sentence(run: Path, tmp_path: Path, monkeypat
     source, path = run, tmp_path / "run"
     names = sorted(p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file())
     shutil.copytree(source, path)
-    for number in range(int(os.environ.get("DRENCODER_MUTATIONS", "200"))):
+    for number in range(number_of_mutations(200)):
         name = names[number % len(names)]
         whole = (source / name).read_bytes()
         data = mutated(whole, chance)

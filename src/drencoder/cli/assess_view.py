@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from drencoder.evaluation.statistics import Assessment, BenchmarkAssessment, Difference, Estimate, LossAssessment
-from drencoder.runs.display import estimate_cell, make_console, make_progress, make_table, printable
+from drencoder.reading import printable
+from drencoder.runs.display import estimate_cell, make_console, make_progress, make_table
 
 __all__ = ["assessment_tables", "progress_lines"]
 

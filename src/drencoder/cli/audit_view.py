@@ -4,7 +4,8 @@ from rich.table import Table
 from rich.text import Text
 
 from drencoder.audit.findings import LEAKAGES, Audit, Finding
-from drencoder.runs.display import make_table, printable
+from drencoder.reading import printable
+from drencoder.runs.display import make_table
 
 __all__ = ["audit_tables"]
 

@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from drencoder.runs.display import make_progress, make_table, printable
+from drencoder.reading import printable
+from drencoder.runs.display import make_progress, make_table
 from drencoder.study.cells import Cell, Track
 from drencoder.study.compare_table import Row, short_cells
 

@@ -9,9 +9,11 @@ import typer
 
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
 from drencoder.errors import EngineError, RecipeError
+from drencoder.reading import printable, read_text, reason, shown
 
 __all__ = ["add_flower_commands"]
 
+_MOST_CLIENTS = 1 << 20  # bytes of the file that names a site's clients
 QuorumOption = Annotated[
     float, typer.Option("--quorum", help="share of the cohort (central trust: of the population) that must answer")
 ]
@@ -38,15 +40,15 @@ def _check_flower() -> None:
 
 def certs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to make")],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="how many sites")],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, max=10_000, help="how many sites")],
     host: Annotated[
         list[str] | None, typer.Option("--host", help="DNS name or IP address of the server; may be repeated")
     ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, help="until the certificates expire")] = 825,
+    days: Annotated[int, typer.Option("--days", min=1, max=36_500, help="until the certificates expire")] = 825,
 ) -> None:
     """Makes an authority, the server's certificate, a key for each site, and keys to sign finished runs with."""
     from drencoder.flower.keys import make_certificates
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
 
     written = make_certificates(folder, nodes, host or [], days=days)
     console = make_console()
@@ -137,13 +139,18 @@ def client(
         beside = key.parent / "clients"
         if not beside.is_file():
             raise RecipeError(f"which clients are at this site? {beside} is not there: give --clients, say 0-9 or 0/3.")
-        clients = beside.read_text("utf-8").strip()
+        try:
+            clients = read_text(beside, _MOST_CLIENTS).strip()
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"{shown(beside)} cannot be read ({reason(error)}): give --clients, say 0-9 or 0/3."
+            ) from None
     from drencoder.flower.deploy import SiteEndpoint, run_site
 
     endpoint = SiteEndpoint(server, root or key.parent / "ca.crt", key, state or key.parent / "state", poll)
     endpoint.check()
     from drencoder.flower.client_app import open_site
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
 
     console = make_console()
 
@@ -164,7 +171,7 @@ def client(
 
 def simulate(
     recipe: RecipeArgument = None,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="simulated machines")] = 3,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, max=10_000, help="simulated machines")] = 3,
     set_: SetOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,

@@ -4,21 +4,21 @@ Exit codes: 0 done, 1 a check failed, 2 the user can mend it (one sentence says 
 type and place are shown, its message is not: it may quote a record), 130 interrupted, 141 nobody reads the output any more.
 """
 
-import errno
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from drencoder import __version__
+from drencoder.cli.endings import end, end_disk, end_usage, stop_writing
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
+from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe, shipped_recipes
 
 __all__ = ["app", "main"]
@@ -116,7 +116,7 @@ def _parse_numbers(text: str) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")] if text else None
     except ValueError:
-        raise RecipeError(f"--sigmas {text!r} is not a list of numbers: write, say, 0.8,1,1.5.") from None
+        raise RecipeError(f"--sigmas {shown(text)} is not a list of numbers: write, say, 0.8,1,1.5.") from None
 
 
 def _show_curve(
@@ -150,7 +150,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the comparison, made or continued; default comparisons/NAME")
     ] = None,
-    processes: Annotated[int, typer.Option("--processes", min=0, help="cells at a time; 0 = one per core")] = 0,
+    processes: Annotated[
+        int, typer.Option("--processes", min=0, max=1024, help="cells at a time; 0 = one per core")
+    ] = 0,
 ) -> None:
     """Methods x budgets x seeds under one accountant, tuned alike: a table, two plots, paired tests.
 
@@ -158,7 +160,7 @@ def compare(
     tuning_seed, tuning_runs, tuning_factor. A comparison that was stopped goes on when started again.
     """
     from drencoder.cli.compare_view import CompareDisplay, comparison_table
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
     from drencoder.study.compare import compare as run_comparison
     from drencoder.study.compare_table import rows_of, write_comparison
     from drencoder.study.settings import load_comparison
@@ -215,7 +217,7 @@ def evaluate(
     for entry in from_ or ():
         name, equals, place = entry.partition("=")
         if not equals or not name or not place:
-            raise RecipeError(f"--from {entry!r} is not TASK=FOLDER: write, say, mmlu=data/mmlu.")
+            raise RecipeError(f"--from {shown(entry)} is not TASK=FOLDER: write, say, mmlu=data/mmlu.")
         places[name.strip()] = place
     with progress_lines(quiet) as report_progress:
         assessment = assess(
@@ -239,7 +241,7 @@ def audit(
         str | None, typer.Argument(metavar="[RECIPE|RUN]", help="a recipe, or a run folder to take it from")
     ] = None,
     set_: SetOption = None,
-    clients: Annotated[int, typer.Option("--clients", min=8, help="clients under attack")] = 64,
+    clients: Annotated[int, typer.Option("--clients", min=8, max=100_000, help="clients under attack")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="of the audit")] = 0,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="write the findings as JSON")] = None,
 ) -> None:
@@ -249,7 +251,7 @@ def audit(
     if an attack beats its bound or misses a planted sabotage.
     """
     from drencoder.cli.audit_view import audit_tables
-    from drencoder.runs.display import make_console, printable
+    from drencoder.runs.display import make_console
 
     console = make_console()
     is_run = recipe is not None and (Path(recipe) / "recipe.resolved.toml").is_file()
@@ -285,7 +287,7 @@ def verify(
     ] = None,
 ) -> None:
     """Re-accounts a run's ledger and compares it with its certificate and all files; signs it on request."""
-    from drencoder.runs.display import make_console, make_table, printable
+    from drencoder.runs.display import make_console, make_table
     from drencoder.runs.run_folder import RunFolder
     from drencoder.runs.signatures import fingerprint, read_signers, sign_run
     from drencoder.runs.verify import verify_run
@@ -315,7 +317,6 @@ def verify(
 @app.command()
 def report(folder: RunArgument) -> None:
     """Writes RUN/report.html anew: one self-contained page."""
-    from drencoder.runs.display import printable
     from drencoder.runs.report import remake_report
 
     print(printable(remake_report(folder)))
@@ -346,29 +347,23 @@ def main() -> None:
     with hide_crash_messages():
         try:
             try:
-                app()
+                code = app(standalone_mode=False)
             finally:
                 sys.stdout.flush()  # here, where a closed or full output can still be told from a failed check
         except DrencoderError as error:
-            from drencoder.runs.display import printable
-
-            print(f"drencoder: {printable(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
+            end(str(error))
         except SystemExit as stop:
             if isinstance(stop.__context__, BrokenPipeError):  # typer and rich make exit code 1 of it
-                _stop_writing(141)
+                stop_writing(141)
             raise
         except BrokenPipeError:
-            _stop_writing(141)
+            stop_writing(141)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            if type(error).__module__ != "builtins" or error.errno is None:  # a library's own
                 raise
-            print("drencoder: the output cannot be written, since the disk is full: make room.", file=sys.stderr)
-            _stop_writing(2)
-
-
-def _stop_writing(code: int) -> NoReturn:
-    """Ends the process with this code. What is still to be printed goes nowhere, so that Python's last flush is silent."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    raise SystemExit(code) from None
+            end_disk(error)
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            end_usage(error)
+        raise SystemExit(code or 0)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from drencoder.errors import DataError
+from drencoder.reading import cut, shown
 
 __all__ = ["config_names", "load_rows", "split_names"]
 
@@ -33,21 +34,44 @@ def split_names(source: str, config: str, *, knob: str) -> list[str]:
 
 @contextlib.contextmanager
 def _asking(source: str, knob: str) -> Iterator[Any]:
-    """Lends the library without its progress bars (one per split and subject); its errors become one sentence."""
+    """Lends the library without its progress bars (one per split and subject); its errors become one sentence.
+
+    A name of dots and slashes alone is refused: the library would read whatever lies in that folder.
+    """
+    if not source.strip("./ ") or "\0" in source:
+        raise DataError(
+            f"{knob} = {shown(source)} names no data set: give ORG/NAME of the hub, or a folder of its own."
+        )
     try:
         import datasets
     except ImportError:
         raise DataError(f"{knob} = {source!r} needs the datasets library: pip install 'drencoder[data]'.") from None
-    shown = not datasets.utils.are_progress_bars_disabled()
+    had_bars = not datasets.utils.are_progress_bars_disabled()
     datasets.utils.disable_progress_bars()
     try:
         yield datasets
     except Exception as error:  # the library raises its own, the hub's and the network's errors
         reason = error.__cause__ or error  # "an error occurred while generating" has the reason as its cause
-        first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
         raise DataError(
-            f"{knob} = {source!r} cannot be loaded ({first_line}): check the name and the network, or give local files."
+            f"{knob} = {shown(source)} cannot be loaded ({_explain(reason)}): check the name and the network, or give local files."
         ) from None
     finally:
-        if shown:
+        if had_bars:
             datasets.utils.enable_progress_bars()
+
+
+_OF_NAMES = (
+    "DatasetNotFoundError",
+    "DataFilesNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectionError",
+    "FileNotFoundError",
+)
+_OF_SPLITS = ("Unknown split", "BuilderConfig", "Config name")
+
+
+def _explain(error: BaseException) -> str:
+    """The first line of a message that is about names; of any other error its type alone, since it may quote a record."""
+    lines = str(error).strip().splitlines()
+    known = type(error).__name__ in _OF_NAMES or (type(error) is ValueError and str(error).startswith(_OF_SPLITS))
+    return cut(lines[0], 300) if known and lines else type(error).__name__

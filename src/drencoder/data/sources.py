@@ -20,6 +20,7 @@ from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.embedded_world.world import World, record_of
 from drencoder.data.hub import load_rows
 from drencoder.errors import DataError
+from drencoder.reading import cut, parse_json, read_text, reason
 from drencoder.recipe import sections
 from drencoder.rng import derive_seed
 
@@ -244,18 +245,22 @@ def _split_by_category(
 def _read_file(path: Path, knob: str) -> list[Record]:
     """Reads .jsonl (a record a line) or .json (a list of records); a message names file and line."""
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except FileNotFoundError:
-        raise DataError(f"{knob} = '{path}' does not exist: give 'embedded', a .jsonl or a .json file.") from None
+        raise DataError(f"{knob} = '{cut(path)}' does not exist: give 'embedded', a .jsonl or a .json file.") from None
     except IsADirectoryError:
-        raise DataError(f"{knob} = '{path}' is a folder: give the .jsonl or .json file in it.") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text: convert the file to UTF-8.") from None
+        raise DataError(f"{knob} = '{cut(path)}' is a folder: give the .jsonl or .json file in it.") from None
+    except ValueError as error:
+        raise DataError(f"{cut(path)}, {error}: convert the file to UTF-8.") from None
     except OSError as error:
-        raise DataError(f"{knob} = '{path}' cannot be read ({error}): check its permissions.") from None
+        raise DataError(f"{knob} = '{cut(path)}' cannot be read ({reason(error)}): check its permissions.") from None
     if path.suffix == ".json":
-        items = list(enumerate(_parse(text, f"{path}"), start=1))
+        listed = _parse(text, f"{path}")
+        if not isinstance(listed, list):
+            raise DataError(
+                f"{path}: {type(listed).__name__} instead of a list of JSON objects: write one, or use .jsonl."
+            )
+        items = list(enumerate(listed, start=1))
         unit = "record"
     else:
         items = [
@@ -272,9 +277,9 @@ def _read_file(path: Path, knob: str) -> list[Record]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg}): mend or remove it.") from None
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}: mend or remove it.") from None
 
 
 def _record(item: Any, where: str) -> Record:

@@ -3,7 +3,6 @@
 Legend: D adapter values, K code values.
 """
 
-import json
 import math
 import struct
 from collections import deque
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from drencoder.errors import EncoderError, ModelError
+from drencoder.reading import parse_json, reason
 from drencoder.recipe.sections import Encoder as EncoderKnobs
 
 __all__ = [
@@ -305,7 +305,14 @@ def _header(file: Path) -> dict[str, list[int]]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > 100_000_000:  # the format's own limit
                 raise ValueError("header too long")
-            entries = json.loads(stream.read(length))
-        return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise ModelError(f"{file} is not a readable safetensors file ({error}): copy the model again.") from None
+            entries = parse_json(stream.read(length))
+        shapes = {name: list(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
+        if not all(type(size) is int and 0 <= size < 1 << 40 for shape in shapes.values() for size in shape):
+            raise ValueError("a shape of no tensor")
+        return shapes
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{file} is not a readable safetensors file ({reason(error)}): copy the model again."
+        ) from None
+    except (LookupError, TypeError, AttributeError, struct.error):
+        raise ModelError(f"{file} is not a readable safetensors file: copy the model again.") from None

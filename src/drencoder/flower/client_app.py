@@ -22,9 +22,9 @@ from drencoder.federated.remote.session import SecAggSession
 from drencoder.federated.remote.site import Site
 from drencoder.flower.transport import read_payload, wrap_payload
 from drencoder.privacy.site_ledger import SiteLedger
+from drencoder.reading import one_line
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import Components, SiteText, build_site
-from drencoder.runs.display import printable
 
 __all__ = ["app", "make_client_app", "open_site"]
 
@@ -41,7 +41,7 @@ def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
         try:
             answer = site_of(context).answer(read_payload(message.content))
         except DrencoderError as error:
-            print(f"drencoder: {printable(error)}", file=sys.stderr)
+            print(f"drencoder: {one_line(error)}", file=sys.stderr)
             answer = _failure_frame()
         except Exception as error:
             report_crash(error)

@@ -17,6 +17,7 @@ mode 0600 and never leave the machine that makes them but by your hand.
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,12 +29,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from drencoder.errors import ArtifactError, RecipeError
+from drencoder.reading import read_bytes, shown
 from drencoder.runs.run_folder import storing
 from drencoder.runs.signatures import make_signing_key
 
 __all__ = ["make_certificates", "read_public_keys"]
 
+_LONGEST = 4096  # bytes of a public key file; a real one has about 250
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_HOST_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
 
@@ -48,9 +52,12 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
     """
     if nodes < 1 or days < 1:
         raise RecipeError(f"--nodes {nodes} and --days {days} must both be at least 1.")
-    if not all(host.strip() for host in hosts):
-        raise RecipeError("--host '' names no host: give a DNS name or an IP address of the server.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    for host in hosts:
+        if not _is_host(host):
+            raise RecipeError(
+                f"--host {shown(host)} names no host: give a DNS name (ASCII; xn--... for others) or an IP address of the server."
+            )
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(
             f"{folder} is already there: name another folder, or remove it if its keys are in use nowhere."
         )
@@ -101,10 +108,10 @@ def read_public_keys(where: Path) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
     for file in files:
         try:
-            key = serialization.load_ssh_public_key(file.read_bytes())
+            key = serialization.load_ssh_public_key(read_bytes(file, _LONGEST))
         except OSError as error:
             raise ArtifactError(f"{file} cannot be read ({error.strerror}): give the nodes' public keys.") from None
-        except (ValueError, UnsupportedAlgorithm):
+        except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm):
             raise ArtifactError(f"{file} is not an OpenSSH public key: make one with drencoder certs.") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
             raise ArtifactError(f"{file} is not an ECDSA key on a NIST curve: make one with drencoder certs.")
@@ -169,6 +176,16 @@ def _key_usage(*, signs: bool) -> x509.KeyUsage:
         digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
         key_agreement=False, key_cert_sign=signs, crl_sign=signs, encipher_only=False, decipher_only=False,
     )  # fmt: skip
+
+
+def _is_host(host: str) -> bool:
+    """Whether it is an address, or letters, digits and hyphens between dots as DNS has them (RFC 1123, section 2.1)."""
+    if ":" in host:
+        try:
+            return bool(ipaddress.ip_address(host))
+        except ValueError:
+            return False
+    return len(host) < 254 and all(map(_HOST_PART.fullmatch, host.removeprefix("*.").removesuffix(".").split(".")))
 
 
 def _alternative_name(host: str) -> x509.GeneralName:

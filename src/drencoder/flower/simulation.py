@@ -21,6 +21,7 @@ from drencoder.federated.remote.site import Site
 from drencoder.flower.client_app import make_client_app, open_site
 from drencoder.flower.server_app import ServerOptions, serve
 from drencoder.runs import run as experiment
+from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["isolate_network", "simulate_run"]
 
@@ -43,10 +44,9 @@ def simulate_run(options: ServerOptions, nodes: int, *, cores: int | None = None
         )
     cores = cores or os.cpu_count() or 1
     sites = options.out.with_name(f"{options.out.name}.sites")
-    sites.mkdir(parents=True, exist_ok=True)
     recipe = sites / "recipe.toml"
     if options.recipe is not None:
-        recipe.write_text(options.recipe.to_toml(), "utf-8")
+        RunFolder(sites).write(recipe, options.recipe.to_toml().encode())
     results: list[experiment.RunResult] = []
     refused: list[DrencoderError] = []
     server = ServerApp()

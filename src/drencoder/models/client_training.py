@@ -45,6 +45,9 @@ class CohortTrainer:
     clients. A client without examples sends a zero update. A client whose training raises sends NaN, which the clip makes
     zero and counts: what it holds must not decide whether the others' contributions arrive (docs/guarantee.md). A fault that
     is nobody's own shows before a round is paid for, when the viability gate trains on the server's own text.
+
+    `reports_failures`: whether standard error says that a client's training raised, and with which type of exception. Not under
+    central trust, where the cohort is secret: each line would tell that one of the clients that can fail was in it.
     """
 
     lora: LoraModel
@@ -52,6 +55,7 @@ class CohortTrainer:
     local: config.Local
     seed: int
     batch_clients: int
+    reports_failures: bool = True
 
     def train_clients(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:
         """See `ClientTrainer`."""
@@ -62,8 +66,8 @@ class CohortTrainer:
         # Outside of the except clause, whose traceback would keep the failed batch's graph in memory.
         if len(clients) > 1:
             return torch.cat([self.train_clients(adapter_D, [client], slot, epochs) for client in clients])
-        # Not its number: under central trust nobody may learn who is in a cohort.
-        print(f"a client's training failed ({failure}); it contributes zero", file=sys.stderr)
+        if self.reports_failures:
+            print(f"a client's training failed ({failure}); it contributes zero", file=sys.stderr)
         return torch.full((1, epochs * adapter_D.numel()), torch.nan, device=self.lora.device)
 
     def _train(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:

@@ -145,9 +145,9 @@ def with_noise(plan: PrivacyPlan, noise_multipliers: Iterable[float] | None) -> 
     if not 1 <= len(sigmas) <= _MAX_NOISES:
         raise PrivacyError(f"{len(sigmas)} noise multipliers are given; a figure shows 1 to {_MAX_NOISES}: name fewer.")
     for sigma in sigmas:
-        if not 0 < sigma < math.inf:
+        if not 1e-6 <= sigma <= 1e6:
             raise PrivacyError(
-                f"The noise multiplier {sigma} is impossible; it must be positive and finite: 1 is usual."
+                f"The noise multiplier {sigma} is impossible; it must be positive and finite, from 1e-6 to 1e6: 1 is usual."
             )
     first, usual = plan.stage1_noise_multiplier, plan.noise_multiplier
     return [

@@ -7,6 +7,7 @@ from typing import Any
 from drencoder.privacy.accounting import epsilon_pld, event_to_dict
 from drencoder.privacy.ledger import ROUNDING, Ledger
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.reading import cut
 
 __all__ = ["SAME_FLOAT", "ledger_troubles", "plan_differences"]
 
@@ -64,7 +65,7 @@ def _line_troubles(ledger: Ledger) -> Iterator[str]:
             if slot not in to_release or record["attempt"] != charged[slot] - 1:
                 yield f"{line} releases slot {slot} once more than it was charged."
             if record["of"] != ("adapter" if slot else "statistics"):
-                yield f"{line} says that slot {slot} released {record['of'][:20]!r}."
+                yield f"{line} says that slot {slot} released {cut(record['of'], 20)}."
             to_release.discard(slot)
         elif kind == "abandoned":
             if slot not in to_release:
@@ -75,7 +76,7 @@ def _line_troubles(ledger: Ledger) -> Iterator[str]:
 def _charge_troubles(plan: PrivacyPlan, record: Mapping[str, Any], before: int, line: str) -> Iterator[str]:
     slot = record["slot"]
     if (record["stage"], record["trust"]) != (plan.stage(slot), plan.trust):
-        yield f"{line} charges slot {slot} as {record['stage'][:20]}, {record['trust'][:20]}: not as the plan has it."
+        yield f"{line} charges slot {slot} as {cut(record['stage'], 20)}, {cut(record['trust'], 20)}: not as the plan has it."
     if record["kind"] == "repeat":
         if plan.noise != "replay" or not before:
             yield f"{line} repeats slot {slot} without a charge; only replayed runs may, after one."

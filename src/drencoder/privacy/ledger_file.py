@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.errors import ArtifactError
+from drencoder.reading import parse_json
 
 __all__ = ["FORMAT", "LedgerFile", "encode", "parse"]
 
@@ -76,10 +77,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if len(line) > _LONGEST:
         return None
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         if not isinstance(record, dict) or encode(record) != line or not {"seq", "kind", "prev"} <= set(record):
             return None
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return record
 

@@ -18,6 +18,7 @@ from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.ledger import Permit, _permit
 from drencoder.privacy.ledger_check import plan_differences
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.reading import cut, parse_json
 
 __all__ = ["AnsweredError", "ForeignRunError", "SiteLedger"]
 
@@ -94,7 +95,7 @@ class SiteLedger:
         self.plan.event(slot)  # refuses slots that are not in the plan
         with self._locked():
             if self._run not in (None, run):
-                raise ForeignRunError(f"{self.path} is the ledger of run {self._run} and run {run} asks.")
+                raise ForeignRunError(f"{self.path} is the ledger of run {cut(self._run)} and run {cut(run)} asks.")
             if self.plan.noise == "secure":
                 self._check_fresh(slot, attempt, clients)
             if self._run is None:
@@ -134,25 +135,30 @@ class SiteLedger:
             os.ftruncate(self._descriptor, size - len(torn))
         try:
             for line in whole.split(b"\n") if end else ():
-                self._enter(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, PrivacyError):
+                self._enter(parse_json(line))
+        except (ValueError, LookupError, TypeError, AttributeError, PrivacyError):
             raise ArtifactError(
                 f"{self.path} is damaged: restore it from a copy; without it nobody may answer."
             ) from None
         self._read += len(whole) + len(end)
 
     def _enter(self, record: dict[str, Any]) -> None:
+        """Takes a line in. Raises ValueError, or what comes of a missing field, for one that no site wrote."""
         match record["kind"]:
-            case "header" if not self._is_own(record):
+            case "header" if self._is_own(record):
+                pass
+            case "header":
                 raise ArtifactError(
                     f"{self.path} is the ledger of another recipe or plan. If this run goes on, give the site the recipe that it "
                     "was started with; only another run, to which the clients consent anew, may have a --state folder of its own."
                 )
-            case "run":
+            case "run" if isinstance(record["run"], str):
                 self._run = record["run"]
-            case "answer":
+            case "answer" if all(type(n) is int for n in (record["slot"], record["attempt"], *record["clients"])):
                 self._begun.add(record["slot"])
                 self._answered |= {(client, record["slot"], record["attempt"]) for client in record["clients"]}
+            case _:
+                raise ValueError
 
     def _is_own(self, header: dict[str, Any]) -> bool:
         """Whether a header is of this recipe and plan, up to the last digits that another machine's arithmetic gives."""

@@ -11,6 +11,7 @@ from dataclasses import field
 from typing import Any, get_type_hints
 
 from drencoder.errors import RecipeError
+from drencoder.reading import cut, shown
 from drencoder.recipe.removed import reject_removed_value
 
 __all__ = ["Checked", "coerce", "knob"]
@@ -43,6 +44,8 @@ class Checked:
             _check_bounds(where, value, declared.metadata)
 
 
+_LONGEST_TEXT = 4096  # characters
+_LEAST, _MOST = 1e-30, 1e30  # of a number that is not 0: squares and ratios of such numbers are finite
 _WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text in quotes"}
 _LISTS = {tuple[str, ...]: "texts", tuple[int, ...]: "whole numbers", tuple[float, ...]: "numbers"}
 
@@ -55,14 +58,32 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
         except OverflowError:  # a whole number of more than 308 digits
             raise RecipeError(f"{where} has more digits than a number can have: write one below 1e308.") from None
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise RecipeError(f"{where} = {shown(value)} is out of range: a whole number has at most 18 digits here.")
         return value
-    if kind in (bool, str) and isinstance(value, kind):
+    if kind is str and isinstance(value, str):
+        return _checked_text(where, value)
+    if kind is bool and isinstance(value, bool):
         return value
     if kind in _LISTS and isinstance(value, list | tuple):
         item_kind = kind.__args__[0]
         return tuple(coerce(f"{where}[{i}]", item, item_kind) for i, item in enumerate(value))
     expected = _WORDS.get(kind) or f"a list of {_LISTS[kind]}"
-    raise RecipeError(f"{where} = {value!r} is not {expected}: write {expected}.")
+    raise RecipeError(f"{where} = {shown(value)} is not {expected}: write {expected}.")
+
+
+def _checked_text(where: str, text: str) -> str:
+    """Refuses what no file name, table or terminal can have: control characters, bytes that are no text, and whole books."""
+    if len(text) > _LONGEST_TEXT:
+        raise RecipeError(
+            f"{where} = {shown(text)} has {len(text):,} characters: at most {_LONGEST_TEXT:,} are allowed."
+        )
+    for letter in text:
+        if (letter < " " and letter not in "\t\n") or "\x7f" <= letter < "\xa0" or "\ud800" <= letter <= "\udfff":
+            raise RecipeError(
+                f"{where} = {shown(text)} has the character {cut(letter)}, which no text may have: remove it."
+            )
+    return text
 
 
 def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
@@ -70,7 +91,7 @@ def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if bounds["choices"] and item not in bounds["choices"]:
             reject_removed_value(where, item)
-            raise RecipeError(f"{where} = {item!r} is not known: choose one of {', '.join(bounds['choices'])}.")
+            raise RecipeError(f"{where} = {shown(item)} is not known: choose one of {', '.join(bounds['choices'])}.")
         if isinstance(item, int | float) and not isinstance(item, bool):
             _check_number(where, item, bounds)
 
@@ -78,6 +99,10 @@ def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
 def _check_number(where: str, value: float, bounds: Mapping[str, Any]) -> None:
     if not math.isfinite(value):
         raise RecipeError(f"{where} = {value} is not finite: give a finite number.")
+    if value and not _LEAST <= abs(value) <= _MOST:
+        raise RecipeError(
+            f"{where} = {value} is out of range: numbers of a recipe are 0 or between {_LEAST:g} and {_MOST:g}."
+        )
     for name, broken, words in (
         ("low", lambda bound: value < bound, "at least"),
         ("above", lambda bound: value <= bound, "above"),

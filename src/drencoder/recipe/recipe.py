@@ -7,7 +7,7 @@ overriding (`--set section.key=value`), checking, documenting and writing back a
 import dataclasses
 import difflib
 import math
-import tomllib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tomli_w
 
 from drencoder.errors import RecipeError
+from drencoder.reading import cut, parse_toml, read_text, reason, shown
 from drencoder.recipe.knobs import coerce
 from drencoder.recipe.removed import reject_removed_key
 from drencoder.recipe.sections import (
@@ -39,6 +40,9 @@ Section = TypeVar("Section")
 
 STUDY_TABLE = "compare"
 """The table of a recipe file that is no part of a recipe: `drencoder compare` reads it (`study.settings`), a run does not."""
+
+_MOST_BYTES = 1 << 20  # of a recipe file
+_LONGEST_NAME = 200  # bytes; files beside the run folder have its name and a suffix
 
 _SECTIONS: dict[str, type] = {
     "model": Model,
@@ -77,7 +81,12 @@ class Recipe:
         object.__setattr__(self, "name", coerce("name", self.name, str))
         object.__setattr__(self, "seed", coerce("seed", self.seed, int))
         if not self.name or any(letter in self.name for letter in '/\\:*?"<>|\0') or self.name in (".", ".."):
-            raise RecipeError(f"name = {self.name!r} cannot name a folder: use letters, digits, - and _.")
+            raise RecipeError(f"name = {shown(self.name)} cannot name a folder: use letters, digits, - and _.")
+        if len(self.name.encode()) > _LONGEST_NAME:
+            raise RecipeError(
+                f"name = {shown(self.name)} has {len(self.name.encode())} bytes, more than the {_LONGEST_NAME} that a folder's "
+                "name leaves room for: shorten it."
+            )
         _check_together(self)
 
     @property
@@ -119,7 +128,7 @@ class Recipe:
         for key, value in tables.items():
             if key not in keys:
                 reject_removed_key(key)
-                raise RecipeError(_unknown(f"{origin}: {key!r}", key, keys))
+                raise RecipeError(_unknown(f"{origin}: {shown(key)}", key, keys))
             if key not in _SECTIONS:
                 parts[key] = value
                 continue
@@ -130,12 +139,12 @@ class Recipe:
 def read_section(key: str, value: Any, section: type[Section], origin: str) -> Section:
     """A section from its table; unknown keys raise `RecipeError` with the nearest known name."""
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{origin}: {key} = {value!r} is not a section: write [{key}] and keys below.")
+        raise RecipeError(f"{origin}: {key} = {shown(value)} is not a section: write [{key}] and keys below.")
     knobs = {declared.name for declared in dataclasses.fields(section)}  # type: ignore[arg-type]
     for inner in value:
         if inner not in knobs:
             reject_removed_key(f"{key}.{inner}")
-            raise RecipeError(_unknown(f"{origin}: {key}.{inner}", inner, knobs))
+            raise RecipeError(_unknown(f"{origin}: {key}.{cut(inner)}", inner, knobs))
     return section(**value)
 
 
@@ -228,13 +237,9 @@ def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ())
     """
     origin, text = _read(source)
     try:
-        tables: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{origin} is not valid TOML: {error}.") from None
-    except (RecursionError, ValueError):  # hundreds of open brackets, or a number of thousands of digits
-        raise RecipeError(
-            f"{origin} is not valid TOML: brackets are nested too deeply or a number is too long."
-        ) from None
+        tables = parse_toml(text)
+    except ValueError as error:
+        raise RecipeError(f"{origin} cannot be read as a recipe ({error}): mend it there.") from None
     for override in overrides:
         _override(tables, override)
     return origin, tables
@@ -245,40 +250,40 @@ def _read(source: str | Path | None) -> tuple[str, str]:
         source = "quickstart"
     path = Path(source)
     shipped = shipped_recipes()
-    if isinstance(source, str) and source in shipped and not path.exists():
+    if isinstance(source, str) and source in shipped and not os.path.exists(path):
         return source, shipped[source]
     try:
-        return str(path), path.read_text("utf-8")
+        return cut(path), read_text(path, _MOST_BYTES)
     except FileNotFoundError:
         raise RecipeError(
-            f"recipe {str(source)!r} does not exist: give a TOML file or one of {', '.join(shipped)}."
+            f"recipe {shown(path)} does not exist: give a TOML file or one of {', '.join(shipped)}."
         ) from None
     except IsADirectoryError:
-        raise RecipeError(f"recipe {str(source)!r} is a folder: give the TOML file in it.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {str(source)!r} cannot be read ({error}): check the file.") from None
+        raise RecipeError(f"recipe {shown(path)} is a folder: give the TOML file in it.") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe {shown(path)} cannot be read ({reason(error)}): check the file.") from None
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {override!r} is not section.key=value: write, say, privacy.epsilon=2.")
+        raise RecipeError(f"--set {shown(override)} is not section.key=value: write, say, privacy.epsilon=2.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         value = text.strip()  # a bare word, as a shell user writes it
     *sections, last = key.strip().split(".")
     if len(sections) > 1:
-        raise RecipeError(f"--set {key.strip()} has more than one dot: write section.key=value.")
+        raise RecipeError(f"--set {cut(key.strip())} has more than one dot: write section.key=value.")
     table = tables
     if sections:
         if sections[0] not in (*_SECTIONS, STUDY_TABLE):
             reject_removed_key(key.strip())
             reject_removed_key(sections[0])
-            raise RecipeError(_unknown(f"--set {key.strip()}: {sections[0]!r}", sections[0], set(_SECTIONS)))
+            raise RecipeError(_unknown(f"--set {cut(key.strip())}: {shown(sections[0])}", sections[0], set(_SECTIONS)))
         table = tables.setdefault(sections[0], {})
         if not isinstance(table, dict):
-            raise RecipeError(f"{sections[0]} = {table!r} is not a section: write [{sections[0]}] and keys below.")
+            raise RecipeError(f"{sections[0]} = {shown(table)} is not a section: write [{sections[0]}] and keys below.")
     table[last] = value
 
 

@@ -4,6 +4,7 @@ The table is read only for a key or a value that is not valid any more, so an en
 """
 
 from drencoder.errors import RecipeError
+from drencoder.reading import shown
 
 __all__ = ["REMOVED", "reject_removed_key", "reject_removed_value"]
 
@@ -48,4 +49,4 @@ def reject_removed_value(where: str, value: object) -> None:
     """Raises `RecipeError` for a value that `section.key` could have in an earlier version; does nothing for any other."""
     ending = REMOVED.get(f"{where}={value}")
     if ending is not None:
-        raise RecipeError(f"{where} = {value!r} was removed in 0.2: {ending}.")
+        raise RecipeError(f"{where} = {shown(value)} was removed in 0.2: {ending}.")

@@ -74,9 +74,9 @@ class Data(Checked):
 class Federation(Checked):
     """Who takes part, and how often."""
 
-    population: int = knob(10_000, "registered clients N", low=1)
+    population: int = knob(10_000, "registered clients N", low=1, high=10**12)
     sampling_rate: float = knob(0.02, "chance q of a client to be in a round", above=0, high=1)
-    rounds: int = knob(20, "rounds T of stage 2", low=1)
+    rounds: int = knob(20, "rounds T of stage 2", low=1, high=1_000_000)
     nodes: int = knob(
         4, "machines that the clients are spread over (client number modulo nodes); secure aggregation only", low=2
     )
@@ -185,9 +185,9 @@ class Prior(Checked):
 class Privacy(Checked):
     """The promise. See docs/guarantee.md."""
 
-    epsilon: float = knob(8.0, "target epsilon against the strongest untrusted observer", above=0)
+    epsilon: float = knob(8.0, "target epsilon against the strongest untrusted observer", above=0, high=1e6)
     delta: float = knob(1e-5, "delta", above=0, below=1)
-    noise_multiplier: float = knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon", low=0)
+    noise_multiplier: float = knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon", low=0, high=1e6)
     trust: str = knob(
         "local",
         "local: the server is not trusted, each client adds full noise; central: the server adds it; secure-aggregation: "

@@ -3,7 +3,6 @@
 Without tasks, a run's own quick evaluation is read from its folder: the same pairs, and no model is needed.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from drencoder.evaluation.statistics import (
 )
 from drencoder.models.base_model import load_base, resolve_device
 from drencoder.models.lora import LoraModel
+from drencoder.reading import parse_json, read_bytes
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.rng import derive_seed
@@ -165,6 +165,11 @@ def _compare(
     )
 
 
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Whether these are numbers of a text's size or of an answer, at least one."""
+    return len(values) > 0 and all(type(value) in (int, float) and 0 <= value < 1e12 for value in values)
+
+
 def _assess_outcomes(folder: RunFolder) -> Assessment:
     """The pairs of a finished run's quick evaluation; every question weighs the same, as in the run's own table."""
     if not folder.outcomes.is_file():
@@ -173,11 +178,16 @@ def _assess_outcomes(folder: RunFolder) -> Assessment:
         )
     recipe = load_recipe(folder.recipe)
     try:
-        outcomes: Mapping[str, Any] = json.loads(folder.outcomes.read_text("utf-8"))
+        outcomes: Mapping[str, Any] = parse_json(read_bytes(folder.outcomes))
         base, run = outcomes["base model"], outcomes["this run"]
         losses, targets, right = (base["losses"], run["losses"]), base["targets"], (base["right"], run["right"])
         pairs = {name: (right[0][name], right[1][name]) for name in right[0]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        numbers = [*losses, targets, *(hits for pair in pairs.values() for hits in pair)]
+        if {len(some) for some in (*losses, targets)} != {len(targets)} or not all(map(_are_numbers, numbers)):
+            raise ValueError
+        if not all(targets) or any(len(before) != len(after) for before, after in pairs.values()):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{folder.outcomes} cannot be read ({type(error).__name__}): it was cut or changed."
         ) from None

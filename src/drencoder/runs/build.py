@@ -222,6 +222,13 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Comp
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
-    trainer = CohortTrainer(lora, texts.client, recipe.local, recipe.seed, recipe.speed.parallel_clients)
+    trainer = CohortTrainer(
+        lora,
+        texts.client,
+        recipe.local,
+        recipe.seed,
+        recipe.speed.parallel_clients,
+        reports_failures=overview.privacy.capped,
+    )
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
     return Components(recipe, overview, texts, lora, trainer, engine)

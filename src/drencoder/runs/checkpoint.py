@@ -19,6 +19,7 @@ from drencoder.errors import ArtifactError
 from drencoder.federated.server_optimizer import ServerState
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger
+from drencoder.reading import parse_json
 from drencoder.runs.run_folder import RunFolder
 
 __all__ = ["Progress", "float32_bytes", "load_checkpoint", "save_checkpoint"]
@@ -75,7 +76,7 @@ def load_checkpoint(folder: RunFolder, ledger: Ledger, initial_D: Tensor, segmen
         return Progress(ServerState.start(initial_D))
     try:
         return _progress(folder, ledger, path.read_bytes(), initial_D, segments)
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is damaged ({type(error).__name__}): restore it from a copy of the run.") from None
 
 
@@ -86,7 +87,7 @@ def _progress(
     path = folder.checkpoints / _NAME
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
-    facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["drencoder"])
+    facts = parse_json(parse_json(data[8 : 8 + length])["__metadata__"]["drencoder"])
     seq, digest = facts["ledger_head"]
     if not ledger.contains((seq, digest)):
         raise ArtifactError(

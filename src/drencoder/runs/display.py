@@ -19,6 +19,7 @@ from rich.text import Text
 
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.reading import printable
 from drencoder.runs.plan_overview import Overview
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "make_table",
     "observers_table",
     "plan_tables",
-    "printable",
     "resume_hint",
     "show_note",
     "show_run_folder",
@@ -41,17 +41,6 @@ _RUN_FILES = "adapter/, ledger.jsonl, certificate.json, report.html"
 
 
 # --- what every command shows with -----------------------------------------------------------------
-
-
-def printable(text: object) -> str:
-    """Returns the text with every character that a terminal would obey, or cannot encode, written as an escape.
-
-    Line breaks stay, and so does all that Unicode counts as printable.
-    """
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode("ascii")
-        for letter in str(text)
-    )
 
 
 def make_console(**options: Any) -> Console:

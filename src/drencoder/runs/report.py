@@ -8,6 +8,7 @@ from typing import Any
 
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
+from drencoder.reading import cut, read_text
 from drencoder.runs.certificate import file_digests
 from drencoder.runs.plots import plot_rounds, svg_text
 from drencoder.runs.run_folder import RunFolder
@@ -31,7 +32,7 @@ def write_report(path: Path) -> Path:
     folder = RunFolder.open(path)
     certificate = folder.read_json(folder.certificate)
     try:
-        page = _render_page(certificate, folder.read_metrics(), folder.recipe.read_text("utf-8"))
+        page = _render_page(certificate, folder.read_metrics(), read_text(folder.recipe))
         data = page.encode()
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise ArtifactError(
@@ -55,7 +56,7 @@ def remake_report(path: Path) -> Path:
         name, bound, actual = folder.report.name, closed["files"], file_digests(folder)
         if other := sorted(key for key in (bound.keys() | actual.keys()) - {name} if bound.get(key) != actual.get(key)):
             raise ArtifactError(
-                f"{other[0][:80]} of {path} was changed after the run closed its ledger: drencoder verify says more."
+                f"{cut(other[0])} of {path} was changed after the run closed its ledger: drencoder verify says more."
             )
         write_report(path)
         digests = file_digests(folder)

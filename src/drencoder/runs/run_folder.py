@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.errors import ArtifactError
+from drencoder.reading import parse_json
 
 __all__ = ["RunFolder", "storing"]
+
+_RUST_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,8 @@ class RunFolder:
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 row = None
             if not _is_row(row):
                 raise ArtifactError(
@@ -187,15 +191,15 @@ class RunFolder:
           ArtifactError: it is missing, or no JSON object.
         """
         try:
-            value = json.loads(path.read_bytes())
+            value = parse_json(path.read_bytes())
         except FileNotFoundError:
             raise ArtifactError(
                 f"{self.path} has no {path.name} yet: finish it with drencoder run --resume {self.path}."
             ) from None
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read ({error.strerror}): restore it from a copy.") from None
-        except (ValueError, RecursionError):
-            raise ArtifactError(f"{path} is not valid JSON: restore it from a copy.") from None
+        except ValueError as error:
+            raise ArtifactError(f"{path} cannot be read ({error}): restore it from a copy.") from None
         if not isinstance(value, dict):
             raise ArtifactError(f"{path} is no JSON object: restore it from a copy.")
         return value
@@ -219,13 +223,22 @@ class RunFolder:
 
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one sentence: raises ArtifactError for an OSError of the block."""
+    """Turns a full or read-only disk into one sentence: raises ArtifactError for an OSError of the block.
+
+    Libraries written in Rust (safetensors, tokenizers) raise errors of their own, which end with the system's number.
+    """
     try:
         yield
     except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be written ({error.strerror or error}): make room or permission, then use --resume."
-        ) from error
+        why = error.strerror or type(error).__name__
+    except Exception as error:
+        number = _RUST_ERROR.search(str(error))
+        if number is None:
+            raise
+        why = os.strerror(int(number[1]))
+    else:
+        return
+    raise ArtifactError(f"{path} cannot be written ({why}): make room or permission, then use --resume.")
 
 
 def _is_of_a_start(path: Path) -> bool:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
+from drencoder.reading import parse_json, read_bytes
 from drencoder.runs.run_folder import RunFolder, storing
 
 __all__ = ["check_signatures", "fingerprint", "make_signing_key", "read_signers", "sign_run"]
@@ -51,7 +52,7 @@ def sign_run(folder: RunFolder, key_file: Path) -> str:
     """
     try:
         key = serialization.load_ssh_private_key(_read_short(key_file), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm):
         raise ArtifactError(f"{key_file} is not an OpenSSH private key without a passphrase: {_HOW}.") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise ArtifactError(f"{key_file} is a private key, but not an Ed25519 one: {_HOW}.")
@@ -78,7 +79,7 @@ def read_signers(where: Path) -> dict[str, str]:
     for file in files:
         try:
             key = serialization.load_ssh_public_key(_read_short(file))
-        except (ValueError, UnsupportedAlgorithm):
+        except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm):
             raise ArtifactError(f"{file} is not an OpenSSH public key: {_HOW}.") from None
         if not isinstance(key, Ed25519PublicKey):
             raise ArtifactError(f"{file} is a public key, but not an Ed25519 one: {_HOW}.")
@@ -111,12 +112,20 @@ def check_signatures(folder: RunFolder, ledger: Ledger, demanded: Mapping[str, s
 def _signer(text: str, message: bytes) -> str | None:
     """The public key of a line whose signature is right."""
     try:
-        record = json.loads(text)
+        record = parse_json(text)
         key = serialization.load_ssh_public_key(record["key"].encode())
         if not isinstance(key, Ed25519PublicKey) or set(record) != {"key", "signature"}:
             return None
         key.verify(base64.b64decode(record["signature"], validate=True), message)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, InvalidSignature, UnsupportedAlgorithm):
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        NotImplementedError,
+        InvalidSignature,
+        UnsupportedAlgorithm,
+    ):
         return None
     return _public_line(key)
 
@@ -144,10 +153,8 @@ def _lines(folder: RunFolder) -> Iterator[str]:
 
 def _read_short(file: Path) -> bytes:
     try:
-        with file.open("rb") as stream:
-            content = stream.read(_LONGEST + 1)
+        return read_bytes(file, _LONGEST)
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read ({error.strerror}): give a key file.") from None
-    if len(content) > _LONGEST:
-        raise ArtifactError(f"{file} has more than {_LONGEST} bytes, so it is no key: {_HOW}.")
-    return content
+    except ValueError:
+        raise ArtifactError(f"{file} has more than {_LONGEST} bytes, so it is no key: {_HOW}.") from None

@@ -1,7 +1,6 @@
 """The bytes of the tensors in a safetensors file, without torch: what an auditor's digests are of."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.errors import ArtifactError
+from drencoder.reading import parse_json
 
 __all__ = ["StoredTensor", "adapter_digest", "read_tensors"]
 
@@ -35,7 +35,7 @@ def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, Any]
         raise ArtifactError(f"{path} cannot be read ({error.strerror}): restore it from a copy of the run.") from None
     try:
         return _parsed(data)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ArtifactError(f"{path} is damaged: restore it from a copy of the run.") from None
 
 
@@ -43,8 +43,8 @@ def _parsed(data: bytes) -> tuple[dict[str, StoredTensor], Mapping[str, Any]]:
     length = int.from_bytes(data[:8], "little")
     if length > min(_LONGEST_HEADER, len(data) - 8):
         raise ValueError
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    facts = json.loads(header.pop("__metadata__", {}).get("drencoder", "{}"))
+    header, body = parse_json(data[8 : 8 + length]), data[8 + length :]
+    facts = parse_json(header.pop("__metadata__", {}).get("drencoder", "{}"))
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
@@ -65,7 +65,11 @@ def adapter_digest(path: Path) -> str | None:
     tensors, _ = read_tensors(path)
     if any(tensor.dtype != "F32" for tensor in tensors.values()):
         return None
-    return hashlib.sha256(b"".join(tensors[name].data for name in sorted(tensors, key=_natural))).hexdigest()
+    try:
+        names = sorted(tensors, key=_natural)
+    except ValueError:  # a number of thousands of digits
+        raise ArtifactError(f"{path} is damaged: restore it from a copy of the run.") from None
+    return hashlib.sha256(b"".join(tensors[name].data for name in names)).hexdigest()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

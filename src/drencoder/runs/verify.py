@@ -16,6 +16,7 @@ from drencoder.errors import DrencoderError
 from drencoder.evaluation.statistics import outcome_estimates
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.ledger_check import ledger_troubles, plan_differences
+from drencoder.reading import cut
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs.certificate import BYTES_COUNTED, derived_part, file_digests, flat_gate, recipe_digest
 from drencoder.runs.plan_overview import privacy_plan, survey
@@ -28,6 +29,13 @@ __all__ = ["Verification", "verify_run"]
 _TOLERANCE = 1e-6  # of an epsilon, absolute below 1 and relative above
 _CHECKPOINT = "latest.safetensors"
 _MOST_TROUBLES = 20
+_OTHER_KINDS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+)  # of values that are not the expected ones
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,14 @@ def verify_run(path: Path, signed_by: Mapping[str, str] | None = None) -> Verifi
         troubles += _head_troubles(ledger, certificate)
         derived["ledger_head"] = certificate.get("ledger_head")
         troubles += _differences("certificate", certificate, derived)
-        troubles += _round_troubles(ledger, folder, certificate)
-        troubles += _byte_troubles(ledger, recipe, folder, certificate)
-        troubles += _result_troubles(folder, recipe, certificate)
-        if not troubles:
-            troubles += _checkpoint_troubles(ledger, folder, certificate)
+        try:
+            troubles += _round_troubles(ledger, folder, certificate)
+            troubles += _byte_troubles(ledger, recipe, folder, certificate)
+            troubles += _result_troubles(folder, recipe, certificate)
+            if not troubles:
+                troubles += _checkpoint_troubles(ledger, folder, certificate)
+        except _OTHER_KINDS as error:
+            troubles.append(f"a file of the run has a value of another kind than runs write ({type(error).__name__}).")
         troubles += _file_troubles(ledger, folder)
         signers, unsigned = check_signatures(folder, ledger, signed_by or {})
         return Verification(_rows(certificate, derived), charges, (*troubles, *unsigned), tuple(signers))
@@ -204,7 +215,7 @@ def _result_troubles(folder: RunFolder, recipe: Recipe, certificate: Mapping[str
     """The certificate's results are those of outcomes.json, its encoder and stage 1 those of the recipe."""
     try:
         results = {name: outcome_estimates(**one) for name, one in folder.read_json(folder.outcomes).items()}
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+    except _OTHER_KINDS:
         yield "outcomes.json has not the outcomes of a run."
         return
     yield from _differences("certificate's results", certificate.get("results"), results)
@@ -256,11 +267,11 @@ def _file_troubles(ledger: Ledger, folder: RunFolder) -> Iterator[str]:
     closed, actual = _closed(ledger)["files"], file_digests(folder)
     for name in sorted(closed.keys() | actual.keys()):
         if name not in actual:
-            yield f"{name[:80]} is missing."
+            yield f"{cut(name)} is missing."
         elif name not in closed:
-            yield f"{name[:80]} is not one of the files that the run left."
+            yield f"{cut(name)} is not one of the files that the run left."
         elif closed[name] != actual[name]:
-            yield f"{name[:80]} was changed after the run closed its ledger."
+            yield f"{cut(name)} was changed after the run closed its ledger."
 
 
 def _closed(ledger: Ledger) -> Mapping[str, Any]:

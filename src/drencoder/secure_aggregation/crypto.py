@@ -37,6 +37,8 @@ PUBLIC_KEY_BYTES = 49  # a compressed point of P-384
 SIGNATURE_BYTES = 96  # r and s
 SEAL_BYTES = 16  # what sealing adds
 _HALF = SIGNATURE_BYTES // 2
+_LONGEST_KEY = 4096  # bytes of a file: a key of another kind, of 100 kB, would take minutes to check
+_NO_KEY = (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm)  # of the library, for damaged keys
 _HASH = ec.ECDSA(hashes.SHA384())
 _MASK_VALUES = 1 << 20  # of a mask at a time: 4 MiB
 
@@ -59,11 +61,13 @@ class NodeKey:
 
         Raises SecureError when it is neither, or of another curve.
         """
+        if len(data) > _LONGEST_KEY:
+            raise SecureError(f"A node key of {len(data):,} bytes is none: a P-384 key file has about 700.")
         loaders = (serialization.load_ssh_private_key, serialization.load_pem_private_key)
         for load in loaders:
             try:
                 key = load(data, password=None)
-            except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a passphrase
+            except _NO_KEY:  # TypeError: it has a passphrase
                 continue
             if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1):
                 return cls(key)
@@ -88,10 +92,11 @@ def public_key_bytes(data: bytes) -> bytes:
 
     Raises SecureError on anything else.
     """
-    for load in (serialization.load_ssh_public_key, serialization.load_pem_public_key):
+    loaders = (serialization.load_ssh_public_key, serialization.load_pem_public_key)
+    for load in loaders if len(data) <= _LONGEST_KEY else ():
         try:
             key = load(data)
-        except (ValueError, UnsupportedAlgorithm):
+        except _NO_KEY:
             continue
         if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1):
             return _compressed(key)

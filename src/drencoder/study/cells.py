@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.errors import ArtifactError
+from drencoder.reading import cut, parse_json, read_bytes, shown
 from drencoder.runs.run_folder import RunFolder, storing
 
 __all__ = ["CELLS", "STUDY", "Cell", "CellStore", "Row", "Track", "loss_of", "read_rows"]
@@ -72,20 +73,37 @@ def read_rows(folder: Path) -> dict[str, Row]:
     A last line that a kill left unfinished is not a row.
 
     Raises:
-      ArtifactError: a line is not JSON or has no key.
+      ArtifactError: a line is not JSON, has no key, or a value of another kind than its name says.
     """
     path = folder / CELLS
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     rows = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
+            if not _is_row(row):
+                raise ValueError
             rows[row["key"]] = row
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
             raise ArtifactError(
                 f"line {number} of {path} is not a cell: remove that line, and the cell is run again."
             ) from None
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line has a key, and under the names that all studies use the kinds of values that are computed with."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        return False
+    loss, scores = row.get("loss", 0.0), row.get("accuracy", {})
+    numbers = [loss.get("value") if isinstance(loss, dict) else loss]
+    numbers += [row[name] for name in ("seed", "seconds", "bytes_up", "bytes_stage1") if name in row]
+    tables = [row[name] for name in ("epsilon", "encoder") if name in row]
+    if not isinstance(scores, dict) or not all(isinstance(table, dict) for table in tables):
+        return False
+    # Of version 0.1, an accuracy stands with its interval.
+    numbers += [value.get("value") if isinstance(value, dict) else value for value in scores.values()]
+    return all(type(number) in (int, float) for number in numbers)
 
 
 class CellStore:
@@ -155,7 +173,7 @@ def _lock(folder: Path) -> int:
 def _check_same_study(folder: Path, needed: Mapping[str, Any]) -> None:
     path = folder / STUDY
     try:
-        known = json.loads(path.read_text("utf-8"))["cells_depend_on"]
+        known = parse_json(read_bytes(path))["cells_depend_on"]
     except (OSError, ValueError, TypeError, KeyError):
         raise ArtifactError(f"{path} cannot be read as a study: give another --out, or remove the folder.") from None
     if other := _first_difference(known, needed):
@@ -166,11 +184,11 @@ def _first_difference(known: Any, needed: Any, where: str = "") -> str:
     """The first place where two JSON values differ, in words; empty where they are the same."""
     if isinstance(known, dict) and isinstance(needed, dict):
         for key in [*known, *(key for key in needed if key not in known)]:
-            inner = f"{where}.{key}" if where else key
+            inner = cut(f"{where}.{key}" if where else key)
             if words := _first_difference(known.get(key), needed.get(key), inner):
                 return words
         return ""
-    return "" if known == needed else f"{where} is {known!r} there and {needed!r} here"
+    return "" if known == needed else f"{where} is {shown(known)} there and {shown(needed)} here"
 
 
 def _cut_unfinished_line(path: Path) -> None:

@@ -6,7 +6,6 @@ DP-LoRA at the same epsilon, paired by seed (held-out loss) and by question (acc
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -153,7 +152,7 @@ def _against_reference(
 
 def _right_answers(folder: Path) -> list[bool]:
     """Every question of every benchmark, answered rightly or not."""
-    outcomes = json.loads(RunFolder(folder).outcomes.read_text("utf-8"))["this run"]["right"]
+    outcomes = RunFolder(folder).read_json(RunFolder(folder).outcomes)["this run"]["right"]
     return [bool(hit) for name in sorted(outcomes) for hit in outcomes[name]]
 
 

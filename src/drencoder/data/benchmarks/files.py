@@ -17,6 +17,7 @@ from drencoder.data.embedded_world.world import Question
 from drencoder.data.hub import config_names, load_rows, split_names
 from drencoder.data.prompts_template import LETTERS
 from drencoder.errors import DataError
+from drencoder.reading import cut, read_bytes, reason, shown
 
 __all__ = ["AUXILIARY", "read_questions", "same_split"]
 
@@ -88,12 +89,16 @@ def _splits_of(taxonomy: Taxonomy, folder: Path) -> dict[str, list[Path]]:
         inside = {entry.name: sorted(entry.glob("[!.]*.csv")) for entry in entries if entry.is_dir()}
     except FileNotFoundError:
         raise DataError(
-            f"{taxonomy.name}: the folder '{folder}' does not exist: give 'embedded', a folder or hub:ORG/NAME."
+            f"{taxonomy.name}: the folder '{cut(folder)}' does not exist: give 'embedded', a folder or hub:ORG/NAME."
         ) from None
     except NotADirectoryError:
-        raise DataError(f"{taxonomy.name}: '{folder}' is a file: give the folder with dev/, val/ and test/.") from None
-    except OSError as error:
-        raise DataError(f"{taxonomy.name}: '{folder}' cannot be read ({error}): check its permissions.") from None
+        raise DataError(
+            f"{taxonomy.name}: '{cut(folder)}' is a file: give the folder with dev/, val/ and test/."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{taxonomy.name}: '{cut(folder)}' cannot be read ({reason(error)}): check its permissions."
+        ) from None
     parts = {name: files for name, files in inside.items() if files}
     if not parts:
         raise DataError(
@@ -106,7 +111,7 @@ def _choose_split(split: str, there: Sequence[str], where: str) -> str:
     for name in _SPLIT_NAMES.get(split, (split,)):
         if name in there:
             return name
-    raise DataError(f"{where} has no split {split!r}: choose one of {', '.join(sorted(there))}.")
+    raise DataError(f"{where} has no split {shown(split)}: choose one of {cut(', '.join(sorted(there)))}.")
 
 
 def _read_csv(taxonomy: Taxonomy, subject: str, path: Path) -> list[Question]:
@@ -132,11 +137,9 @@ def _check_header(header: list[str], where: str) -> list[str]:
     missing = [column for column in _COLUMNS if column not in header]
     if missing:
         hint = f" ({_ANSWERS_ELSEWHERE})" if missing == ["answer"] else ""
-        raise DataError(
-            f"{where}: the header {', '.join(header)} lacks the column {', '.join(map(repr, missing))}: add it{hint}."
-        )
+        raise DataError(f"{where}: the header line lacks the column {', '.join(map(repr, missing))}: add it{hint}.")
     if len(set(header)) < len(header):
-        raise DataError(f"{where}: the header {', '.join(header)} has a column twice: keep one of them.")
+        raise DataError(f"{where}: the header line has a column twice: keep one of them.")
     return header
 
 
@@ -158,7 +161,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _utf8(path: Path) -> str:
     """The file's text, without a byte-order mark."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
     data = data.removeprefix(b"\xef\xbb\xbf")
@@ -211,7 +214,9 @@ def _choose_configs(taxonomy: Taxonomy, source: str, configs: Sequence[str], sub
 def _mmlu_row(taxonomy: Taxonomy, subject: str, row: Mapping[str, Any], where: str) -> Question:
     choices = _cell(row, "choices", where)
     if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) != 4:
-        raise DataError(f"{where}: choices = {choices!r} instead of a list of four options: mend or remove the row.")
+        raise DataError(
+            f"{where}: choices is a {type(choices).__name__} instead of a list of four options: mend or remove the row."
+        )
     return _question(taxonomy, subject, row, choices, where)
 
 
@@ -239,7 +244,7 @@ def _question(taxonomy: Taxonomy, subject: str, row: Mapping[str, Any], choices:
     if not options[answer].strip():
         raise DataError(f"{where}: the right option, {LETTERS[answer]}, is empty: mend or remove the row.")
     if len(set(options)) == 1:
-        raise DataError(f"{where}: all four options are {a!r}, so no letter is right: mend or remove the row.")
+        raise DataError(f"{where}: all four options are the same, so no letter is right: mend or remove the row.")
     return Question(subject, text, options, answer, taxonomy.language)
 
 
@@ -251,13 +256,14 @@ def _answer(value: Any, where: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 4:
         return value
     if text not in LETTERS:
-        raise DataError(f"{where}: the answer is {text!r}: it must be one of the letters A to D.")
+        said = repr(text) if len(text) < 3 or text in _COLUMNS else f"a text of {len(text)} characters"
+        raise DataError(f"{where}: the answer is {said}: it must be one of the letters A to D.")
     return LETTERS.index(text)
 
 
 def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
-        raise DataError(f"{where}: there is no column {column!r} (found: {', '.join(row)}): add it.")
+        raise DataError(f"{where}: there is no column {column!r} (found: {cut(', '.join(row))}): add it.")
     return row[column]
 
 

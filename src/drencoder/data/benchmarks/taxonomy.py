@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from drencoder.errors import DataError
+from drencoder.reading import shown
 
 __all__ = ["TAXONOMIES", "Taxonomy"]
 
@@ -40,7 +41,7 @@ class Taxonomy:
             return
         near = difflib.get_close_matches(subject, among, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"its {len(among)} subjects are {', '.join(among)}."
-        raise DataError(f"{where}: {subject!r} is not a subject of {self.name}: {hint}")
+        raise DataError(f"{where}: {shown(subject)} is not a subject of {self.name}: {hint}")
 
 
 _MMLU = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import final
 
 from drencoder.errors import RecipeError
+from drencoder.reading import shown
 from drencoder.recipe.recipe import Recipe
 
 __all__ = ["ClientSet", "agreement"]
@@ -45,24 +46,32 @@ class ClientSet:
         if every:
             first, step = int(every[1]), int(every[2])
             if first >= step:
-                raise RecipeError(f"--clients {text!r}: the first number must be below the second: write, say, 0/3.")
+                raise RecipeError(
+                    f"--clients {shown(text)}: the first number must be below the second: write, say, 0/3."
+                )
             numbers: Iterable[int] = range(first, population, step)
         else:
             chosen: set[int] = set()
+            named = 0
             for part in text.split(","):
                 pair = _RANGE.fullmatch(part.strip())
                 if not pair:
-                    raise RecipeError(f"--clients {text!r}: {part!r} is no range: write, say, 0-9,12 or 0/3.")
+                    raise RecipeError(f"--clients {shown(text)}: {shown(part)} is no range: write, say, 0-9,12 or 0/3.")
                 low, high = int(pair[1]), int(pair[2] or pair[1])
                 if not low <= high < population:
                     raise RecipeError(
-                        f"--clients {text!r}: {part!r} is not inside 0-{population - 1}, the recipe's population."
+                        f"--clients {shown(text)}: {shown(part)} is not inside 0-{population - 1}, the recipe's population."
+                    )
+                named += high - low + 1
+                if named > population:  # else a line from another machine could name everybody a million times
+                    raise RecipeError(
+                        f"--clients {shown(text)} names more clients than the recipe's {population}: name each once."
                     )
                 chosen |= set(range(low, high + 1))
             numbers = sorted(chosen)
         clients = tuple(numbers)
         if not clients:
-            raise RecipeError(f"--clients {text!r} names none of the {population} clients of the recipe.")
+            raise RecipeError(f"--clients {shown(text)} names none of the {population} clients of the recipe.")
         return cls(clients)
 
     def __str__(self) -> str:

@@ -338,7 +338,7 @@ def _checked(answer: Answer, data: bytes, query: Query, permit: Permit) -> Uploa
     messages = [data[start : start + size] for start in range(0, len(data), size)]
     rows = unpack_rows(messages, query.spec.wire, query.spec.slot)
     if rows.rejected:
-        raise CodeError(f"{rows.rejected} messages of another encoder or round, or not finite")
+        raise CodeError("a message of another encoder or round, or one that is not finite")
     if permit.trust == "local" and bool((_norms(rows.code_NK) > _longest(query, permit)).any()):
         raise CodeError("messages longer than clip and noise can make them")
     nonfinite = 0 if permit.trust == "local" else min(answer.nonfinite, len(answer.clients))

@@ -26,6 +26,7 @@ from enum import IntEnum
 from typing import Any, final
 
 from drencoder.errors import CodeError
+from drencoder.reading import parse_json
 
 __all__ = ["Frame", "Kind", "pack_frame", "unpack_frame"]
 
@@ -85,13 +86,9 @@ def unpack_frame(data: bytes, kind: int, *, first: int, second: int) -> Frame:
     if len(data) != end + head_size:
         raise CodeError(f"frame of {len(data):,} bytes that says it has {end + head_size:,}")
     try:
-        head = json.loads(data[end:], parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+        head = parse_json(data[end:], finite=True)
+    except ValueError:
         raise CodeError("frame with a head that is not JSON") from None
     if not isinstance(head, dict):
         raise CodeError("frame with a head that is not a JSON object")
     return Frame(kind, recipe, head, data[start:middle], data[middle:end])
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} in a head")

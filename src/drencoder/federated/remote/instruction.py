@@ -20,6 +20,7 @@ from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.errors import CodeError
 from drencoder.federated.query import Query, QuerySpec
 from drencoder.models.adapter_layout import Segment
+from drencoder.reading import parse_json
 
 __all__ = [
     "Answer",
@@ -202,9 +203,9 @@ def encoder_of(data: bytes, segments: tuple[Segment, ...]) -> tuple[GaussianPrio
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
-        prior = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["prior"])
+        prior = parse_json(parse_json(data[8 : 8 + length])["__metadata__"]["prior"])
         made = None if prior is None else GaussianPrior.from_dict(prior, segments)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         raise CodeError("an encoder that cannot be read") from None
     if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors.values()):
         raise CodeError("an encoder that is not finite")

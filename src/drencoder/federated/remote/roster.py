@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import final
 
 from drencoder.errors import ArtifactError, EngineError, RecipeError, SecureError
+from drencoder.reading import read_bytes, reason
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.crypto import NodeKey, public_key_bytes
 
 __all__ = ["Roster", "is_secure", "named_keys", "node_key"]
+
+_MOST_BYTES = 1 << 24  # of a file of keys
 
 
 def is_secure(recipe: Recipe) -> bool:
@@ -37,10 +40,10 @@ class Roster:
     def read(cls, path: Path) -> "Roster":
         """Raises ArtifactError for a file that is not there, or a line that is not a P-384 public key, or comes twice."""
         try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
+            lines = read_bytes(path, _MOST_BYTES).splitlines()
+        except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"secure aggregation needs the public keys of all nodes, and {path} cannot be read ({error.strerror}): give "
+                f"secure aggregation needs the public keys of all nodes, and {path} cannot be read ({reason(error)}): give "
                 "--roster the file that drencoder certs wrote, by a way that the server cannot change."
             ) from None
         keys = set()
@@ -92,6 +95,6 @@ def named_keys(recipe: Recipe, nodes: Mapping[str, bytes]) -> dict[str, bytes]:
 def node_key(path: Path) -> NodeKey:
     """A node's private key file. Raises ArtifactError where there is none, SecureError where it holds something else."""
     try:
-        return NodeKey.load(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}): give this site's private key.") from None
+        return NodeKey.load(read_bytes(path, _MOST_BYTES))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({reason(error)}): give this site's private key.") from None

@@ -35,6 +35,7 @@ from drencoder.federated.secure_round import node_share, round_settings
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.site_ledger import AnsweredError, ForeignRunError, SiteLedger
+from drencoder.reading import one_line
 from drencoder.secure_aggregation.messages import ProtocolStep
 
 __all__ = ["Site"]
@@ -226,7 +227,7 @@ class Site:
         except AnsweredError:
             raise _RefusedError(Refusal.ANSWERED) from None
         except ArtifactError as error:
-            print(f"drencoder: {error}", file=sys.stderr)  # of this site's disk, not of a client's text
+            print(f"drencoder: {one_line(error)}", file=sys.stderr)  # of this site's disk, not of a client's text
             raise _RefusedError(Refusal.STORAGE) from None
 
     def _query(self, frame: Frame, asked: Instruction) -> Query:
