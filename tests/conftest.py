@@ -139,6 +139,7 @@ def tiny_overrides(folder: Path) -> list[str]:
         "encoder.ratio=4",
         "prior.synthetic=32",
         "evaluation.examples=8",
+        "evaluation.benchmarks=['mmlu', 'ceval']",
         "evaluation.questions=8",
         "evaluation.progress_examples=4",
         "privacy.delta=1e-3",

@@ -95,7 +95,7 @@ def run_on(rows: list[dict[str, str]], settings: list[str], folder: Path, tiny: 
         None,
         [
             *tiny_overrides(tiny), f"data.source={folder / 'notes.jsonl'}", "data.client_field=owner", "data.examples_per_client=2",
-            "data.held_out_share=0.2", f"federation.population={OWNERS}", "federation.sampling_rate=0.9", "federation.rounds=1",
+            f"federation.population={OWNERS}", "federation.sampling_rate=0.9", "federation.rounds=1",
             "privacy.participation_cap=2", "privacy.noise=replay", "encoder.gate=warn", "adapter.start=peft", *settings,
         ],
     )  # fmt: skip

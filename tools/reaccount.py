@@ -16,7 +16,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from reaccount_files import file_troubles
+from reaccount_files import evaluation_of, file_troubles, owners_of
 from reaccount_ledger import (
     RELATIONS,
     agree,
@@ -46,6 +46,12 @@ ASSUMPTIONS = {
     "others are as against the server.",
     ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
 }
+
+
+SIMULATED = (
+    "The owners of this run are simulated: records were dealt out at random, so nothing is promised to those who wrote them. With "
+    "as many real owners the same numbers would mean:"
+)
 
 
 def plan_troubles(header: dict, recipe: dict) -> list[str]:
@@ -92,8 +98,15 @@ def plan_troubles(header: dict, recipe: dict) -> list[str]:
     return found
 
 
-def statement(plan: dict, costs: dict[str, float]) -> str:
-    """The promise in one sentence; `costs`: observer -> epsilon under the plan's adjacency."""
+def statement(plan: dict, costs: dict[str, float], owners: str) -> str:
+    """The promise; where the owners are simulated, after a sentence that says so."""
+    if owners == "simulated owners" and plan["noise"] == "secure" and not plan["non_private"]:
+        return f"{SIMULATED} {promise(plan, costs)}"
+    return promise(plan, costs)
+
+
+def promise(plan: dict, costs: dict[str, float]) -> str:
+    """What holds against whom; `costs`: observer -> epsilon under the plan's adjacency."""
     if "round" in plan["non_private"]:
         return "This run added no noise: it has no privacy guarantee of any kind and is a baseline only."
     if plan["non_private"]:
@@ -105,15 +118,15 @@ def statement(plan: dict, costs: dict[str, float]) -> str:
         return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
     words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan["relation"]]
     cost = costs[{"local": "server", "central": "public", "secure-aggregation": "clients"}[plan["trust"]]]
-    promise = f"({cost:.3f}, {plan['delta']:g})-differential privacy for {words} one client with all its text"
+    bound = f"({cost:.3f}, {plan['delta']:g})-differential privacy for {words} one client with all its text"
     if plan["trust"] == "local":
-        return f"Against the server: {promise}. Against those who see only sums and the model: epsilon {costs['public']:.3f}."
+        return f"Against the server: {bound}. Against those who see only sums and the model: epsilon {costs['public']:.3f}."
     if plan["trust"] == "secure-aggregation":
         return (
-            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
+            f"Against the other clients: {bound}. Against the server, which saw only sums, and the public: epsilon "
             f"{costs['server']:.3f}. At least {plan['honest_share']:.0%} of the contributors are taken to be honest."
         )
-    return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."
+    return f"Against everyone but the server: {bound}. The server is trusted: there is no guarantee against it."
 
 
 def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -> list[str]:
@@ -153,7 +166,8 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
     for name, value in {
         "version": 1, "unit": "client", "run_id": records[0]["run_id"], "private": private, "delta": plan["delta"],
         "relation": plan["relation"], "plan": plan, "charges": sum(r["kind"] == "charge" for r in records),
-        "name": recipe["name"], "model": recipe["model"]["source"], "statement": statement(plan, costs),
+        "name": recipe["name"], "model": recipe["model"]["source"], "owners": owners_of(recipe), "evaluation_rests_on": evaluation_of(recipe),
+        "statement": statement(plan, costs, owners_of(recipe)),
     }.items():  # fmt: skip
         check(name, certificate[name], value)
     check("encoder", certificate["encoder"]["name"], recipe["encoder"]["name"])
@@ -194,7 +208,7 @@ def troubles(run: Path, demanded: list[Path]) -> list[str]:
         return ["the run is unfinished: its ledger has no line that closes it"]
     certificate = json.loads((run / "certificate.json").read_bytes())
     print(f"{len(records)} lines, chain intact, delta {records[0]['plan']['delta']:g}")
-    found = certificate_troubles(records, certificate, recipe) + file_troubles(run, records, certificate)
+    found = certificate_troubles(records, certificate, recipe) + file_troubles(run, records, certificate, recipe)
     return found + signature_troubles(run, records, head, demanded)
 
 

@@ -10,6 +10,13 @@ from reaccount_ledger import agree, cohort_size, slots_of
 from scipy.stats import norm
 
 
+Z95 = float(norm.ppf(0.975))
+NO_EVALUATION = (
+    "The run has no evaluation data, so it cannot know whether it learned: name a file that the server owns in "
+    "evaluation.data, or set owners who agreed aside with evaluation.owners."
+)
+
+
 def read_tensors(path: Path) -> tuple[dict[str, bytes], dict]:
     """(name -> bytes of a float32 tensor, drencoder's facts in the header) of a safetensors file."""
     data = path.read_bytes()
@@ -25,15 +32,8 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def result_of(outcome: dict) -> dict:
-    """Loss and accuracies of one model, with 95 % intervals: a ratio estimator's and Wilson's."""
-    z, total = float(norm.ppf(0.975)), sum(outcome["targets"])
-    mean = sum(outcome["losses"]) / total
-    error = (
-        z
-        * math.sqrt(sum((a - mean * b) ** 2 for a, b in zip(outcome["losses"], outcome["targets"], strict=True)))
-        / total
-    )
-    rows = {"loss": {"value": mean, "low": mean - error, "high": mean + error, "count": len(outcome["losses"])}}
+    """Loss (where there are texts) and accuracies of one model, with 95 % intervals: a ratio estimator's and Wilson's."""
+    z, rows = Z95, {"loss": ratio(outcome["losses"], outcome["targets"])} if outcome["losses"] else {}
     for name, hits in outcome["right"].items():
         n, share = len(hits), sum(hits) / len(hits)
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -42,7 +42,65 @@ def result_of(outcome: dict) -> dict:
     return rows
 
 
-def file_troubles(run: Path, records: list[dict], certificate: dict) -> list[str]:
+def ratio(sums: list[float], counts: list[int]) -> dict:
+    total = sum(counts)
+    mean = sum(sums) / total
+    error = Z95 * math.sqrt(sum((a - mean * b) ** 2 for a, b in zip(sums, counts, strict=True))) / total
+    return {"value": mean, "low": mean - error, "high": mean + error, "count": len(sums)}
+
+
+def owners_of(recipe: dict) -> str:
+    """Who the clients are."""
+    data = recipe["data"]
+    if data["source"] == "embedded":
+        return "generated clients of the embedded world"
+    return f"owners whom the field {data['client_field']!r} names" if data["client_field"] else "simulated owners"
+
+
+def evaluation_of(recipe: dict) -> str:
+    """Whose text the loss was measured on."""
+    data, evaluation = recipe["data"], recipe["evaluation"]
+    if evaluation["data"]:
+        named = f"The loss is measured on {evaluation['data']!r}, which the server owns."
+        return NO_EVALUATION if evaluation["data"] == "none" else named
+    if data["source"] == "embedded":
+        return "The loss is measured on text that drencoder generated for the server; no client has any of it."
+    share = evaluation["owners"]
+    if not data["client_field"]:
+        return (
+            f"The loss is measured on a share of {share or 0.05:.3g} of the records, set aside before the owners were simulated; no "
+            "client has any of them, and epsilon does not cover them."
+        )
+    if not share:
+        return NO_EVALUATION
+    return (
+        f"The loss is measured on the text of a share of {share:.3g} of the owners, who are no clients and must have agreed; "
+        "epsilon does not cover them."
+    )
+
+
+def verdict_of(outcomes: dict, uniform_loss: float) -> str:
+    """Whether the adapter learned, from its own loss and the base model's, text by text."""
+    base, run = outcomes["base model"], outcomes["this run"]
+    if not base["losses"]:
+        return NO_EVALUATION
+    before, after = ratio(base["losses"], base["targets"]), ratio(run["losses"], run["targets"])
+    changes = [b - a for a, b in zip(base["losses"], run["losses"], strict=True)]
+    change = ratio(changes, base["targets"])
+    numbers = (
+        f"held-out loss {before['value']:.3f} -> {after['value']:.3f} (95 % interval of the difference {change['low']:+.3f} to "
+        f"{change['high']:+.3f}; guessing uniformly gives {uniform_loss:.3f})"
+    )
+    if len(changes) < 8:
+        return f"Whether the adapter learned cannot be told from {len(changes)} texts: {numbers}."
+    if change["high"] < 0:
+        return f"The adapter learned: {numbers}."
+    if change["low"] > 0 or not any(changes):
+        return f"The adapter did not learn: {numbers}."
+    return f"Whether the adapter learned cannot be told: {numbers}."
+
+
+def file_troubles(run: Path, records: list[dict], certificate: dict, recipe: dict) -> list[str]:
     """Rounds, bytes, results, adapter and digests against the ledger's last line."""
     closed, plan, found = records[-1], records[0]["plan"], []
     rounds, head = closed["rounds"], certificate["ledger_head"]
@@ -94,8 +152,18 @@ def file_troubles(run: Path, records: list[dict], certificate: dict) -> list[str
     for name, outcome in outcomes.items():
         stated = certificate["results"][name]
         rows, flat = result_of(outcome), {"loss": stated["loss"], **stated["accuracy"]}
+        if flat["loss"] is None:
+            del flat["loss"]
         if rows.keys() != flat.keys() or not all(agree(flat[k].get(e), rows[k][e]) for k in rows for e in rows[k]):
             found.append(f"the certificate's results of {name} are not those of outcomes.json")
+
+    size = math.exp(certificate["uniform_loss"])
+    if size < 1.5 or not math.isclose(size, round(size), rel_tol=1e-9):
+        found.append("the certificate's uniform_loss is not the logarithm of a vocabulary's size")
+    if certificate["verdict"] != (sentence := verdict_of(outcomes, certificate["uniform_loss"])):
+        found.append(f"the certificate's verdict is not what outcomes.json gives: {sentence}")
+    if (sentence == NO_EVALUATION) != (evaluation_of(recipe) == NO_EVALUATION):
+        found.append("outcomes.json has the loss of other text than the recipe's evaluation data")
 
     tensors, facts = read_tensors(run / "checkpoints" / "latest.safetensors")
     digest = hashlib.sha256(tensors["state.adapter"]).hexdigest()

@@ -309,10 +309,11 @@ def test_mmlus_training_split_is_clients_text_and_no_benchmark(datasets: Any, tm
     for name in ("arc_easy", "race"):
         write_csv(folder / "auxiliary_train" / f"{name}.csv", mmlu_rows(name, 10))
     for where, count in ((f"hub:{hub}", 9), (str(folder), 20)):
-        wanted = config.Data(source=f"mmlu:{where}", split="auxiliary_train", held_out_share=0.2, alpha=100.0)
+        wanted = config.Data(source=f"mmlu:{where}", split="auxiliary_train", alpha=100.0, examples_per_client=100)
         source = open_source(wanted, population=2, seed=0)
-        assert len(source.held_out(100)) == round(0.2 * count)
-        assert all(record["response"] in "ABCD" for record in source.client(0))
+        records = [*source.client(0), *source.client(1)]
+        assert len(records) == count
+        assert all(record["response"] in "ABCD" for record in records)
     with pytest.raises(DataError, match="has no subjects"):
         read_questions(TAXONOMIES["mmlu"], str(folder), "auxiliary_train", ["anatomy"])
 
@@ -390,7 +391,8 @@ def test_the_embedded_questions_are_the_worlds_own(name: str) -> None:
 
 
 def test_subjects_of_a_recipe_are_dealt_to_the_benchmarks_that_know_them(tmp_path: Path) -> None:
-    where = {"mmlu": str(mmlu_folder(tmp_path / "m")), "ceval": str(ceval_folder(tmp_path / "c"))}
+    where: dict[str, Any] = {"mmlu": str(mmlu_folder(tmp_path / "m")), "ceval": str(ceval_folder(tmp_path / "c"))}
+    where["benchmarks"] = ("mmlu", "ceval")
     wanted = config.Evaluation(subjects=("anatomy", "law"), questions=100, **where)
     found = load_benchmarks(wanted, config.Data(), seed=0)
     assert {name: set(one.subjects) for name, one in found.items()} == {"mmlu": {"anatomy"}, "ceval": {"law"}}

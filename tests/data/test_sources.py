@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from drencoder.data.sources import open_source
+from drencoder.data.sources import FileSource, open_source
 from drencoder.errors import DataError
 from drencoder.recipe import sections
 
@@ -28,18 +28,35 @@ def write(folder: Path, records: list[dict[str, str]], name: str = "train.jsonl"
     return path
 
 
-def test_every_record_has_one_owner_and_the_servers_share_has_none(tmp_path: Path) -> None:
+def file_source(knobs: sections.Data, population: int, seed: int, set_aside: float) -> FileSource:
+    source = open_source(knobs, population=population, seed=seed, set_aside=set_aside)
+    assert isinstance(source, FileSource)
+    return source
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1e-9])
+def test_a_record_that_is_set_aside_has_no_owner_and_every_other_has_one(tmp_path: Path, share: float) -> None:
     path = write(tmp_path, RECORDS)
-    knobs = sections.Data(source=str(path), alpha=10.0, examples_per_client=1000, held_out_share=0.1)
-    source = open_source(knobs, population=5, seed=3)
+    knobs = sections.Data(source=str(path), alpha=10.0, examples_per_client=1000)
+    source = file_source(knobs, population=5, seed=3, set_aside=share)
     owned = [record["instruction"] for client in range(5) for record in source.client(client)]
     held = [record["instruction"] for record in source.held_out(1000)]
-    assert len(held) == 8
+    assert len(held) == {0.0: 0, 0.1: 7, 1e-9: 1}[share]  # the keyed hash decides: about a tenth; at least one
     assert sorted(owned + held) == sorted(record["instruction"] for record in RECORDS)
-    again = open_source(knobs, population=5, seed=3)
+    again = file_source(knobs, population=5, seed=3, set_aside=share)
     assert [again.client(client) for client in range(5)] == [source.client(client) for client in range(5)]
-    other = open_source(knobs, population=5, seed=4)
+    other = file_source(knobs, population=5, seed=4, set_aside=share)
     assert [other.client(client) for client in range(5)] != [source.client(client) for client in range(5)]
+
+
+def test_equal_records_are_set_aside_together(tmp_path: Path) -> None:
+    """Else a client's text would be evaluated on, as another line of the file."""
+    knobs = sections.Data(source=str(write(tmp_path, RECORDS * 2)), alpha=10.0, examples_per_client=1000)
+    source = file_source(knobs, population=3, seed=0, set_aside=0.3)
+    owned = {record["instruction"] for client in range(3) for record in source.client(client)}
+    held = [record["instruction"] for record in source.held_out(1000)]
+    assert 20 < len(held) < 80 and len(set(held)) == len(held) / 2
+    assert not owned & set(held)
 
 
 def test_owners_of_a_field_are_the_files_own(tmp_path: Path) -> None:
@@ -65,23 +82,36 @@ def test_a_change_of_one_owners_records_moves_no_other_owners(tmp_path: Path, ch
         "longer": [{**record, "response": "x" * 500} if n in own else record for n, record in enumerate(records)],
         "fewer": [record for n, record in enumerate(records) if n not in own[:-1]],
     }[change]
-    knobs = sections.Data(client_field="site", examples_per_client=3, held_out_share=0.2)
+    knobs = sections.Data(client_field="site", examples_per_client=3)
     before, after = (
         open_source(replace(knobs, source=str(write(tmp_path, rows, name))), population=4, seed=0)
         for name, rows in (("before.jsonl", records), ("after.jsonl", changed))
     )
     assert [before.client(client) for client in (0, 2, 3)] == [after.client(client) for client in (0, 2, 3)]
-    held = [[record for record in source.held_out(999) if record["site"] != "s1"] for source in (before, after)]
-    assert held[0] == held[1]
     other_seed = open_source(replace(knobs, source=str(tmp_path / "before.jsonl")), population=4, seed=1)
     assert [other_seed.client(client) for client in range(4)] != [before.client(client) for client in range(4)]
 
 
-def test_a_share_that_leaves_the_server_nothing_is_one_sentence(tmp_path: Path) -> None:
-    knobs = sections.Data(source=str(write(tmp_path, RECORDS)), client_field="site", held_out_share=1e-9)
-    with pytest.raises(DataError, match="leaves the server none of the 80 records"):
-        open_source(knobs, population=4, seed=0)
-    open_source(knobs, population=4, seed=0, server_share=False)
+def test_owners_who_are_set_aside_are_no_clients_and_no_other_owner_decides_who(tmp_path: Path) -> None:
+    records = [{**record, "site": f"s{number % 20:02d}"} for number, record in enumerate(RECORDS)]
+    knobs = sections.Data(source=str(write(tmp_path, records)), client_field="site", examples_per_client=1000)
+    source = file_source(knobs, population=14, seed=0, set_aside=0.25)
+    aside = {record["site"] for record in source.held_out(1000)}
+    assert len(source.held_out(1000)) == 4 * len(aside) == 24  # all of an owner's records, or none
+    assert all(record["site"] not in aside for client in range(14) for record in source.client(client))
+    assert len({record["site"] for record in source.held_out(8)}) > 2  # not one owner after the other
+    # A further owner with other text leaves everybody else where they were.
+    more = replace(knobs, source=str(write(tmp_path, [*records, {**records[0], "site": "s0"}], "more.jsonl")))
+    assert {record["site"] for record in file_source(more, 15, 0, 0.25).held_out(1000)} == aside
+
+
+def test_a_wrong_population_beside_owners_set_aside_names_the_right_one(tmp_path: Path) -> None:
+    records = [{**record, "site": f"s{number % 20:02d}"} for number, record in enumerate(RECORDS)]
+    knobs = sections.Data(source=str(write(tmp_path, records)), client_field="site")
+    with pytest.raises(DataError, match=r"14 clients .* not counting 6 whom evaluation\.owners .* population=14"):
+        open_source(knobs, population=20, seed=0, set_aside=0.25)
+    with pytest.raises(DataError, match=r"evaluation\.owners = 1e-09 sets none of the 20 owners"):
+        open_source(knobs, population=20, seed=0, set_aside=1e-9)
 
 
 def test_json_lists_and_missing_optional_fields(tmp_path: Path) -> None:
@@ -122,7 +152,7 @@ def test_another_split_of_a_hub_source(tmp_path: Path, monkeypatch: pytest.Monke
     write(folder, RECORDS)
     write(folder, [{**record, "instruction": "other"} for record in RECORDS[:40]], "test.jsonl")
     source = open_source(sections.Data(source=f"hub:{folder}", split="test", alpha=10.0), population=2, seed=0)
-    texts = [record["instruction"] for record in [*source.client(0), *source.client(1), *source.held_out(99)]]
+    texts = [record["instruction"] for record in [*source.client(0), *source.client(1)]]
     assert set(texts) == {"other"}
 
 
@@ -134,7 +164,7 @@ def test_clients_can_own_a_benchmarks_split(tmp_path: Path) -> None:
             (tmp_path / split / f"{subject}_{split}.csv").write_text(rows, encoding="utf-8")
     knobs = sections.Data(source=f"mmlu:{tmp_path}", split="dev", alpha=20.0, examples_per_client=100)
     source = open_source(knobs, population=3, seed=0)
-    records = [record for client in range(3) for record in source.client(client)] + list(source.held_out(99))
+    records = [record for client in range(3) for record in source.client(client)]
     assert len(records) == 40
     assert {record["category"] for record in records} == {"anatomy", "virology"}
     assert {

@@ -89,8 +89,8 @@ def _split_server_texts(components: Components) -> tuple[list[Example], list[Exa
     warm = min(num_warm, len(held_out) // 2)
     if len(held_out) - warm < _MIN_SHADOWS:
         raise DataError(
-            f"The server holds {len(held_out)} records out; the attacker learns from at least {2 * _MIN_SHADOWS}: "
-            "raise data.held_out_share."
+            f"The server has {len(held_out)} texts of evaluation data; the attacker learns from at least {2 * _MIN_SHADOWS}: name "
+            "a file of so many that the server owns in evaluation.data, or raise evaluation.owners."
         )
     return held_out[:warm], held_out[warm:]
 

@@ -26,8 +26,8 @@ def config_names(source: str, *, knob: str) -> list[str]:
         return list(datasets.get_dataset_config_names(source))
 
 
-def split_names(source: str, config: str, *, knob: str) -> list[str]:
-    """The splits of one configuration. Raises DataError as `load_rows` does."""
+def split_names(source: str, config: str | None, *, knob: str) -> list[str]:
+    """The splits of one configuration; None = the one that is read unless another is named. Raises DataError as `load_rows` does."""
     with _asking(source, knob) as datasets:
         return list(datasets.get_dataset_split_names(source, config))
 

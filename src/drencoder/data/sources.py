@@ -1,4 +1,4 @@
-"""Who owns which text: the clients' records, and what the server holds for evaluation.
+"""Who owns which text: the clients' records.
 
 Records are in Dolly's schema (`instruction`, `context`, `response`, `category`). A source answers for one
 client at a time, so that ten thousand embedded clients cost nothing until they are asked. The one door to
@@ -7,11 +7,13 @@ the datasets library.
 
 import hashlib
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -24,7 +26,18 @@ from drencoder.reading import cut, parse_json, read_text, reason
 from drencoder.recipe import sections
 from drencoder.rng import derive_seed
 
-__all__ = ["EmbeddedSource", "FileSource", "HostedSource", "Record", "Source", "open_source", "read_records"]
+__all__ = [
+    "EmbeddedSource",
+    "FileSource",
+    "HostedSource",
+    "Record",
+    "SitesSource",
+    "Source",
+    "embedded_task",
+    "in_hashed_order",
+    "open_source",
+    "read_records",
+]
 
 Record = dict[str, str]
 
@@ -41,44 +54,42 @@ class Source(Protocol):
         """The records that one client owns."""
         ...
 
-    def held_out(self, count: int) -> list[Record]:
-        """At most `count` records held by the server; no client owns any of them."""
-        ...
 
+def open_source(knobs: sections.Data, *, population: int, seed: int, set_aside: float = 0.0) -> Source:
+    """Opens the recipe's data, which `population` clients own.
 
-def open_source(knobs: sections.Data, *, population: int, seed: int, server_share: bool = True) -> Source:
-    """Opens the recipe's data; without `server_share` nothing is set aside for evaluation, as at a site of clients.
+    `set_aside` is the share of the owners (or of the records, where owners are simulated) that no client gets.
 
     Raises:
       DataError: a file is missing, unreadable, empty or ill-shaped, or some client would own nothing.
     """
-    kind, _, where = knobs.source.partition(":")
+    kind = knobs.source.partition(":")[0]
     if kind == "embedded":
-        return EmbeddedSource(knobs, seed, _embedded_task(where))
-    if kind in TAXONOMIES:
-        records = _read_benchmark(kind, where, knobs.split)
-        source = FileSource.split(records, knobs, population=population, seed=seed, server_share=server_share)
-        return replace(source, provenance=f"{knobs.source}, split {knobs.split}")
+        return EmbeddedSource(knobs, seed, embedded_task(knobs.source, "data.source"))
     records = read_records(knobs.source, knobs.split, knob="data.source")
-    return FileSource.split(records, knobs, population=population, seed=seed, server_share=server_share)
+    source = FileSource.split(records, knobs, population=population, seed=seed, set_aside=set_aside)
+    if kind in TAXONOMIES:
+        return replace(source, provenance=f"{knobs.source}, split {knobs.split}")
+    return source
 
 
 def read_records(where: str, split: str, *, knob: str) -> list[Record]:
-    """The records of a .jsonl or .json file, or of one split of `hub:ORG/NAME`; `knob` is named in messages.
+    """The records of a .jsonl or .json file, or of one split of `hub:ORG/NAME` or a benchmark; `knob` is named in messages.
 
     Raises:
       DataError: a file is missing, unreadable, empty or ill-shaped.
     """
     kind, _, name = where.partition(":")
+    if kind in TAXONOMIES:
+        return _read_benchmark(kind, name, split, knob)
     return _read_hub(name, split, knob) if kind == "hub" else _read_file(Path(where), knob)
 
 
-def _embedded_task(name: str) -> str:
-    """What embedded clients teach, after the colon of `embedded:TASK`."""
+def embedded_task(source: str, knob: str) -> str:
+    """What embedded clients teach, after the colon of `embedded:TASK`; `knob` is named in the DataError for any other task."""
+    name = source.partition(":")[2]
     if name not in ("", "letters", "next", "facts"):
-        raise DataError(
-            f"data.source = 'embedded:{name}' is not there: write embedded, embedded:next or embedded:facts."
-        )
+        raise DataError(f"{knob} = {source!r} is not there: write embedded, embedded:next or embedded:facts.")
     return name or "letters"
 
 
@@ -107,13 +118,17 @@ class EmbeddedSource:
         )
 
     def held_out(self, count: int) -> list[Record]:
+        """`count` records generated for the server; no client has any of them."""
         return self._world.held_out_records(count, seed=derive_seed(self.seed, "held-out"), task=self.task)
 
 
 @final
 @dataclass(frozen=True)
 class FileSource:
-    """Records of a file or a hub data set, split over the clients once and for all by the run's seed."""
+    """Records of a file or a hub data set, split over the clients once and for all by the run's seed.
+
+    `records` by number; `owned`: client -> numbers of its records; `server`: numbers of the records that no client has.
+    """
 
     provenance: str
     records: Sequence[Record]
@@ -129,39 +144,30 @@ class FileSource:
         *,
         population: int,
         seed: int,
-        server_share: bool = True,
+        set_aside: float = 0.0,
     ) -> "FileSource":
-        """Takes the server's share out, then gives every record an owner.
+        """Sets aside what no client gets, then gives every other record an owner.
 
-        With `client_field` the owners are the file's own. Which of an owner's records are used, in which order, and which the
-        server holds, follows from a keyed hash of the owner and the record: no other record of the file matters.
+        With `client_field` the owners are the file's own. An owner is set aside with all its records, or not at all, by a keyed
+        hash of its name. Which of an owner's records are used, and in which order, follows from a keyed hash of owner and
+        record. So no other owner's record matters.
 
-        Otherwise the owners are simulated: each category is spread over the clients by a Dirichlet(alpha) draw (Hsu, Qi and
-        Brown 2019, https://arxiv.org/abs/1909.06335), which depends on all records.
+        Otherwise records are set aside by a keyed hash, equal ones together. Then the owners are simulated: each category is
+        spread over the clients by a Dirichlet(alpha) draw (Hsu, Qi and Brown 2019, https://arxiv.org/abs/1909.06335), which
+        depends on all records.
         """
         if not any(record["response"].strip() for record in records):
             raise DataError(
                 f"{knobs.source} has no usable text: all {len(records)} responses are empty. Fill them, or give another file."
             )
-        share = knobs.held_out_share if server_share else 0.0
         if knobs.client_field:
-            owned, server = _split_by_owner(records, knobs.client_field, share, seed)
-            if len(owned) != population:
-                raise DataError(
-                    f"{knobs.source} names {len(owned)} clients in {knobs.client_field!r}, the recipe "
-                    f"{population}: set federation.population={len(owned)}."
-                )
-            if server_share and not server:
-                raise DataError(
-                    f"data.held_out_share = {share} leaves the server none of the {len(records)} records of {knobs.source} to "
-                    "evaluate on: raise it."
-                )
+            owned, others = _split_by_owner(records, knobs.client_field, set_aside, seed)
+            _check_owners(knobs, len(owned), len(others), population, set_aside)
+            server = sorted(chain.from_iterable(others), key=lambda index: _content_hash(records[index], seed))
             return cls(knobs.source, records, owned, server, knobs.examples_per_client)
+        server, rest = _split_by_record(records, set_aside, seed)
         chance = random.Random(derive_seed(seed, "split"))
-        order = list(range(len(records)))
-        chance.shuffle(order)
-        num_server = max(1, round(share * len(order))) if server_share else 0
-        server, rest = order[:num_server], order[num_server:]
+        chance.shuffle(rest)
         owned = _split_by_category(records, rest, population, knobs.alpha, chance)
         empty = [client for client, indices in enumerate(owned) if not indices]
         if empty:
@@ -175,6 +181,7 @@ class FileSource:
         return [self.records[index] for index in self.owned[client][: self.examples_per_client]]
 
     def held_out(self, count: int) -> list[Record]:
+        """At most `count` of the records that no client has."""
         return [self.records[index] for index in self.server[:count]]
 
 
@@ -193,14 +200,28 @@ class HostedSource:
     def client(self, client: int) -> list[Record]:
         return self.held.client(self.clients.index(client))
 
-    def held_out(self, count: int) -> list[Record]:
-        return []
+
+@final
+@dataclass(frozen=True)
+class SitesSource:
+    """The clients' text of a federation as its server has it: not at all."""
+
+    provenance = "the clients' own text, which stays at their sites"
+
+    def client(self, client: int) -> list[Record]:
+        """Raises DataError: the text is at the sites."""
+        raise DataError(f"client {client} and its text are at a site: the server has no client's text.")
+
+
+def in_hashed_order(records: Sequence[Record], seed: int) -> list[Record]:
+    """The records in an order that a keyed hash of each gives, whatever order they came in."""
+    return sorted(records, key=lambda record: _content_hash(record, seed))
 
 
 def _split_by_owner(
-    records: Sequence[Record], field: str, server_share: float, seed: int
-) -> tuple[list[list[int]], list[int]]:
-    """Each owner's record numbers in the order of their hashes, owners by name; and those that the server holds."""
+    records: Sequence[Record], field: str, set_aside: float, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Each client's record numbers in the order of their hashes, clients by name; and those of the owners who are no clients."""
     owners: dict[str, list[tuple[float, int]]] = defaultdict(list)
     copies: dict[str, int] = defaultdict(int)
     for index, record in enumerate(records):
@@ -212,12 +233,38 @@ def _split_by_owner(
         copies[content] += 1  # so that an owner's equal records differ
         owners[record[field]].append((_hash_to_unit(seed, content, copies[content]), index))
     owned: list[list[int]] = []
-    server: list[tuple[float, int]] = []
+    others: list[list[int]] = []
     for name in sorted(owners):
-        order = sorted(owners[name])
-        server += [(place, index) for place, index in order if place < server_share]
-        owned.append([index for place, index in order if place >= server_share])
-    return owned, [index for _, index in sorted(server)]
+        part = others if _hash_to_unit(seed, f"owner {name}", 0) < set_aside else owned
+        part.append([index for _, index in sorted(owners[name])])
+    return owned, others
+
+
+def _check_owners(knobs: sections.Data, clients: int, others: int, population: int, set_aside: float) -> None:
+    """Raises DataError unless the file has as many clients as the recipe says, and somebody is set aside where that is asked."""
+    if set_aside and not others:
+        raise DataError(
+            f"evaluation.owners = {set_aside} sets none of the {clients} owners of {knobs.source} aside: raise it, or name a "
+            "file that the server owns in evaluation.data."
+        )
+    if clients != population:
+        rest = f", not counting {others} whom evaluation.owners sets aside" if set_aside else ""
+        raise DataError(
+            f"{knobs.source} names {clients} clients in {knobs.client_field!r}{rest}, the recipe {population}: set "
+            f"federation.population={clients}."
+        )
+
+
+def _split_by_record(records: Sequence[Record], set_aside: float, seed: int) -> tuple[list[int], list[int]]:
+    """Record numbers that are set aside, in the order of their hashes, and the others. At least one where some are asked for."""
+    places = [_content_hash(record, seed) for record in records]
+    bound = max(set_aside, math.nextafter(min(places), 1)) if set_aside else 0.0
+    server = sorted((place, index) for index, place in enumerate(places) if place < bound)
+    return [index for _, index in server], [index for index, place in enumerate(places) if place >= bound]
+
+
+def _content_hash(record: Record, seed: int) -> float:
+    return _hash_to_unit(seed, json.dumps(record, sort_keys=True), 0)
 
 
 def _hash_to_unit(seed: int, content: str, copy: int) -> float:
@@ -298,11 +345,11 @@ def _read_hub(name: str, split: str, knob: str) -> list[Record]:
     return [_record(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _read_benchmark(name: str, where: str, split: str) -> list[Record]:
+def _read_benchmark(name: str, where: str, split: str, knob: str) -> list[Record]:
     """The questions of one split of MMLU or C-Eval as records; the category is the subject."""
     if where in ("", "embedded"):
         raise DataError(
-            f"data.source = '{name}:{where}' names no folder: write {name}:FOLDER or {name}:hub:ORG/NAME; the embedded "
+            f"{knob} = '{name}:{where}' names no folder: write {name}:FOLDER or {name}:hub:ORG/NAME; the embedded "
             "world has clients of its own, data.source = 'embedded'."
         )
     by_subject = read_questions(TAXONOMIES[name], where, split, ())

@@ -22,7 +22,10 @@ __all__ = ["Outcomes", "Questions", "measure", "measure_all"]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """`losses` (N,): nats, summed over each text's `targets` (N,) tokens; `right`: benchmark -> (Q,) answered rightly."""
+    """`losses` (N,): nats, summed over each text's `targets` (N,) tokens; `right`: benchmark -> (Q,) answered rightly.
+
+    N is 0 without evaluation data.
+    """
 
     losses: list[float]
     targets: list[int]

@@ -57,13 +57,14 @@ def outcome_estimates(
 ) -> dict[str, Any]:
     """A model's held-out loss and its accuracy on each benchmark, with 95 % intervals, as the certificate has them.
 
-    `losses` and `targets`: nats and tokens of each text; `right`: benchmark -> whether each question was answered rightly.
+    `losses` and `targets`: nats and tokens of each text (none: the loss is None); `right`: benchmark -> whether each question was
+    answered rightly.
     """
     accuracy = {}
     for name, hits in right.items():
         share = sum(hits) / len(hits)
         accuracy[name] = asdict(Estimate(share, *wilson(share, len(hits)), len(hits)))
-    return {"loss": asdict(ratio_of_sums(losses, targets)), "accuracy": accuracy}
+    return {"loss": asdict(ratio_of_sums(losses, targets)) if losses else None, "accuracy": accuracy}
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ class BaseModel:
         return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model chooses from: the width of its logits."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
     def end_id(self) -> int:
         return self.tokenizer.eos_token_id
 

@@ -97,6 +97,17 @@ class Recipe:
         return self.prior.sampling_rate or self.federation.sampling_rate
 
     @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """The multiple-choice benchmarks that are asked: those named, and what `auto` stands for."""
+        named, embedded = self.evaluation.benchmarks, self.model.source == self.data.source == "embedded"
+        auto = "auto" in named
+        return tuple(
+            name
+            for name in ("mmlu", "ceval")
+            if name in named or (auto and (embedded or getattr(self.evaluation, name) != "embedded"))
+        )
+
+    @property
     def threshold(self) -> int:
         """Secure aggregation: how many nodes must take part to the end."""
         return self.federation.nodes - math.floor(self.privacy.dropout_share * self.federation.nodes + 1e-9)
@@ -159,6 +170,12 @@ def _check_together(recipe: Recipe) -> None:
     privacy, encoder = recipe.privacy, recipe.encoder
     if privacy.trust == "secure-aggregation":
         _check_secure(recipe)
+    if recipe.evaluation.owners and (recipe.evaluation.data or recipe.data.source == "embedded"):
+        other = f"evaluation.data = {recipe.evaluation.data!r}" if recipe.evaluation.data else "the embedded world"
+        raise RecipeError(
+            f"evaluation.owners = {recipe.evaluation.owners} sets owners aside for evaluation, and {other} already gives the "
+            "server its text: leave one of them out."
+        )
     if 0 < encoder.ratio < 1:
         raise RecipeError(
             f"encoder.ratio = {encoder.ratio} would make codes longer than updates: give 1 or more, or 0 for a size from the plan."

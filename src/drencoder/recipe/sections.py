@@ -67,7 +67,6 @@ class Data(Checked):
     split: str = knob("train", "which part of a hub data set or of a benchmark the clients own")
     client_field: str = knob("", "field that names a record's owner; empty = Dirichlet split")
     max_tokens: int = knob(512, "tokens of an example; a longer prompt loses its beginning", low=8)
-    held_out_share: float = knob(0.05, "share of a file kept by the server for evaluation", above=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -234,11 +233,27 @@ class Privacy(Checked):
 class Evaluation(Checked):
     """What is measured, on data that the server holds."""
 
+    data: str = knob(
+        "",
+        "text that the server owns and measures the loss on: any place that data.source may name, no owners needed; none: measure "
+        "no loss; empty: what evaluation.owners sets aside, or the server's own part of the embedded world",
+    )
+    owners: float = knob(
+        0.0,
+        "share of the owners of data.client_field who are set aside for evaluation: they are no clients, epsilon does not cover "
+        "them, and they must have agreed. Where owners are simulated: share of the records that no client gets; 0 = 5 % there",
+        low=0,
+        below=1,
+    )
     every: int = knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
     progress_examples: int = knob(128, "examples and questions of an evaluation between rounds", low=1)
     examples: int = knob(1024, "held-out examples of the final table", low=1)
     questions: int = knob(1024, "multiple-choice questions of the final table, per benchmark, asked zero-shot", low=1)
-    benchmarks: tuple[str, ...] = knob(("mmlu", "ceval"), "multiple-choice benchmarks", choices=("mmlu", "ceval"))
+    benchmarks: tuple[str, ...] = knob(
+        ("auto",),
+        "multiple-choice benchmarks; auto: those whose folder the recipe names, and both where model and data are embedded",
+        choices=("mmlu", "ceval", "auto"),
+    )
     mmlu: str = knob("embedded", "where mmlu comes from: `embedded`, a folder, or `hub:ORG/NAME`")
     ceval: str = knob("embedded", "where ceval comes from: `embedded`, a folder, or `hub:ORG/NAME`")
     subjects: tuple[str, ...] = knob((), "subjects of a folder or hub benchmark; empty = all")

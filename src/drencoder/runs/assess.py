@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drencoder.data.benchmarks.questions import DEFAULT_SPLIT, EXAMPLE_SPLIT, check_apart
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
+from drencoder.data.evaluation_text import NO_EVALUATION
 from drencoder.errors import ArtifactError, DataError
 from drencoder.evaluation.lm_eval_runner import ItemLog, ask_tasks
 from drencoder.evaluation.lm_eval_tasks import LoadedBenchmark, load_tasks, unify_names
@@ -200,6 +201,10 @@ def _assess_outcomes(folder: RunFolder) -> Assessment:
         scored[name] = BenchmarkAssessment(
             name, place, "asked as clients' records are, zero-shot", "letter", 0, rows, {}
         )
-    change = loss_difference(*losses, targets, seed=derive_seed(recipe.seed, "bootstrap loss"))
-    loss = LossAssessment(ratio_of_sums(losses[0], targets), ratio_of_sums(losses[1], targets), change)
+    if not targets and not scored:
+        raise DataError(NO_EVALUATION)
+    loss = None
+    if targets:
+        change = loss_difference(*losses, targets, seed=derive_seed(recipe.seed, "bootstrap loss"))
+        loss = LossAssessment(ratio_of_sums(losses[0], targets), ratio_of_sums(losses[1], targets), change)
     return Assessment(recipe.model.source, str(folder.path), scored, loss)

@@ -7,9 +7,10 @@ from functools import cached_property
 import torch
 
 from drencoder.data.benchmarks.questions import load_benchmarks
+from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, set_aside_share
 from drencoder.data.prompts_template import render
 from drencoder.data.public_text import PublicText, open_public
-from drencoder.data.sources import HostedSource, Source, open_source
+from drencoder.data.sources import HostedSource, Record, SitesSource, Source, open_source
 from drencoder.data.tokenization import Example, make_examples
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
@@ -34,6 +35,7 @@ from drencoder.runs.plan_overview import Overview, survey
 __all__ = ["Components", "EngineMaker", "SiteText", "build", "build_site"]
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
+_GATE_DRAW = -1  # of public text; those of the slots are 1 and above
 _PUBLIC_CLIENTS = 16  # make-believe ones, per estimate of the structured prior: 64 do no better (docs/log.md)
 
 
@@ -46,6 +48,7 @@ class Texts:
     max_tokens: int
     d1_share: float  # of a client's records, used by slot 0 and by nothing else; 0 = all slots use all
     public: PublicText | None = None
+    evaluation: Callable[[int], list[Record]] | None = None  # the server's records, if it has any to measure on
 
     def client(self, client: int, slot: int) -> list[Example]:
         """What a client uses in a slot. FedCG's D1 (stage 1) and D2 (the rounds) share no record if it has two."""
@@ -56,7 +59,10 @@ class Texts:
         return self._examples(map(render, records))
 
     def held_out(self, count: int) -> list[Example]:
-        return self._examples(map(render, self.source.held_out(count)), "the server's held-out set")
+        """At most `count` texts of the server; none without evaluation data."""
+        if self.evaluation is None:
+            return []
+        return self._examples(map(render, self.evaluation(count)), "the evaluation data")
 
     def public_clients(self, count: int, size: int, seed: int) -> list[list[Example]]:
         """Make-believe clients of `size` public texts each; the same for the same seed. Needs `public`."""
@@ -95,13 +101,14 @@ class Components:
 
     @cached_property
     def held_out(self) -> list[Example]:
-        """Tokenised held-out records of the server, as many as the final table uses."""
+        """Tokenised evaluation text of the server, as many as the final table uses; empty without evaluation data."""
         return self.texts.held_out(self.recipe.evaluation.examples)
 
     @cached_property
     def questions(self) -> dict[str, tuple[list[list[Example]], list[int]]]:
         """Benchmark -> (four options per question, answers)."""
-        drawn = load_benchmarks(self.recipe.evaluation, self.recipe.data, seed=self.recipe.seed)
+        wanted = replace(self.recipe.evaluation, benchmarks=self.recipe.benchmarks)
+        drawn = load_benchmarks(wanted, self.recipe.data, seed=self.recipe.seed)
         limit = self.recipe.data.max_tokens
         return {name: (question_examples(self.lora, one.questions, limit), one.answers) for name, one in drawn.items()}
 
@@ -112,9 +119,29 @@ class Components:
         """
         if self.texts.public is None or declared(self.recipe).public_text == "unused":
             return None
+        return PublicUpdates(self._updates_of_public_text(adapter_D, slot), self.texts.public.declared)
+
+    def gate_updates(self, adapter_D: torch.Tensor, clients: int) -> tuple[torch.Tensor, str] | None:
+        """Updates (up to `clients`, D) of make-believe clients, of text that the encoder was not made from, and whose it is.
+
+        Of the evaluation data; without any of public text, which is drawn anew; None if there is neither.
+        """
+        held_out = self.held_out
+        if not held_out:
+            if self.texts.public is None:
+                return None
+            return self._updates_of_public_text(adapter_D, _GATE_DRAW), "public text, drawn anew"
+        # With little text they hold less of it: of two or three updates the gate could say nothing with confidence.
+        size = min(self.recipe.data.examples_per_client, max(1, len(held_out) // clients))
+        groups = [held_out[start : start + size] for start in range(0, min(len(held_out), clients * size), size)]
+        while len(groups) < 2:  # the gate compares at least two
+            groups.append(held_out)
+        return self.updates_of(groups, adapter_D), "server-held text"
+
+    def _updates_of_public_text(self, adapter_D: torch.Tensor, draw: int) -> torch.Tensor:
         size = self.recipe.data.examples_per_client
-        groups = self.texts.public_clients(_PUBLIC_CLIENTS, size, derive_seed(self.recipe.seed, "public", slot))
-        return PublicUpdates(self.updates_of(groups, adapter_D), self.texts.public.declared)
+        groups = self.texts.public_clients(_PUBLIC_CLIENTS, size, derive_seed(self.recipe.seed, "public", draw))
+        return self.updates_of(groups, adapter_D)
 
     def updates_of(self, groups: Sequence[list[Example]], adapter_D: torch.Tensor) -> torch.Tensor:
         """What clients with these examples would compute (N, D), on text that the server holds itself."""
@@ -172,7 +199,7 @@ def build(recipe: Recipe, engine: EngineMaker | None = None) -> Components:
     Raises:
       DrencoderError: any part of the recipe cannot be had; nothing has been written.
     """
-    components = _loaded(recipe, None)
+    components = _loaded(recipe, None, remote=engine is not None)
     _ = components.held_out, components.questions  # refuse empty evaluation data now, not after the last round
     return components if engine is None else replace(components, engine=engine(components))
 
@@ -196,18 +223,13 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Components:
     return _loaded(recipe, own, site=True)
 
 
-def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Components:
+def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote: bool = False) -> Components:
     overview = survey(recipe)
     resolve_device(recipe.model.device)
     if recipe.speed.threads:  # process-wide; this is the one place that sets it
         torch.set_num_threads(recipe.speed.threads)
-    source: Source
-    if own is None:
-        source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
-    else:
-        knobs = replace(recipe.data, source=own.source)
-        held = open_source(knobs, population=len(own.clients), seed=recipe.seed, server_share=False)
-        source = HostedSource(held, own.clients)
+    source = _clients_text(recipe, own, remote)
+    evaluation = None if site else open_evaluation(recipe, source)
     base = load_base(recipe.model)
     d1_share = 0.0
     if recipe.prior.source == "gradients":
@@ -216,8 +238,10 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Comp
         d1_share = D1_SHARE
     # A site gets the encoder from the server, who made it: public text is the server's to have.
     named = "" if site else public_text(recipe)
+    if recipe.prior.source == "gradients" and evaluation is None and not site:
+        named = named or "self"  # no prior is fitted that the gate could draw from, and it must have something
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
-    texts = Texts(source, base, recipe.data.max_tokens, d1_share, public)
+    texts = Texts(source, base, recipe.data.max_tokens, d1_share, public, evaluation)
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
@@ -232,3 +256,15 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False) -> Comp
     )
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
     return Components(recipe, overview, texts, lora, trainer, engine)
+
+
+def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
+    """The clients' text: the recipe's, a site's own, or nothing where a server needs no text but its own."""
+    if own is not None:
+        held = open_source(replace(recipe.data, source=own.source), population=len(own.clients), seed=recipe.seed)
+        return HostedSource(held, own.clients)
+    if remote and recipe.data.source != "embedded" and evaluation_basis(recipe) in ("server", "nothing"):
+        return SitesSource()
+    return open_source(
+        recipe.data, population=recipe.federation.population, seed=recipe.seed, set_aside=set_aside_share(recipe)
+    )

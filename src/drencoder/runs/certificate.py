@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drencoder import __version__
+from drencoder.data.evaluation_text import SIMULATED_OWNERS, evaluation_rests_on, owner_kind
 from drencoder.encoders.code_sizes import plain_lora_bytes
 from drencoder.encoders.planning import wire_dtype
 from drencoder.errors import ArtifactError
@@ -39,6 +40,11 @@ __all__ = [
 # What a resumed run may change: how fast it is and on which device, and what a plain run ignores.
 _FREE_SECTIONS = ("speed", "compare")
 _FREE_KNOBS = {"model": ("device",)}
+
+SIMULATED = (
+    "The owners of this run are simulated: records were dealt out at random, so nothing is promised to those who wrote them. With "
+    "as many real owners the same numbers would mean:"
+)
 
 BYTES_COUNTED = {True: "counted", False: "expected: the size of a secret cohort is not published"}
 """Whether cohorts are no secret -> how the certificate's bytes came about."""
@@ -92,8 +98,10 @@ def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     return {
         "version": 1,
         "name": recipe.name,
-        "statement": _statement(ledger.plan, privacy["observers"]),
+        "statement": _statement(ledger.plan, privacy["observers"], owner_kind(recipe)),
         **privacy,
+        "owners": owner_kind(recipe),
+        "evaluation_rests_on": evaluation_rests_on(recipe),
         "model": recipe.model.source,
     }
 
@@ -134,8 +142,14 @@ def flat_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     return {f"gate_{kind}_{key}": value for kind, facts in gate.items() for key, value in facts.items()}
 
 
-def _statement(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
-    """The promise in one sentence."""
+def _statement(plan: PrivacyPlan, observers: Mapping[str, Any], owners: str) -> str:
+    """The promise in one sentence; where owners are simulated, what it would be with real ones, after a sentence that says so."""
+    promise = _promise(plan, observers)
+    private = plan.noise == "secure" and not plan.non_private
+    return f"{SIMULATED} {promise}" if private and owners == SIMULATED_OWNERS else promise
+
+
+def _promise(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
     if "round" in plan.non_private:
         return "This run added no noise: it has no privacy guarantee of any kind and is a baseline only."
     if plan.non_private:

@@ -106,6 +106,8 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
     plan = overview.privacy
     run = make_table(f"Plan of {name!r}")
     run.add_row("trust", _trust_words(plan))
+    run.add_row("owners", printable(overview.owners))
+    run.add_row("evaluation", printable(overview.evaluation_rests_on))
     run.add_row(
         "clients", f"{plan.population:,}, about {plan.expected_cohort:,.0f} a round (q = {plan.sampling_rate:g})"
     )
@@ -194,14 +196,16 @@ def _spent_text(epsilon: Mapping[str, float | str]) -> str:
 
 
 def summary_table(certificate: Mapping[str, Any]) -> Table:
-    """Returns the results of base model, zero update and this run."""
+    """Returns the results of base model, zero update and this run, and the loss of guessing uniformly."""
     results = certificate["results"]
     benchmarks = list(results["base model"]["accuracy"])
     headings = ("model", "held-out loss", *(f"{printable(name)} accuracy" for name in benchmarks))
     table = make_table("Result (95 % confidence intervals)", *headings, words=("model",))
+    table.add_row("guessing uniformly", f"{certificate['uniform_loss']:.3f}", *["-"] * len(benchmarks))
     for name, result in results.items():
         estimates = [result["loss"], *(result["accuracy"][benchmark] for benchmark in benchmarks)]
-        table.add_row(name, *(estimate_cell(one["value"], one["low"], one["high"]) for one in estimates))
+        cells = ("-" if one is None else estimate_cell(one["value"], one["low"], one["high"]) for one in estimates)
+        table.add_row(name, *cells)
     return table
 
 
@@ -253,6 +257,7 @@ class RunDisplay:
         """Shows the result, the guarantee and the bytes of a finished run."""
         self.close()
         self.console.print(summary_table(certificate))
+        show_note(self.console, "Verdict", certificate["verdict"], "bold")
         self.console.print(observers_table(certificate["observers"], certificate["delta"]))
         if not certificate["private"]:
             show_note(self.console, "NOT PRIVATE", certificate["statement"], "bold red")

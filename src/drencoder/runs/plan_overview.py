@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from drencoder.data.evaluation_text import NO_EVALUATION, SIMULATED_OWNERS, evaluation_rests_on, owner_kind
 from drencoder.encoders.code_sizes import (
     BITS_PER_VALUE,
     FEW_COORDINATES,
@@ -49,6 +50,8 @@ class Overview:
     plain_lora_bytes: int | None
     code_reason: str = ""  # why the code has this size, if the plan chose it
     encoder_warning: str = ""  # what speaks against the encoder, in one sentence
+    owners: str = ""  # who the clients are
+    evaluation_rests_on: str = ""  # whose text the loss is measured on, in one sentence
 
     @property
     def stage2_bytes(self) -> int | None:
@@ -63,6 +66,13 @@ class Overview:
     def warnings(self) -> list[str]:
         """Returns what a person should know before starting, one sentence each."""
         sentences = [self.encoder_warning] if self.encoder_warning else []
+        if self.owners == SIMULATED_OWNERS:
+            sentences.append(
+                "The owners are simulated: records are dealt out at random, so epsilon says nothing about those who wrote them. "
+                "Name the owner's field in data.client_field where there is one."
+            )
+        if self.evaluation_rests_on == NO_EVALUATION:
+            sentences.append(NO_EVALUATION)
         if "round" in self.privacy.non_private:
             sentences.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
         elif self.privacy.non_private:
@@ -141,9 +151,11 @@ def survey(recipe: Recipe) -> Overview:
       ModelError: the local model folder is unreadable or has no target module.
     """
     plan = privacy_plan(recipe)
-    matrices = _adapted(recipe)
+    matrices, owners, basis = _adapted(recipe), owner_kind(recipe), evaluation_rests_on(recipe)
     if matrices is None:
-        return Overview(plan, None, None, None, None, None, None, encoder_warning=_encoder_warning(recipe))
+        warning = _encoder_warning(recipe)
+        unknown = (None, None, None, None, None, None)
+        return Overview(plan, *unknown, encoder_warning=warning, owners=owners, evaluation_rests_on=basis)
     size = AdapterShape(matrices, recipe.adapter.rank).update_size
     prior, dtype = recipe.prior, wire_dtype(recipe)
     code = planned_code_size(recipe, plan, matrices)
@@ -169,6 +181,8 @@ def survey(recipe: Recipe) -> Overview:
         plain_lora_bytes=plain_lora_bytes(senders, size, dtype),
         code_reason="; ".join(_reasons(recipe, plan, size)),
         encoder_warning=_encoder_warning(recipe),
+        owners=owners,
+        evaluation_rests_on=basis,
     )
 
 

@@ -73,7 +73,9 @@ def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, 
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>",
         f"<h1>{title}</h1><p{mark}>{html.escape(certificate['statement'])}</p>",
         "<h2>Result</h2>",
-        _render_results(certificate["results"]),
+        f"<p>{html.escape(certificate['verdict'])}</p>",
+        _render_results(certificate["results"], certificate["uniform_loss"]),
+        f"<p class='dim'>{html.escape(certificate['evaluation_rests_on'])}</p>",
         "<h2>Epsilon for each observer</h2>",
         _render_observers(certificate),
         "<h2>Uploads</h2>",
@@ -103,17 +105,20 @@ def _render_cell(text: str) -> str:
     return f"<td{kind}>{html.escape(text)}</td>"
 
 
-def _render_results(results: Mapping[str, Any]) -> str:
+def _render_results(results: Mapping[str, Any], uniform_loss: float) -> str:
     benchmarks = list(next(iter(results.values()))["accuracy"])
     header = ["model", "held-out loss", *(f"{name} accuracy" for name in benchmarks)]
-    rows = [
+    rows = [["guessing uniformly", f"{uniform_loss:.3f}", *["-"] * len(benchmarks)]]
+    rows += [
         [name, _estimate_text(row["loss"]), *(_estimate_text(row["accuracy"][key]) for key in benchmarks)]
         for name, row in results.items()
     ]
     return _render_table(header, rows)
 
 
-def _estimate_text(row: Mapping[str, float]) -> str:
+def _estimate_text(row: Mapping[str, float] | None) -> str:
+    if row is None:
+        return "-"
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
@@ -151,5 +156,5 @@ def _render_facts(facts: Mapping[str, Any]) -> str:
 def _render_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns held-out loss and accuracy per round, as inline SVG."""
     if not rows:
-        return "<p>No evaluation between rounds was asked for.</p>"
+        return "<p>No loss was measured between rounds.</p>"
     return svg_text(plot_rounds(rows))

@@ -7,16 +7,19 @@ consequence in the checkpoint, one file that is replaced atomically. A kill betw
 """
 
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from drencoder.data.evaluation_text import NO_EVALUATION
 from drencoder.encoders.contract import Encoder
 from drencoder.errors import BudgetError, QuorumError
 from drencoder.evaluation.held_out import held_out_loss, multiple_choice
 from drencoder.evaluation.outcomes import measure_all
+from drencoder.evaluation.verdict import verdict
 from drencoder.federated.adaptive_clip import AdaptiveClip
 from drencoder.federated.query import update_query
 from drencoder.federated.round import released_update
@@ -192,7 +195,8 @@ def _evaluate_round(
     row: dict[str, Any] = {"round": number, "epsilon": _spent(ledger), "bytes_up": progress.bytes_up}
     if number == 0 or (every and number % every == 0):
         few = components.recipe.evaluation.progress_examples
-        row["loss"] = held_out_loss(components.lora, progress.state.adapter_D, components.held_out[:few]).value
+        if components.held_out:
+            row["loss"] = held_out_loss(components.lora, progress.state.adapter_D, components.held_out[:few]).value
         if components.questions:
             share = max(1, few // len(components.questions))
             options = [four for fours, _ in components.questions.values() for four in fours[:share]]
@@ -214,13 +218,18 @@ def _finish(
 ) -> RunResult:
     from drencoder.runs.report import write_report
 
-    listener.say("evaluating base model, zero update and this run")
+    if components.held_out or components.questions:
+        listener.say("evaluating base model, zero update and this run")
     with folder.replacing(folder.adapter) as temporary:
         components.lora.save(progress.state.adapter_D, temporary)
     outcomes = measure_all(components.lora, progress.state.adapter_D, components.held_out, components.questions)
-    folder.write_json(folder.outcomes, {name: outcome.to_dict() for name, outcome in outcomes.items()})
+    stored = {name: outcome.to_dict() for name, outcome in outcomes.items()}
+    folder.write_json(folder.outcomes, stored)
     certificate = make_certificate(components, ledger, progress, encoder)
     certificate["results"] = {name: outcome.estimates() for name, outcome in outcomes.items()}
+    uniform_loss = math.log(components.lora.base.vocabulary)
+    certificate["uniform_loss"] = uniform_loss
+    certificate["verdict"] = verdict(stored, uniform_loss, NO_EVALUATION)
     folder.write_json(folder.certificate, certificate)
     write_report(folder.path)
     ledger.record_closed(progress.slot, file_digests(folder))

@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 _GATE_UPDATES = 64  # synthetic ones at most
 _GATE_VALUES = 1 << 27  # and 512 MiB of them
-_GATE_CLIENTS = 16  # make-believe ones, of server-held text
+_GATE_CLIENTS = 16  # make-believe ones, of text that the server may look at
 
 
 def run_stage1(
@@ -136,10 +136,14 @@ def fit_encoder(
         say(f"structured prior: {len(structured.update_ND)} updates of public text ({structured.declared})")
     encoder = components.encoder(progress.prior, real=real, public=structured, on_step=trained)
     seed = derive_seed(components.recipe.seed, "gate")
-    public = measure_viability(encoder, _server_updates(components, progress.state.adapter_D), seed)
-    gate = {"public": _facts(public)}
-    verdict = public
-    if real is None and structured is None:  # else no prior was fitted that could draw any, or it is the encoder's own
+    gate, verdict = {}, None
+    shown = components.gate_updates(progress.state.adapter_D, _GATE_CLIENTS)
+    if shown is not None:
+        verdict = measure_viability(encoder, shown[0], seed)
+        gate["public"] = _facts(verdict)
+        say(f"gate, {shown[1]}: cosine {verdict.cosine:.3f}, {verdict.captured_energy:.2%} of the energy")
+    # After real gradients no prior was fitted that could draw any, and of public text it would be the encoder's own.
+    if verdict is None or (real is None and structured is None):
         prior = progress.prior or GaussianPrior.isotropic(components.lora.layout.segments)
         count = min(
             _GATE_UPDATES, components.recipe.prior.synthetic, max(2, _GATE_VALUES // components.lora.layout.size)
@@ -148,7 +152,6 @@ def fit_encoder(
         verdict = measure_viability(encoder, samples.values_ND, seed)
         gate["synthetic"] = _facts(verdict)
         say(f"gate, synthetic gradients: {verdict.sentence}")
-    say(f"gate, server-held text: cosine {public.cosine:.3f}, {public.captured_energy:.2%} of the energy")
     require_viable(verdict, allow=components.recipe.encoder.gate == "warn")
     return replace(progress, gate=gate, encoder_state=encoder.state()), encoder
 
@@ -178,16 +181,3 @@ def refresh_encoder(
     history_JD = torch.stack([progress.state.first_D, progress.state.adapter_D - components.lora.initial_D.cpu()])
     encoder = components.encoder(None, public=public, history_JD=history_JD)
     return replace(progress, encoder_state=encoder.state()), encoder
-
-
-def _server_updates(components: Components, adapter_D: Tensor) -> Tensor:
-    """Updates (up to 16, D) of make-believe clients that hold the server's own held-out text.
-
-    With little text they hold less of it: of two or three updates the gate could say nothing with confidence.
-    """
-    held_out = components.held_out
-    size = min(components.recipe.data.examples_per_client, max(1, len(held_out) // _GATE_CLIENTS))
-    groups = [held_out[start : start + size] for start in range(0, min(len(held_out), _GATE_CLIENTS * size), size)]
-    while len(groups) < 2:  # the gate compares at least two
-        groups.append(held_out)
-    return components.updates_of(groups, adapter_D)

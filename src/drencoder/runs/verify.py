@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drencoder.data.evaluation_text import NO_EVALUATION, evaluation_basis
 from drencoder.errors import DrencoderError
 from drencoder.evaluation.statistics import outcome_estimates
+from drencoder.evaluation.verdict import is_uniform_loss, verdict
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.ledger_check import ledger_troubles, plan_differences
 from drencoder.reading import cut
@@ -214,11 +216,21 @@ def _expected_bytes(ledger: Ledger, message: int) -> tuple[int, int]:
 def _result_troubles(folder: RunFolder, recipe: Recipe, certificate: Mapping[str, Any]) -> Iterator[str]:
     """The certificate's results are those of outcomes.json, its encoder and stage 1 those of the recipe."""
     try:
-        results = {name: outcome_estimates(**one) for name, one in folder.read_json(folder.outcomes).items()}
+        outcomes: dict[str, Any] = folder.read_json(folder.outcomes)
+        uniform_loss: Any = certificate.get("uniform_loss")
+        if not is_uniform_loss(uniform_loss):
+            yield f"the certificate's uniform_loss is {_shown(uniform_loss)}, which no vocabulary has."
+            return
+        results = {name: outcome_estimates(**one) for name, one in outcomes.items()}
+        sentence = verdict(outcomes, uniform_loss, NO_EVALUATION)
     except _OTHER_KINDS:
         yield "outcomes.json has not the outcomes of a run."
         return
     yield from _differences("certificate's results", certificate.get("results"), results)
+    if certificate.get("verdict") != sentence:
+        yield f"the certificate's verdict is not what outcomes.json gives: {sentence}"
+    if (evaluation_basis(recipe) == "nothing") != (sentence == NO_EVALUATION):
+        yield "outcomes.json has the loss of other text than the recipe's evaluation data."
     for section, key, expected in (
         ("encoder", "name", recipe.encoder.name),
         ("stage1", "prior", recipe.prior.source),

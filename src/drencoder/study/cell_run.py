@@ -3,6 +3,7 @@
 The top level imports no torch: the pool limits a worker's threads before torch is loaded.
 """
 
+import math
 import shutil
 from collections.abc import Mapping
 from itertools import count
@@ -92,7 +93,7 @@ def _scores(results: Mapping[str, Any]) -> Row:
     def scores_of(model: str) -> Row:
         row = results[model]
         accuracy = {name: estimate["value"] for name, estimate in row["accuracy"].items()}
-        return {"loss": row["loss"]["value"], "accuracy": accuracy}
+        return {"loss": row["loss"]["value"] if row["loss"] else math.inf, "accuracy": accuracy}
 
     return {**scores_of("this run"), "base": scores_of("base model"), "zero": scores_of("zero update")}
 

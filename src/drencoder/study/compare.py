@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from drencoder.data.evaluation_text import NO_EVALUATION, evaluation_basis
 from drencoder.encoders.planning import check_encoder
 from drencoder.errors import RecipeError
 from drencoder.recipe.recipe import Recipe
@@ -83,6 +84,8 @@ def compare(
       RecipeError: the comparison cannot be meant.
       ArtifactError: the folder holds a comparison of another recipe, or something else.
     """
+    if evaluation_basis(recipe) == "nothing":
+        raise RecipeError(f"a comparison chooses learning rates and judges methods by held-out loss. {NO_EVALUATION}")
     tracks, plan, rates = tracks_of(settings), tuning_plan(settings), start_rates(settings.rates)
     for track in tracks:  # refuse a combination that cannot be before the first run, not after hours
         check_encoder(recipe_of(Cell(track, settings.tuning_seed, 0.0), recipe, plan, rates))

@@ -143,9 +143,12 @@ def _against_reference(
         (_right_answers(cell_folder(folder, theirs)), _right_answers(cell_folder(folder, ours)))
         for theirs, ours in pairs
     ]
-    tests = [mcnemar(before, after) for before, after in answers]
+    asked = all(before for before, _ in answers)  # a recipe of one's own text asks no questions
+    tests = [mcnemar(before, after) for before, after in answers] if asked else None
     if len(pairs) < 3:
         return None, None, tests
+    if not asked:
+        return paired_over_seeds(losses), None, None
     gains = [(sum(after) - sum(before)) / len(before) for before, after in answers]
     return paired_over_seeds(losses), paired_over_seeds(gains), tests
 
@@ -244,7 +247,7 @@ def _answer_words(change: McNemar) -> str:
 
 
 def write_comparison(recipe: Recipe, settings: Compare, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes table.md, table.csv, table.json and the two plots; returns their paths.
+    """Writes table.md, table.csv, table.json and the plots (of accuracy where questions were asked); returns their paths.
 
     Raises:
       ArtifactError: the folder cannot be written.
@@ -262,10 +265,9 @@ def write_comparison(recipe: Recipe, settings: Compare, rows: Sequence[Row], fol
     }
     store.write_json(folder / "table.json", record)
     points = [_point(row) for row in rows if row.loss is not None]
-    plots = {
-        "loss-against-epsilon.png": plot_loss_against_epsilon(points),
-        "accuracy-against-bytes.png": plot_accuracy_against_bytes(points),
-    }
+    plots = {"loss-against-epsilon.png": plot_loss_against_epsilon(points)}
+    if any(point["accuracy"] is not None for point in points):
+        plots["accuracy-against-bytes.png"] = plot_accuracy_against_bytes(points)
     for name, figure in plots.items():
         save_figure(figure, folder / name)
     return [folder / name for name in ("table.md", "table.csv", "table.json", *plots)]

@@ -14,7 +14,15 @@ from drencoder.errors import DataError
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["DEFAULT_SPLIT", "EXAMPLE_SPLIT", "Benchmark", "check_apart", "load_benchmark", "load_benchmarks"]
+__all__ = [
+    "DEFAULT_SPLIT",
+    "EXAMPLE_SPLIT",
+    "Benchmark",
+    "check_apart",
+    "load_benchmark",
+    "load_benchmarks",
+    "place_of",
+]
 
 DEFAULT_SPLIT = {"mmlu": "test", "ceval": "val"}
 """The split whose answers are public and that is reported."""
@@ -83,7 +91,7 @@ def load_benchmarks(knobs: config.Evaluation, data: config.Data, *, seed: int) -
 def check_apart(name: str, where: str, splits: Sequence[str], data: config.Data) -> None:
     """Raises DataError if the clients' text is one of the `splits` of `where` that the model is to be asked."""
     kind, _, owned = data.source.partition(":")
-    if where == "embedded" or kind != name or _place(owned) != _place(where):
+    if where == "embedded" or kind != name or place_of(owned) != place_of(where):
         return
     if any(same_split(data.split, split) for split in splits):
         raise DataError(
@@ -112,7 +120,7 @@ def _subjects_of(name: str, knobs: config.Evaluation) -> tuple[str, ...]:
     return mine
 
 
-def _place(where: str) -> str:
+def place_of(where: str) -> str:
     """One spelling for one place: a folder's full path, or the hub's name in small letters."""
     prefix, name = ("hub:", where.removeprefix("hub:")) if where.startswith("hub:") else ("", where)
     path = Path(name)

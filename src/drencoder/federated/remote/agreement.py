@@ -17,7 +17,7 @@ __all__ = ["ClientSet", "agreement"]
 _FREE_SECTIONS = ("name", "server", "evaluation", "speed")
 _FREE_KNOBS = {
     "model": ("source", "device"),
-    "data": ("source", "split", "client_field", "held_out_share"),
+    "data": ("source", "split", "client_field"),
     "prior": ("public", "provenance", "synthetic"),
 }
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")

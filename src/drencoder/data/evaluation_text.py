@@ -1,0 +1,127 @@
+"""Whose text a run is measured on: text that the server owns, or that of owners who are no clients.
+
+Nothing here is a share of a client's own records: what is measured on them text by text would be a release without noise.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from drencoder.data.benchmarks.questions import DEFAULT_SPLIT, place_of
+from drencoder.data.benchmarks.taxonomy import TAXONOMIES
+from drencoder.data.hub import split_names
+from drencoder.data.sources import EmbeddedSource, FileSource, Record, Source, in_hashed_order, read_records
+from drencoder.errors import DataError
+from drencoder.recipe.recipe import Recipe
+
+__all__ = [
+    "NO_EVALUATION",
+    "SIMULATED_OWNERS",
+    "Basis",
+    "evaluation_basis",
+    "evaluation_rests_on",
+    "open_evaluation",
+    "owner_kind",
+    "set_aside_share",
+]
+
+Basis = Literal["server", "generated", "owners", "records", "nothing"]
+
+_RECORD_SHARE = 0.05  # of a file with simulated owners, where evaluation.owners says nothing
+_SPLITS = ("test", "validation", "val", "dev", "train")  # of a hub data set: the first that is there and no client's
+
+SIMULATED_OWNERS = "simulated owners"
+NO_EVALUATION = (
+    "The run has no evaluation data, so it cannot know whether it learned: name a file that the server owns in "
+    "evaluation.data, or set owners who agreed aside with evaluation.owners."
+)
+
+
+def owner_kind(recipe: Recipe) -> str:
+    """Who the clients are, in words, as the certificate has it."""
+    if recipe.data.source == "embedded":
+        return "generated clients of the embedded world"
+    if recipe.data.client_field:
+        return f"owners whom the field {recipe.data.client_field!r} names"
+    return SIMULATED_OWNERS
+
+
+def evaluation_basis(recipe: Recipe) -> Basis:
+    """What kind of text the server measures the loss on; follows from the recipe alone."""
+    if recipe.evaluation.data:
+        return "nothing" if recipe.evaluation.data == "none" else "server"
+    if recipe.data.source == "embedded":
+        return "generated"
+    if recipe.data.client_field:
+        return "owners" if recipe.evaluation.owners else "nothing"
+    return "records"
+
+
+def set_aside_share(recipe: Recipe) -> float:
+    """The share of the owners, or of the records where owners are simulated, that no client has; 0 = none."""
+    basis = evaluation_basis(recipe)
+    if basis == "owners":
+        return recipe.evaluation.owners
+    return (recipe.evaluation.owners or _RECORD_SHARE) if basis == "records" else 0.0
+
+
+def evaluation_rests_on(recipe: Recipe) -> str:
+    """Whose text the evaluation rests on, in one sentence, for plan, certificate and report."""
+    share = f"{set_aside_share(recipe):.3g}"
+    return {
+        "server": f"The loss is measured on {recipe.evaluation.data!r}, which the server owns.",
+        "generated": "The loss is measured on text that drencoder generated for the server; no client has any of it.",
+        "owners": f"The loss is measured on the text of a share of {share} of the owners, who are no clients and must have agreed; "
+        "epsilon does not cover them.",
+        "records": f"The loss is measured on a share of {share} of the records, set aside before the owners were simulated; no "
+        "client has any of them, and epsilon does not cover them.",
+        "nothing": NO_EVALUATION,
+    }[evaluation_basis(recipe)]
+
+
+def open_evaluation(recipe: Recipe, source: Source) -> Callable[[int], list[Record]] | None:
+    """Gives at most as many of the server's records as it is asked for, always the same ones; None without evaluation data.
+
+    Raises:
+      DataError: evaluation.data is missing, unreadable or empty, or it is the clients' own text.
+    """
+    basis, where = evaluation_basis(recipe), recipe.evaluation.data
+    if basis == "nothing":
+        return None
+    if basis == "generated" or where == "embedded":
+        return EmbeddedSource(recipe.data, recipe.seed).held_out
+    if basis == "server":
+        records = read_records(where, _evaluation_split(recipe), knob="evaluation.data")
+        ordered = in_hashed_order(records, recipe.seed)  # files are often sorted, and less than all may be asked for
+        return lambda count: ordered[:count]
+    assert isinstance(source, FileSource)
+    return source.held_out
+
+
+def _evaluation_split(recipe: Recipe) -> str:
+    """The split of evaluation.data that the server takes; files have none.
+
+    Raises:
+      DataError: that text is the clients' own.
+    """
+    where, data = recipe.evaluation.data, recipe.data
+    shared = _place(where) == _place(data.source)
+    kind, _, name = where.partition(":")
+    if kind in TAXONOMIES:
+        found = [DEFAULT_SPLIT[kind]]
+    elif kind == "hub":
+        present = split_names(name, None, knob="evaluation.data")
+        found = [split for split in _SPLITS if split in present] or present
+    else:
+        found = [data.split]
+    left = [split for split in found if not (shared and split == data.split)]
+    if not left:
+        raise DataError(
+            f"evaluation.data = {where!r} is the clients' own text (data.source): name text that no client has, or set whole "
+            "owners aside with evaluation.owners."
+        )
+    return left[0]
+
+
+def _place(where: str) -> tuple[str, str]:
+    kind, colon, rest = where.partition(":")
+    return (kind, place_of(rest)) if colon and kind in ("hub", *TAXONOMIES) else ("", place_of(where))
