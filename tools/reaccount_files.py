@@ -9,7 +9,6 @@ from pathlib import Path
 from reaccount_ledger import agree, cohort_size, slots_of
 from scipy.stats import norm
 
-
 Z95 = float(norm.ppf(0.975))
 NO_EVALUATION = (
     "The run has no evaluation data, so it cannot know whether it learned: name a file that the server owns in "
@@ -60,10 +59,11 @@ def owners_of(recipe: dict) -> str:
 def evaluation_of(recipe: dict) -> str:
     """Whose text the loss was measured on."""
     data, evaluation = recipe["data"], recipe["evaluation"]
-    if evaluation["data"]:
-        named = f"The loss is measured on {evaluation['data']!r}, which the server owns."
-        return NO_EVALUATION if evaluation["data"] == "none" else named
-    if data["source"] == "embedded":
+    if evaluation["data"] == "none":
+        return NO_EVALUATION
+    if evaluation["data"] not in ("", "embedded"):
+        return f"The loss is measured on {evaluation['data']!r}, which the server owns."
+    if "embedded" in (evaluation["data"], data["source"]):
         return "The loss is measured on text that drencoder generated for the server; no client has any of it."
     share = evaluation["owners"]
     if not data["client_field"]:

@@ -55,7 +55,8 @@ def test_equal_records_are_set_aside_together(tmp_path: Path) -> None:
     source = file_source(knobs, population=3, seed=0, set_aside=0.3)
     owned = {record["instruction"] for client in range(3) for record in source.client(client)}
     held = [record["instruction"] for record in source.held_out(1000)]
-    assert 20 < len(held) < 80 and len(set(held)) == len(held) / 2
+    assert 20 < len(held) < 80
+    assert len(set(held)) == len(held) / 2
     assert not owned & set(held)
 
 
@@ -108,7 +109,10 @@ def test_owners_who_are_set_aside_are_no_clients_and_no_other_owner_decides_who(
 def test_a_wrong_population_beside_owners_set_aside_names_the_right_one(tmp_path: Path) -> None:
     records = [{**record, "site": f"s{number % 20:02d}"} for number, record in enumerate(RECORDS)]
     knobs = sections.Data(source=str(write(tmp_path, records)), client_field="site")
-    with pytest.raises(DataError, match=r"14 clients .* not counting 6 whom evaluation\.owners .* population=14"):
+    with pytest.raises(
+        DataError,
+        match=r"names 14 clients .* not counting 6 whom evaluation\.owners [^:]*: set federation.population=14",
+    ):
         open_source(knobs, population=20, seed=0, set_aside=0.25)
     with pytest.raises(DataError, match=r"evaluation\.owners = 1e-09 sets none of the 20 owners"):
         open_source(knobs, population=20, seed=0, set_aside=1e-9)

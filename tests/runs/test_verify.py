@@ -222,6 +222,13 @@ def certificate_with(*path: str, value: Any) -> Callable[[Forgery], None]:
 CERTIFICATE = [
     certificate_with("statement", value=lambda text: text.replace("differential privacy", "perfect privacy")),
     certificate_with("statement", value=lambda text: text.replace("8.", "0.8")),
+    certificate_with("owners", value="owners whom the field 'patient' names"),
+    certificate_with("evaluation_rests_on", value="The loss is measured on 'public.jsonl', which the server owns."),
+    certificate_with("verdict", value=lambda text: text.replace("held-out loss", "tuned loss")),
+    certificate_with("verdict", value="The adapter learned."),
+    certificate_with("uniform_loss", value=lambda loss: loss + 0.1),
+    certificate_with("uniform_loss", value=0.0),
+    certificate_with("uniform_loss", value="inf"),
     certificate_with("delta", value=1e-9),
     certificate_with("relation", value="replace_one"),
     certificate_with("run_id", value="another"),

@@ -48,7 +48,7 @@ def owner_kind(recipe: Recipe) -> str:
 def evaluation_basis(recipe: Recipe) -> Basis:
     """What kind of text the server measures the loss on; follows from the recipe alone."""
     if recipe.evaluation.data:
-        return "nothing" if recipe.evaluation.data == "none" else "server"
+        return {"none": "nothing", "embedded": "generated"}.get(recipe.evaluation.data, "server")  # type: ignore[return-value]
     if recipe.data.source == "embedded":
         return "generated"
     if recipe.data.client_field:
@@ -87,7 +87,7 @@ def open_evaluation(recipe: Recipe, source: Source) -> Callable[[int], list[Reco
     basis, where = evaluation_basis(recipe), recipe.evaluation.data
     if basis == "nothing":
         return None
-    if basis == "generated" or where == "embedded":
+    if basis == "generated":
         return EmbeddedSource(recipe.data, recipe.seed).held_out
     if basis == "server":
         records = read_records(where, _evaluation_split(recipe), knob="evaluation.data")
