@@ -48,10 +48,14 @@ def ratio(sums: list[float], counts: list[int]) -> dict:
     return {"value": mean, "low": mean - error, "high": mean + error, "count": len(sums)}
 
 
+def is_embedded(source: str) -> bool:
+    return source.partition(":")[0] == "embedded"
+
+
 def owners_of(recipe: dict) -> str:
     """Who the clients are."""
     data = recipe["data"]
-    if data["source"] == "embedded":
+    if is_embedded(data["source"]):
         return "generated clients of the embedded world"
     return f"owners whom the field {data['client_field']!r} names" if data["client_field"] else "simulated owners"
 
@@ -61,9 +65,9 @@ def evaluation_of(recipe: dict) -> str:
     data, evaluation = recipe["data"], recipe["evaluation"]
     if evaluation["data"] == "none":
         return NO_EVALUATION
-    if evaluation["data"] not in ("", "embedded"):
+    if evaluation["data"] and not is_embedded(evaluation["data"]):
         return f"The loss is measured on {evaluation['data']!r}, which the server owns."
-    if "embedded" in (evaluation["data"], data["source"]):
+    if evaluation["data"] or is_embedded(data["source"]):
         return "The loss is measured on text that drencoder generated for the server; no client has any of it."
     share = evaluation["owners"]
     if not data["client_field"]:

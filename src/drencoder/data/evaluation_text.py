@@ -9,7 +9,15 @@ from typing import Literal
 from drencoder.data.benchmarks.questions import DEFAULT_SPLIT, place_of
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.hub import split_names
-from drencoder.data.sources import EmbeddedSource, FileSource, Record, Source, in_hashed_order, read_records
+from drencoder.data.sources import (
+    EmbeddedSource,
+    FileSource,
+    Record,
+    Source,
+    embedded_task,
+    in_hashed_order,
+    read_records,
+)
 from drencoder.errors import DataError
 from drencoder.recipe.recipe import Recipe
 
@@ -38,7 +46,7 @@ NO_EVALUATION = (
 
 def owner_kind(recipe: Recipe) -> str:
     """Who the clients are, in words, as the certificate has it."""
-    if recipe.data.source == "embedded":
+    if recipe.data.is_embedded:
         return "generated clients of the embedded world"
     if recipe.data.client_field:
         return f"owners whom the field {recipe.data.client_field!r} names"
@@ -47,9 +55,12 @@ def owner_kind(recipe: Recipe) -> str:
 
 def evaluation_basis(recipe: Recipe) -> Basis:
     """What kind of text the server measures the loss on; follows from the recipe alone."""
-    if recipe.evaluation.data:
-        return {"none": "nothing", "embedded": "generated"}.get(recipe.evaluation.data, "server")  # type: ignore[return-value]
-    if recipe.data.source == "embedded":
+    where = recipe.evaluation.data
+    if where == "none":
+        return "nothing"
+    if where and where.partition(":")[0] != "embedded":
+        return "server"
+    if where or recipe.data.is_embedded:
         return "generated"
     if recipe.data.client_field:
         return "owners" if recipe.evaluation.owners else "nothing"
@@ -88,7 +99,8 @@ def open_evaluation(recipe: Recipe, source: Source) -> Callable[[int], list[Reco
     if basis == "nothing":
         return None
     if basis == "generated":
-        return EmbeddedSource(recipe.data, recipe.seed).held_out
+        task = embedded_task(where, "evaluation.data") if where else embedded_task(recipe.data.source, "data.source")
+        return EmbeddedSource(recipe.data, recipe.seed, task).held_out
     if basis == "server":
         records = read_records(where, _evaluation_split(recipe), knob="evaluation.data")
         ordered = in_hashed_order(records, recipe.seed)  # files are often sorted, and less than all may be asked for

@@ -99,7 +99,7 @@ class Recipe:
     @property
     def benchmarks(self) -> tuple[str, ...]:
         """The multiple-choice benchmarks that are asked: those named, and what `auto` stands for."""
-        named, embedded = self.evaluation.benchmarks, self.model.source == self.data.source == "embedded"
+        named, embedded = self.evaluation.benchmarks, self.model.source == "embedded" and self.data.is_embedded
         auto = "auto" in named
         return tuple(
             name
@@ -170,7 +170,7 @@ def _check_together(recipe: Recipe) -> None:
     privacy, encoder = recipe.privacy, recipe.encoder
     if privacy.trust == "secure-aggregation":
         _check_secure(recipe)
-    if recipe.evaluation.owners and (recipe.evaluation.data or recipe.data.source == "embedded"):
+    if recipe.evaluation.owners and (recipe.evaluation.data or recipe.data.is_embedded):
         other = f"evaluation.data = {recipe.evaluation.data!r}" if recipe.evaluation.data else "the embedded world"
         raise RecipeError(
             f"evaluation.owners = {recipe.evaluation.owners} sets owners aside for evaluation, and {other} already gives the "

@@ -68,6 +68,11 @@ class Data(Checked):
     client_field: str = knob("", "field that names a record's owner; empty = Dirichlet split")
     max_tokens: int = knob(512, "tokens of an example; a longer prompt loses its beginning", low=8)
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the clients are those of the embedded world, whatever they teach."""
+        return self.source.partition(":")[0] == "embedded"
+
 
 @dataclass(frozen=True)
 class Federation(Checked):

@@ -263,7 +263,7 @@ def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
     if own is not None:
         held = open_source(replace(recipe.data, source=own.source), population=len(own.clients), seed=recipe.seed)
         return HostedSource(held, own.clients)
-    if remote and recipe.data.source != "embedded" and evaluation_basis(recipe) in ("server", "nothing"):
+    if remote and not recipe.data.is_embedded and evaluation_basis(recipe) in ("server", "nothing"):
         return SitesSource()
     return open_source(
         recipe.data, population=recipe.federation.population, seed=recipe.seed, set_aside=set_aside_share(recipe)
