@@ -1,14 +1,17 @@
 """Own data: files and the datasets library, split over clients once and for all."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from drencoder.data.evaluation_text import open_evaluation
 from drencoder.data.sources import FileSource, open_source
 from drencoder.errors import DataError
 from drencoder.recipe import sections
+from drencoder.recipe.recipe import load_recipe
 
 RECORDS = [
     {
@@ -58,6 +61,25 @@ def test_equal_records_are_set_aside_together(tmp_path: Path) -> None:
     assert 20 < len(held) < 80
     assert len(set(held)) == len(held) / 2
     assert not owned & set(held)
+
+
+@pytest.mark.parametrize("task", ["letters", "next"])
+def test_the_embedded_servers_text_is_no_clients(task: str) -> None:
+    """The same question with its options in another order is the same question."""
+
+    def instance(record: dict[str, str]) -> tuple[str, frozenset[str]]:
+        question, *options = re.split(r" [ABCD]\. ", record["instruction"])
+        return question, frozenset(options)
+
+    recipe = load_recipe(None, [f"data.source=embedded:{task}", "data.examples_per_client=16"])
+    source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
+    held_out = open_evaluation(recipe, source)
+    assert held_out is not None
+    ours = {instance(record) for client in range(500) for record in source.client(client)}
+    servers = {instance(record) for record in held_out(2000)}
+    assert len(ours) > 5000  # enough to meet a tenth of any sample of the clients' questions
+    assert len(servers) > 1500
+    assert not ours & servers
 
 
 def test_owners_of_a_field_are_the_files_own(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from drencoder.flower.keys import make_certificates, read_public_keys
 from drencoder.flower.transport import GridTransport
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
+from drencoder.runs.verify import verify_run
 from flower_grid import InProcessGrid
 
 SECURE = ["privacy.trust=secure-aggregation", "federation.nodes=3"]
@@ -40,8 +41,8 @@ def replayed(*overrides: str) -> Recipe:
     return small_recipe("privacy.noise=replay", *overrides)
 
 
-def in_process(recipe: Recipe, folder: Path) -> experiment.RunResult:
-    """Three sites in this process, behind Flower's own message format."""
+def in_process(recipe: Recipe, folder: Path, data: Callable[[int], str] | None = None) -> experiment.RunResult:
+    """Three sites in this process, behind Flower's own message format; `data` names each site's own text."""
     folder.mkdir()
     (folder / "recipe.toml").write_text(recipe.to_toml())
 
@@ -52,7 +53,11 @@ def in_process(recipe: Recipe, folder: Path) -> experiment.RunResult:
     keys = named_keys(recipe, read_public_keys(folder / "certs" / "nodes"))
     sites = [
         open_site(
-            str(folder / "recipe.toml"), f"{i}/3", data=None, state=folder / f"{i}", key=folder / f"certs/node{i}/key"
+            str(folder / "recipe.toml"),
+            f"{i}/3",
+            data=None if data is None else data(i),
+            state=folder / f"{i}",
+            key=folder / f"certs/node{i}/key",
         )
         for i in range(3)
     ]
@@ -119,6 +124,39 @@ def same(first: experiment.RunResult, second: experiment.RunResult) -> None:
 def test_in_process_grid(trust: str, reference: Callable[..., experiment.RunResult], tmp_path: Path) -> None:
     recipe = replayed(*TRUSTS[trust])
     same(reference(recipe), in_process(recipe, tmp_path / "grid"))
+
+
+@pytest.mark.parametrize("trust", TRUSTS)
+@pytest.mark.parametrize("evaluation", ["none", "file"])
+def test_a_server_needs_no_text_but_its_evaluation_data(trust: str, evaluation: str, tmp_path: Path) -> None:
+    """Neither the clients' file, which is at the sites, nor owners in its own."""
+
+    def rows(owners: list[str]) -> str:
+        notes = [{"instruction": f"note {n} of {owner}", "response": f"{n}"} for owner in owners for n in range(2)]
+        return "\n".join(json.dumps({**note, "ward": note["instruction"][10:]}) for note in notes)
+
+    for site in range(3):
+        owners = [f"s{site}-{number}" for number in range(10)]
+        (tmp_path / f"site{site}.jsonl").write_text(rows(owners))
+    own = tmp_path / "server.jsonl"
+    own.write_text("\n".join(json.dumps({"instruction": f"case {n}", "response": f"{n}"}) for n in range(9)))
+    recipe = replayed(
+        *TRUSTS[trust], "federation.population=30", "data.source=ward.jsonl", "data.client_field=ward", "encoder.gate=warn",
+        "evaluation.examples=99",
+        f"evaluation.data={own if evaluation == 'file' else ''}",
+    )  # fmt: skip
+    result = in_process(recipe, tmp_path / "grid", lambda site: str(tmp_path / f"site{site}.jsonl"))
+    certificate = result.certificate
+    assert certificate["data"] == "the clients' own text, which stays at their sites"
+    assert certificate["owners"] == "owners whom the field 'ward' names"
+    loss = certificate["results"]["this run"]["loss"]
+    if evaluation == "file":
+        assert loss["count"] == 9
+        assert certificate["evaluation_rests_on"].endswith("which the server owns.")
+    else:
+        assert loss is None
+        assert "cannot know whether it learned" in certificate["verdict"]
+    assert verify_run(result.folder).trouble == ""
 
 
 @pytest.mark.parametrize("encoder", ["adaptive", "refreshed", "kronecker"])

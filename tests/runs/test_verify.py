@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import tiny_overrides
+from drencoder.data.evaluation_text import NO_EVALUATION
 from drencoder.errors import ArtifactError
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import run as experiment
@@ -286,6 +287,13 @@ def other_outcomes(run: Forgery) -> None:
     run.folder.write_json(run.folder.outcomes, outcomes)
 
 
+def no_outcomes(run: Forgery) -> None:
+    nothing = {"losses": [], "targets": [], "right": {}}
+    run.folder.write_json(run.folder.outcomes, dict.fromkeys(run.certificate["results"], nothing))
+    run.certificate["results"] = {name: {"loss": None, "accuracy": {}} for name in run.certificate["results"]}
+    run.certificate["verdict"] = NO_EVALUATION
+
+
 def fewer_metrics(run: Forgery) -> None:
     lines = run.folder.metrics.read_bytes().splitlines(keepends=True)
     run.folder.metrics.write_bytes(b"".join(lines[:2] + lines[3:]))
@@ -329,7 +337,7 @@ LEDGER = [
 ]  # fmt: skip
 FILES = [
     recipe_with("seed = 0", "seed = 1"), recipe_with("clip_l2 = 1.0", "clip_l2 = 2.0"), recipe_with("epsilon = 8.0", "epsilon = 9.0"),
-    recipe_with("rounds = 4", "rounds = 5"), other_outcomes, fewer_metrics, fewer_bytes_in_metrics_too, other_adapter,
+    recipe_with("rounds = 4", "rounds = 5"), other_outcomes, no_outcomes, fewer_metrics, fewer_bytes_in_metrics_too, other_adapter,
     other_adapter_and_checkpoint, checkpoint_of_another_round,
 ]  # fmt: skip
 

@@ -103,6 +103,13 @@ def test_what_cannot_be_compared_is_one_sentence(knobs: dict[str, Any], words: s
         tracks_of(Compare(**knobs))
 
 
+def test_a_recipe_without_evaluation_data_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    recipe, settings = load_comparison(None, ["data.source=notes.jsonl", "data.client_field=who"])
+    with pytest.raises(RecipeError, match=r"by held-out loss\. The run has no evaluation data.* in evaluation\.data"):
+        compare(recipe, settings, tmp_path / "study", Notes())
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("rate", ["dp-lora", "dp-lora=fast", "=3", "laura=1", "dp-lora=0", "dp-lora=nan"])
 def test_ill_formed_rates_are_one_sentence(rate: str) -> None:
     with pytest.raises(RecipeError, match=r"compare\.rates|compare\.methods"):
