@@ -52,6 +52,13 @@ def test_a_record_that_is_set_aside_has_no_owner_and_every_other_has_one(tmp_pat
     assert [other.client(client) for client in range(5)] != [source.client(client) for client in range(5)]
 
 
+def test_a_file_of_one_record_has_none_to_set_aside(tmp_path: Path) -> None:
+    knobs = sections.Data(source=str(write(tmp_path, RECORDS[:1])))
+    with pytest.raises(DataError, match=r"all 1 records .* name text that the server owns in evaluation\.data"):
+        open_source(knobs, population=1, seed=0, set_aside=0.05)
+    assert len(open_source(knobs, population=1, seed=0).client(0)) == 1
+
+
 def test_equal_records_are_set_aside_together(tmp_path: Path) -> None:
     """Else a client's text would be evaluated on, as another line of the file."""
     knobs = sections.Data(source=str(write(tmp_path, RECORDS * 2)), alpha=10.0, examples_per_client=1000)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from deployment import deployed, small_recipe
+from drencoder.errors import DataError
 from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.federated.remote.roster import named_keys
 from drencoder.federated.remote.site import Site
@@ -157,6 +158,16 @@ def test_a_server_needs_no_text_but_its_evaluation_data(trust: str, evaluation: 
         assert loss is None
         assert "cannot know whether it learned" in certificate["verdict"]
     assert verify_run(result.folder).trouble == ""
+
+
+def test_a_server_that_would_set_records_aside_which_it_has_not_is_told_what_to_do(tmp_path: Path) -> None:
+    engine = make_remote_engine(GridTransport(InProcessGrid([])), RoundTimeouts(nodes=3))
+    recipe = replayed(f"data.source={tmp_path / 'ward.jsonl'}")
+    with pytest.raises(
+        DataError, match=r"does not exist.* name text that the server owns in evaluation\.data, or none"
+    ):
+        experiment.run(recipe, tmp_path / "run", engine=engine)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("encoder", ["adaptive", "refreshed", "kronecker"])

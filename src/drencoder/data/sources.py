@@ -166,6 +166,11 @@ class FileSource:
             server = sorted(chain.from_iterable(others), key=lambda index: _content_hash(records[index], seed))
             return cls(knobs.source, records, owned, server, knobs.examples_per_client)
         server, rest = _split_by_record(records, set_aside, seed)
+        if not rest:
+            raise DataError(
+                f"all {len(records)} records of {knobs.source} are set aside for evaluation and no client has any: give more "
+                "records, or name text that the server owns in evaluation.data."
+            )
         chance = random.Random(derive_seed(seed, "split"))
         chance.shuffle(rest)
         owned = _split_by_category(records, rest, population, knobs.alpha, chance)

@@ -68,7 +68,8 @@ class BaseModel:
     @property
     def vocabulary(self) -> int:
         """How many tokens the model chooses from: the width of its logits."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        head = self.model.get_output_embeddings()
+        return int(getattr(head, "out_features", head.weight.shape[0]))  # a quantised weight has another shape
 
     @property
     def end_id(self) -> int:

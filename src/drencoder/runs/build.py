@@ -19,6 +19,7 @@ from drencoder.encoders.matrix_normal_prior import PublicUpdates
 from drencoder.encoders.planning import declared, planned_code_size, planned_start, public_text
 from drencoder.encoders.registry import build_encoder
 from drencoder.encoders.request import EncoderRequest, StepCallback, TrainingGradients
+from drencoder.errors import DataError
 from drencoder.evaluation.held_out import question_examples
 from drencoder.federated.engine import Engine
 from drencoder.federated.in_process import InProcessEngine
@@ -265,6 +266,13 @@ def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
         return HostedSource(held, own.clients)
     if remote and not recipe.data.is_embedded and evaluation_basis(recipe) in ("server", "nothing"):
         return SitesSource()
-    return open_source(
-        recipe.data, population=recipe.federation.population, seed=recipe.seed, set_aside=set_aside_share(recipe)
-    )
+    share = set_aside_share(recipe)
+    try:
+        return open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed, set_aside=share)
+    except DataError as error:
+        if not remote:
+            raise
+        raise DataError(
+            f"{error} (The server would set a share of that text aside: where only the sites have it, name text that the server owns "
+            "in evaluation.data, or none.)"
+        ) from None

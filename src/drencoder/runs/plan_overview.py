@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from drencoder.data.evaluation_text import NO_EVALUATION, SIMULATED_OWNERS, evaluation_rests_on, owner_kind
+from drencoder.data.evaluation_text import SIMULATED_OWNERS, evaluation_rests_on, owner_kind
 from drencoder.encoders.code_sizes import (
     BITS_PER_VALUE,
     FEW_COORDINATES,
@@ -71,8 +71,6 @@ class Overview:
                 "The owners are simulated: records are dealt out at random, so epsilon says nothing about those who wrote them. "
                 "Name the owner's field in data.client_field where there is one."
             )
-        if self.evaluation_rests_on == NO_EVALUATION:
-            sentences.append(NO_EVALUATION)
         if "round" in self.privacy.non_private:
             sentences.append("privacy.trust = 'non-private': no noise and no guarantee. For baselines only.")
         elif self.privacy.non_private:
