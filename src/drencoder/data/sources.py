@@ -168,8 +168,8 @@ class FileSource:
         server, rest = _split_by_record(records, set_aside, seed)
         if not rest:
             raise DataError(
-                f"all {len(records)} records of {knobs.source} are set aside for evaluation and no client has any: give more "
-                "records, or name text that the server owns in evaluation.data."
+                f"all {len(records)} records of {knobs.source} are set aside for evaluation, equal ones together, and no client has any: give "
+                "more records, or name text that the server owns in evaluation.data."
             )
         chance = random.Random(derive_seed(seed, "split"))
         chance.shuffle(rest)
