@@ -183,7 +183,9 @@ def _assess_outcomes(folder: RunFolder) -> Assessment:
         base, run = outcomes["base model"], outcomes["this run"]
         losses, targets, right = (base["losses"], run["losses"]), base["targets"], (base["right"], run["right"])
         pairs = {name: (right[0][name], right[1][name]) for name in right[0]}
-        numbers = [*losses, targets, *(hits for pair in pairs.values() for hits in pair)]
+        # A run without evaluation data has no text, but no benchmark has no question.
+        texts = [*losses, targets] if any((*losses, targets)) else []
+        numbers = [*texts, *(hits for pair in pairs.values() for hits in pair)]
         if {len(some) for some in (*losses, targets)} != {len(targets)} or not all(map(_are_numbers, numbers)):
             raise ValueError
         if not all(targets) or any(len(before) != len(after) for before, after in pairs.values()):
