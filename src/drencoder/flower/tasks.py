@@ -2,7 +2,7 @@
 
 Flower's own way starts a process per message, which would import torch and load the model each time. With
 `--isolation process` its servers hand tasks to whoever knows a secret; that is this module. It runs the *installed* apps and
-sends no text of an exception. It uses internal modules of flwr 1.41 (`superlink.check_version`).
+sends no text of an exception. It uses internal modules of flwr 1.42 (`superlink.check_version`).
 """
 
 import contextlib
