@@ -254,7 +254,7 @@ def test_owners_who_may_be_one_are_an_error_that_names_nobody(tmp_path: Path, sp
     named = [*spellings, "another"]
     records = [{"instruction": f"q{n}", "response": "a", "patient": name} for n, name in enumerate(named)]
     for population in (2, 3):
-        with pytest.raises(DataError, match="2 names in 'patient' of .* may be only 1 owners") as refused:
+        with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owners") as refused:
             open_source(
                 sections.Data(source=str(write(tmp_path, records)), client_field="patient"),
                 population=population,

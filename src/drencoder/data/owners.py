@@ -34,7 +34,9 @@ def owner_key(value: Any) -> str:
         raise DataError(f"{type(value).__name__} where an owner's name is expected: give text or a number.")
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise DataError("a number that is not finite where an owner's name is expected: give the name, or drop the record.")
+            raise DataError(
+                "a number that is not finite where an owner's name is expected: give the name, or drop the record."
+            )
         value = int(value) if value.is_integer() else value
     visible = "".join(letter for letter in str(value) if unicodedata.category(letter) != "Cf")
     key = " ".join(unicodedata.normalize("NFC", visible).split())

@@ -10,6 +10,7 @@ from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.federated.query import Query
 from drencoder.federated.round import SecureSum, Upload
 from drencoder.models.client_training import ClientTrainer
+from drencoder.models.identity import BaseDigests
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
@@ -52,6 +53,8 @@ class RunComponents(Protocol):
     def recipe(self) -> Recipe: ...
     @property
     def plan(self) -> PrivacyPlan: ...
+    @property
+    def base_digests(self) -> BaseDigests: ...
     @property
     def lora(self) -> LoraModel: ...
     @property

@@ -26,6 +26,7 @@ from drencoder.federated.in_process import InProcessEngine
 from drencoder.models.base_model import BaseModel, load_base, resolve_device
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.models.cohort_training import cohort_updates
+from drencoder.models.identity import BaseDigests
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
@@ -86,11 +87,18 @@ class Components:
     lora: LoraModel
     trainer: ClientTrainer
     engine: Engine
+    digests: BaseDigests | None = None  # of a federation's server and sites
 
     @property
     def plan(self) -> PrivacyPlan:
         """What the run may spend, and on what."""
         return self.overview.privacy
+
+    @property
+    def base_digests(self) -> BaseDigests:
+        """What base model and tokenizer are, for machines that must have the same."""
+        assert self.digests is not None, "only a federation's server and sites digest their base model"
+        return self.digests
 
     @property
     def start(self) -> str:
@@ -243,6 +251,8 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
         named = named or "self"  # no prior is fitted that the gate could draw from, and it must have something
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public, evaluation)
+    # Before the adapter is in the model; only a federation compares them.
+    digests = BaseDigests.of(base.model, base.tokenizer) if site or remote else None
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
@@ -256,7 +266,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
         reports_failures=overview.privacy.capped,
     )
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
-    return Components(recipe, overview, texts, lora, trainer, engine)
+    return Components(recipe, overview, texts, lora, trainer, engine, digests)
 
 
 def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
