@@ -14,6 +14,7 @@ from drencoder.federated.remote.refusal import Refusal
 from drencoder.flower.client_app import open_site
 from drencoder.flower.keys import make_certificates, read_client_sets
 from drencoder.models.identity import BaseDigests
+from drencoder.runs.verify import verify_run
 from federation import Federation
 
 OTHER = "f" * 64
@@ -213,3 +214,25 @@ def test_real_gradients_wait_for_their_nodes_before_they_are_charged(tmp_path: P
 
 
 FEDCG = ("encoder.name=autoencoder", "prior.source=gradients", "encoder.gate=warn", "encoder.train_steps=2")
+
+
+def test_the_certificate_and_the_report_list_abandoned_rounds(made: Federation) -> None:
+    """Two of three sites are lost for round 1 alone; the round is given up, and everybody can read so."""
+    original = made.grid.push_messages
+
+    def losing(messages):  # type: ignore[no-untyped-def]
+        messages = list(messages)
+        made.grid.mute = (
+            {1, 2} if any(message.metadata.group_id == "query" for message in messages) and rounds[0] == 1 else set()
+        )
+        if any(message.metadata.group_id == "query" for message in messages):
+            rounds[0] += 1
+        return original(messages)
+
+    rounds = [0]
+    made.grid.push_messages = losing  # type: ignore[method-assign]
+    result = made.run(quorum=0.9)
+    assert result.certificate["slots_without_result"] == {"abandoned": [1], "lost": []}
+    words = "Charged without a result (given up, since too few clients answered; the charge stays): round 1."
+    assert words in (result.folder / "report.html").read_text()
+    assert verify_run(result.folder).trouble == ""

@@ -90,7 +90,7 @@ def server(
     given = read_client_sets(listed, config.federation.population)
     from drencoder.flower.deploy import run_server
     from drencoder.flower.server_app import ServerOptions
-    from drencoder.runs.display import make_console, resume_hint, show_run_folder
+    from drencoder.runs.display import make_console, show_run_folder
 
     # Not into the run folder, which must be new; beside it, where an operator looks.
     log = folder.parent / f"{folder.name}.superlink" / "superlink.log"
@@ -98,6 +98,8 @@ def server(
     try:
         result = run_server(ServerOptions(None if resume else config, folder, patience), endpoint)
     except KeyboardInterrupt:
+        from drencoder.runs.interrupted import resume_hint
+
         make_console().print(resume_hint("server", folder), soft_wrap=True)
         raise SystemExit(130) from None
     show_run_folder(make_console(), result.folder)

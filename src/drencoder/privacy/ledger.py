@@ -229,6 +229,13 @@ class Ledger:
                 last.pop(record["slot"], None)
         return last
 
+    def slots_without_result(self) -> dict[str, list[int]]:
+        """Slots that were charged and gave nothing: "abandoned" (too few answered), "lost" (with a killed process)."""
+        return {
+            kind: sorted({record["slot"] for record in self.records if record["kind"] == kind})
+            for kind in ("abandoned", "lost")
+        }
+
     def released_adapter(self, rounds: int) -> str | None:
         """SHA-256 of the adapter after the first `rounds` rounds; None if no round of them released any."""
         released = self.released_slots()

@@ -5,7 +5,7 @@ No torch at import: an auditor rebuilds the privacy part from the ledger and the
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ __all__ = [
     "derived_part",
     "file_digests",
     "flat_gate",
+    "lost_sentences",
     "make_certificate",
     "recipe_digest",
 ]
@@ -102,6 +103,7 @@ def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
         **privacy,
         "owners": owner_kind(recipe),
         "evaluation_rests_on": evaluation_rests_on(recipe),
+        "slots_without_result": ledger.slots_without_result(),
         "model": recipe.model.source,
     }
 
@@ -140,6 +142,20 @@ def make_certificate(
 def flat_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     """What the gate found, as the certificate has it among the encoder's facts."""
     return {f"gate_{kind}_{key}": value for kind, facts in gate.items() for key, value in facts.items()}
+
+
+def lost_sentences(slots: Mapping[str, Sequence[int]]) -> list[str]:
+    """Which slots were charged and gave nothing, and why."""
+    why = {
+        "abandoned": "given up, since too few clients answered",
+        "lost": "lost with a process that was killed",
+    }
+    return [
+        f"Charged without a result ({reason}; the charge stays): "
+        f"{', '.join(f'round {slot}' if slot else 'stage 1' for slot in slots[kind])}."
+        for kind, reason in why.items()
+        if slots[kind]
+    ]
 
 
 def _statement(plan: PrivacyPlan, observers: Mapping[str, Any], owners: str) -> str:

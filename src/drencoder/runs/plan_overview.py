@@ -114,7 +114,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
     private = privacy.trust != "non-private"
     return make_plan(
         trust=privacy.trust if private else "central",  # type: ignore[arg-type]  # checked by the recipe
-        epsilon=None if privacy.noise_multiplier or not private else privacy.epsilon,
+        epsilon=privacy.epsilon if private else None,
         noise_multiplier=privacy.noise_multiplier if private and privacy.noise_multiplier else None,
         delta=privacy.delta,
         population=federation.population,

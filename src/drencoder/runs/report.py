@@ -9,7 +9,7 @@ from typing import Any
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
 from drencoder.reading import cut, read_text
-from drencoder.runs.certificate import file_digests
+from drencoder.runs.certificate import file_digests, lost_sentences
 from drencoder.runs.plots import plot_rounds, svg_text
 from drencoder.runs.run_folder import RunFolder
 
@@ -83,6 +83,7 @@ def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, 
         f"{sent['plain_lora'] / max(1, sent['uploaded']):.1f} times more.</p>",
         "<h2>Rounds</h2>",
         _render_plot([row for row in metrics if row.get("loss") is not None]),
+        *(f"<p>{html.escape(sentence)}</p>" for sentence in lost_sentences(certificate["slots_without_result"])),
         "<h2>Encoder and stage 1</h2>",
         _render_facts(
             certificate["encoder"] | certificate["stage1"] | {"adapter_start": certificate.get("adapter_start", "peft")}
