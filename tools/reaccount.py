@@ -16,7 +16,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from reaccount_files import evaluation_of, file_troubles, owners_of
+from reaccount_files import evaluation_of, file_troubles, owners_of, sites_of
 from reaccount_ledger import (
     RELATIONS,
     agree,
@@ -101,7 +101,7 @@ def plan_troubles(header: dict, recipe: dict) -> list[str]:
 
 def statement(plan: dict, costs: dict[str, float], owners: str) -> str:
     """The promise; where the owners are simulated, after a sentence that says so."""
-    if owners == "simulated owners" and plan["noise"] == "secure" and not plan["non_private"]:
+    if "simulated owners" in owners.split("; ") and plan["noise"] == "secure" and not plan["non_private"]:
         return f"{SIMULATED} {promise(plan, costs)}"
     return promise(plan, costs)
 
@@ -163,6 +163,7 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
         for name, value in (("observer", observer), ("delta", plan["delta"]), ("relation", plan["relation"])):
             check(f"{observer}, {name}", row[name], value)
         check(f"{observer}, assumption", row["assumption"], prefix + ASSUMPTIONS[plan["trust"], observer])
+    sites = sites_of(records)
     private = plan["noise"] == "secure" and not plan["non_private"]
     for name, value in {
         "version": 1, "unit": "client", "run_id": records[0]["run_id"], "private": private, "delta": plan["delta"],
@@ -170,8 +171,8 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
         "slots_without_result": {
             kind: sorted({r["slot"] for r in records if r["kind"] == kind}) for kind in ("abandoned", "lost")
         },
-        "name": recipe["name"], "model": recipe["model"]["source"], "owners": owners_of(recipe), "evaluation_rests_on": evaluation_of(recipe),
-        "statement": statement(plan, costs, owners_of(recipe)),
+        "name": recipe["name"], "model": recipe["model"]["source"], "owners": owners_of(recipe, sites), "sites": sites, "evaluation_rests_on": evaluation_of(recipe),
+        "statement": statement(plan, costs, owners_of(recipe, sites)),
     }.items():  # fmt: skip
         check(name, certificate[name], value)
     check("encoder", certificate["encoder"]["name"], recipe["encoder"]["name"])

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from deployment import small_recipe
-from drencoder.errors import EngineError, RecipeError, RefusedError
+from drencoder.errors import DataError, EngineError, RecipeError, RefusedError
 from drencoder.federated.remote.agreement import ClientSet
-from drencoder.federated.remote.frames import Kind, unpack_frame
+from drencoder.federated.remote.frames import Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.refusal import Refusal
 from drencoder.flower.client_app import open_site
 from drencoder.flower.keys import make_certificates, read_client_sets
 from drencoder.models.identity import BaseDigests
 from drencoder.runs.verify import verify_run
 from federation import Federation
+from tampering import reaccount
 
 OTHER = "f" * 64
 
@@ -161,9 +162,7 @@ def test_a_run_that_every_site_refuses_ends_with_the_slot_that_found_out(made: F
         site._ledger.charge("another run", 0, 0, (number,))
     with pytest.raises(RefusedError, match="node0, node1, node2: belongs to another run"):
         made.run(nodes=3)
-    assert kinds(made)[:2] == ["header", "charge"]
-    assert kinds(made).count("charge") == 1
-    assert kinds(made)[-1] == "abandoned"
+    assert kinds(made) == ["header", "site", "site", "site", "charge", "contributors", "abandoned"]
 
 
 def test_refusals_in_a_round_end_the_run_after_it(made: Federation) -> None:
@@ -236,3 +235,77 @@ def test_the_certificate_and_the_report_list_abandoned_rounds(made: Federation) 
     words = "Charged without a result (given up, since too few clients answered; the charge stays): round 1."
     assert words in (result.folder / "report.html").read_text()
     assert verify_run(result.folder).trouble == ""
+
+
+# --- what the certificate says about the sites -----------------------------------------------------
+
+
+def ward(folder: Path, name: str, owners: int) -> str:
+    path = folder / "a private folder" / name
+    path.parent.mkdir(exist_ok=True)
+    rows = [{"instruction": f"q{n}", "response": "a", "patient": f"Anna {n % owners}"} for n in range(4 * owners)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_certificate_names_the_data_of_the_sites(tmp_path: Path) -> None:
+    """Two sites have files with owners, one a file without: the statement then speaks of no people. Nothing of a record, and no
+    folder, leaves a site."""
+    made = Federation(tmp_path, small_recipe("evaluation.every=0", "data.alpha=100"))
+    recipe = str(tmp_path / "recipe.toml")
+    named = tmp_path / "named.toml"
+    named.write_text(made.recipe.changed({"data.source": "ward.jsonl", "data.client_field": "patient"}).to_toml())
+    for number, wanted in enumerate((str(named), str(named), recipe)):
+        made.sites[number] = open_site(
+            wanted, f"{number}/3", data=ward(tmp_path, f"ward{number}.jsonl", 10), state=tmp_path / f"own{number}"
+        )
+    result = made.run(quorum=1.0)
+    assert result.certificate["sites"] == [
+        {
+            "name": f"node{number}",
+            "clients": ",".join(map(str, range(number, 30, 3))),
+            "data": f"ward{number}.jsonl",
+            "owners": "simulated" if number == 2 else "named",
+        }
+        for number in range(3)
+    ]
+    assert result.certificate["owners"] == "owners whom the sites' own files name; simulated owners"
+    assert result.certificate["data"] == "text at 3 sites"
+    assert "The owners of this run are simulated" in result.certificate["statement"]
+    assert verify_run(result.folder).trouble == ""
+    assert reaccount(result.folder) == 0
+    everything = "".join(path.read_text(errors="ignore") for path in result.folder.rglob("*") if path.is_file())
+    assert "ward1.jsonl" in everything
+    for private in ("Anna", "a private folder"):
+        assert private not in everything
+        assert private not in made.lines.text
+    forged = json.loads((result.folder / "certificate.json").read_text())
+    forged["sites"][2]["owners"] = "named"
+    (result.folder / "certificate.json").write_text(json.dumps(forged))
+    assert "sites" in verify_run(result.folder).trouble
+
+
+def test_what_a_site_calls_its_text_is_cut_and_made_printable(made: Federation) -> None:
+    original = made.sites[0].answer
+
+    def loud(data: bytes) -> bytes:
+        answer = original(data)
+        if data[5] != Kind.HELLO:
+            return answer
+        frame = unpack_frame(answer, Kind.HELLO_ANSWER, first=0, second=0)
+        return pack_frame(replace(frame, head={**frame.head, "data": "\x1b[2J" + "x" * 500, "owners": ["named"]}))
+
+    made.sites[0].answer = loud  # type: ignore[method-assign]
+    site = made.run().certificate["sites"][0]
+    assert site["data"] == "[2J" + "x" * 77
+    assert site["owners"] == "unknown"
+
+
+def test_a_site_with_another_number_of_owners_is_told_of_its_clients(tmp_path: Path) -> None:
+    """Not of the population, which is not this site's to set."""
+    recipe = small_recipe("data.source=ward.jsonl", "data.client_field=patient")
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    with pytest.raises(
+        DataError, match="names 4 owners in 'patient', and this site answers for 10 clients: give --clients"
+    ):
+        open_site(str(tmp_path / "recipe.toml"), "0/3", data=ward(tmp_path, "w.jsonl", 4), state=tmp_path / "state")

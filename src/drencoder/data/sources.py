@@ -56,10 +56,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(knobs: sections.Data, *, population: int, seed: int, set_aside: float = 0.0) -> Source:
+def open_source(
+    knobs: sections.Data, *, population: int, seed: int, set_aside: float = 0.0, at_site: bool = False
+) -> Source:
     """Opens the recipe's data, which `population` clients own.
 
-    `set_aside` is the share of the owners (or of the records, where owners are simulated) that no client gets.
+    `set_aside` is the share of the owners (or of the records, where owners are simulated) that no client gets. `at_site`: the
+    population is that of one site.
 
     Raises:
       DataError: a file is missing, unreadable, empty or ill-shaped, or some client would own nothing.
@@ -68,7 +71,7 @@ def open_source(knobs: sections.Data, *, population: int, seed: int, set_aside: 
     if kind == "embedded":
         return EmbeddedSource(knobs, seed, embedded_task(knobs.source, "data.source"))
     records = read_records(knobs.source, knobs.split, knob="data.source")
-    source = FileSource.split(records, knobs, population=population, seed=seed, set_aside=set_aside)
+    source = FileSource.split(records, knobs, population=population, seed=seed, set_aside=set_aside, at_site=at_site)
     if kind in TAXONOMIES:
         return replace(source, provenance=f"{knobs.source}, split {knobs.split}")
     return source
@@ -146,6 +149,7 @@ class FileSource:
         population: int,
         seed: int,
         set_aside: float = 0.0,
+        at_site: bool = False,
     ) -> "FileSource":
         """Sets aside what no client gets, then gives every other record an owner.
 
@@ -163,6 +167,11 @@ class FileSource:
             )
         if knobs.client_field:
             owned, others = _split_by_owner(records, knobs.client_field, set_aside, seed, knobs.source)
+            if at_site and len(owned) != population:
+                raise DataError(
+                    f"{knobs.source} names {len(owned)} owners in {knobs.client_field!r}, and this site answers for {population} "
+                    "clients: give --clients one number for each owner, as the server's list has them."
+                )
             _check_owners(knobs, len(owned), len(others), population, set_aside)
             server = sorted(chain.from_iterable(others), key=lambda index: _content_hash(records[index], seed))
             return cls(knobs.source, records, owned, server, knobs.examples_per_client)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from drencoder.data.benchmarks.questions import load_benchmarks
-from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, set_aside_share
+from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, owner_kind, set_aside_share
 from drencoder.data.prompts_template import render
 from drencoder.data.public_text import PublicText, open_public
 from drencoder.data.sources import HostedSource, Record, SitesSource, Source, open_source
@@ -88,6 +89,7 @@ class Components:
     trainer: ClientTrainer
     engine: Engine
     digests: BaseDigests | None = None  # of a federation's server and sites
+    own: "SiteText | None" = None  # at a site whose text is not the recipe's
 
     @property
     def plan(self) -> PrivacyPlan:
@@ -99,6 +101,14 @@ class Components:
         """What base model and tokenizer are, for machines that must have the same."""
         assert self.digests is not None, "only a federation's server and sites digest their base model"
         return self.digests
+
+    @property
+    def clients_text(self) -> tuple[str, str]:
+        """What a site says of its clients' text: what it is called, without its folders, and the kind of its owners."""
+        data = self.recipe.data if self.own is None else replace(self.recipe.data, source=self.own.source)
+        kind, _, where = data.source.rpartition(":")
+        name = data.source if kind == "hub" or data.is_embedded else Path(where).name
+        return name, owner_kind(data)
 
     @property
     def start(self) -> str:
@@ -266,13 +276,15 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
         reports_failures=overview.privacy.capped,
     )
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
-    return Components(recipe, overview, texts, lora, trainer, engine, digests)
+    return Components(recipe, overview, texts, lora, trainer, engine, digests, own)
 
 
 def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
     """The clients' text: the recipe's, a site's own, or nothing where a server needs no text but its own."""
     if own is not None:
-        held = open_source(replace(recipe.data, source=own.source), population=len(own.clients), seed=recipe.seed)
+        held = open_source(
+            replace(recipe.data, source=own.source), population=len(own.clients), seed=recipe.seed, at_site=True
+        )
         return HostedSource(held, own.clients)
     if remote and not recipe.data.is_embedded and evaluation_basis(recipe) in ("server", "nothing"):
         return SitesSource()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drencoder import __version__
-from drencoder.data.evaluation_text import SIMULATED_OWNERS, evaluation_rests_on, owner_kind
+from drencoder.data.evaluation_text import describe_owners, evaluation_rests_on, owner_kind
 from drencoder.encoders.code_sizes import plain_lora_bytes
 from drencoder.encoders.planning import wire_dtype
 from drencoder.errors import ArtifactError
@@ -95,13 +95,17 @@ def _sha256(path: Path) -> str:
 
 def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     """All of a certificate that follows from the ledger and the recipe; the ledger's head is the one at that time."""
-    privacy = ledger.certificate()
+    privacy, sites = ledger.certificate(), ledger.sites()
+    data = recipe.data
+    kinds = [site["owners"] for site in sites] or [owner_kind(data)]
+    owners = describe_owners(kinds, "" if sites else data.client_field)
     return {
         "version": 1,
         "name": recipe.name,
-        "statement": _statement(ledger.plan, privacy["observers"], owner_kind(recipe)),
+        "statement": _statement(ledger.plan, privacy["observers"], simulated="simulated" in kinds),
         **privacy,
-        "owners": owner_kind(recipe),
+        "owners": owners,
+        "sites": sites,
         "evaluation_rests_on": evaluation_rests_on(recipe),
         "slots_without_result": ledger.slots_without_result(),
         "model": recipe.model.source,
@@ -135,7 +139,7 @@ def make_certificate(
         "encoder": encoder.describe() | flat_gate(progress.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(progress.stage1 or {})},
         "adapter_start": components.start,
-        "data": components.texts.source.provenance,
+        "data": f"text at {len(ledger.sites())} sites" if ledger.sites() else components.texts.source.provenance,
     }
 
 
@@ -158,11 +162,11 @@ def lost_sentences(slots: Mapping[str, Sequence[int]]) -> list[str]:
     ]
 
 
-def _statement(plan: PrivacyPlan, observers: Mapping[str, Any], owners: str) -> str:
+def _statement(plan: PrivacyPlan, observers: Mapping[str, Any], *, simulated: bool) -> str:
     """The promise in one sentence; where owners are simulated, what it would be with real ones, after a sentence that says so."""
     promise = _promise(plan, observers)
     private = plan.noise == "secure" and not plan.non_private
-    return f"{SIMULATED} {promise}" if private and owners == SIMULATED_OWNERS else promise
+    return f"{SIMULATED} {promise}" if private and simulated else promise
 
 
 def _promise(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:

@@ -78,6 +78,7 @@ def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, 
         f"<p class='dim'>{html.escape(certificate['evaluation_rests_on'])}</p>",
         "<h2>Epsilon for each observer</h2>",
         _render_observers(certificate),
+        *_render_sites(certificate["sites"]),
         "<h2>Uploads</h2>",
         f"<p>{sent['uploaded']:,} bytes ({html.escape(sent['counted'])}); plain LoRA would send {sent['plain_lora']:,}, "
         f"{sent['plain_lora'] / max(1, sent['uploaded']):.1f} times more.</p>",
@@ -121,6 +122,13 @@ def _estimate_text(row: Mapping[str, float] | None) -> str:
     if row is None:
         return "-"
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _render_sites(sites: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns what the sites of a federation said about themselves; nothing without sites."""
+    header = ["site", "clients", "text", "owners"]
+    rows = [[site["name"], site["clients"], site["data"], site["owners"]] for site in sites]
+    return ["<h2>Sites</h2>", _render_table(header, rows)] if sites else []
 
 
 def _render_observers(certificate: Mapping[str, Any]) -> str:

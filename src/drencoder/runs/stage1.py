@@ -6,7 +6,7 @@ charged as non-private can ask for.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,7 @@ def _real_gradients(
         f"stage 1: asking about {components.plan.stage1_cohort:.0f} clients for their REAL gradients, un-noised (FedCG: not private)"
     )
     components.engine.ready()
+    ledger.record_sites(asdict(site) for site in components.engine.sites())
     permit = ledger.charge(0)
     cohort = list(permit.cohort)
     rounds = recipe.prior.epochs if recipe.prior.collection == "federated" else 1

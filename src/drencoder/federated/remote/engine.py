@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drencoder.encoders.wire import unpack_rows
 from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError, RefusedError, VoidRoundError
-from drencoder.federated.engine import RunComponents
+from drencoder.federated.engine import RunComponents, SiteFacts
 from drencoder.federated.query import Query
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame
@@ -142,6 +142,10 @@ class RemoteEngine:
     @property
     def _refusals(self) -> str:
         return f"every site refuses, for a reason that lasts: {self._members.reasons}."
+
+    def sites(self) -> Sequence[SiteFacts]:
+        """Those that said hello in this process, by name."""
+        return self._members.sites()
 
     # --- one question -------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Which sites can be reached, which clients each of them hosts, and which of them refuse for a reason that lasts. No torch.
+"""Which sites can be reached, which clients each of them hosts, and which of them refuse for a reason that lasts.
 
 A site says hello once, and again after it was stopped and started. What it says is believed as far as the server's own list
 goes: clients that the list gives to another site are left to that one. Clients that the list gives to nobody are the first
@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import final
 
+from drencoder.data.evaluation_text import OWNER_KINDS
 from drencoder.errors import CodeError, RecipeError
+from drencoder.federated.engine import SiteFacts
 from drencoder.federated.remote.agreement import ClientSet
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.refusal import Refusal, refusal_of
@@ -57,6 +59,7 @@ class Membership:
         self._ask_again: dict[str, float] = {}
         self._refusing: dict[str, str] = {}  # name -> why, for good
         self._online: dict[int, str] = {}
+        self._facts: dict[str, SiteFacts] = {}
 
     def roll_call(self) -> dict[int, str]:
         """The nodes that can be reached now and do not refuse (node -> name); new ones are asked which clients they host."""
@@ -107,6 +110,10 @@ class Membership:
             names.setdefault(why, []).append(name)
         return "; ".join(f"{', '.join(those)}: {why}" for why, those in names.items())
 
+    def sites(self) -> list[SiteFacts]:
+        """What the sites that were let in said about themselves, by name."""
+        return [self._facts[name] for name in sorted(self._facts)]
+
     def _enter(self, name: str, data: bytes, nonce: str) -> bool:
         """Takes in a node's answer to hello; whether it need not be asked again."""
         try:
@@ -123,6 +130,11 @@ class Membership:
             return True
         hosted = [client for client in own.clients if self._may_host(client, name)]
         self._say(f"node {name}: hosts {len(hosted)} clients")
+        if hosted:
+            owners = frame.head.get("owners")
+            kind = owners if isinstance(owners, str) and owners in OWNER_KINDS else "unknown"
+            text = _printable(frame.head.get("data"))
+            self._facts[name] = SiteFacts(name, str(ClientSet(tuple(hosted))), text, kind)
         if left := sorted(set(own.clients) - set(hosted)):
             given = [client for client in left if self._listed.get(client, name) != name]
             by = (
@@ -149,3 +161,9 @@ class Membership:
             self._refusing[name] = why
             self._known.add(name)
         return lasting
+
+
+def _printable(name: object) -> str:
+    """What a site calls its text, as far as it can be shown: at most 80 characters."""
+    text = "".join(letter for letter in name if letter.isprintable()) if isinstance(name, str) else ""
+    return text[:80] or "undeclared"

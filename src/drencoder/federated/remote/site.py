@@ -134,7 +134,9 @@ class Site:
         """Which clients are here. The head's nonce comes back."""
         frame = self._frame(data, Kind.HELLO)
         self._check_base(frame.head.get("model"), frame.head.get("tokenizer"))
-        head = {"nonce": str(frame.head.get("nonce", ""))[:128], "clients": str(self._own_clients)}
+        text, owners = self._components.clients_text
+        nonce = str(frame.head.get("nonce", ""))[:128]
+        head = {"nonce": nonce, "clients": str(self._own_clients), "data": text, "owners": owners}
         return pack_frame(Frame(Kind.HELLO_ANSWER, self._recipe, head))
 
     def _answer_query(self, frame: Frame, asked: Instruction) -> bytes:
