@@ -270,7 +270,7 @@ def test_the_certificate_names_the_data_of_the_sites(tmp_path: Path) -> None:
         for number in range(3)
     ]
     assert result.certificate["owners"] == "owners whom the sites' own files name; simulated owners"
-    assert result.certificate["data"] == "text at 3 sites"
+    assert result.certificate["data"] == "the clients' own text, which stays at 3 sites"
     assert "The owners of this run are simulated" in result.certificate["statement"]
     assert verify_run(result.folder).trouble == ""
     assert reaccount(result.folder) == 0

@@ -139,7 +139,9 @@ def make_certificate(
         "encoder": encoder.describe() | flat_gate(progress.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(progress.stage1 or {})},
         "adapter_start": components.start,
-        "data": f"text at {len(ledger.sites())} sites" if ledger.sites() else components.texts.source.provenance,
+        "data": f"the clients' own text, which stays at {len(ledger.sites())} sites"
+        if ledger.sites()
+        else components.texts.source.provenance,
     }
 
 
