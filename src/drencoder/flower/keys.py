@@ -31,13 +31,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.federated.remote.agreement import ClientSet
-from drencoder.reading import read_bytes, shown
+from drencoder.reading import read_bytes, read_text, reason, shown
 from drencoder.runs.run_folder import storing
 from drencoder.runs.signatures import make_signing_key
 
 __all__ = ["check_authority", "check_server_certificate", "make_certificates", "read_client_sets", "read_public_keys"]
 
 _LONGEST = 4096  # bytes of a public key file; a real one has about 250
+_LONGEST_LIST = 1 << 20  # bytes of a list of clients, or of a chain of certificates
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HOST_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -138,10 +139,10 @@ def read_client_sets(where: Path, population: int) -> dict[str, ClientSet]:
     for file in files:
         if not file.exists():
             continue
-        with storing(file):
-            text = file.read_text("utf-8", errors="replace").strip()
         try:
-            given[file.stem] = ClientSet.parse(text, population)
+            given[file.stem] = ClientSet.parse(read_text(file, _LONGEST_LIST).strip(), population)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{shown(file)} cannot be read ({reason(error)}): write, say, 0-9 or 0/3.") from None
         except RecipeError as error:
             raise RecipeError(f"{file}: {error}") from None
         for client in given[file.stem].clients:
@@ -175,7 +176,7 @@ def check_server_certificate(folder: Path, host: str) -> list[str]:
     path = folder / "server.crt"
     certificate = _read_certificate(path, "make it with drencoder certs")
     try:
-        key = serialization.load_pem_private_key((folder / "server.key").read_bytes(), None)
+        key = serialization.load_pem_private_key(read_bytes(folder / "server.key", _LONGEST_LIST), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         raise ArtifactError(f"{folder / 'server.key'} is not a private key without a password: restore it.") from None
     if key.public_key() != certificate.public_key():
@@ -196,9 +197,9 @@ def check_server_certificate(folder: Path, host: str) -> list[str]:
 
 def _read_certificate(path: Path, cure: str) -> x509.Certificate:
     try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate = x509.load_pem_x509_certificate(read_bytes(path, _LONGEST_LIST))
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}): {cure}.") from None
+        raise ArtifactError(f"{shown(path)} cannot be read ({error.strerror}): {cure}.") from None
     except ValueError:
         raise ArtifactError(f"{path} is not a certificate: {cure}.") from None
     now = datetime.now(UTC)
