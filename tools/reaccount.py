@@ -16,7 +16,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from reaccount_files import evaluation_of, file_troubles, owners_of
+from reaccount_files import evaluation_of, file_troubles, owners_of, sites_of
 from reaccount_ledger import (
     RELATIONS,
     agree,
@@ -70,7 +70,7 @@ def plan_troubles(header: dict, recipe: dict) -> list[str]:
         "noise": privacy["noise"],
         "participation_cap": privacy["participation_cap"],
         "non_private": ["stage1", "round"] if silent else ["stage1"] if prior["source"] == "gradients" else [],
-        "target_epsilon": None if silent or privacy["noise_multiplier"] else privacy["epsilon"],
+        "target_epsilon": None if silent else privacy["epsilon"],
     }
     if privacy["trust"] == "local":  # else it makes no difference
         encoder = recipe["encoder"]
@@ -93,14 +93,15 @@ def plan_troubles(header: dict, recipe: dict) -> list[str]:
     if not found and wanted["target_epsilon"] is not None:
         target = wanted["target_epsilon"]
         planned = epsilon(budget_events(plan, slots_of(plan)), composition_delta(plan), plan["relation"])
-        if not target - max(2e-3, 2e-3 * target) <= planned <= target + 1e-6 * max(1.0, target):
+        least = 0.0 if privacy["noise_multiplier"] else target - max(2e-3, 2e-3 * target)
+        if not least <= planned <= target + 1e-6 * max(1.0, target):
             found.append(f"the plan costs epsilon {planned:.6f}, and the recipe's target is {target:g}")
     return found
 
 
 def statement(plan: dict, costs: dict[str, float], owners: str) -> str:
     """The promise; where the owners are simulated, after a sentence that says so."""
-    if owners == "simulated owners" and plan["noise"] == "secure" and not plan["non_private"]:
+    if "simulated owners" in owners.split("; ") and plan["noise"] == "secure" and not plan["non_private"]:
         return f"{SIMULATED} {promise(plan, costs)}"
     return promise(plan, costs)
 
@@ -162,12 +163,16 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
         for name, value in (("observer", observer), ("delta", plan["delta"]), ("relation", plan["relation"])):
             check(f"{observer}, {name}", row[name], value)
         check(f"{observer}, assumption", row["assumption"], prefix + ASSUMPTIONS[plan["trust"], observer])
+    sites = sites_of(records)
     private = plan["noise"] == "secure" and not plan["non_private"]
     for name, value in {
         "version": 1, "unit": "client", "run_id": records[0]["run_id"], "private": private, "delta": plan["delta"],
         "relation": plan["relation"], "plan": plan, "charges": sum(r["kind"] == "charge" for r in records),
-        "name": recipe["name"], "model": recipe["model"]["source"], "owners": owners_of(recipe), "evaluation_rests_on": evaluation_of(recipe),
-        "statement": statement(plan, costs, owners_of(recipe)),
+        "slots_without_result": {
+            kind: sorted({r["slot"] for r in records if r["kind"] == kind}) for kind in ("abandoned", "lost")
+        },
+        "name": recipe["name"], "model": recipe["model"]["source"], "owners": owners_of(recipe, sites), "sites": sites, "evaluation_rests_on": evaluation_of(recipe),
+        "statement": statement(plan, costs, owners_of(recipe, sites)),
     }.items():  # fmt: skip
         check(name, certificate[name], value)
     check("encoder", certificate["encoder"]["name"], recipe["encoder"]["name"])

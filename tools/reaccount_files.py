@@ -52,8 +52,27 @@ def is_embedded(source: str) -> bool:
     return source.partition(":")[0] == "embedded"
 
 
-def owners_of(recipe: dict) -> str:
-    """Who the clients are."""
+def sites_of(records: list[dict]) -> list[dict]:
+    """What each site last said about itself."""
+    said = {
+        r["name"]: {key: r[key] for key in ("name", "clients", "data", "owners")}
+        for r in records
+        if r["kind"] == "site"
+    }
+    return [said[name] for name in sorted(said)]
+
+
+def owners_of(recipe: dict, sites: list[dict]) -> str:
+    """Who the clients are: of a federation as its sites say, else as the recipe does."""
+    words = {
+        "generated": "generated clients of the embedded world",
+        "named": "owners whom the sites' own files name",
+        "simulated": "simulated owners",
+    }
+    if sites:
+        return "; ".join(
+            words.get(kind, "owners of an unknown kind") for kind in sorted({site["owners"] for site in sites})
+        )
     data = recipe["data"]
     if is_embedded(data["source"]):
         return "generated clients of the embedded world"

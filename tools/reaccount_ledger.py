@@ -27,6 +27,7 @@ FIELDS = {  # kind of line -> its fields, besides seq, kind and prev
     "release": "slot attempt of sha256",
     "abandoned": "slot",
     "lost": "slot",
+    "site": "name clients data owners",
     "note": "text",
     "closed": "rounds files",
 }

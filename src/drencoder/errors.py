@@ -11,6 +11,7 @@
     │   └── BudgetError       the next release would exceed the budget
     ├── EngineError           other machines that cannot be reached, or will not answer
     │   ├── QuorumError       too few clients of a cohort answered
+    │   │   ├── RefusedError     nobody will answer: every site refuses for a reason that lasts
     │   │   └── VoidRoundError   under secure aggregation: the sum of the round stays hidden (a SecureError, too)
     │   └── SecureError       a message of secure aggregation that an honest party must not answer
     ├── EncoderError          an encoder that cannot be built or used
@@ -76,6 +77,10 @@ class QuorumError(EngineError):
     def __init__(self, message: str, answered: int | None = None) -> None:
         super().__init__(message)
         self.answered = answered
+
+
+class RefusedError(QuorumError):
+    """Every site refuses for a reason that lasts: no later round would get an answer either."""
 
 
 class SecureError(EngineError):

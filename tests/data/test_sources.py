@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from drencoder.data.evaluation_text import open_evaluation
+from drencoder.data.owners import owner_key
 from drencoder.data.sources import FileSource, open_source
 from drencoder.errors import DataError
 from drencoder.recipe import sections
@@ -224,3 +225,60 @@ def test_embedded_clients_teach_what_the_source_names(name: str, letters: bool) 
 def test_another_embedded_task_is_one_sentence() -> None:
     with pytest.raises(DataError, match=r"^data\.source = 'embedded:poems' is not there: write embedded, "):
         open_source(sections.Data(source="embedded:poems"), population=3, seed=1)
+
+
+SAME_OWNER = [
+    ("3", 3, 3.0, "3.0", " 3 ", "3.00", "\u200b3"),
+    ("Zo\u00e9 Meier", "Zoe\u0301 Meier", "Zo\u00e9 Meier ", "\tZo\u00e9  Meier", "Zo\u00e9\u00a0Meier"),
+    ("p-07", "p-07\r", "\ufeffp-07"),
+]
+
+
+@pytest.mark.parametrize("spellings", SAME_OWNER)
+def test_one_owner_in_several_spellings_is_one_client(tmp_path: Path, spellings: tuple[object, ...]) -> None:
+    named = [*spellings, "another"]
+    records = [{"instruction": f"q{n}", "response": "a", "patient": name} for n, name in enumerate(named)]
+    path = write(tmp_path, records)  # type: ignore[arg-type]
+    source = open_source(
+        sections.Data(source=str(path), client_field="patient", examples_per_client=99), population=2, seed=0
+    )
+    owned = sorted(len(source.client(client)) for client in range(2))
+    assert owned == [1, len(spellings)]
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [("Meier", "MEIER"), ("7", "007"), ("Stra\u00dfe 1", "strasse 1"), ("\uff13", "3"), ("2.5", "2.50"), ("+4", "4")],
+)
+def test_owners_who_may_be_one_are_an_error_that_names_nobody(tmp_path: Path, spellings: tuple[str, str]) -> None:
+    named = [*spellings, "another"]
+    records = [{"instruction": f"q{n}", "response": "a", "patient": name} for n, name in enumerate(named)]
+    for population in (2, 3):
+        with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owners") as refused:
+            open_source(
+                sections.Data(source=str(write(tmp_path, records)), client_field="patient"),
+                population=population,
+                seed=0,
+            )
+        assert "population" not in str(refused.value)
+        assert not any(name in str(refused.value).replace(str(tmp_path), "") for name in named if len(name) > 2)
+
+
+@pytest.mark.parametrize("name", [float("nan"), "", " ", "\u200b"])
+def test_a_record_that_names_nobody_is_refused(tmp_path: Path, name: object) -> None:
+    records = [{"instruction": f"q{n}", "response": "a", "patient": who} for n, who in enumerate(["p1", name])]
+    with pytest.raises(DataError, match="record 2, field 'patient': an empty name"):
+        open_source(
+            sections.Data(source=str(write(tmp_path, records)), client_field="patient"),  # type: ignore[arg-type]
+            population=2,
+            seed=0,
+        )
+
+
+def test_an_owners_key_is_its_own_key() -> None:
+    for name in (3, 3.0, 2.5, " 3.0 ", "Zoe\u0301", "-4.0", "1e5", "07", "a.0"):
+        assert owner_key(owner_key(name)) == owner_key(name)
+    assert len({owner_key(name) for name in ("3", "4", "3.5", "p3", "-3", "a", "b", "3 4")}) == 8
+    for wrong in (True, None, ["a"], float("inf")):
+        with pytest.raises(DataError):
+            owner_key(wrong)

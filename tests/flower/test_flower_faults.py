@@ -14,63 +14,19 @@ from safetensors.torch import load_file
 from deployment import small_recipe
 from drencoder.errors import ArtifactError, EngineError, PrivacyError
 from drencoder.federated.query import QuerySpec, moment_query
-from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
-from drencoder.federated.remote.instruction import Answer, Instruction, Refusal
+from drencoder.federated.remote.instruction import Answer, Instruction
+from drencoder.federated.remote.refusal import Refusal
 from drencoder.federated.remote.site import Site
-from drencoder.flower.client_app import make_client_app, open_site
-from drencoder.flower.transport import GridTransport
+from drencoder.flower.client_app import open_site
 from drencoder.models.client_training import CohortTrainer
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.verify import verify_run
-from flower_grid import InProcessGrid
+from federation import Federation
 
 BIG = 1 << 24
-
-
-class Lines:
-    """A listener that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def planned(self, overview: Any) -> None: ...
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def round_done(self, row: Any) -> None: ...
-    def finished(self, certificate: Any) -> None: ...
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.said)
-
-
-class Federation:
-    """Three sites in this process; one recipe."""
-
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.folder, self.recipe, self.lines = folder, recipe, Lines()
-        (folder / "recipe.toml").write_text(recipe.to_toml())
-        self.sites = [self.site(number) for number in range(3)]
-
-        def app_of(number: int):  # type: ignore[no-untyped-def]
-            return make_client_app(lambda _: self.sites[number])
-
-        self.grid = InProcessGrid([app_of(number) for number in range(3)])
-
-    def site(self, number: int, prefix: str = "", **more: Any) -> Site:
-        recipe = str(self.folder / "recipe.toml")
-        return open_site(recipe, f"{number}/3", data=None, state=self.folder / f"{prefix}site{number}", **more)
-
-    def run(self, quorum: float = 0.5, name: str = "run") -> experiment.RunResult:
-        if (self.folder / "run").exists() or name != "run":  # a site's ledger serves one run
-            self.sites = [self.site(number, name) for number in range(3)]
-        patience = RoundTimeouts(quorum=quorum, round_timeout=0.3, wait=0.5, nodes=0)
-        engine = make_remote_engine(GridTransport(self.grid, self.lines.say), patience, self.lines.say)
-        return experiment.run(self.recipe, self.folder / name, self.lines, engine)
 
 
 @pytest.fixture
@@ -264,6 +220,7 @@ def question(site: Site, made: Federation, **head: Any) -> bytes:
     sound = Instruction(
         nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
         spec=moment_query(live.lora.layout.segments, live.recipe.prior).spec, clients=(0, 3), encoder="",
+        **live.base_digests.to_dict(),
     )  # fmt: skip
     facts = sound.head()
     facts["spec"] |= {key: head.pop(key) for key in list(head) if key in QuerySpec.__dataclass_fields__}
@@ -289,6 +246,10 @@ def refusal(data: bytes) -> Refusal:
         ({"slot": 1}, Refusal.PLAN),
         ({"kind": "gradients"}, Refusal.PLAN),
         ({"clients": [1]}, Refusal.CLIENTS),
+        ({"model": "0" * 64}, Refusal.MODEL),
+        ({"tokenizer": "0" * 64}, Refusal.TOKENIZER),
+        ({"clients": [], "model": "0" * 64}, Refusal.MODEL),
+        ({"clients": [], "noise_multiplier": 0.5}, Refusal.PLAN),  # who is not asked answers as who is
         ({"clients": [0, 0]}, Refusal.FOREIGN),
         ({"clip_l2": 1e9}, Refusal.CLIP),
         ({"clip_l2": -1.0}, Refusal.CLIP),

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from deployment import deployed, small_recipe, wait_for
-from drencoder.errors import ArtifactError, EngineError, RecipeError, SecureError
+from drencoder.errors import ArtifactError, EngineError, RecipeError, RefusedError, SecureError
 from drencoder.federated import secure_round
 from drencoder.federated.query import Query, moment_query
 from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
-from drencoder.federated.remote.instruction import Answer, Instruction, Refusal, adapter_bytes
+from drencoder.federated.remote.instruction import Answer, Instruction, adapter_bytes
+from drencoder.federated.remote.refusal import Refusal
 from drencoder.federated.remote.roster import Roster, named_keys
 from drencoder.federated.remote.site import Site
 from drencoder.federated.round import modulus_bits
@@ -308,7 +309,7 @@ def question(made: Federation, number: int, **head: Any) -> bytes:
     settings = round_settings(query, permit, counts, roster.keys, live.recipe.threshold)
     sound = Instruction(
         nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
-        spec=query.spec, clients=own, encoder="", counts=counts, roster=roster.digest,
+        spec=query.spec, clients=own, encoder="", **live.base_digests.to_dict(), counts=counts, roster=roster.digest,
         request=settings.frame_request(ProtocolStep.ADVERTISE, place, b"").hex(),
     )  # fmt: skip
     first = adapter_bytes(live.lora.initial_D)
@@ -398,7 +399,8 @@ def test_a_server_with_another_key_in_its_roster_is_refused_by_every_honest_site
     make_certificates(tmp_path / "evil", 1, [])
     evil = named_keys(small_recipe(), {}) | made.keys
     evil["node3"] = Roster.read(tmp_path / "evil" / "node0" / "roster").keys[0]
-    made.run(keys=evil)
+    with pytest.raises(RefusedError, match="node0, node1, node2, node3: has pinned other node keys"):
+        made.run(keys=evil)
     assert sum("has pinned other node keys" in line for line in made.said) >= 4
     assert all(site_rows(made, number) == [] for number in range(NODES))
 

@@ -434,6 +434,48 @@ BUGS: tuple[Bug, ...] = (
         "        if False:",
         _SITE,
     ),
+    Bug(
+        "a site trains on another base model than the server's",
+        "federated/remote/site",
+        "        if model != base.model:",
+        "        if False:",
+        _SITE,
+    ),
+    Bug(
+        "the first hello owns clients that the server's list gives to another",
+        "federated/remote/membership",
+        "self._listed.get(client, name) == name and self._hosts",
+        "self._hosts",
+        ("flower/test_flower_membership.py",),
+    ),
+    Bug(
+        "a run that every site refuses charges on",
+        "federated/remote/membership",
+        "        if refusal.lasting:",
+        "        if False:",
+        ("flower/test_flower_membership.py",),
+    ),
+    Bug(
+        "the certificate of a federation speaks of the server's data",
+        "runs/certificate",
+        '[site["owners"] for site in sites] or [owner_kind(data)]',
+        "[owner_kind(data)]",
+        ("flower/test_flower_membership.py",),
+    ),
+    Bug(
+        "two spellings of one name are two clients",
+        "data/owners",
+        'unicodedata.normalize("NFC", visible)',
+        "visible",
+        ("data/test_sources.py",),
+    ),
+    Bug(
+        "a noise multiplier is obeyed whatever it costs",
+        "runs/plan_overview",
+        "epsilon=privacy.epsilon if private else None",
+        "epsilon=None if privacy.noise_multiplier or not private else privacy.epsilon",
+        ("recipe/test_shipped_recipes.py",),
+    ),
     # --- secure aggregation -----------------------------------------------------------------------
     Bug(
         "the key of masks is constant",
@@ -579,8 +621,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "the order of an owner's records follows the file's other records",
         "data/sources",
-        "owners[record[field]].append((_hash_to_unit(seed, content, copies[content]), index))",
-        "owners[record[field]].append((_hash_to_unit(seed + len(records), content, copies[content]), index))",
+        "append((_hash_to_unit(seed, content, copies[content]), index))",
+        "append((_hash_to_unit(seed + len(records), content, copies[content]), index))",
         _ALONE,
     ),
     Bug(
@@ -678,8 +720,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "the statement speaks of simulated owners as of people",
         "runs/certificate",
-        "if private and owners == SIMULATED_OWNERS",
-        "if not private and owners == SIMULATED_OWNERS",
+        "if private and simulated else",
+        "if not private and simulated else",
         ("runs/test_evaluation_data.py",),
     ),
     Bug(

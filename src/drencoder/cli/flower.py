@@ -79,21 +79,27 @@ def server(
     """The main job with its clients on other machines (drencoder client)."""
     _check_flower()
     from drencoder.federated.remote.engine import RoundTimeouts
-    from drencoder.flower.keys import read_public_keys
+    from drencoder.flower.endpoints import ServerEndpoint
+    from drencoder.flower.keys import read_client_sets, read_public_keys
 
-    keys = read_public_keys(nodes or certs / "nodes")
+    listed = nodes or certs / "nodes"
+    keys = read_public_keys(listed)
+    ServerEndpoint(certs, keys, host, port).check()
     patience = RoundTimeouts(quorum, round_timeout, wait, len(keys))
     folder, config = choose_run(recipe, set_, out, resume, needs_ledger=True)
-    from drencoder.flower.deploy import ServerEndpoint, run_server
+    given = read_client_sets(listed, config.federation.population)
+    from drencoder.flower.deploy import run_server
     from drencoder.flower.server_app import ServerOptions
-    from drencoder.runs.display import make_console, resume_hint, show_run_folder
+    from drencoder.runs.display import make_console, show_run_folder
 
     # Not into the run folder, which must be new; beside it, where an operator looks.
     log = folder.parent / f"{folder.name}.superlink" / "superlink.log"
-    endpoint = ServerEndpoint(certs, keys, host, port, log)
+    endpoint = ServerEndpoint(certs, keys, host, port, log, given)
     try:
         result = run_server(ServerOptions(None if resume else config, folder, patience), endpoint)
     except KeyboardInterrupt:
+        from drencoder.runs.interrupted import resume_hint
+
         make_console().print(resume_hint("server", folder), soft_wrap=True)
         raise SystemExit(130) from None
     show_run_folder(make_console(), result.folder)
@@ -145,11 +151,12 @@ def client(
             raise RecipeError(
                 f"{shown(beside)} cannot be read ({reason(error)}): give --clients, say 0-9 or 0/3."
             ) from None
-    from drencoder.flower.deploy import SiteEndpoint, run_site
+    from drencoder.flower.endpoints import SiteEndpoint
 
     endpoint = SiteEndpoint(server, root or key.parent / "ca.crt", key, state or key.parent / "state", poll)
     endpoint.check()
     from drencoder.flower.client_app import open_site
+    from drencoder.flower.deploy import run_site
     from drencoder.runs.display import make_console
 
     console = make_console()

@@ -58,7 +58,7 @@ def run(
     resume: ResumeOption = None,
 ) -> None:
     """The main job: stage 1, stage 2, evaluation. Leaves an adapter, a ledger and a certificate."""
-    from drencoder.runs.display import RunDisplay, make_console, resume_hint, show_run_folder
+    from drencoder.runs.display import RunDisplay, make_console, show_run_folder
 
     console = make_console()
     folder, config = choose_run(recipe, set_, out, resume)
@@ -70,6 +70,8 @@ def run(
         result = experiment.resume(folder, display) if resume else experiment.run(config, folder, display)
     except KeyboardInterrupt:
         display.close()
+        from drencoder.runs.interrupted import resume_hint
+
         console.print(resume_hint("run", folder), soft_wrap=True)
         raise SystemExit(130) from None
     finally:

@@ -3,8 +3,8 @@
 Nothing here is a share of a client's own records: what is measured on them text by text would be a release without noise.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
 
 from drencoder.data.benchmarks.questions import DEFAULT_SPLIT, place_of
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
@@ -19,12 +19,16 @@ from drencoder.data.sources import (
     read_records,
 )
 from drencoder.errors import DataError
+from drencoder.recipe import sections
 from drencoder.recipe.recipe import Recipe
 
 __all__ = [
     "NO_EVALUATION",
+    "OWNER_KINDS",
     "SIMULATED_OWNERS",
     "Basis",
+    "OwnerKind",
+    "describe_owners",
     "evaluation_basis",
     "evaluation_rests_on",
     "open_evaluation",
@@ -37,20 +41,31 @@ Basis = Literal["server", "generated", "owners", "records", "nothing"]
 _RECORD_SHARE = 0.05  # of a file with simulated owners, where evaluation.owners says nothing
 _SPLITS = ("test", "validation", "val", "dev", "train")  # of a hub data set: the first that is there and no client's
 
+OwnerKind = Literal["generated", "named", "simulated"]
+OWNER_KINDS: tuple[str, ...] = get_args(OwnerKind)
 SIMULATED_OWNERS = "simulated owners"
+GENERATED_OWNERS = "generated clients of the embedded world"
 NO_EVALUATION = (
     "The run has no evaluation data, so it cannot know whether it learned: name a file that the server owns in "
     "evaluation.data, or set owners who agreed aside with evaluation.owners."
 )
 
 
-def owner_kind(recipe: Recipe) -> str:
-    """Who the clients are, in words, as the certificate has it."""
-    if recipe.data.is_embedded:
-        return "generated clients of the embedded world"
-    if recipe.data.client_field:
-        return f"owners whom the field {recipe.data.client_field!r} names"
-    return SIMULATED_OWNERS
+def owner_kind(data: sections.Data) -> OwnerKind:
+    """Who the clients are."""
+    if data.is_embedded:
+        return "generated"
+    return "named" if data.client_field else "simulated"
+
+
+def describe_owners(kinds: Iterable[str], field: str = "") -> str:
+    """Who the clients are, in words, as the certificate has it. Sites may have several kinds; `field` names the owners of a file."""
+    words = {
+        "generated": GENERATED_OWNERS,
+        "simulated": SIMULATED_OWNERS,
+        "named": f"owners whom the field {field!r} names" if field else "owners whom the sites' own files name",
+    }
+    return "; ".join(words.get(kind, "owners of an unknown kind") for kind in sorted(set(kinds)))
 
 
 def evaluation_basis(recipe: Recipe) -> Basis:

@@ -21,6 +21,7 @@ from drencoder.data.benchmarks.files import read_questions
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.embedded_world.world import World, record_of
 from drencoder.data.hub import load_rows
+from drencoder.data.owners import check_spellings, owner_key
 from drencoder.errors import DataError
 from drencoder.reading import cut, parse_json, read_text, reason
 from drencoder.recipe import sections
@@ -55,10 +56,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(knobs: sections.Data, *, population: int, seed: int, set_aside: float = 0.0) -> Source:
+def open_source(
+    knobs: sections.Data, *, population: int, seed: int, set_aside: float = 0.0, at_site: bool = False
+) -> Source:
     """Opens the recipe's data, which `population` clients own.
 
-    `set_aside` is the share of the owners (or of the records, where owners are simulated) that no client gets.
+    `set_aside` is the share of the owners (or of the records, where owners are simulated) that no client gets. `at_site`: the
+    population is that of one site.
 
     Raises:
       DataError: a file is missing, unreadable, empty or ill-shaped, or some client would own nothing.
@@ -67,7 +71,7 @@ def open_source(knobs: sections.Data, *, population: int, seed: int, set_aside: 
     if kind == "embedded":
         return EmbeddedSource(knobs, seed, embedded_task(knobs.source, "data.source"))
     records = read_records(knobs.source, knobs.split, knob="data.source")
-    source = FileSource.split(records, knobs, population=population, seed=seed, set_aside=set_aside)
+    source = FileSource.split(records, knobs, population=population, seed=seed, set_aside=set_aside, at_site=at_site)
     if kind in TAXONOMIES:
         return replace(source, provenance=f"{knobs.source}, split {knobs.split}")
     return source
@@ -145,6 +149,7 @@ class FileSource:
         population: int,
         seed: int,
         set_aside: float = 0.0,
+        at_site: bool = False,
     ) -> "FileSource":
         """Sets aside what no client gets, then gives every other record an owner.
 
@@ -161,7 +166,12 @@ class FileSource:
                 f"{knobs.source} has no usable text: all {len(records)} responses are empty. Fill them, or give another file."
             )
         if knobs.client_field:
-            owned, others = _split_by_owner(records, knobs.client_field, set_aside, seed)
+            owned, others = _split_by_owner(records, knobs.client_field, set_aside, seed, knobs.source)
+            if at_site and len(owned) != population:
+                raise DataError(
+                    f"{knobs.source} names {len(owned)} owners in {knobs.client_field!r}, and this site answers for {population} "
+                    "clients: give --clients one number for each owner, as the server's list has them."
+                )
             _check_owners(knobs, len(owned), len(others), population, set_aside)
             server = sorted(chain.from_iterable(others), key=lambda index: _content_hash(records[index], seed))
             return cls(knobs.source, records, owned, server, knobs.examples_per_client)
@@ -224,7 +234,7 @@ def in_hashed_order(records: Sequence[Record], seed: int) -> list[Record]:
 
 
 def _split_by_owner(
-    records: Sequence[Record], field: str, set_aside: float, seed: int
+    records: Sequence[Record], field: str, set_aside: float, seed: int, where: str
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Each client's record numbers in the order of their hashes, clients by name; and those of the owners who are no clients."""
     owners: dict[str, list[tuple[float, int]]] = defaultdict(list)
@@ -236,7 +246,8 @@ def _split_by_owner(
             )
         content = json.dumps(record, sort_keys=True)  # the owner's name is in it
         copies[content] += 1  # so that an owner's equal records differ
-        owners[record[field]].append((_hash_to_unit(seed, content, copies[content]), index))
+        owners[_owner_of(record, field, index)].append((_hash_to_unit(seed, content, copies[content]), index))
+    check_spellings(owners, field, where)
     owned: list[list[int]] = []
     others: list[list[int]] = []
     for name in sorted(owners):
@@ -270,6 +281,13 @@ def _split_by_record(records: Sequence[Record], set_aside: float, seed: int) -> 
 
 def _content_hash(record: Record, seed: int) -> float:
     return _hash_to_unit(seed, json.dumps(record, sort_keys=True), 0)
+
+
+def _owner_of(record: Record, field: str, index: int) -> str:
+    try:
+        return owner_key(record[field])
+    except DataError as error:
+        raise DataError(f"record {index + 1}, field {field!r}: {error}") from None
 
 
 def _hash_to_unit(seed: int, content: str, copy: int) -> float:
@@ -340,8 +358,13 @@ def _record(item: Any, where: str) -> Record:
     for key in ("instruction", "response"):
         if not isinstance(item.get(key), str):
             raise DataError(f"{where}: no text in {key!r}: every record needs instruction and response.")
-    record = {key: str(value) for key, value in item.items() if value is not None}
+    record = {key: _text(value) for key, value in item.items() if value is not None}
     return {"context": "", "category": "none", **record}
+
+
+def _text(value: Any) -> str:
+    """A field's value as text; "" for a number that is none (NaN), which is how tables write an empty cell."""
+    return "" if isinstance(value, float) and math.isnan(value) else str(value)
 
 
 def _read_hub(name: str, split: str, knob: str) -> list[Record]:

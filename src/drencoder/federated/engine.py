@@ -1,6 +1,7 @@
 """What every engine is: it brings a query to a cohort and the uploads back."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -10,13 +11,25 @@ from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.federated.query import Query
 from drencoder.federated.round import SecureSum, Upload
 from drencoder.models.client_training import ClientTrainer
+from drencoder.models.identity import BaseDigests
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe
 
-__all__ = ["Engine", "RunComponents"]
+__all__ = ["Engine", "RunComponents", "SiteFacts"]
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a site says about itself: its name, the clients it hosts (`0-9,12`), what their text is called there, and whether
+    their owners are "named", "simulated" or "generated". Nobody can check it."""
+
+    name: str
+    clients: str
+    data: str
+    owners: str
 
 
 class Engine(Protocol):
@@ -29,6 +42,10 @@ class Engine(Protocol):
         Raises:
           EngineError: they cannot, for as long as the engine is willing to wait.
         """
+        ...
+
+    def sites(self) -> Sequence[SiteFacts]:
+        """The sites that have said who they are; none where the clients are in this process."""
         ...
 
     def gather(
@@ -52,6 +69,10 @@ class RunComponents(Protocol):
     def recipe(self) -> Recipe: ...
     @property
     def plan(self) -> PrivacyPlan: ...
+    @property
+    def base_digests(self) -> BaseDigests: ...
+    @property
+    def clients_text(self) -> tuple[str, str]: ...
     @property
     def lora(self) -> LoraModel: ...
     @property

@@ -9,6 +9,7 @@ from typing import final
 
 from torch import Tensor
 
+from drencoder.federated.engine import SiteFacts
 from drencoder.federated.query import Query
 from drencoder.federated.round import SecureSum, Upload, client_message
 from drencoder.federated.secure_round import clients_by_node, node_share, round_settings, secure_node, secure_sum
@@ -41,6 +42,10 @@ class InProcessEngine:
 
     def ready(self) -> None:
         """This process is always there."""
+
+    def sites(self) -> Sequence[SiteFacts]:
+        """None: the clients are here."""
+        return ()
 
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource

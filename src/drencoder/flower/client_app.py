@@ -15,8 +15,7 @@ from flwr.clientapp import ClientApp
 
 from drencoder.errors import DrencoderError, RecipeError, report_crash
 from drencoder.federated.remote.agreement import ClientSet, agreement
-from drencoder.federated.remote.frames import Frame, Kind, pack_frame
-from drencoder.federated.remote.instruction import Answer, Refusal
+from drencoder.federated.remote.refusal import Refusal, refusal_frame
 from drencoder.federated.remote.roster import is_secure
 from drencoder.federated.remote.session import SecAggSession
 from drencoder.federated.remote.site import Site
@@ -42,17 +41,13 @@ def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
             answer = site_of(context).answer(read_payload(message.content))
         except DrencoderError as error:
             print(f"drencoder: {one_line(error)}", file=sys.stderr)
-            answer = _failure_frame()
+            answer = refusal_frame(Refusal.FAILED)
         except Exception as error:
             report_crash(error)
-            answer = _failure_frame()
+            answer = refusal_frame(Refusal.FAILED)
         return Message(wrap_payload(answer), reply_to=message)
 
     return client_app
-
-
-def _failure_frame() -> bytes:
-    return pack_frame(Frame(Kind.QUERY_ANSWER, bytes(32), Answer("", Refusal.FAILED).head()))
 
 
 def open_site(

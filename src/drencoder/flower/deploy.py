@@ -8,10 +8,9 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import final
 
 import httpx
 from flwr.common.serde import fab_to_proto
@@ -20,10 +19,11 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from drencoder.errors import ArtifactError, EngineError
+from drencoder.errors import EngineError
 from drencoder.federated.remote.roster import named_keys
 from drencoder.federated.remote.site import Site
 from drencoder.flower.client_app import make_client_app
+from drencoder.flower.endpoints import ServerEndpoint, SiteEndpoint, watch
 from drencoder.flower.processes import ChildProcess, find_free_port
 from drencoder.flower.server_app import ServerOptions, serve
 from drencoder.flower.superlink import COUNTS, check_version
@@ -31,34 +31,12 @@ from drencoder.flower.supernode import POLL
 from drencoder.flower.tasks import TaskClient, build_app_bundle, digest_app
 from drencoder.runs import run as experiment
 
-__all__ = ["ServerEndpoint", "SiteEndpoint", "run_server", "run_site"]
+__all__ = ["run_server", "run_site"]
 
 _START_TIMEOUT = 120.0
 _POLL = 0.1
 _RESTART_PAUSES = (1.0, 2.0, 5.0, 10.0)  # s between two starts of a SuperNode that ends by itself
 _UNKNOWN_KEY = "code: 2004"
-
-
-@final
-@dataclass(frozen=True)
-class ServerEndpoint:
-    """Where the server listens and whom it lets in: TLS files of `certificates`, name -> public key of each node."""
-
-    certificates: Path
-    nodes: Mapping[str, bytes]
-    host: str = "127.0.0.1"
-    port: int = 8443
-    log: Path = Path("superlink.log")
-
-    def __post_init__(self) -> None:
-        for name in ("ca.crt", "server.crt", "server.key"):
-            if not (self.certificates / name).is_file():
-                raise ArtifactError(f"{self.certificates} has no {name}: make the files with drencoder certs.")
-
-    @property
-    def local(self) -> str:
-        """HOST:PORT by which this machine reaches the server."""
-        return f"{'127.0.0.1' if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
 
 
 def run_server(options: ServerOptions, endpoint: ServerEndpoint) -> experiment.RunResult:
@@ -68,7 +46,7 @@ def run_server(options: ServerOptions, endpoint: ServerEndpoint) -> experiment.R
       DrencoderError: the port is taken, a file is missing, too few nodes come, or the run itself is refused.
     """
     check_version()
-    options = replace(options, keys=named_keys(options.config, endpoint.nodes))
+    options = replace(options, keys=named_keys(options.config, endpoint.nodes), clients=endpoint.clients)
     with _private_folder() as (work, secret), _run_superlink(endpoint, work, secret) as authority:
         run = _start_run(endpoint, authority)
         tasks = TaskClient(endpoint.local, secret, authority)
@@ -169,45 +147,6 @@ def _wait_for_task(tasks: TaskClient, run: int) -> str:
 # --- a site ----------------------------------------------------------------------------------------
 
 
-@final
-@dataclass(frozen=True)
-class SiteEndpoint:
-    """Where a site finds the server (`HOST:PORT`), whom it believes (`root`), and its own key and folder."""
-
-    server: str
-    root: Path
-    key: Path
-    state: Path
-    poll: float = 0.5
-
-    def check(self) -> None:
-        """Checks what can be seen to be wrong before the model is loaded.
-
-        Raises:
-          ArtifactError: a file is missing.
-          EngineError: the server's certificate was not made by the authority in `root`, or is for another name.
-        """
-        for path, what in ((self.root, "certificate of the authority"), (self.key, "node's private key")):
-            if not path.is_file():
-                raise ArtifactError(f"{path} is not there: give the {what} that drencoder certs made.")
-        host, colon, port = self.server.rpartition(":")
-        if not colon or not host or not port.isdigit():
-            raise EngineError(f"--server {self.server!r} is not HOST:PORT: write, say, drencoder.example.org:8443.")
-        try:
-            trust = ssl.create_default_context(cafile=str(self.root))
-        except ssl.SSLError:
-            raise ArtifactError(f"{self.root} is not a certificate: give the authority's ca.crt.") from None
-        try:
-            httpx.get(f"https://{self.server}/health", verify=trust, timeout=5.0)
-        except httpx.HTTPError as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise EngineError(
-                    f"the server at {self.server} shows a certificate that {self.root} did not sign, or one for another "
-                    "name: check --root and --server; do not go on if neither is wrong."
-                ) from None
-            print(f"the server at {self.server} does not answer yet: waiting for it", file=sys.stderr)
-
-
 def run_site(site: Site, endpoint: SiteEndpoint) -> None:
     """Answers the server's questions until it is stopped. Comes back after losing the server, or its own SuperNode.
 
@@ -219,7 +158,7 @@ def run_site(site: Site, endpoint: SiteEndpoint) -> None:
     with _private_folder() as (work, secret):
         port, starts, since = find_free_port(), 0, time.monotonic()
         tasks = TaskClient(f"127.0.0.1:{port}", secret)
-        node = _start_supernode(endpoint, work, port)
+        node, watching = _start_supernode(endpoint, work, port), watch(endpoint)
         try:
             while True:
                 if node.exit_code() is not None:
@@ -240,6 +179,7 @@ def run_site(site: Site, endpoint: SiteEndpoint) -> None:
                     time.sleep(1.0)
                 time.sleep(_POLL)
         finally:
+            watching.set()
             node.stop()
 
 

@@ -5,6 +5,7 @@
     DIR/ca.crt, ca.key           the authority that all of one federation believe; keep ca.key off the server afterwards
     DIR/server.crt, server.key   for the server
     DIR/nodes/node0.pub ...      for the server: whom it lets in
+    DIR/nodes/node0.clients ...  for the server: which clients each of them answers for
     DIR/signing.key              for the server: with it `drencoder verify --sign` signs a finished run
     DIR/signers/server.pub ...   for everybody: whose signatures `drencoder verify --signed-by` asks for
     DIR/node0/key, key.pub, ca.crt, clients, roster, signing.key    for the site: its key, whom it believes, which clients it
@@ -23,19 +24,21 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from drencoder.errors import ArtifactError, RecipeError
-from drencoder.reading import read_bytes, shown
+from drencoder.federated.remote.agreement import ClientSet
+from drencoder.reading import read_bytes, read_text, reason, shown
 from drencoder.runs.run_folder import storing
 from drencoder.runs.signatures import make_signing_key
 
-__all__ = ["make_certificates", "read_public_keys"]
+__all__ = ["check_authority", "check_server_certificate", "make_certificates", "read_client_sets", "read_public_keys"]
 
 _LONGEST = 4096  # bytes of a public key file; a real one has about 250
+_LONGEST_LIST = 1 << 20  # bytes of a list of clients, or of a chain of certificates
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _HOST_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -81,6 +84,7 @@ def make_certificates(folder: Path, nodes: int, hosts: Sequence[str], *, days: i
         own = folder / f"node{node}"
         written += [
             _write(folder / "nodes" / f"node{node}.pub", public + b"\n", 0o644),
+            _write(folder / "nodes" / f"node{node}.clients", f"{node}/{nodes}\n".encode(), 0o644),
             _write(own / "key", private, 0o600),
             _write(own / "key.pub", public + b"\n", 0o644),
             _write(own / "ca.crt", root.public_bytes(serialization.Encoding.PEM), 0o644),
@@ -120,6 +124,103 @@ def read_public_keys(where: Path) -> dict[str, bytes]:
             raise ArtifactError(f"{file} is the key of another node too: give every node a key of its own.")
         keys[file.stem] = pem
     return keys
+
+
+def read_client_sets(where: Path, population: int) -> dict[str, ClientSet]:
+    """Reads name -> the clients that the server's list gives to a node, from the `.clients` files beside the public keys.
+
+    Raises:
+      RecipeError: a file is no list of clients of this population, or a client is given to two nodes.
+      ArtifactError: a file cannot be read.
+    """
+    files = sorted(where.glob("*.clients")) if where.is_dir() else [where.with_suffix(".clients")]
+    given: dict[str, ClientSet] = {}
+    owners: dict[int, str] = {}
+    for file in files:
+        if not file.exists():
+            continue
+        try:
+            given[file.stem] = ClientSet.parse(read_text(file, _LONGEST_LIST).strip(), population)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{shown(file)} cannot be read ({reason(error)}): write, say, 0-9 or 0/3.") from None
+        except RecipeError as error:
+            raise RecipeError(f"{file}: {error}") from None
+        for client in given[file.stem].clients:
+            if owners.setdefault(client, file.stem) != file.stem:
+                raise RecipeError(
+                    f"{file} gives client {client} to {file.stem}, and {owners[client]}.clients has it too."
+                )
+    return given
+
+
+def check_authority(path: Path) -> x509.Certificate:
+    """Returns the authority's certificate.
+
+    Raises:
+      ArtifactError: it cannot be read, or is not valid today.
+    """
+    return _read_certificate(path, "give the authority's ca.crt")
+
+
+def check_server_certificate(folder: Path, host: str) -> list[str]:
+    """Checks `ca.crt`, `server.crt` and `server.key` of a folder, and returns the names and addresses of the server.
+
+    Raises:
+      ArtifactError: one is missing, unreadable or not valid today; the key is another one's; the authority did not sign the
+        certificate; or `host`, by which this machine reaches itself, is not among the names.
+    """
+    for name in ("ca.crt", "server.crt", "server.key"):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} has no {name}: make the files with drencoder certs.")
+    authority = check_authority(folder / "ca.crt")
+    path = folder / "server.crt"
+    certificate = _read_certificate(path, "make it with drencoder certs")
+    try:
+        key = serialization.load_pem_private_key(read_bytes(folder / "server.key", _LONGEST_LIST), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        raise ArtifactError(f"{folder / 'server.key'} is not a private key without a password: restore it.") from None
+    if key.public_key() != certificate.public_key():
+        raise ArtifactError(f"{folder / 'server.key'} is not the key of {path}: the two must be made together.")
+    if certificate.issuer == authority.subject:  # else somebody's own chain, which the sites' TLS checks
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (InvalidSignature, ValueError, TypeError):
+            raise ArtifactError(f"{folder / 'ca.crt'} did not sign {path}: the two must be made together.") from None
+    names = _names_of(certificate)
+    if host.lower() not in (name.lower() for name in names):
+        raise ArtifactError(
+            f"{path} does not have the name {host}, by which this machine reaches the server: it has {', '.join(names) or 'none'}. "
+            f"Make certificates with drencoder certs --host {host}."
+        )
+    return names
+
+
+def _read_certificate(path: Path, cure: str) -> x509.Certificate:
+    try:
+        certificate = x509.load_pem_x509_certificate(read_bytes(path, _LONGEST_LIST))
+    except OSError as error:
+        raise ArtifactError(f"{shown(path)} cannot be read ({error.strerror}): {cure}.") from None
+    except ValueError:
+        raise ArtifactError(f"{path} is not a certificate: {cure}.") from None
+    now = datetime.now(UTC)
+    if now > certificate.not_valid_after_utc:
+        raise ArtifactError(
+            f"{path} has expired on {certificate.not_valid_after_utc:%Y-%m-%d}: make new certificates with drencoder certs and "
+            "give every site its new files. If it has not, the clock of this machine is wrong."
+        )
+    if now < certificate.not_valid_before_utc:
+        raise ArtifactError(
+            f"{path} is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC: check this machine's clock."
+        )
+    return certificate
+
+
+def _names_of(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
 def _make_root_certificate(key: ec.EllipticCurvePrivateKey, days: int) -> x509.Certificate:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from drencoder.errors import DrencoderError, RecipeError, describe_crash
+from drencoder.federated.remote.agreement import ClientSet
 from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.flower.transport import GridTransport
 from drencoder.recipe.recipe import Recipe, load_recipe
@@ -28,13 +29,15 @@ __all__ = ["ServerOptions", "app", "serve"]
 class ServerOptions:
     """A new run of `recipe` into the folder `out`, or (`recipe` None) the run in `out` goes on.
 
-    `keys`: name -> public key (49 bytes) of every node, for secure aggregation.
+    `keys`: name -> public key (49 bytes) of every node, for secure aggregation; `clients`: name -> the clients that the server's
+    list of keys gives to a node.
     """
 
     recipe: Recipe | None
     out: Path
     patience: RoundTimeouts = field(default_factory=RoundTimeouts)
     keys: Mapping[str, bytes] = field(default_factory=dict)
+    clients: Mapping[str, ClientSet] = field(default_factory=dict)
 
     @property
     def config(self) -> Recipe:
@@ -73,7 +76,7 @@ def serve(
         console or make_console(), rounds=config.federation.rounds, encoder=config.encoder.name, name=config.name
     )
     transport = transport or GridTransport(grid, display.say)
-    engine = make_remote_engine(transport, options.patience, display.say, options.keys)
+    engine = make_remote_engine(transport, options.patience, display.say, options.keys, options.clients)
     try:
         if options.recipe is None:
             return experiment.resume(options.out, display, engine)

@@ -2,7 +2,7 @@
 
 Flower serves its control interface, which has no authentication, on the port that the nodes use. The guard answers everything
 but the nodes' signed requests to this machine only, refuses large bodies before they are read, and counts what was refused.
-It replaces one name in a module of flwr 1.41; any other version is refused.
+It replaces one name in a module of flwr 1.42; any other version is refused.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from drencoder.flower.processes import die_with_parent
 __all__ = ["COUNTS", "Guard", "check_version"]
 
 COUNTS = "DRENCODER_GUARD_COUNTS"  # environment: a file that the counts are written to
-_VERSION = "1.41."
+_VERSION = "1.42."
 _LOOPBACK = ("127.0.0.1", "::1")
 _MAX_BODY = 16 << 20  # Flower cuts arrays into 5 MiB pieces
 _EVERY = 0.5  # s between two writings of the counts
@@ -40,7 +40,7 @@ def check_version() -> None:
     installed = version("flwr")
     if not installed.startswith(_VERSION):
         raise EngineError(
-            f"flwr {installed} is installed and this engine is made for {_VERSION}x: pip install 'flwr==1.41.0'."
+            f"flwr {installed} is installed and this engine is made for {_VERSION}x: pip install 'flwr==1.42.0'."
         )
 
 

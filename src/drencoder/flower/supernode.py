@@ -1,6 +1,6 @@
 """`flower-supernode` that looks for messages more often: `python -m drencoder.flower.supernode`, with its own arguments.
 
-flwr 1.41 sleeps three seconds between two looks, in a literal. This caps its sleeps; other versions are refused.
+flwr 1.42 sleeps three seconds between two looks, in a literal. This caps its sleeps; other versions are refused.
 """
 
 import importlib

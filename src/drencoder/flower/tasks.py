@@ -2,7 +2,7 @@
 
 Flower's own way starts a process per message, which would import torch and load the model each time. With
 `--isolation process` its servers hand tasks to whoever knows a secret; that is this module. It runs the *installed* apps and
-sends no text of an exception. It uses internal modules of flwr 1.41 (`superlink.check_version`).
+sends no text of an exception. It uses internal modules of flwr 1.42 (`superlink.check_version`).
 """
 
 import contextlib
@@ -33,7 +33,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
-from drencoder.federated.remote.instruction import Refusal
+from drencoder.federated.remote.refusal import Refusal
+from drencoder.flower.transport import REFUSED
 
 __all__ = ["TaskClient", "build_app_bundle", "digest_app"]
 
@@ -116,7 +117,7 @@ class TaskClient:
                     reply, status = _call_app(app, message, context)
                 else:
                     print("refused: the run's app is not drencoder's own", file=sys.stderr)
-                    reply = Message(Error(code=1000 + Refusal.APP, reason=""), reply_to=message)
+                    reply = Message(Error(code=REFUSED + Refusal.APP, reason=""), reply_to=message)
                     status = SubStatus.COMPLETED
                 returned = context_to_proto(context)
                 push_message(client, reply, context)

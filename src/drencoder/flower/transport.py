@@ -8,11 +8,13 @@ from typing import final
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from drencoder.federated.remote.refusal import refusal_frame
 from drencoder.federated.remote.transport import Traffic
 
-__all__ = ["GridTransport", "read_payload", "wrap_payload"]
+__all__ = ["REFUSED", "GridTransport", "read_payload", "wrap_payload"]
 
 _RECORD, _ARRAY, _STYPE = "drencoder", "frame", "drencoder.frame"
+REFUSED = 1000  # Flower's error codes above it are a site's refusals
 _POLL = 0.1  # s between two looks for answers
 _GRACE = 5.0  # s that an answer of the last moment may still be on its way
 
@@ -63,7 +65,9 @@ class GridTransport:
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if node is None:
                     continue
-                if reply.has_error():
+                if reply.has_error() and reply.error.code > REFUSED:
+                    answers[node] = refusal_frame(reply.error.code - REFUSED)
+                elif reply.has_error():
                     self.say(f"node {node}: Flower's error {reply.error.code}")  # its text may quote a client's
                 else:
                     answers[node] = read_payload(reply.content)

@@ -20,7 +20,7 @@ Resuming after a crash, for a slot that is charged but whose result was lost:
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -229,6 +229,18 @@ class Ledger:
                 last.pop(record["slot"], None)
         return last
 
+    def slots_without_result(self) -> dict[str, list[int]]:
+        """Slots that were charged and gave nothing: "abandoned" (too few answered), "lost" (with a killed process)."""
+        return {
+            kind: sorted({record["slot"] for record in self.records if record["kind"] == kind})
+            for kind in ("abandoned", "lost")
+        }
+
+    def sites(self) -> list[dict[str, str]]:
+        """What each site of a federation last said about itself and its clients' text, by name; empty in one process."""
+        said = {record["name"]: record for record in self.records if record["kind"] == "site"}
+        return [{key: said[name][key] for key in ("name", "clients", "data", "owners")} for name in sorted(said)]
+
     def released_adapter(self, rounds: int) -> str | None:
         """SHA-256 of the adapter after the first `rounds` rounds; None if no round of them released any."""
         released = self.released_slots()
@@ -349,6 +361,13 @@ class Ledger:
         if slot not in self.charges():
             raise PrivacyError(f"Slot {slot} has no charge, so nothing of it can be lost.")
         self._file.append({"kind": "lost", "slot": slot})
+
+    def record_sites(self, sites: Iterable[Mapping[str, str]]) -> None:
+        """What sites say about themselves (`name`, `clients`, `data`, `owners`); what the ledger has already is not repeated."""
+        known = self.sites()
+        for site in sites:
+            if dict(site) not in known:
+                self._file.append({"kind": "site", **site})
 
     def record_closed(self, rounds: int, files: Mapping[str, str]) -> None:
         """The run's last line: how many rounds there were, and the SHA-256 of each file that it leaves behind."""

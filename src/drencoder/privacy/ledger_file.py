@@ -33,6 +33,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "release": {"slot": _WHOLE, "attempt": _WHOLE, "of": _TEXT, "sha256": _TEXT},
     "abandoned": {"slot": _WHOLE},
     "lost": {"slot": _WHOLE},
+    "site": {"name": _TEXT, "clients": _TEXT, "data": _TEXT, "owners": _TEXT},
     "note": {"text": _TEXT},
     "closed": {"rounds": _WHOLE, "files": (dict,)},
 }  # fmt: skip

@@ -379,7 +379,7 @@ def make_plan(
             refuse(
                 f"noise_multiplier {noise_multiplier} costs epsilon {cost:.4f}",
                 f"the budget is {epsilon}",
-                "leave noise_multiplier out to have it found",
+                "leave noise_multiplier out to have it found, or set epsilon to what you accept",
             )
         return planned
     if epsilon is None:

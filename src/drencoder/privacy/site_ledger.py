@@ -77,6 +77,12 @@ class SiteLedger:
             raise
         return ledger
 
+    @property
+    def run(self) -> str | None:
+        """The run that this ledger serves; None before the first charge."""
+        with self._locked():
+            return self._run
+
     def close(self) -> None:
         """Closing twice is fine."""
         if self._descriptor is not None:

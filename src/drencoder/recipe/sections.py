@@ -191,7 +191,9 @@ class Privacy(Checked):
 
     epsilon: float = knob(8.0, "target epsilon against the strongest untrusted observer", above=0, high=1e6)
     delta: float = knob(1e-5, "delta", above=0, below=1)
-    noise_multiplier: float = knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon", low=0, high=1e6)
+    noise_multiplier: float = knob(
+        0.0, "noise std / clip_l2; 0 = calibrate to epsilon; any other must cost at most epsilon", low=0, high=1e6
+    )
     trust: str = knob(
         "local",
         "local: the server is not trusted, each client adds full noise; central: the server adds it; secure-aggregation: "

@@ -3,6 +3,8 @@
 Legend: D adapter values.
 """
 
+from dataclasses import asdict
+
 from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
@@ -24,6 +26,7 @@ def ask_cohort(components: Components, ledger: Ledger, query: Query, adapter_D: 
     """
     slot = query.spec.slot
     components.engine.ready()
+    ledger.record_sites(asdict(site) for site in components.engine.sites())
     permit, noise = ledger.charge(slot), components.noise()
     try:
         result = server_release(
@@ -32,6 +35,7 @@ def ask_cohort(components: Components, ledger: Ledger, query: Query, adapter_D: 
     except QuorumError as error:
         ledger.record_abandoned(slot, error.answered if permit.trust == "local" else None)
         raise
+    ledger.record_sites(asdict(site) for site in components.engine.sites())  # of those that came in between
     if result.release.contributors is not None:
         # How many noised codes hide each other is public but under central trust, and makes the epsilon of a sum.
         ledger.record_contributors(slot, result.release.contributors)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from drencoder.data.benchmarks.questions import load_benchmarks
-from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, set_aside_share
+from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, owner_kind, set_aside_share
 from drencoder.data.prompts_template import render
 from drencoder.data.public_text import PublicText, open_public
 from drencoder.data.sources import HostedSource, Record, SitesSource, Source, open_source
@@ -26,6 +27,7 @@ from drencoder.federated.in_process import InProcessEngine
 from drencoder.models.base_model import BaseModel, load_base, resolve_device
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.models.cohort_training import cohort_updates
+from drencoder.models.identity import BaseDigests
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
@@ -86,11 +88,27 @@ class Components:
     lora: LoraModel
     trainer: ClientTrainer
     engine: Engine
+    digests: BaseDigests | None = None  # of a federation's server and sites
+    own: "SiteText | None" = None  # at a site whose text is not the recipe's
 
     @property
     def plan(self) -> PrivacyPlan:
         """What the run may spend, and on what."""
         return self.overview.privacy
+
+    @property
+    def base_digests(self) -> BaseDigests:
+        """What base model and tokenizer are, for machines that must have the same."""
+        assert self.digests is not None, "only a federation's server and sites digest their base model"
+        return self.digests
+
+    @property
+    def clients_text(self) -> tuple[str, str]:
+        """What a site says of its clients' text: what it is called, without its folders, and the kind of its owners."""
+        data = self.recipe.data if self.own is None else replace(self.recipe.data, source=self.own.source)
+        kind, _, where = data.source.rpartition(":")
+        name = data.source if kind == "hub" or data.is_embedded else Path(where).name
+        return name, owner_kind(data)
 
     @property
     def start(self) -> str:
@@ -243,6 +261,8 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
         named = named or "self"  # no prior is fitted that the gate could draw from, and it must have something
     public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public, evaluation)
+    # Before the adapter is in the model; only a federation compares them.
+    digests = BaseDigests.of(base.model, base.tokenizer) if site or remote else None
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
@@ -256,13 +276,15 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
         reports_failures=overview.privacy.capped,
     )
     engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
-    return Components(recipe, overview, texts, lora, trainer, engine)
+    return Components(recipe, overview, texts, lora, trainer, engine, digests, own)
 
 
 def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
     """The clients' text: the recipe's, a site's own, or nothing where a server needs no text but its own."""
     if own is not None:
-        held = open_source(replace(recipe.data, source=own.source), population=len(own.clients), seed=recipe.seed)
+        held = open_source(
+            replace(recipe.data, source=own.source), population=len(own.clients), seed=recipe.seed, at_site=True
+        )
         return HostedSource(held, own.clients)
     if remote and not recipe.data.is_embedded and evaluation_basis(recipe) in ("server", "nothing"):
         return SitesSource()

@@ -5,13 +5,13 @@ No torch at import: an auditor rebuilds the privacy part from the ledger and the
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drencoder import __version__
-from drencoder.data.evaluation_text import SIMULATED_OWNERS, evaluation_rests_on, owner_kind
+from drencoder.data.evaluation_text import describe_owners, evaluation_rests_on, owner_kind
 from drencoder.encoders.code_sizes import plain_lora_bytes
 from drencoder.encoders.planning import wire_dtype
 from drencoder.errors import ArtifactError
@@ -33,6 +33,7 @@ __all__ = [
     "derived_part",
     "file_digests",
     "flat_gate",
+    "lost_sentences",
     "make_certificate",
     "recipe_digest",
 ]
@@ -94,14 +95,19 @@ def _sha256(path: Path) -> str:
 
 def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     """All of a certificate that follows from the ledger and the recipe; the ledger's head is the one at that time."""
-    privacy = ledger.certificate()
+    privacy, sites = ledger.certificate(), ledger.sites()
+    data = recipe.data
+    kinds = [site["owners"] for site in sites] or [owner_kind(data)]
+    owners = describe_owners(kinds, "" if sites else data.client_field)
     return {
         "version": 1,
         "name": recipe.name,
-        "statement": _statement(ledger.plan, privacy["observers"], owner_kind(recipe)),
+        "statement": _statement(ledger.plan, privacy["observers"], simulated="simulated" in kinds),
         **privacy,
-        "owners": owner_kind(recipe),
+        "owners": owners,
+        "sites": sites,
         "evaluation_rests_on": evaluation_rests_on(recipe),
+        "slots_without_result": ledger.slots_without_result(),
         "model": recipe.model.source,
     }
 
@@ -133,7 +139,9 @@ def make_certificate(
         "encoder": encoder.describe() | flat_gate(progress.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(progress.stage1 or {})},
         "adapter_start": components.start,
-        "data": components.texts.source.provenance,
+        "data": f"the clients' own text, which stays at {len(ledger.sites())} sites"
+        if ledger.sites()
+        else components.texts.source.provenance,
     }
 
 
@@ -142,11 +150,25 @@ def flat_gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     return {f"gate_{kind}_{key}": value for kind, facts in gate.items() for key, value in facts.items()}
 
 
-def _statement(plan: PrivacyPlan, observers: Mapping[str, Any], owners: str) -> str:
+def lost_sentences(slots: Mapping[str, Sequence[int]]) -> list[str]:
+    """Which slots were charged and gave nothing, and why."""
+    why = {
+        "abandoned": "given up, since too few clients answered",
+        "lost": "lost with a process that was killed",
+    }
+    return [
+        f"Charged without a result ({reason}; the charge stays): "
+        f"{', '.join(f'round {slot}' if slot else 'stage 1' for slot in slots[kind])}."
+        for kind, reason in why.items()
+        if slots[kind]
+    ]
+
+
+def _statement(plan: PrivacyPlan, observers: Mapping[str, Any], *, simulated: bool) -> str:
     """The promise in one sentence; where owners are simulated, what it would be with real ones, after a sentence that says so."""
     promise = _promise(plan, observers)
     private = plan.noise == "secure" and not plan.non_private
-    return f"{SIMULATED} {promise}" if private and owners == SIMULATED_OWNERS else promise
+    return f"{SIMULATED} {promise}" if private and simulated else promise
 
 
 def _promise(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:

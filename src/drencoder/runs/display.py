@@ -20,6 +20,7 @@ from rich.text import Text
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.reading import printable
+from drencoder.runs.certificate import lost_sentences
 from drencoder.runs.plan_overview import Overview
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "make_table",
     "observers_table",
     "plan_tables",
-    "resume_hint",
     "show_note",
     "show_run_folder",
     "summary_table",
@@ -89,13 +89,6 @@ def show_note(console: Console, label: str, text: str, style: str = "yellow") ->
 def show_run_folder(console: Console, folder: Path) -> None:
     """Prints where a finished run lies and what is in it."""
     console.print(f"Run folder: {printable(folder)}  ({_RUN_FILES})", soft_wrap=True)
-
-
-def resume_hint(command: str, folder: Path) -> str:
-    """Returns what a person reads after Ctrl-C: how to go on with `drencoder <command>`, or that nothing has begun."""
-    if (folder / "ledger.jsonl").exists():
-        return f"\nInterrupted. Nothing is lost: drencoder {command} --resume {printable(folder)}"
-    return "\nInterrupted before the run began: nothing was asked or charged. Start the same command again."
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -261,6 +254,8 @@ class RunDisplay:
         self.console.print(observers_table(certificate["observers"], certificate["delta"]))
         if not certificate["private"]:
             show_note(self.console, "NOT PRIVATE", certificate["statement"], "bold red")
+        for sentence in lost_sentences(certificate["slots_without_result"]):
+            show_note(self.console, "Note", sentence)
         sent = certificate["bytes"]
         self.console.print(
             f"Uploads: {bytes_text(sent['uploaded'])} ({sent['counted']}), plain LoRA {bytes_text(sent['plain_lora'])}: "

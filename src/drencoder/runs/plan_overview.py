@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from drencoder.data.evaluation_text import SIMULATED_OWNERS, evaluation_rests_on, owner_kind
+from drencoder.data.evaluation_text import SIMULATED_OWNERS, describe_owners, evaluation_rests_on, owner_kind
 from drencoder.encoders.code_sizes import (
     BITS_PER_VALUE,
     FEW_COORDINATES,
@@ -114,7 +114,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
     private = privacy.trust != "non-private"
     return make_plan(
         trust=privacy.trust if private else "central",  # type: ignore[arg-type]  # checked by the recipe
-        epsilon=None if privacy.noise_multiplier or not private else privacy.epsilon,
+        epsilon=privacy.epsilon if private else None,
         noise_multiplier=privacy.noise_multiplier if private and privacy.noise_multiplier else None,
         delta=privacy.delta,
         population=federation.population,
@@ -149,7 +149,11 @@ def survey(recipe: Recipe) -> Overview:
       ModelError: the local model folder is unreadable or has no target module.
     """
     plan = privacy_plan(recipe)
-    matrices, owners, basis = _adapted(recipe), owner_kind(recipe), evaluation_rests_on(recipe)
+    matrices, owners, basis = (
+        _adapted(recipe),
+        describe_owners([owner_kind(recipe.data)], recipe.data.client_field),
+        evaluation_rests_on(recipe),
+    )
     if matrices is None:
         warning = _encoder_warning(recipe)
         unknown = (None, None, None, None, None, None)

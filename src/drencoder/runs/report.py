@@ -9,7 +9,7 @@ from typing import Any
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
 from drencoder.reading import cut, read_text
-from drencoder.runs.certificate import file_digests
+from drencoder.runs.certificate import file_digests, lost_sentences
 from drencoder.runs.plots import plot_rounds, svg_text
 from drencoder.runs.run_folder import RunFolder
 
@@ -78,11 +78,13 @@ def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, 
         f"<p class='dim'>{html.escape(certificate['evaluation_rests_on'])}</p>",
         "<h2>Epsilon for each observer</h2>",
         _render_observers(certificate),
+        *_render_sites(certificate["sites"]),
         "<h2>Uploads</h2>",
         f"<p>{sent['uploaded']:,} bytes ({html.escape(sent['counted'])}); plain LoRA would send {sent['plain_lora']:,}, "
         f"{sent['plain_lora'] / max(1, sent['uploaded']):.1f} times more.</p>",
         "<h2>Rounds</h2>",
         _render_plot([row for row in metrics if row.get("loss") is not None]),
+        *(f"<p>{html.escape(sentence)}</p>" for sentence in lost_sentences(certificate["slots_without_result"])),
         "<h2>Encoder and stage 1</h2>",
         _render_facts(
             certificate["encoder"] | certificate["stage1"] | {"adapter_start": certificate.get("adapter_start", "peft")}
@@ -120,6 +122,13 @@ def _estimate_text(row: Mapping[str, float] | None) -> str:
     if row is None:
         return "-"
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _render_sites(sites: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns what the sites of a federation said about themselves; nothing without sites."""
+    header = ["site", "clients", "text", "owners"]
+    rows = [[site["name"], site["clients"], site["data"], site["owners"]] for site in sites]
+    return ["<h2>Sites</h2>", _render_table(header, rows)] if sites else []
 
 
 def _render_observers(certificate: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from drencoder.data.evaluation_text import NO_EVALUATION
 from drencoder.encoders.contract import Encoder
-from drencoder.errors import BudgetError, QuorumError
+from drencoder.errors import BudgetError, QuorumError, RefusedError
 from drencoder.evaluation.held_out import held_out_loss, multiple_choice
 from drencoder.evaluation.outcomes import measure_all
 from drencoder.evaluation.verdict import verdict
@@ -139,6 +139,9 @@ def _drive(
         except QuorumError as error:
             listener.say(f"round {slot} was abandoned, its charge stays: {error}")
             progress = replace(progress, slot=slot)
+            if isinstance(error, RefusedError):
+                save_checkpoint(folder, ledger, progress)
+                raise
         save_checkpoint(folder, ledger, progress)
         _evaluate_round(components, folder, ledger, progress, listener)
     return _finish(components, folder, ledger, progress, encoder, listener)

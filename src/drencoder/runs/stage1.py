@@ -6,7 +6,7 @@ charged as non-private can ask for.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.planning import declared
 from drencoder.encoders.request import TrainingGradients
 from drencoder.encoders.viability import GateResult, measure_viability, require_viable
-from drencoder.errors import LostError, QuorumError
+from drencoder.errors import LostError, QuorumError, RefusedError
 from drencoder.federated.query import gradient_query, moment_query
 from drencoder.federated.round import message_rows
 from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
@@ -56,6 +56,8 @@ def run_stage1(
         return _uninformed(components, progress), None
     try:
         return _moments(components, ledger, progress, say), None
+    except RefusedError:
+        raise  # no round would get an answer either
     except QuorumError as error:
         say(f"stage 1 was abandoned, its charge stays: {error} Going on with an uninformed prior.")
         return _uninformed(components, progress), None
@@ -93,6 +95,8 @@ def _real_gradients(
     say(
         f"stage 1: asking about {components.plan.stage1_cohort:.0f} clients for their REAL gradients, un-noised (FedCG: not private)"
     )
+    components.engine.ready()
+    ledger.record_sites(asdict(site) for site in components.engine.sites())
     permit = ledger.charge(0)
     cohort = list(permit.cohort)
     rounds = recipe.prior.epochs if recipe.prior.collection == "federated" else 1

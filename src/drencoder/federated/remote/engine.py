@@ -16,33 +16,28 @@ import torch
 from torch import Tensor
 
 from drencoder.encoders.wire import unpack_rows
-from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError
-from drencoder.federated.engine import RunComponents
+from drencoder.errors import CodeError, EngineError, QuorumError, RecipeError, RefusedError, VoidRoundError
+from drencoder.federated.engine import RunComponents, SiteFacts
 from drencoder.federated.query import Query
 from drencoder.federated.remote.agreement import ClientSet, agreement
-from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
-from drencoder.federated.remote.instruction import (
-    Answer,
-    Instruction,
-    Refusal,
-    adapter_bytes,
-    encoder_bytes,
-    fingerprint,
-)
+from drencoder.federated.remote.frames import Frame, Kind, pack_frame
+from drencoder.federated.remote.instruction import Answer, Instruction, adapter_bytes, encoder_bytes, fingerprint
+from drencoder.federated.remote.membership import Membership
+from drencoder.federated.remote.refusal import Refusal
 from drencoder.federated.remote.roster import is_secure
 from drencoder.federated.remote.rounds import NodeDirectory, ProtocolMessages, parse_answer
 from drencoder.federated.remote.transport import Traffic, Transport
 from drencoder.federated.round import SecureSum, Upload
 from drencoder.federated.secure_round import round_settings, secure_sum
+from drencoder.models.identity import BaseDigests
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.messages import ProtocolStep, round_bytes
 
 __all__ = ["RemoteEngine", "RoundTimeouts", "make_remote_engine"]
 
-_HELLO_TIMEOUT = 30.0
-_HELLO_PAUSE = 20.0  # s until a node that did not say who it is is asked again
 _BATCH = 32  # messages that are unpacked at once
+_MEND = "Mend the sites and start them again, then go on with --resume."
 _TAIL = 8.0  # standard deviations: noise that long has a chance of 1e-14
 
 
@@ -77,14 +72,17 @@ def make_remote_engine(
     timeouts: RoundTimeouts,
     say: Callable[[str], None] = lambda text: None,
     keys: Mapping[str, bytes] | None = None,
+    listed: Mapping[str, ClientSet] | None = None,
 ) -> Callable[[RunComponents], "RemoteEngine"]:
-    """What `runs.run.run(engine=...)` takes. `keys`: name -> public key of each node, for secure aggregation."""
-    return lambda components: RemoteEngine(components, transport, timeouts, say, keys)
+    """What `runs.run.run(engine=...)` takes. `keys`: name -> public key of each node, for secure aggregation; `listed`: name -> the
+    clients that the server's list of keys gives to a node."""
+    return lambda components: RemoteEngine(components, transport, timeouts, say, keys, listed)
 
 
 @final
 class RemoteEngine:
-    """An engine whose clients live behind a `Transport`. Who hosts whom is fixed when a node first says hello.
+    """An engine whose clients live behind a `Transport`. Who hosts whom is fixed by the server's list, else when a node first
+    says hello.
 
     Raises RecipeError under secure aggregation unless there is one key for each of the recipe's nodes.
     """
@@ -96,6 +94,7 @@ class RemoteEngine:
         timeouts: RoundTimeouts,
         say: Callable[[str], None],
         keys: Mapping[str, bytes] | None = None,
+        listed: Mapping[str, ClientSet] | None = None,
     ) -> None:
         self._transport, self._timeouts, self._say = transport, timeouts, say
         self._recipe = agreement(components.recipe)
@@ -104,9 +103,8 @@ class RemoteEngine:
         if is_secure(components.recipe):
             self._directory = NodeDirectory.of(keys or {})
             self._directory.roster.check(components.recipe, "the server")
-        self._hosts: dict[int, str] = {}  # client -> node's name
-        self._known: set[str] = set()
-        self._ask_again: dict[str, float] = {}
+        self._base = components.base_digests
+        self._members = Membership(transport, self._recipe, self._base, self._population, listed or {}, say)
         self._has_encoder: dict[int, str] = {}  # node -> fingerprint
         self._started = False
 
@@ -116,70 +114,38 @@ class RemoteEngine:
         """Waits until nodes that host a quorum of the population are there (at first: all expected nodes)."""
         end = time.monotonic() + self._timeouts.wait
         while True:
-            online = self._roll_call()
-            enough = len(self._reachable(online)) >= max(1.0, self._timeouts.quorum * self._population)
+            online = self._members.roll_call()
+            reachable = self._members.reachable(online)
+            enough = len(reachable) >= max(1.0, self._timeouts.quorum * self._population)
             if self._directory is not None:
                 enough = enough and len(self._directory.reachable_nodes(online)) >= self._threshold
-            complete = self._started or len(online) >= self._timeouts.nodes
+            complete = self._started or self._members.present >= self._timeouts.nodes
             if enough and (complete or time.monotonic() > end):
                 self._started = True
                 return
+            if self._all_refuse:
+                raise EngineError(f"{self._refusals} Nothing was charged for this slot. {_MEND}")
             if time.monotonic() > end:
+                reasons = f" These refuse: {self._members.reasons}." if self._members.reasons else ""
                 raise EngineError(
-                    f"nodes that host {len(self._reachable(online))} of {self._population} clients could be reached in "
+                    f"nodes that host {len(reachable)} of {self._population} clients could be reached in "
                     f"{self._timeouts.wait:.0f} s, and the quorum is {self._timeouts.quorum:g}: nothing was charged for this "
-                    "slot. Start more nodes, then go on with --resume."
+                    f"slot.{reasons} Start more nodes, then go on with --resume."
                 )
             time.sleep(0.2)
 
-    def _roll_call(self) -> dict[int, str]:
-        """The nodes that can be reached now; new ones are asked which clients they host."""
-        online = self._transport.nodes()
-        now = time.monotonic()
-        unknown = [(name, node) for node, name in online.items() if name not in self._known]
-        fresh = {node: name for name, node in sorted(unknown) if now >= self._ask_again.get(name, 0.0)}
-        if not fresh:
-            return online
-        nonces = {node: secrets.token_hex(16) for node in fresh}
-        asked = {node: pack_frame(Frame(Kind.HELLO, self._recipe, {"nonce": nonces[node]})) for node in fresh}
-        answers = self._transport.exchange("hello", asked, _HELLO_TIMEOUT)
-        for node, name in fresh.items():
-            if node in answers:
-                self._known.add(name)
-                self._enter(name, answers[node], nonces[node])
-            else:
-                self._ask_again[name] = time.monotonic() + _HELLO_PAUSE
-        return online
+    @property
+    def _all_refuse(self) -> bool:
+        """Whether nobody is left to ask; not before the first slot if nobody knows how many nodes will come."""
+        return bool(self._timeouts.nodes or self._started) and self._members.all_refuse(self._timeouts.nodes)
 
-    def _enter(self, name: str, data: bytes, nonce: str) -> None:
-        try:
-            frame = unpack_frame(data, Kind.HELLO_ANSWER, first=0, second=0)
-            if frame.recipe != self._recipe or frame.head.get("nonce") != nonce:
-                raise CodeError("of another recipe")
-            own_clients = ClientSet.parse(str(frame.head.get("clients")), self._population)
-        except CodeError:
-            self._say(f"node {name}: {self._why(data)}; it is not asked in this run")
-            return
-        except RecipeError as error:
-            self._say(f"node {name}: {error} It is not asked in this run.")
-            return
-        taken = [client for client in own_clients.clients if self._hosts.setdefault(client, name) != name]
-        self._say(f"node {name}: hosts {len(own_clients.clients) - len(taken)} clients")
-        if taken:
-            self._say(
-                f"node {name}: client {taken[0]} and {len(taken) - 1} more are another node's already: left there"
-            )
+    @property
+    def _refusals(self) -> str:
+        return f"every site refuses, for a reason that lasts: {self._members.reasons}."
 
-    def _why(self, data: bytes) -> str:
-        try:
-            return Refusal(Answer.of(unpack_frame(data, Kind.QUERY_ANSWER, first=0, second=0).head).refusal).words
-        except (CodeError, ValueError, KeyError):
-            return "answers in another version, recipe or protocol"
-
-    def _reachable(self, online: Mapping[int, str]) -> dict[int, int]:
-        """client -> the node that hosts it, of the nodes that can be reached."""
-        nodes = {name: node for node, name in online.items()}
-        return {client: nodes[name] for client, name in self._hosts.items() if name in nodes}
+    def sites(self) -> Sequence[SiteFacts]:
+        """Those that said hello in this process, by name."""
+        return self._members.sites()
 
     # --- one question -------------------------------------------------------------------------
 
@@ -195,9 +161,9 @@ class RemoteEngine:
         if self._directory is not None:
             yield self._summed(self._directory, query, adapter_D, permit, cohort)
             return
-        online = self._roll_call()
-        hosts = self._reachable(online)
-        asked: dict[int, list[int]] = {node: [] for node in online.keys() & hosts.values() if permit.trust == "central"}
+        online = self._members.roll_call()
+        hosts = self._members.reachable(online)
+        asked: dict[int, list[int]] = {node: [] for node in set(hosts.values()) if permit.trust == "central"}
         for client in cohort:
             if client in hosts:
                 asked.setdefault(hosts[client], []).append(client)
@@ -221,14 +187,19 @@ class RemoteEngine:
         )
 
     def _check_quorum(self, present: int, total: int, answered: int | None, words: str) -> None:
+        self._check_somebody_answers(answered)
         if present < self._timeouts.quorum * total:
             raise QuorumError(f"{present} of {total} {words}, and the quorum is {self._timeouts.quorum:g}.", answered)
+
+    def _check_somebody_answers(self, answered: int | None) -> None:
+        if self._all_refuse:
+            raise RefusedError(f"{self._refusals} {_MEND}", answered)
 
     def _exchange(
         self, query: Query, adapter_D: Tensor, permit: Permit, asked: Mapping[int, list[int]]
     ) -> dict[int, Upload]:
         """Node -> what it sent, for the nodes that answered well."""
-        questions = {node: _instruction(query, permit, clients) for node, clients in asked.items()}
+        questions = {node: _instruction(query, permit, clients, self._base) for node, clients in asked.items()}
         limits = {node: len(clients) * query.spec.wire.message_size for node, clients in asked.items()}
         answers = self._ask(query, adapter_D, questions, limits)
         uploads = {}
@@ -265,7 +236,7 @@ class RemoteEngine:
                 if got == Refusal.ENCODER_NEEDED:
                     lacking[node] = asking
                 elif isinstance(got, Refusal):
-                    self._say(f"node {node}: {got.words}")
+                    self._members.refuse(node, got)
                 else:
                     answers[node] = got
                     if asking.asks:
@@ -279,13 +250,13 @@ class RemoteEngine:
         self, directory: NodeDirectory, query: Query, adapter_D: Tensor, permit: Permit, cohort: Sequence[int]
     ) -> SecureSum:
         """Secure aggregation. Raises VoidRoundError, a QuorumError, when the sum cannot be had."""
-        online = self._roll_call()
+        online = self._members.roll_call()
         reachable_nodes = directory.reachable_nodes(online)
-        clients = directory.clients(reachable_nodes, self._reachable(online), cohort)
+        clients = directory.clients(reachable_nodes, self._members.reachable(online), cohort)
         counts = tuple(map(len, clients))
         self._check_quorum(sum(counts), len(cohort), None, "of the cohort's clients can be reached")
         settings = round_settings(query, permit, counts, directory.roster.keys, self._threshold)
-        plain = _instruction(query, permit, ())
+        plain = _instruction(query, permit, (), self._base)
 
         def ask_first_step(asked: Mapping[int, tuple[list[int], bytes]]) -> dict[int, tuple[str, bytes]]:
             questions = {
@@ -309,13 +280,17 @@ class RemoteEngine:
             self._timeouts.round_timeout,
             self._say,
         )
-        answers = secure_sum(settings, clients, messages.exchange)
+        try:
+            answers = secure_sum(settings, clients, messages.exchange)
+        except VoidRoundError:
+            self._check_somebody_answers(None)
+            raise
         planned, _ = round_bytes(len(settings.roster), settings.values, settings.bits)
         self._say_bytes(query, before, len(settings.roster) * planned)
         return answers
 
 
-def _instruction(query: Query, permit: Permit, clients: Sequence[int]) -> Instruction:
+def _instruction(query: Query, permit: Permit, clients: Sequence[int], base: BaseDigests) -> Instruction:
     """The question to some clients; its name and its encoder's are given when it is sent."""
     return Instruction(
         nonce="",
@@ -327,6 +302,8 @@ def _instruction(query: Query, permit: Permit, clients: Sequence[int]) -> Instru
         spec=query.spec,
         clients=tuple(clients),
         encoder="",
+        model=base.model,
+        tokenizer=base.tokenizer,
     )
 
 

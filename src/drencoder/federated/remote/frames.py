@@ -4,7 +4,7 @@
 
     offset  bytes  field
     0       4      magic b"DRFL"
-    4       1      version, 1
+    4       1      version, 2
     5       1      kind: 1 hello, 2 its answer, 3 query, 4 its answer and a stage's,
                      5 a later stage of secure aggregation
     6       2      zero
@@ -32,7 +32,7 @@ __all__ = ["Frame", "Kind", "pack_frame", "unpack_frame"]
 
 _PREFIX = struct.Struct("<4sBBH32sIQQ")
 _MAGIC = b"DRFL"
-_VERSION = 1
+_VERSION = 2
 _MAX_HEAD = 1 << 20
 
 

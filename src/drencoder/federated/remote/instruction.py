@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from enum import IntEnum
 from typing import Any, final
 
 import numpy as np
@@ -25,7 +24,6 @@ from drencoder.reading import parse_json
 __all__ = [
     "Answer",
     "Instruction",
-    "Refusal",
     "adapter_bytes",
     "adapter_of",
     "encoder_bytes",
@@ -34,63 +32,14 @@ __all__ = [
 ]
 
 
-class Refusal(IntEnum):
-    """Why a site does not answer. The number travels and nothing else does."""
-
-    NONE = 0
-    FOREIGN = 1
-    RECIPE = 2
-    RUN = 3
-    PLAN = 4
-    CLIENTS = 5
-    ANSWERED = 6
-    ADAPTER = 7
-    ENCODER_NEEDED = 8
-    ENCODER = 9
-    CLIP = 10
-    STORAGE = 11
-    FAILED = 12
-    APP = 13
-    ROSTER = 14
-    ROUND = 15
-    SECURE = 16
-    VOID = 17
-
-    @property
-    def words(self) -> str:
-        """For the server's log."""
-        return _WORDS[self]
-
-
-_WORDS = {
-    Refusal.NONE: "answered",
-    Refusal.FOREIGN: "cannot read the message: another version, or damaged",
-    Refusal.RECIPE: "has another recipe",
-    Refusal.RUN: "belongs to another run: its clients must consent to this one, which then needs a --state folder of its own there",
-    Refusal.PLAN: "has another plan: trust, noise multiplier, kind of noise or slot",
-    Refusal.CLIENTS: "does not host these clients",
-    Refusal.ANSWERED: "has answered this slot already",
-    Refusal.ADAPTER: "got an adapter of another size, or one that is not finite",
-    Refusal.ENCODER_NEEDED: "needs the encoder",
-    Refusal.ENCODER: "cannot build the encoder, or builds another one",
-    Refusal.CLIP: "got an impossible clip norm",
-    Refusal.STORAGE: "cannot write its ledger",
-    Refusal.FAILED: "failed",
-    Refusal.APP: "allows no other app than drencoder's own",
-    Refusal.ROSTER: "has pinned other node keys: its --roster and the server's --nodes must be the same",
-    Refusal.ROUND: "is not in this round: it was started again, or has refused before",
-    Refusal.SECURE: "found a message of secure aggregation that an honest node must not answer",
-    Refusal.VOID: "counts too few nodes or clients: the round is void",
-}
-
-
 @final
 @dataclass(frozen=True)
 class Instruction:
     """A query frame's head: which question, to which clients, under which charge.
 
     `nonce` names this message; its answer repeats it. `spec` is the question, which the site compares with its own recipe's.
-    `encoder` is the fingerprint of the second part, which is left out where the site has it.
+    `encoder` is the fingerprint of the second part, which is left out where the site has it. `model` and `tokenizer` are the
+    digests of what the server computes with.
 
     Secure aggregation only: `counts` is how many clients of the cohort each node of the roster hosts, `roster` the digest of the
     nodes' keys, `request` the first stage's in hex.
@@ -105,6 +54,8 @@ class Instruction:
     spec: QuerySpec
     clients: tuple[int, ...]
     encoder: str
+    model: str
+    tokenizer: str
     counts: tuple[int, ...] = ()
     roster: str = ""
     request: str = ""
@@ -123,7 +74,10 @@ class Instruction:
         clients, counts = head.get("clients"), head.get("counts")
         if set(head) != {field.name for field in fields(cls)}:
             raise CodeError("a query's head lacks fields or has others")
-        texts = [head[key] for key in ("nonce", "run", "trust", "noise", "encoder", "roster", "request")]
+        texts = [
+            head[key]
+            for key in ("nonce", "run", "trust", "noise", "encoder", "model", "tokenizer", "roster", "request")
+        ]
         scale = head["noise_multiplier"]
         if not (
             all(isinstance(text, str) and len(text) <= 128 for text in texts)

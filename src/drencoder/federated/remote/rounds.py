@@ -10,7 +10,8 @@ from typing import TypeAlias, final
 
 from drencoder.errors import CodeError
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
-from drencoder.federated.remote.instruction import Answer, Refusal
+from drencoder.federated.remote.instruction import Answer
+from drencoder.federated.remote.refusal import Refusal
 from drencoder.federated.remote.roster import Roster
 from drencoder.federated.remote.transport import Transport
 from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings

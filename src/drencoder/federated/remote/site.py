@@ -28,7 +28,8 @@ from drencoder.federated.engine import RunComponents
 from drencoder.federated.query import Query, gradient_query, moment_query, update_query
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
-from drencoder.federated.remote.instruction import Answer, Instruction, Refusal, adapter_of, encoder_of, fingerprint
+from drencoder.federated.remote.instruction import Answer, Instruction, adapter_of, encoder_of, fingerprint
+from drencoder.federated.remote.refusal import Refusal, refusal_frame
 from drencoder.federated.remote.session import SecAggSession
 from drencoder.federated.round import Upload, client_message
 from drencoder.federated.secure_round import node_share, round_settings
@@ -120,7 +121,7 @@ class Site:
     def _refuse(self, nonce: str, code: Refusal) -> bytes:
         if code != Refusal.ENCODER_NEEDED:
             self._say(f"refused: {code.words}")
-        return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, Answer(nonce, code).head()))
+        return refusal_frame(code, nonce, self._recipe)
 
     def _frame(self, data: bytes, kind: Kind) -> Frame:
         adapter = 4 * self._components.lora.layout.size
@@ -132,14 +133,19 @@ class Site:
     def _answer_hello(self, data: bytes) -> bytes:
         """Which clients are here. The head's nonce comes back."""
         frame = self._frame(data, Kind.HELLO)
-        head = {"nonce": str(frame.head.get("nonce", ""))[:128], "clients": str(self._own_clients)}
+        self._check_base(frame.head.get("model"), frame.head.get("tokenizer"))
+        text, owners = self._components.clients_text
+        nonce = str(frame.head.get("nonce", ""))[:128]
+        head = {"nonce": nonce, "clients": str(self._own_clients), "data": text, "owners": owners}
         return pack_frame(Frame(Kind.HELLO_ANSWER, self._recipe, head))
 
     def _answer_query(self, frame: Frame, asked: Instruction) -> bytes:
         """Checks everything, charges, and only then lets the clients compute."""
-        if not asked.asks:  # the server only asks whether this site is there
-            return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, Answer(asked.nonce, Refusal.NONE).head()))
+        self._check_base(asked.model, asked.tokenizer)
         self._check_plan(asked)
+        if not asked.asks:  # the server only asks whether this site is there, and would answer
+            self._check_run(asked)
+            return self._pack_answer(Answer(asked.nonce, Refusal.NONE), b"")
         if not set(asked.clients) <= self._clients:
             raise _RefusedError(Refusal.CLIENTS)
         try:
@@ -205,6 +211,22 @@ class Site:
         return pack_frame(Frame(Kind.QUERY_ANSWER, self._recipe, answer.head(), first=first))
 
     # --- checks -------------------------------------------------------------------------------
+
+    def _check_base(self, model: object, tokenizer: object) -> None:
+        """Training on another base gives updates that mean nothing at the server; nothing private depends on it."""
+        base = self._components.base_digests
+        if model != base.model:
+            raise _RefusedError(Refusal.MODEL)
+        if tokenizer != base.tokenizer:
+            raise _RefusedError(Refusal.TOKENIZER)
+
+    def _check_run(self, asked: Instruction) -> None:
+        try:
+            run = self._ledger.run
+        except ArtifactError:
+            raise _RefusedError(Refusal.STORAGE) from None
+        if run not in (None, asked.run):
+            raise _RefusedError(Refusal.RUN)
 
     def _check_plan(self, asked: Instruction) -> None:
         plan = self._components.plan
