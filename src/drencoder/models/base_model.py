@@ -1,31 +1,45 @@
-"""The base model: a frozen causal language model and its tokenizer, from the package, a folder or the hub.
+"""The base model: a frozen causal language model and its tokenizer, from the package, a folder, a GGUF file or the hub."""
 
-This file and `lora.py` are the only ones that import transformers.
-"""
-
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from drencoder.errors import DeviceError, ModelError
+from drencoder.errors import DeviceError
+from drencoder.models.gguf_header import read_gguf_header
+from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
+from drencoder.models.place import ModelPlace, embedded_folder, locate
 from drencoder.recipe import recipe as config
 
 __all__ = ["BaseModel", "embedded_folder", "load_base", "resolve_device"]
 
+_UNKNOWN = "unknown"  # the hub's own tag for a licence that nobody states
+_TAG = "[A-Za-z0-9.+-]{1,60}"
+
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen causal language model and its tokenizer."""
+    """A frozen causal language model and its tokenizer.
+
+    `hub_id` and `revision` (a commit) are empty for a model that has none; `licence` is the tag that its files state.
+    """
 
     model: Any
     tokenizer: Any
     source: str
+    hub_id: str = ""
+    revision: str = ""
+    licence: str = _UNKNOWN
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -72,6 +86,11 @@ class BaseModel:
         return int(getattr(head, "out_features", head.weight.shape[0]))  # a quantised weight has another shape
 
     @property
+    def positions(self) -> int:
+        """How long a text the model's config foresees; 0 if it says nothing."""
+        return num_positions(self.model.config)
+
+    @property
     def end_id(self) -> int:
         return self.tokenizer.eos_token_id
 
@@ -79,11 +98,6 @@ class BaseModel:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.end_id if pad is None else pad
-
-
-def embedded_folder() -> Path:
-    """The folder of the model that is shipped inside the package."""
-    return Path(str(resources.files("drencoder") / "embedded"))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -99,26 +113,74 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_base(knobs: config.Model) -> BaseModel:
-    """Loads the base model from the package, a local folder or the hub, frozen and in eval mode.
+def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
+    """Loads the base model from the package, a folder, a GGUF file or the hub, frozen and in eval mode.
+
+    Code that comes with a model is never run.
+
+    Args:
+      max_tokens: of the longest text, for which the model must have positions; 0: not known.
 
     Raises:
       DeviceError: the device is not there.
-      ModelError: the folder or hub id has no causal language model, or its tokenizer has no end token.
+      ModelError: there is no whole causal language model with a tokenizer that fits it (`model_checks`).
     """
-    device = resolve_device(knobs.device)
-    source = str(embedded_folder()) if knobs.source == "embedded" else knobs.source
-    hf_logging.disable_progress_bar()  # a bar for a model of two megabytes hides our own lines
+    device, place = resolve_device(knobs.device), locate(knobs)
+    name, options = _arguments(place)
+    with _quiet(place):
+        with explained(knobs.source, "config"):
+            settings = AutoConfig.from_pretrained(name, **options)
+        check_config(settings, knobs.source)
+        with explained(knobs.source, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        check_tokenizer(tokenizer, knobs.source)
+        with explained(knobs.source):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=getattr(torch, knobs.dtype), output_loading_info=True, **options
+            )
+        model = model.requires_grad_(False).eval().to(device)
+        check_model(model, tokenizer, knobs.source, report, max_tokens)
+    revision = place.revision if place.path else getattr(settings, "_commit_hash", None) or place.revision
+    return BaseModel(model, tokenizer, knobs.source, place.hub_id, revision, _licence(place, name, options))
+
+
+def _arguments(place: ModelPlace) -> tuple[str, dict[str, Any]]:
+    """What transformers is told: a folder or hub id, and options."""
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if place.path is None:
+        return place.hub_id, options | ({"revision": place.revision} if place.revision else {})
+    if place.is_gguf:
+        return str(place.path.parent), options | {"gguf_file": place.path.name}
+    return str(place.path), options
+
+
+@contextlib.contextmanager
+def _quiet(place: ModelPlace) -> Iterator[None]:
+    """Keeps the libraries' bars and warnings off the screen: what matters of them is an error of ours."""
+    bars = contextlib.redirect_stderr(io.StringIO()) if place.is_gguf else contextlib.nullcontext()
+    before = hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, knobs.dtype))
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model.source = {knobs.source!r} cannot be loaded ({first_line}): give 'embedded', a local Hugging Face "
-            "folder with config.json, weights and tokenizer, or a hub id that this machine can reach."
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {knobs.source!r} has no end-of-text token: set eos_token in its files.")
-    model.requires_grad_(False)
-    return BaseModel(model.eval().to(device), tokenizer, knobs.source)
+        with warnings.catch_warnings(), bars:
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def _licence(place: ModelPlace, name: str, options: dict[str, Any]) -> str:
+    """The licence tag at the head of the model's own card, as the hub reads it, or of a GGUF file."""
+    if place.path == embedded_folder():
+        return "apache-2.0"
+    if place.is_gguf and place.path is not None:
+        stated = str(read_gguf_header(place.path).facts.get("general.license", ""))
+        return stated if re.fullmatch(_TAG, stated) else _UNKNOWN
+    try:
+        card = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False, revision=options.get("revision"))
+        text = Path(card).read_text("utf-8") if card else ""
+    except (OSError, ValueError):
+        return _UNKNOWN
+    head = re.match(r"---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
+    tag = re.search(rf"^license:\s*[\"']?({_TAG})[\"']?\s*$", head[1], re.MULTILINE) if head else None
+    return tag[1] if tag else _UNKNOWN
