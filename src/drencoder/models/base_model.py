@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -52,7 +53,6 @@ class BaseModel:
         place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return tuple(whole[:place])
 
-    @torch.inference_mode()
     def write(self, count: int, max_tokens: int, seed: int) -> list[str]:
         """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long.
 
@@ -60,24 +60,43 @@ class BaseModel:
         that the seed decides on every device (up to rounding).
         """
         generator = torch.Generator().manual_seed(seed)
-        device = next(self.model.parameters()).device
         first = list(self.start_ids)
         special = torch.tensor(self.tokenizer.all_special_ids)
         ordinary = torch.arange(len(self.tokenizer))
         ordinary = ordinary[~torch.isin(ordinary, special)]
         chosen_N = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
-        tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1).to(device)
-        done_N, cache = torch.zeros(count, dtype=torch.bool), None
-        while tokens_NL.shape[1] < max_tokens and not bool(done_N.all()):
+        tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1)
+        tokens_NL = self.complete(tokens_NL, max_tokens, generator)
+        return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def complete(
+        self, tokens_NL: Tensor, length: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Texts (N, L) of one length, gone on with to `length` tokens or until each has its end token, which is then repeated.
+
+        Args:
+          generator: draws from the model's distribution, on the CPU; None = always the most likely token.
+          temperature: divides the logits before a draw.
+        """
+        device = next(self.model.parameters()).device
+        tokens_NL = tokens_NL.to(device)
+        done_N, cache = torch.zeros(len(tokens_NL), dtype=torch.bool), None
+        while tokens_NL.shape[1] < length and not bool(done_N.all()):
             fresh_NL = tokens_NL if cache is None else tokens_NL[:, -1:]
-            answer = self.model(input_ids=fresh_NL, past_key_values=cache, use_cache=True)
-            cache = answer.past_key_values
-            share_NV = answer.logits[:, -1].float().cpu().softmax(dim=-1)
-            next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
+            memory = {} if cache is None else {"past_key_values": cache}
+            answer = self.model(input_ids=fresh_NL, use_cache=True, **memory)
+            cache = getattr(answer, "past_key_values", None)  # models without attention have none: all is read again
+            logits_NV = answer.logits[:, -1].float().cpu()
+            if generator is None:
+                next_N = logits_NV.argmax(dim=-1)
+            else:
+                share_NV = (logits_NV / temperature).softmax(dim=-1)
+                next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
             next_N[done_N] = self.end_id
             done_N |= next_N == self.end_id
             tokens_NL = torch.cat([tokens_NL, next_N[:, None].to(device)], dim=1)
-        return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
+        return tokens_NL
 
     @property
     def vocabulary(self) -> int:
@@ -136,7 +155,11 @@ def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
         check_tokenizer(tokenizer, knobs.source)
         with explained(knobs.source):
             model, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=getattr(torch, knobs.dtype), output_loading_info=True, **options
+                name,
+                dtype=getattr(torch, knobs.dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_model refuses them in one sentence
+                **options,
             )
         model = model.requires_grad_(False).eval().to(device)
         check_model(model, tokenizer, knobs.source, report, max_tokens)

@@ -96,7 +96,7 @@ class LoraModel:
         """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`)."""
         with self.peft(vector_D):
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing true about this run
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card says nothing true about a run; runs.model_card does
 
     # --- K vectors, through hooks -------------------------------------------------------------
 
@@ -275,6 +275,8 @@ def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed:
         warnings.simplefilter("ignore")  # PEFT says that GPT-2's layers are transposed, and takes care of it
         torch.manual_seed(derive_seed(seed, "adapter"))
         attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+    if base.hub_id:  # rather than where this machine keeps it
+        lora.base_model_name_or_path, lora.revision = base.hub_id, base.revision or None
     for name, parameter in attached.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

@@ -1,6 +1,7 @@
 """What can be wrong with a base model, one sentence each, told when it is loaded and before anything is charged."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,15 +48,25 @@ def _explanation(source: str, part: str, words: str, missing_library: bool) -> s
         )
     if missing_library and "gguf" in words.lower():
         return f"model.source = {source!r} needs the package gguf: pip install 'drencoder[gguf]'."
-    if "does not recognize this architecture" in words or "model_type" in words:
+    if "Weights only load failed" in words:
         return (
-            f"model.source = {source!r} has a model_type that the installed transformers does not know ({words}): choose another "
-            "model, or install a transformers that knows it."
+            f"model.source = {source!r}: its .bin weights hold more than numbers, which could be code and is never run: convert "
+            "them to safetensors."
         )
-    return (
-        f"model.source = {source!r}: its {part} cannot be loaded ({words}): give 'embedded', a local Hugging Face folder with "
-        "config.json, weights and tokenizer, a .gguf file, or a hub id that this machine can reach."
+    if "does not recognize this architecture" in words or "`model_type`" in words:
+        named = re.search(r"model type `([^`]{1,60})`", words)
+        kind = f"the model_type {named[1]!r}" if named else "no model_type in its config.json"
+        return (
+            f"model.source = {source!r} has {kind}, so that transformers cannot tell what it is: choose another model, or install "
+            "a transformers that knows it."
+        )
+    cure = (
+        "put the model's own tokenizer.json and tokenizer_config.json beside its weights"
+        if part == "tokenizer"
+        else "give 'embedded', a local Hugging Face folder with config.json, weights and tokenizer, a .gguf file, or a hub id that "
+        "this machine can reach"
     )
+    return f"model.source = {source!r}: its {part} cannot be loaded ({words.rstrip('. :')}): {cure}."
 
 
 def check_config(settings: Any, source: str) -> None:
@@ -96,12 +107,16 @@ def check_model(model: Any, tokenizer: Any, source: str, report: Mapping[str, An
             "tokenizer that belongs to the model, or enlarge the table."
         )
     _check_causal(model, source, rows)
-    if missing := sorted({*report.get("missing_keys", ()), *(key for key, *_ in report.get("mismatched_keys", ()))}):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(
-            f"the checkpoint of {source!r} lacks {missing[0]}{more}, which would be random numbers: give the folder of the whole "
-            "language model."
-        )
+    for trouble, keys in (
+        ("lacks", report.get("missing_keys", ())),
+        ("has another shape than the config says of", [key for key, *_ in report.get("mismatched_keys", ())]),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(
+                f"the checkpoint of {source!r} {trouble} {min(keys)}{more}, so that random numbers would stand there: give the "
+                "folder of the whole language model, with its own config.json."
+            )
     _check_positions(model, source, max_tokens)
 
 

@@ -113,7 +113,7 @@ def make_certificate(
     from drencoder.encoders.wire import WireFormat
 
     recipe, plan, layout = components.recipe, components.plan, components.lora.layout
-    secure = plan.trust == "secure-aggregation"
+    secure, base = plan.trust == "secure-aggregation", components.lora.base
     senders = recipe.federation.nodes if secure else plan.expected_cohort
     uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
     wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
@@ -134,6 +134,7 @@ def make_certificate(
         "stage1": {"prior": recipe.prior.source, **(progress.stage1 or {})},
         "adapter_start": components.start,
         "data": components.texts.source.provenance,
+        "base": {"hub_id": base.hub_id, "revision": base.revision, "licence": base.licence},
     }
 
 
