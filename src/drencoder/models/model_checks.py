@@ -100,10 +100,10 @@ def check_model(model: Any, tokenizer: Any, source: str, report: Mapping[str, An
       max_tokens: of the longest text; 0: not known.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    known = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if known > rows:
+    largest = max(_reachable_ids(tokenizer), default=-1)
+    if largest >= rows:
         raise ModelError(
-            f"the tokenizer of {source!r} has {known} tokens and the model's embedding table has {rows} rows: take the "
+            f"the tokenizer of {source!r} has {largest + 1} tokens and the model's embedding table has {rows} rows: take the "
             "tokenizer that belongs to the model, or enlarge the table."
         )
     _check_causal(model, source, rows)
@@ -118,6 +118,16 @@ def check_model(model: Any, tokenizer: Any, source: str, report: Mapping[str, An
                 "folder of the whole language model, with its own config.json."
             )
     _check_positions(model, source, max_tokens)
+
+
+def _reachable_ids(tokenizer: Any) -> set[int]:
+    """Ids that a text can have: all but special tokens that nobody puts there, which some tokenizer classes add by themselves."""
+    template = str(tokenizer.chat_template or "")
+    used = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}
+    used |= set(tokenizer("a \u2603 \u0f3a")["input_ids"])
+    added = tokenizer.added_tokens_decoder.items()
+    unused = {number for number, token in added if token.special and token.content not in template} - used
+    return (set(tokenizer.get_vocab().values()) | used) - unused
 
 
 def _check_causal(model: Any, source: str, rows: int) -> None:
