@@ -152,7 +152,10 @@ def test_targets_of_qwen_7b(targets: tuple[str, ...], shapes: list[list[int]]) -
 
 def test_unknown_models_and_targets() -> None:
     assert known_matrices("org/model-7b", ("q_proj",)) is None
-    for name in ("proj", "h.32.attn.c_proj"):  # a part of a name, and a layer too many, are no names, beside one that is
+    for name in (
+        "proj",
+        "h.32.attn.c_proj",
+    ):  # a part of a name, and a layer too many, are no names, beside one that is
         with pytest.raises(ModelError, match=rf"'{name}' names no linear layer"):
             known_matrices("Qwen/Qwen-7B", ("c_attn", name))
     with pytest.raises(ModelError, match=r"'q_proj' names no linear layer of 'Qwen/Qwen-7B'.*c_attn, c_proj, w1, w2"):

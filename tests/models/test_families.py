@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TABLE
-from transformers import AutoModelForCausalLM
 
 from conftest import random_examples
 from drencoder.data.tokenization import Example
@@ -19,6 +17,7 @@ from drencoder.models.place import ModelPlace
 from drencoder.models.planned_layers import adapted_matrices
 from drencoder.models.targets import FAMILY_TARGETS
 from drencoder.recipe import recipe as config
+from peft_reference import plain_loss
 from tiny_models import CAUSAL, make_model
 
 _QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -42,18 +41,6 @@ ALL_LINEAR = {
     "qwen2_moe": {*_QKVO, "gate_proj", "up_proj", "down_proj", "shared_expert_gate"},
 }
 CASES = [*(("auto", family) for family in AUTO), *(("all-linear", family) for family in ALL_LINEAR)]
-
-
-def plain_loss(folder: Path, adapter: Path, examples: list[Example]) -> float:
-    """Mean loss of the predicted tokens by nothing but transformers and peft, one text at a time."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter)).eval()
-    total, count = 0.0, 0
-    for example in examples:
-        with torch.no_grad():
-            chances = model(input_ids=torch.tensor([example.tokens])).logits[0].float().log_softmax(-1)
-        for place in range(example.prompt_length, len(example.tokens)):
-            total, count = total - float(chances[place - 1, example.tokens[place]]), count + 1
-    return total / count
 
 
 def alike(examples: list[Example]) -> list[Example]:

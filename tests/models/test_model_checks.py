@@ -60,7 +60,11 @@ def hide_code(folder: Path) -> None:
 
 
 def hide_code_in_the_tokenizer(folder: Path) -> None:
-    edit(folder / "tokenizer_config.json", tokenizer_class="Strange", auto_map={"AutoTokenizer": ["strange.Strange", None]})
+    edit(
+        folder / "tokenizer_config.json",
+        tokenizer_class="Strange",
+        auto_map={"AutoTokenizer": ["strange.Strange", None]},
+    )
     (folder / "strange.py").write_text(f"open({str(folder / 'trace')!r}, 'w')")
 
 

@@ -1,5 +1,6 @@
 """Where a model lies: a folder, the hub's cache, a GGUF file; and what a path that leads nowhere says."""
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def write_gguf(file: Path, base: Any) -> None:
     settings, tokenizer = base.model.config, base.tokenizer
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     special = set(tokenizer.all_special_tokens)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
 
     def text(value: str) -> bytes:
         data = value.encode()
@@ -114,7 +116,7 @@ def write_gguf(file: Path, base: Any) -> None:
         entry("tokenizer.ggml.model", _STRING, text("gpt2")),
         entry("tokenizer.ggml.tokens", _ARRAY, array(_STRING, [text(token) for token in vocabulary])),
         entry("tokenizer.ggml.token_type", _ARRAY, array(_INT32, [struct.pack("<i", 3 if t in special else 1) for t in vocabulary])),
-        entry("tokenizer.ggml.merges", _ARRAY, array(_STRING, [])),
+        entry("tokenizer.ggml.merges", _ARRAY, array(_STRING, [text(" ".join(pair)) for pair in merges])),
         *(
             entry(f"tokenizer.ggml.{kind}_token_id", _UINT32, struct.pack("<I", number))
             for kind, number in (("eos", tokenizer.eos_token_id), ("bos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id))

@@ -200,7 +200,9 @@ def _licence(place: ModelPlace, name: str, options: dict[str, Any]) -> str:
         stated = str(read_gguf_header(place.path).facts.get("general.license", ""))
         return stated if re.fullmatch(_TAG, stated) else _UNKNOWN
     try:
-        card = cached_file(name, "README.md", _raise_exceptions_for_missing_entries=False, revision=options.get("revision"))
+        card = cached_file(
+            name, "README.md", _raise_exceptions_for_missing_entries=False, revision=options.get("revision")
+        )
         text = Path(card).read_text("utf-8") if card else ""
     except (OSError, ValueError):
         return _UNKNOWN

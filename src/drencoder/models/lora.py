@@ -96,7 +96,9 @@ class LoraModel:
         """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`)."""
         with self.peft(vector_D):
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card says nothing true about a run; runs.model_card does
+        (folder / "README.md").unlink(
+            missing_ok=True
+        )  # PEFT's card says nothing true about a run; runs.model_card does
 
     # --- K vectors, through hooks -------------------------------------------------------------
 

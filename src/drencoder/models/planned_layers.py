@@ -102,7 +102,7 @@ def _adapted(
     ]
     chosen = choose_targets(targets, names, family, model)
     every = tuple(targets) == (ALL_LINEAR,) or (automatic and len(chosen) == len(names))
-    if every and not {last_part(name) for name in names} <= _LINEAR or any(".experts." in name for name in chosen):
+    if (every and not {last_part(name) for name in names} <= _LINEAR) or any(".experts." in name for name in chosen):
         return None
     transposed = {name for name in chosen if family in _TRANSPOSED and last_part(name) not in _HEADS}
     return [list(shapes[name])[:: -1 if name in transposed else 1] for name in chosen]

@@ -58,7 +58,9 @@ class Adapter(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.targets:
-            raise RecipeError("adapter.targets is empty: set it to 'auto', to 'all-linear' or to names of linear layers.")
+            raise RecipeError(
+                "adapter.targets is empty: set it to 'auto', to 'all-linear' or to names of linear layers."
+            )
         if len(self.targets) > 1 and {"auto", "all-linear"} & set(self.targets):
             raise RecipeError(
                 f"adapter.targets = {list(self.targets)} has a rule among names: give 'auto' or 'all-linear' alone, or names."

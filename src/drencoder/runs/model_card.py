@@ -92,7 +92,9 @@ def _loading(source: str, base: Mapping[str, Any]) -> Iterator[str]:
         arguments, first = "embedded_folder()", "from drencoder.models.place import embedded_folder"
     elif not base["hub_id"] and source.lower().endswith(".gguf"):
         path = PurePath(source)
-        arguments = f"{json.dumps(str(path.parent), ensure_ascii=False)}, gguf_file={json.dumps(path.name, ensure_ascii=False)}"
+        arguments = (
+            f"{json.dumps(str(path.parent), ensure_ascii=False)}, gguf_file={json.dumps(path.name, ensure_ascii=False)}"
+        )
     elif base["hub_id"] and base["revision"]:
         arguments += f", revision={json.dumps(base['revision'])}"
     yield "```python"

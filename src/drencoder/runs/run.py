@@ -110,7 +110,9 @@ def _prepare(recipe: Recipe, listener: Listener, engine: EngineMaker | None) -> 
     listener.planned(components.overview)
     if left_out := components.lora.left_out:
         names = ", ".join(left_out[:8]) + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
-        listener.say(f"adapter.targets = {recipe.adapter.targets[0]!r} leaves out layers that cannot have an adapter: {names}")
+        listener.say(
+            f"adapter.targets = {recipe.adapter.targets[0]!r} leaves out layers that cannot have an adapter: {names}"
+        )
     return components
 
 
