@@ -23,9 +23,9 @@ from tiny_models import CAUSAL, make_model
 _QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
 AUTO: dict[str, set[str]] = {
     **dict.fromkeys(CAUSAL, _QKVO),
-    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), {"query_key_value"}),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), {"c_attn"}),
-    **dict.fromkeys(("gpt_neo", "opt"), {"q_proj", "k_proj", "v_proj", "out_proj"}),
+    **{family: {"query_key_value"} for family in ("bloom", "falcon", "gpt_neox")},
+    **{family: {"c_attn"} for family in ("gpt2", "gpt_bigcode")},
+    **{family: {"q_proj", "k_proj", "v_proj", "out_proj"} for family in ("gpt_neo", "opt")},
     "codegen": {"qkv_proj"},
     "mamba": {"in_proj", "x_proj"},
     "mpt": {"Wqkv"},

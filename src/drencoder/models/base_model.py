@@ -84,7 +84,7 @@ class BaseModel:
         done_N, cache = torch.zeros(len(tokens_NL), dtype=torch.bool), None
         while tokens_NL.shape[1] < length and not bool(done_N.all()):
             fresh_NL = tokens_NL if cache is None else tokens_NL[:, -1:]
-            memory = {} if cache is None else {"past_key_values": cache}
+            memory: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
             answer = self.model(input_ids=fresh_NL, use_cache=True, **memory)
             cache = getattr(answer, "past_key_values", None)  # models without attention have none: all is read again
             logits_NV = answer.logits[:, -1].float().cpu()
@@ -154,14 +154,14 @@ def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         check_tokenizer(tokenizer, knobs.source)
         with explained(knobs.source):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=getattr(torch, knobs.dtype),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_model refuses them in one sentence
                 **options,
             )
-        model = model.requires_grad_(False).eval().to(device)
+        model, report = loaded[0].requires_grad_(False).eval().to(device), loaded[1]
         check_model(model, tokenizer, knobs.source, report, max_tokens)
     revision = place.revision if place.path else getattr(settings, "_commit_hash", None) or place.revision
     return BaseModel(model, tokenizer, knobs.source, place.hub_id, revision, _licence(place, name, options))

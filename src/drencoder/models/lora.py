@@ -139,7 +139,7 @@ class LoraModel:
         for layer in self.base.model.modules():
             if is_linear(layer):
                 transposed = type(layer) is Conv1D
-                layer.forward = self._product_of(layer.weight, layer.bias, transposed=transposed)  # type: ignore
+                layer.forward = self._product_of(layer.weight, layer.bias, transposed=transposed)
 
     def _product_of(self, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Any:
         """A linear layer's forward. With isolated clients it is one product for each of them.
