@@ -220,3 +220,23 @@ def test_evaluate_prints_base_and_categories_as_json(command: Command, tmp_path:
     quiet = command(*arguments, "-q")
     assert (quiet.returncode, quiet.stderr) == (0, "")
     assert "virology" in quiet.stdout
+
+
+def test_generate_asks_a_finished_run(command: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    assert command("run", *sets(tiny_folder, "federation.rounds=1"), "--out", "run").returncode == 0
+    alone = command("generate", "run", "Say A", "--max-tokens", "3", "-q")
+    assert (alone.returncode, alone.stderr) == (0, "")
+    shown = json.loads(command("generate", "run", "Say A", "--max-tokens", "3", "--json").stdout)
+    assert (shown["run"], shown["text"]) == ("run", alone.stdout.strip())
+    assert shown["tokens"] <= 3
+    for arguments, sentence in (
+        (["generate", "run", " "], "nothing to ask"),
+        (["generate", "nowhere", "Say A"], "not a run folder"),
+        (["generate", "run", "Say A", "--temperature", "inf"], "not finite"),
+        (["generate", "run", "Say A", "--device", "tpu"], "choose one of auto, cpu, cuda"),
+        (["generate", "run", "Say A", "--seed", str(1 << 70)], "out of range"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 or done.stderr.startswith("loading torch")

@@ -122,6 +122,20 @@ def test_how_to_load_and_what_the_hub_reads(run: Path) -> None:
     assert "from_pretrained(embedded_folder())" in card(model="embedded")
 
 
+def test_what_was_not_measured_is_not_said(run: Path) -> None:
+    certificate = json.loads((run / "certificate.json").read_bytes())
+    assert "| model | held-out loss | mmlu | ceval |" in write_model_card(certificate)
+    for row in certificate["results"].values():
+        row["loss"] = None
+        row["accuracy"].pop("ceval")
+    assert "| model | mmlu |" in write_model_card(certificate)
+    silent = write_model_card(
+        {**certificate, "results": {}, "verdict": "Nothing was measured.", "evaluation_rests_on": ""}
+    )
+    assert "| model |" not in silent
+    assert "## Results\n\nNothing was measured.\n\n## How to load it\n" in silent
+
+
 @pytest.mark.parametrize("field", ["name", "data", "statement", "model"])
 def test_no_text_of_a_recipe_leaves_its_line(run: Path, field: str) -> None:
     certificate = json.loads((run / "certificate.json").read_bytes())

@@ -44,8 +44,7 @@ def write_model_card(certificate: Mapping[str, Any]) -> str:
         "",
         "## Results",
         "",
-        *_results(certificate["results"]),
-        "",
+        *_results(certificate),
         "## How to load it",
         "",
         *_loading(certificate["model"], base),
@@ -77,13 +76,26 @@ def _observers(certificate: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {_one_line(name)} | {shown} | {_one_line(guarantee['assumption'])} |"
 
 
-def _results(results: Mapping[str, Any]) -> Iterator[str]:
-    benchmarks = list(dict.fromkeys(name for row in results.values() for name in row["accuracy"]))
-    yield "| model | held-out loss |" + "".join(f" {_one_line(name)} |" for name in benchmarks)
-    yield "|---|---|" + "---|" * len(benchmarks)
-    for model, row in results.items():
-        scores = "".join(f" {row['accuracy'][name]['value']:.3f} |" for name in benchmarks)
-        yield f"| {_one_line(model)} | {row['loss']['value']:.4f} |{scores}"
+def _results(certificate: Mapping[str, Any]) -> Iterator[str]:
+    """The table of what was measured, if anything was, and what the certificate says of it in words."""
+    results = certificate["results"]
+    names = ["loss", *dict.fromkeys(name for row in results.values() for name in row["accuracy"])]
+    measured = {name: {model: _values(row).get(name) for model, row in results.items()} for name in names}
+    names = [name for name in names if all(measured[name].values())]
+    if results and names:
+        headings = ("held-out loss" if name == "loss" else _one_line(name) for name in names)
+        yield "| model | " + " | ".join(headings) + " |"
+        yield "|---|" + "---|" * len(names)
+        for model in results:
+            yield f"| {_one_line(model)} | " + " | ".join(f"{measured[n][model]['value']:.4f}" for n in names) + " |"
+        yield ""
+    for key in ("verdict", "evaluation_rests_on"):
+        if certificate.get(key):
+            yield from (_one_line(certificate[key]), "")
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"loss": row.get("loss"), **row["accuracy"]}
 
 
 def _loading(source: str, base: Mapping[str, Any]) -> Iterator[str]:
