@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftConfig
 
+from conftest import random_examples
 from drencoder.errors import ModelError
+from drencoder.evaluation.held_out import held_out_loss
 from drencoder.models.base_model import load_base
 from drencoder.models.gguf_header import read_gguf_header
+from drencoder.models.lora import LoraModel
 from drencoder.models.place import ModelPlace, locate
 from drencoder.models.planned_layers import adapted_matrices
 from drencoder.recipe.sections import Adapter, Model
+from peft_reference import plain_loss
 from tiny_models import make_model
 
 
@@ -33,12 +38,8 @@ def test_a_folder_of_the_hubs_cache_keeps_its_hub_id(tiny_folder: Path, tmp_path
     assert locate(Model(source=str(snapshot))) == ModelPlace(snapshot, "org/tiny-1.5", "0123abc")
     base = load_base(Model(source=str(snapshot)))
     assert (base.hub_id, base.revision) == ("org/tiny-1.5", "0123abc")
-    from drencoder.models.lora import LoraModel
-
     lora = LoraModel(base, Adapter(rank=2), seed=0)
     lora.save(lora.initial_D, tmp_path / "adapter")
-    from peft import PeftConfig
-
     saved = PeftConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (saved.base_model_name_or_path, saved.revision) == ("org/tiny-1.5", "0123abc")
 
@@ -174,7 +175,7 @@ def test_without_the_package_a_gguf_model_says_what_to_install(gguf: Path, monke
         load_base(Model(source=str(gguf)))
 
 
-def test_a_gguf_file_is_the_same_model_as_its_folder(tiny_folder: Path, gguf: Path) -> None:
+def test_a_gguf_file_is_the_same_model_as_its_folder(tiny_folder: Path, gguf: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     folder, file = load_base(Model(source=str(tiny_folder))), load_base(Model(source=str(gguf)))
     weights, others = folder.model.state_dict(), file.model.state_dict()
@@ -184,3 +185,10 @@ def test_a_gguf_file_is_the_same_model_as_its_folder(tiny_folder: Path, gguf: Pa
         assert folder.tokenizer(words)["input_ids"] == file.tokenizer(words)["input_ids"]
     assert (folder.end_id, folder.start_ids) == (file.end_id, file.start_ids)
     assert file.licence == "mit"
+    of_folder, of_file = (LoraModel(base, Adapter(rank=2), seed=0) for base in (folder, file))
+    assert of_folder.layout == of_file.layout
+    adapter_D = of_folder.initial_D + 0.1
+    of_file.save(adapter_D, tmp_path / "adapter")
+    examples = random_examples(4, 1)
+    plain = plain_loss(tiny_folder, tmp_path / "adapter", examples)
+    assert held_out_loss(of_file, adapter_D, examples).value == pytest.approx(plain, abs=1e-4)

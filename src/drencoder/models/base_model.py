@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
@@ -54,7 +55,8 @@ class BaseModel:
         return tuple(whole[:place])
 
     def write(self, count: int, max_tokens: int, seed: int) -> list[str]:
-        """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long.
+        """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long
+        (and no longer than the model's positions).
 
         They begin with the start token and, so that they differ, one token of the vocabulary at random. Sampled on the CPU, so
         that the seed decides on every device (up to rounding).
@@ -66,7 +68,7 @@ class BaseModel:
         ordinary = ordinary[~torch.isin(ordinary, special)]
         chosen_N = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
         tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1)
-        tokens_NL = self.complete(tokens_NL, max_tokens, generator)
+        tokens_NL = self.complete(tokens_NL, min(max_tokens, self.positions or max_tokens), generator)
         return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
 
     @torch.inference_mode()
@@ -181,15 +183,17 @@ def _arguments(place: ModelPlace) -> tuple[str, dict[str, Any]]:
 def _quiet(place: ModelPlace) -> Iterator[None]:
     """Keeps the libraries' bars and warnings off the screen: what matters of them is an error of ours."""
     bars = contextlib.redirect_stderr(io.StringIO()) if place.is_gguf else contextlib.nullcontext()
-    before = hf_logging.get_verbosity()
+    before, hub_before = hf_logging.get_verbosity(), hub_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings(), bars:
             warnings.simplefilter("ignore")
             yield
     finally:
         hf_logging.set_verbosity(before)
+        hub_logging.set_verbosity(hub_before)
 
 
 def _licence(place: ModelPlace, name: str, options: dict[str, Any]) -> str:

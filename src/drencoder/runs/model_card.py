@@ -80,7 +80,9 @@ def _results(certificate: Mapping[str, Any]) -> Iterator[str]:
     """The table of what was measured, if anything was, and what the certificate says of it in words."""
     results = certificate["results"]
     names = ["loss", *dict.fromkeys(name for row in results.values() for name in row["accuracy"])]
-    measured = {name: {model: _values(row).get(name) for model, row in results.items()} for name in names}
+    measured: dict[str, dict[str, Any]] = {
+        name: {model: _values(row).get(name) for model, row in results.items()} for name in names
+    }
     names = [name for name in names if all(measured[name].values())]
     if results and names:
         headings = ("held-out loss" if name == "loss" else _one_line(name) for name in names)
