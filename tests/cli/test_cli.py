@@ -94,7 +94,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, command: Command, arguments
 def test_a_process_of_its_own_says_no_more(tmp_path: Path) -> None:
     done = drencoder("run", "--set", "model.source=./nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout.count("Traceback")) == (2, 0)
-    assert "is not a folder" in done.stderr
+    assert "is not there" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
