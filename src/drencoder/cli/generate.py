@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from drencoder.errors import RecipeError
+from drencoder.reading import shown
 
 __all__ = ["generate"]
 
@@ -16,7 +17,9 @@ __all__ = ["generate"]
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="an instruction; - reads it from the standard input")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="tokens of the answer at most")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, max=1_000_000, help="tokens of the answer at most")
+    ] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="0: always the most likely token; 1: as the model has it")
     ] = 0.0,
@@ -29,12 +32,12 @@ def generate(
     if not math.isfinite(temperature):
         raise RecipeError(f"--temperature {temperature} is not finite: give 0 or a number such as 0.7.")
     if not -(1 << 63) <= seed < 1 << 63:
-        raise RecipeError(f"--seed {seed} is out of range: give a number of at most 63 bits.")
+        raise RecipeError(f"--seed {shown(seed)} is out of range: give a number of at most 63 bits.")
     if device not in (None, "auto", "cpu", "cuda"):
-        raise RecipeError(f"--device {device!r} is not known: choose one of auto, cpu, cuda.")
+        raise RecipeError(f"--device {shown(device)} is not known: choose one of auto, cpu, cuda.")
     if text == "-":
         text = sys.stdin.read()
-    from drencoder.runs.display import printable
+    from drencoder.reading import printable
 
     if not (quiet or json_):
         print("loading torch and the model", file=sys.stderr)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drencoder.errors import ModelError
 from drencoder.models.targets import choose_targets, is_automatic, last_part
+from drencoder.reading import shown
 
 __all__ = ["AdaptedLayers", "choose_layers", "is_linear", "keeps_clients_apart"]
 
@@ -68,18 +69,18 @@ def choose_layers(model: Any, targets: Sequence[str], source: str) -> AdaptedLay
     for name in [] if automatic else chosen:
         if name not in whole:
             raise ModelError(
-                f"adapter.targets matches {name!r}, which does not get every token of every text once, so that clients could "
+                f"adapter.targets matches {shown(name)}, which does not get every token of every text once, so that clients could "
                 "not be told apart there: name other linear layers."
             )
         if not taken[last_part(name)]:
             raise ModelError(
-                f"adapter.targets matches {name!r}, which PEFT does not adapt in a model of type {model.config.model_type!r}: "
+                f"adapter.targets matches {shown(name)}, which PEFT does not adapt in a model of type {shown(model.config.model_type)}: "
                 "name other linear layers."
             )
     names = [name for name in chosen if name in whole and taken[last_part(name)]]
     if not names:
         raise ModelError(
-            f"adapter.targets = {targets[0]!r} finds no linear layer of {source!r} that can have an adapter: choose another model."
+            f"adapter.targets = {targets[0]!r} finds no linear layer of {shown(source)} that can have an adapter: choose another model."
         )
     experts = [name for name, layer in model.named_modules() if _holds_experts(layer)] if automatic else []
     return AdaptedLayers(names, [*(name for name in chosen if name not in names), *experts])

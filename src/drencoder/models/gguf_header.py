@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from drencoder.errors import ModelError
+from drencoder.reading import cut
 
 __all__ = ["GgufHeader", "read_gguf_header"]
 
@@ -47,7 +48,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
                 _take(stream, 12)  # type and place
         return GgufHeader({key: value for key, value in facts.items() if value is not None}, shapes)
     except (OSError, ValueError, KeyError, struct.error, MemoryError) as error:
-        raise ModelError(f"{file} is not a readable GGUF file ({error}): copy the model again.") from None
+        raise ModelError(f"{file} is not a readable GGUF file ({cut(error)}): copy the model again.") from None
 
 
 def _take(stream: BinaryIO, count: int) -> bytes:
@@ -77,6 +78,8 @@ def _value(stream: BinaryIO, kind: int) -> Any:
     if inner in _SCALARS:
         _take(stream, count * struct.calcsize(f"<{_SCALARS[inner]}"))
         return None
-    for _ in range(min(count, _MOST)):
-        _value(stream, inner)
+    if inner != _STRING or count > _MOST:
+        raise ValueError("a list that no model has")
+    for _ in range(count):
+        _text(stream)
     return None

@@ -9,6 +9,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drencoder.errors import DrencoderError, ModelError
+from drencoder.reading import shown
 
 __all__ = ["check_config", "check_model", "check_tokenizer", "explained", "num_positions"]
 
@@ -43,21 +44,21 @@ def explained(source: str, part: str = "model") -> Iterator[None]:
 def _explanation(source: str, part: str, words: str, missing_library: bool) -> str:
     if "trust_remote_code" in words or "custom code" in words:
         return (
-            f"model.source = {source!r} comes with code of its own, which drencoder never runs: choose a model that "
+            f"model.source = {shown(source)} comes with code of its own, which drencoder never runs: choose a model that "
             "transformers supports by itself."
         )
     if missing_library and "gguf" in words.lower():
-        return f"model.source = {source!r} needs the package gguf: pip install 'drencoder[gguf]'."
+        return f"model.source = {shown(source)} needs the package gguf: pip install 'drencoder[gguf]'."
     if "Weights only load failed" in words:
         return (
-            f"model.source = {source!r}: its .bin weights hold more than numbers, which could be code and is never run: convert "
+            f"model.source = {shown(source)}: its .bin weights hold more than numbers, which could be code and is never run: convert "
             "them to safetensors."
         )
     if "does not recognize this architecture" in words or "`model_type`" in words:
         named = re.search(r"model type `([^`]{1,60})`", words)
         kind = f"the model_type {named[1]!r}" if named else "no model_type in its config.json"
         return (
-            f"model.source = {source!r} has {kind}, so that transformers cannot tell what it is: choose another model, or install "
+            f"model.source = {shown(source)} has {kind}, so that transformers cannot tell what it is: choose another model, or install "
             "a transformers that knows it."
         )
     cure = (
@@ -66,7 +67,7 @@ def _explanation(source: str, part: str, words: str, missing_library: bool) -> s
         else "give 'embedded', a local Hugging Face folder with config.json, weights and tokenizer, a .gguf file, or a hub id that "
         "this machine can reach"
     )
-    return f"model.source = {source!r}: its {part} cannot be loaded ({words.rstrip('. :')}): {cure}."
+    return f"model.source = {shown(source)}: its {part} cannot be loaded ({words.rstrip('. :')}): {cure}."
 
 
 def check_config(settings: Any, source: str) -> None:
@@ -82,13 +83,13 @@ def check_config(settings: Any, source: str) -> None:
         kind = "a model that reads in both directions"
     else:
         return
-    raise ModelError(f"model.source = {source!r} is {kind} (model_type {family!r}): {_CURE}.")
+    raise ModelError(f"model.source = {shown(source)} is {kind} (model_type {shown(family)}): {_CURE}.")
 
 
 def check_tokenizer(tokenizer: Any, source: str) -> None:
     """Raises ModelError for a tokenizer without an end-of-text token."""
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {source!r} has no end-of-text token: set eos_token in its files.")
+        raise ModelError(f"the tokenizer of {shown(source)} has no end-of-text token: set eos_token in its files.")
 
 
 @torch.inference_mode()
@@ -103,7 +104,7 @@ def check_model(model: Any, tokenizer: Any, source: str, report: Mapping[str, An
     largest = max(_reachable_ids(tokenizer), default=-1)
     if largest >= rows:
         raise ModelError(
-            f"the tokenizer of {source!r} has {largest + 1} tokens and the model's embedding table has {rows} rows: take the "
+            f"the tokenizer of {shown(source)} has {largest + 1} tokens and the model's embedding table has {rows} rows: take the "
             "tokenizer that belongs to the model, or enlarge the table."
         )
     _check_causal(model, source, rows)
@@ -114,7 +115,7 @@ def check_model(model: Any, tokenizer: Any, source: str, report: Mapping[str, An
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ModelError(
-                f"the checkpoint of {source!r} {trouble} {min(keys)}{more}, so that random numbers would stand there: give the "
+                f"the checkpoint of {shown(source)} {trouble} {min(keys)}{more}, so that random numbers would stand there: give the "
                 "folder of the whole language model, with its own config.json."
             )
     _check_positions(model, source, max_tokens)
@@ -138,13 +139,13 @@ def _check_causal(model: Any, source: str, rows: int) -> None:
     logits_RLV = model(input_ids=text_RL, use_cache=False).logits.float()
     if not bool(logits_RLV.isfinite().all()):
         raise ModelError(
-            f"the model of {source!r} gives numbers that are not finite: set model.dtype = 'float32', or copy its files again."
+            f"the model of {shown(source)} gives numbers that are not finite: set model.dtype = 'float32', or copy its files again."
         )
     change = float((logits_RLV[0, :-1] - logits_RLV[1, :-1]).abs().max())
     if change > _TOLERANCE.get(model.dtype, _COARSE_TOLERANCE) * float(logits_RLV.abs().max()):
         raise ModelError(
-            f"model.source = {source!r} is not causal: what it says of a token depends on the tokens after it (model_type "
-            f"{model.config.model_type!r}): {_CURE}."
+            f"model.source = {shown(source)} is not causal: what it says of a token depends on the tokens after it (model_type "
+            f"{shown(model.config.model_type)}): {_CURE}."
         )
 
 
@@ -158,6 +159,6 @@ def _check_positions(model: Any, source: str, max_tokens: int) -> None:
         model(input_ids=torch.zeros((1, max_tokens), dtype=torch.int64, device=device), use_cache=False)
     except (IndexError, RuntimeError, ValueError):
         raise ModelError(
-            f"the model of {source!r} has {positions} positions and data.max_tokens = {max_tokens}: set data.max_tokens = "
+            f"the model of {shown(source)} has {positions} positions and data.max_tokens = {max_tokens}: set data.max_tokens = "
             f"{positions} or less."
         ) from None

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from drencoder.errors import ModelError
+from drencoder.reading import shown
 from drencoder.recipe.sections import Model
 
 __all__ = ["ModelPlace", "embedded_folder", "locate"]
@@ -57,27 +58,33 @@ def locate(knobs: Model) -> ModelPlace:
         _refuse_revision(knobs)
         return ModelPlace(embedded_folder())
     path = Path(knobs.source)
-    if not path.exists() and not knobs.source.startswith(("/", ".", "~")) and path.suffix.lower() != ".gguf":
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise ModelError(
+            f"model.source = {shown(knobs.source)} cannot be read ({error.strerror}): give another."
+        ) from None
+    if not there and not knobs.source.startswith(("/", ".", "~")) and path.suffix.lower() != ".gguf":
         return ModelPlace(None, knobs.source, knobs.revision)
     _refuse_revision(knobs)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(
-                f"model.source = {knobs.source!r} is a file, but no .gguf file: give the folder of the model, or a .gguf file."
+                f"model.source = {shown(knobs.source)} is a file, but no .gguf file: give the folder of the model, or a .gguf file."
             )
         return ModelPlace(path)
     if not path.is_dir():
         raise ModelError(
-            f"model.source = {knobs.source!r} is not there: give 'embedded', a folder, a .gguf file or a hub id."
+            f"model.source = {shown(knobs.source)} is not there: give 'embedded', a folder, a .gguf file or a hub id."
         )
     if (path / "adapter_config.json").is_file():
         raise ModelError(
-            f"model.source = {knobs.source!r} holds an adapter and not a whole model: name its base model, or merge the two first."
+            f"model.source = {shown(knobs.source)} holds an adapter and not a whole model: name its base model, or merge the two first."
         )
     if not (path / "config.json").is_file():
         gguf = next((f": name the file, {file.name}" for file in sorted(path.glob("*.gguf"))), "")
         raise ModelError(
-            f"model.source = {knobs.source!r} has no config.json, so it is not a model's folder{gguf or ': give the folder that has one'}."
+            f"model.source = {shown(knobs.source)} has no config.json, so it is not a model's folder{gguf or ': give the folder that has one'}."
         )
     match = _SNAPSHOT.search(path.resolve().as_posix())
     return ModelPlace(path, f"{match[1]}/{match[2]}", match[3]) if match else ModelPlace(path)
@@ -86,6 +93,6 @@ def locate(knobs: Model) -> ModelPlace:
 def _refuse_revision(knobs: Model) -> None:
     if knobs.revision:
         raise ModelError(
-            f"model.revision = {knobs.revision!r} belongs to a hub id, and model.source = {knobs.source!r} is on this machine: "
+            f"model.revision = {shown(knobs.revision)} belongs to a hub id, and model.source = {shown(knobs.source)} is on this machine: "
             "remove model.revision."
         )

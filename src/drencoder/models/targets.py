@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from drencoder.errors import ModelError
+from drencoder.reading import shown
 
 __all__ = ["ALL_LINEAR", "AUTO", "FAMILY_TARGETS", "choose_targets", "is_automatic", "last_part"]
 
@@ -89,6 +90,6 @@ def _unmatched(target: str, names: Sequence[str], model: str) -> str:
     hint = f"the nearest name is {near[0]!r}, and " if near else ""
     listed = ", ".join(short[:24]) + (f" and {len(short) - 24} more" if len(short) > 24 else "") if short else "none"
     return (
-        f"adapter.targets: {target!r} names no linear layer of {model!r}: {hint}its linear layers are {listed}; or set "
+        f"adapter.targets: {shown(target)} names no linear layer of {shown(model)}: {hint}its linear layers are {listed}; or set "
         "adapter.targets = 'auto'."
     )
