@@ -1,10 +1,13 @@
-"""One client through PEFT's own forward: what plain PEFT computes, for comparison with cohort training."""
+"""What plain PEFT computes: one client's update, for comparison with cohort training, and the loss of a saved adapter."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from drencoder.data.tokenization import Example, collate
 from drencoder.models.cohort_training import Steps, _as_update, _grad, _optimizer, _schedule
@@ -12,7 +15,7 @@ from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["client_update"]
+__all__ = ["client_update", "plain_loss"]
 
 
 def client_update(
@@ -55,3 +58,15 @@ def _summed_loss(model: torch.nn.Module, examples: Sequence[Example], lora: Lora
     logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
     labels = batch.input_ids.masked_fill(~batch.predicted, -100)[:, 1:]
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def plain_loss(folder: Path, adapter: Path, examples: Sequence[Example]) -> float:
+    """Mean loss of the predicted tokens by nothing but transformers and peft, one text at a time."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter)).eval()
+    total, count = 0.0, 0
+    for example in examples:
+        with torch.no_grad():
+            chances = model(input_ids=torch.tensor([example.tokens])).logits[0].float().log_softmax(-1)
+        for place in range(example.prompt_length, len(example.tokens)):
+            total, count = total - float(chances[place - 1, example.tokens[place]]), count + 1
+    return total / count

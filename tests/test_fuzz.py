@@ -21,7 +21,6 @@ from conftest import tiny_overrides
 from drencoder.data.benchmarks.files import read_questions
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.sources import read_records
-from drencoder.encoders.code_sizes import adapted_matrices
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError
 from drencoder.federated.query import moment_query, update_query
@@ -34,6 +33,8 @@ from drencoder.federated.remote.rounds import parse_answer
 from drencoder.federated.remote.site import Site
 from drencoder.flower.deploy import SiteEndpoint
 from drencoder.flower.keys import make_certificates, read_public_keys
+from drencoder.models.place import ModelPlace
+from drencoder.models.planned_layers import adapted_matrices
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import load_recipe
@@ -212,7 +213,10 @@ def model_weights(world: World) -> Reader:
     folder = world.folder / "model"
     folder.mkdir()
     return Reader(
-        source.read_bytes(), lambda _: adapted_matrices(folder, ["q_proj"]), folder / "model.safetensors", in_header
+        source.read_bytes(),
+        lambda _: adapted_matrices(ModelPlace(folder), ["q_proj"]),
+        folder / "model.safetensors",
+        in_header,
     )
 
 

@@ -212,6 +212,10 @@ def file_troubles(run: Path, records: list[dict], certificate: dict, recipe: dic
     if parts and hashlib.sha256(b"".join(parts[k] for k in sorted(parts, key=natural))).hexdigest() != digest:
         found.append("the adapter folder's adapter is not the checkpoint's")
 
+    card = run / "adapter" / "README.md"
+    if not card.is_file() or " ".join(certificate["statement"].split()) not in card.read_text("utf-8"):
+        found.append("the adapter's model card has not the certificate's statement")
+
     names = ["recipe.resolved.toml", "metrics.jsonl", "outcomes.json", "certificate.json", "report.html"]
     names += [
         p.relative_to(run).as_posix() for d in ("checkpoints", "adapter") for p in (run / d).rglob("*") if p.is_file()

@@ -73,9 +73,9 @@ def test_plan_json_is_the_plan() -> None:
         (["plan", "--set", "privacy.delta=0.01"], "below 1 / population"),
         (["plan", "--set", "federation.rounds=200"], "raise the participation cap"),
         (["run", "--set", "model.device=cuda"], "sees no GPU"),
-        (["run", "--set", "model.source=./nowhere"], "is not a folder"),
+        (["run", "--set", "model.source=./nowhere"], "is not there"),
         (["run", "--set", "data.source=nowhere.jsonl"], "does not exist"),
-        (["run", "--set", "adapter.targets=['nothing']"], "names no matrix"),
+        (["run", "--set", "adapter.targets=['nothing']"], "names no linear layer"),
         (["run", "--resume", "nowhere"], "not a run folder"),
         (["run", "--resume", "x", "--set", "seed=1"], "with its own recipe"),
         (["verify", "nowhere"], "not a run folder"),
@@ -94,7 +94,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, command: Command, arguments
 def test_a_process_of_its_own_says_no_more(tmp_path: Path) -> None:
     done = drencoder("run", "--set", "model.source=./nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout.count("Traceback")) == (2, 0)
-    assert "is not a folder" in done.stderr
+    assert "is not there" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -220,3 +220,23 @@ def test_evaluate_prints_base_and_categories_as_json(command: Command, tmp_path:
     quiet = command(*arguments, "-q")
     assert (quiet.returncode, quiet.stderr) == (0, "")
     assert "virology" in quiet.stdout
+
+
+def test_generate_asks_a_finished_run(command: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    assert command("run", *sets(tiny_folder, "federation.rounds=1"), "--out", "run").returncode == 0
+    alone = command("generate", "run", "Say A", "--max-tokens", "3", "-q")
+    assert (alone.returncode, alone.stderr) == (0, "")
+    shown = json.loads(command("generate", "run", "Say A", "--max-tokens", "3", "--json").stdout)
+    assert (shown["run"], shown["text"]) == ("run", alone.stdout.strip())
+    assert shown["tokens"] <= 3
+    for arguments, sentence in (
+        (["generate", "run", " "], "nothing to ask"),
+        (["generate", "nowhere", "Say A"], "not a run folder"),
+        (["generate", "run", "Say A", "--temperature", "inf"], "not finite"),
+        (["generate", "run", "Say A", "--device", "tpu"], "choose one of auto, cpu, cuda"),
+        (["generate", "run", "Say A", "--seed", str(1 << 70)], "out of range"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 or done.stderr.startswith("loading torch")

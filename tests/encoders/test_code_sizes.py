@@ -12,11 +12,9 @@ from drencoder.encoders.code_sizes import (
     BITS_PER_VALUE,
     SMALL_RATIO,
     AdapterShape,
-    adapted_matrices,
     auto_ratio,
     code_shape,
     input_shape,
-    known_matrices,
     message_bytes,
     plain_lora_bytes,
     stage1_values,
@@ -30,6 +28,8 @@ from drencoder.errors import EncoderError, ModelError
 from drencoder.federated.query import moment_query
 from drencoder.models.base_model import load_base
 from drencoder.models.lora import LoraModel
+from drencoder.models.place import ModelPlace
+from drencoder.models.planned_layers import adapted_matrices, known_matrices
 from drencoder.published.architectures import ARCHITECTURES
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import load_recipe
@@ -42,7 +42,8 @@ DTYPES = list(BITS_PER_VALUE)
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("gate_proj", "o_proj", "down_proj")])
 def test_adapter_size_from_the_file_is_the_layouts(tiny_folder: Path, targets: tuple[str, ...]) -> None:
-    matrices = adapted_matrices(tiny_folder, targets)
+    matrices = adapted_matrices(ModelPlace(tiny_folder), targets)
+    assert matrices is not None
     lora = LoraModel(load_base(config.Model(source=str(tiny_folder))), config.Adapter(rank=3, targets=targets), seed=0)
     assert 3 * sum(sum(shape) for shape in matrices) == lora.layout.size
     assert 2 * len(matrices) == len(lora.layout.segments)
@@ -94,6 +95,9 @@ def test_a_hub_model_that_is_not_here_is_planned_without_sizes() -> None:
 
 
 def test_what_is_no_model_folder_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        survey(load_recipe(None, [f"model.source={tmp_path}"]))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match=r"no \.safetensors"):
         survey(load_recipe(None, [f"model.source={tmp_path}"]))
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
@@ -102,7 +106,7 @@ def test_what_is_no_model_folder_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_targets_that_name_nothing_are_one_sentence(tiny_folder: Path) -> None:
-    with pytest.raises(ModelError, match="names no matrix"):
+    with pytest.raises(ModelError, match=r"'qproj' names no linear layer of .*the nearest name is 'q_proj'"):
         survey(load_recipe(None, [f"model.source={tiny_folder}", "adapter.targets=['qproj']"]))
 
 
@@ -131,10 +135,10 @@ def test_the_published_sizes() -> None:
     [
         (("c_attn",), [[12288, 4096]] * 32),
         (("h.3.attn.c_proj", "h.3.mlp.c_proj"), [[4096, 4096], [4096, 11008]]),
-        (("h.3.attn.c_proj", "h.31.attn.c_proj", "h.32.attn.c_proj"), [[4096, 4096]] * 2),
+        (("h.3.attn.c_proj", "h.31.attn.c_proj"), [[4096, 4096]] * 2),
         (("c_proj",), [[4096, 4096], [4096, 11008]] * 32),
         (("mlp.c_proj", "w1"), [[11008, 4096], [4096, 11008]] * 32),
-        (("proj", "transformer.h.5.mlp.w2"), [[11008, 4096]]),
+        (("transformer.h.5.mlp.w2",), [[11008, 4096]]),
     ],
 )
 def test_targets_of_qwen_7b(targets: tuple[str, ...], shapes: list[list[int]]) -> None:
@@ -148,7 +152,13 @@ def test_targets_of_qwen_7b(targets: tuple[str, ...], shapes: list[list[int]]) -
 
 def test_unknown_models_and_targets() -> None:
     assert known_matrices("org/model-7b", ("q_proj",)) is None
-    with pytest.raises(ModelError, match=r"adapter.targets = \['q_proj'\] names no matrix of Qwen/Qwen-7B"):
+    for name in (
+        "proj",
+        "h.32.attn.c_proj",
+    ):  # a part of a name, and a layer too many, are no names, beside one that is
+        with pytest.raises(ModelError, match=rf"'{name}' names no linear layer"):
+            known_matrices("Qwen/Qwen-7B", ("c_attn", name))
+    with pytest.raises(ModelError, match=r"'q_proj' names no linear layer of 'Qwen/Qwen-7B'.*c_attn, c_proj, w1, w2"):
         known_matrices("Qwen/Qwen-7B", ("q_proj",))
 
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_assessed_is_one_sentence(run_folder: Path, where: dict[s
     for options, kind, message in cases:
         with pytest.raises(kind, match=message):
             assess(run_folder, **{"tasks": NAMES, "places": where, **options})
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="is not there"):
         assess(str(tmp_path / "nothing"), tasks=NAMES, places=where)
     with pytest.raises(DataError, match="is not a run folder, so there is nothing to read: name --tasks"):
         assess("embedded")

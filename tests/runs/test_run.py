@@ -347,7 +347,7 @@ def test_resuming_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is not a folder"):
+    with pytest.raises(ModelError, match="is not there"):
         experiment.run(load_recipe(None, ["model.source=./nowhere"]), tmp_path / "run")
 
 

@@ -607,8 +607,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "texts are padded to the longest of the batch",
         "models/cohort_training",
-        "shape = (*map(len, steps), -(-longest // _LENGTH_STEP) * _LENGTH_STEP)",
-        "shape = (*map(len, steps), max(len(e.tokens) for c in schedules for s in c for e in s))",
+        "length = max(longest, min(rounded, lora.base.positions or rounded))",
+        "length = max(len(e.tokens) for c in schedules for s in c for e in s)",
         _ALONE,
     ),
     Bug(
@@ -631,6 +631,27 @@ BUGS: tuple[Bug, ...] = (
         "return torch.cat([self.encoder.encode(update_1D, self.spec.seed) for update_1D in update_ND.split(1)])",
         "return self.encoder.encode(update_ND - update_ND.mean(0), self.spec.seed)",
         _ALONE,
+    ),
+    Bug(
+        "clients share a batch in a mixture of experts",
+        "models/cohort_training",
+        "[(length, members)] if lora.shares_batches else",
+        "[(length, members)] if members else",
+        _ALONE,
+    ),
+    Bug(
+        "a layer that gets a part of the tokens has an adapter",
+        "models/adapted_layers",
+        "    if len(seen) != 2 or any(x.shape[:-1].numel() != _ROWS * _LENGTH for x in seen):\n        return False",
+        "    if len(seen) != 2 or any(x.shape[:-1].numel() != _ROWS * _LENGTH for x in seen):\n        return True",
+        _ALONE,
+    ),
+    Bug(
+        "an edited model card passes",
+        "runs/verify",
+        "    if actual != expected:\n        yield \"the adapter's model card",
+        "    if not actual:\n        yield \"the adapter's model card",
+        ("runs/test_model_card.py",),
     ),
     Bug(
         "the base's products mix clients",

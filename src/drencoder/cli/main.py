@@ -15,6 +15,7 @@ from rich.text import Text
 from drencoder import __version__
 from drencoder.cli.endings import end, end_disk, end_usage, stop_writing
 from drencoder.cli.flower import add_flower_commands
+from drencoder.cli.generate import generate
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
@@ -341,6 +342,7 @@ def knobs() -> None:
     console.print(f"Shipped recipes: {', '.join(shipped_recipes())}")
 
 
+app.command()(generate)
 add_flower_commands(app)
 
 

@@ -4,15 +4,11 @@ Legend: D adapter values, K code values.
 """
 
 import math
-import struct
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
 
-from drencoder.errors import EncoderError, ModelError
-from drencoder.reading import parse_json, reason
+from drencoder.errors import EncoderError
 from drencoder.recipe.sections import Encoder as EncoderKnobs
 
 __all__ = [
@@ -23,14 +19,12 @@ __all__ = [
     "NOISY_RATIO",
     "SMALL_RATIO",
     "AdapterShape",
-    "adapted_matrices",
     "auto_ratio",
     "bytes_text",
     "code_shape",
     "few_coordinates",
     "image_shape",
     "input_shape",
-    "known_matrices",
     "message_bytes",
     "noise_dominates",
     "plain_lora_bytes",
@@ -54,28 +48,6 @@ _SCALE_BYTES = 4  # of a message of rotated levels
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
 _IMAGE_CODE = {"resnet": 64, "unet": 64}  # channels of a code cell
 _SIGNAL_CELL, _SIGNAL_CHANNELS = 256, 8  # cnn1d: signal values behind one cell of the code, and its channels
-
-_LLAMA_7B = {
-    **{f"self_attn.{side}_proj": (4096, 4096) for side in "qkvo"},
-    "mlp.gate_proj": (11008, 4096),
-    "mlp.up_proj": (11008, 4096),
-    "mlp.down_proj": (4096, 11008),
-}
-_QWEN_7B = {
-    "attn.c_attn": (12288, 4096),  # q, k and v in one
-    "attn.c_proj": (4096, 4096),
-    "mlp.w1": (11008, 4096),
-    "mlp.w2": (11008, 4096),
-    "mlp.c_proj": (4096, 11008),
-}
-# Model id -> where its layers are, how many, and each layer's matrices as (out, in).
-_PUBLIC: Mapping[str, tuple[str, int, Mapping[str, tuple[int, int]]]] = MappingProxyType(
-    {
-        "huggyllama/llama-7b": ("model.layers", 32, _LLAMA_7B),
-        "Qwen/Qwen-7B": ("transformer.h", 32, _QWEN_7B),
-        "Qwen/Qwen1.5-7B": ("model.layers", 32, _LLAMA_7B),
-    }
-)
 
 
 def image_shape(update_size: int) -> tuple[int, int]:
@@ -253,66 +225,3 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def adapted_matrices(folder: Path, targets: Sequence[str]) -> list[list[int]]:
-    """Shapes (out, in) of the matrices that get a LoRA pair, from a model folder's safetensors headers.
-
-    No weights are read. A pair of rank r has r * (out + in) values.
-
-    Raises:
-      ModelError: the folder has no safetensors file, or no matrix of it is named by `targets`.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} has no .safetensors file: give a local Hugging Face folder or 'embedded'.")
-    entries = ((name, shape) for file in files for name, shape in _header(file).items() if len(shape) == 2)
-    return _adapted(entries, targets, str(folder))
-
-
-def known_matrices(model_id: str, targets: Sequence[str]) -> list[list[int]] | None:
-    """`adapted_matrices` of a public model that recipes name, without its files; None for any other model.
-
-    The shapes are those of the models' published config.json. Only attention and MLP matrices are known.
-    ModelError if `targets` names none of them.
-    """
-    if model_id not in _PUBLIC:
-        return None
-    prefix, num_layers, shapes = _PUBLIC[model_id]
-    entries = ((f"{prefix}.{layer}.{name}", shape) for layer in range(num_layers) for name, shape in shapes.items())
-    return _adapted(entries, targets, model_id)
-
-
-def _adapted(entries: Iterable[tuple[str, Sequence[int]]], targets: Sequence[str], model: str) -> list[list[int]]:
-    """The shapes that PEFT would pair: a target is a whole name or its last parts, so "c_proj" names attn.c_proj and
-    mlp.c_proj alike, and "mlp.c_proj" only the latter."""
-    shapes = []
-    for name, shape in entries:
-        module = name.removesuffix(".weight")
-        if any(module == target or module.endswith(f".{target}") for target in targets):
-            shapes.append(list(shape))
-    if not shapes:
-        raise ModelError(
-            f"adapter.targets = {list(targets)} names no matrix of {model}: name linear modules of this model."
-        )
-    return shapes
-
-
-def _header(file: Path) -> dict[str, list[int]]:
-    """Tensor name -> shape, from the JSON at a safetensors file's beginning."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100_000_000:  # the format's own limit
-                raise ValueError("header too long")
-            entries = parse_json(stream.read(length))
-        shapes = {name: list(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
-        if not all(type(size) is int and 0 <= size < 1 << 40 for shape in shapes.values() for size in shape):
-            raise ValueError("a shape of no tensor")
-        return shapes
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{file} is not a readable safetensors file ({reason(error)}): copy the model again."
-        ) from None
-    except (LookupError, TypeError, AttributeError, struct.error):
-        raise ModelError(f"{file} is not a readable safetensors file: copy the model again.") from None

@@ -41,9 +41,8 @@ def public_start(lora: LoraModel, examples: Sequence[Example]) -> Tensor:
         real_RL = torch.arange(batch.input_ids.shape[1], device=lora.device) < length_R1
         with torch.no_grad(), lora.watched() as inputs:
             lora.logits_before(batch.input_ids, batch.predicted)
-        for name, values in inputs.items():  # values (R, L, I)
-            # An expert of a mixture gets (T, I): its own tokens, with padding among them.
-            row_TI = values[real_RL] if values.shape[:-1] == real_RL.shape else values.reshape(-1, values.shape[-1])
+        for name, values in inputs.items():  # values (R, L, I), or (R * L, I) of some layers
+            row_TI = values.reshape(*real_RL.shape, -1)[real_RL]
             known[name] = _leading(known.get(name), row_TI.float().cpu(), lora.rank)
     tensors = dict(lora.layout.unflatten(lora.initial_D.cpu()))
     for name, direction_QI in known.items():

@@ -1,31 +1,47 @@
-"""The base model: a frozen causal language model and its tokenizer, from the package, a folder or the hub.
+"""The base model: a frozen causal language model and its tokenizer, from the package, a folder, a GGUF file or the hub."""
 
-This file and `lora.py` are the only ones that import transformers.
-"""
-
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.utils import logging as hub_logging
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from drencoder.errors import DeviceError, ModelError
+from drencoder.errors import DeviceError
+from drencoder.models.gguf_header import read_gguf_header
+from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
+from drencoder.models.place import ModelPlace, embedded_folder, locate
 from drencoder.recipe import recipe as config
 
 __all__ = ["BaseModel", "embedded_folder", "load_base", "resolve_device"]
 
+_UNKNOWN = "unknown"  # the hub's own tag for a licence that nobody states
+_TAG = "[A-Za-z0-9.+-]{1,60}"
+
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen causal language model and its tokenizer."""
+    """A frozen causal language model and its tokenizer.
+
+    `hub_id` and `revision` (a commit) are empty for a model that has none; `licence` is the tag that its files state.
+    """
 
     model: Any
     tokenizer: Any
     source: str
+    hub_id: str = ""
+    revision: str = ""
+    licence: str = _UNKNOWN
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -38,38 +54,62 @@ class BaseModel:
         place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return tuple(whole[:place])
 
-    @torch.inference_mode()
     def write(self, count: int, max_tokens: int, seed: int) -> list[str]:
-        """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long.
+        """`count` texts that the model writes by itself, token by token from its own distribution, at most `max_tokens` long
+        (and no longer than the model's positions).
 
         They begin with the start token and, so that they differ, one token of the vocabulary at random. Sampled on the CPU, so
         that the seed decides on every device (up to rounding).
         """
         generator = torch.Generator().manual_seed(seed)
-        device = next(self.model.parameters()).device
         first = list(self.start_ids)
         special = torch.tensor(self.tokenizer.all_special_ids)
         ordinary = torch.arange(len(self.tokenizer))
         ordinary = ordinary[~torch.isin(ordinary, special)]
         chosen_N = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
-        tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1).to(device)
-        done_N, cache = torch.zeros(count, dtype=torch.bool), None
-        while tokens_NL.shape[1] < max_tokens and not bool(done_N.all()):
+        tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1)
+        tokens_NL = self.complete(tokens_NL, min(max_tokens, self.positions or max_tokens), generator)
+        return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def complete(
+        self, tokens_NL: Tensor, length: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Texts (N, L) of one length, gone on with to `length` tokens or until each has its end token, which is then repeated.
+
+        Args:
+          generator: draws from the model's distribution, on the CPU; None = always the most likely token.
+          temperature: divides the logits before a draw.
+        """
+        device = next(self.model.parameters()).device
+        tokens_NL = tokens_NL.to(device)
+        done_N, cache = torch.zeros(len(tokens_NL), dtype=torch.bool), None
+        while tokens_NL.shape[1] < length and not bool(done_N.all()):
             fresh_NL = tokens_NL if cache is None else tokens_NL[:, -1:]
-            answer = self.model(input_ids=fresh_NL, past_key_values=cache, use_cache=True)
-            cache = answer.past_key_values
-            share_NV = answer.logits[:, -1].float().cpu().softmax(dim=-1)
-            next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
+            memory: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            answer = self.model(input_ids=fresh_NL, use_cache=True, **memory)
+            cache = getattr(answer, "past_key_values", None)  # models without attention have none: all is read again
+            logits_NV = answer.logits[:, -1].float().cpu()
+            if generator is None:
+                next_N = logits_NV.argmax(dim=-1)
+            else:
+                share_NV = (logits_NV / temperature).softmax(dim=-1)
+                next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
             next_N[done_N] = self.end_id
             done_N |= next_N == self.end_id
             tokens_NL = torch.cat([tokens_NL, next_N[:, None].to(device)], dim=1)
-        return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
+        return tokens_NL
 
     @property
     def vocabulary(self) -> int:
         """How many tokens the model chooses from: the width of its logits."""
         head = self.model.get_output_embeddings()
         return int(getattr(head, "out_features", head.weight.shape[0]))  # a quantised weight has another shape
+
+    @property
+    def positions(self) -> int:
+        """How long a text the model's config foresees; 0 if it says nothing."""
+        return num_positions(self.model.config)
 
     @property
     def end_id(self) -> int:
@@ -79,11 +119,6 @@ class BaseModel:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.end_id if pad is None else pad
-
-
-def embedded_folder() -> Path:
-    """The folder of the model that is shipped inside the package."""
-    return Path(str(resources.files("drencoder") / "embedded"))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -99,26 +134,82 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_base(knobs: config.Model) -> BaseModel:
-    """Loads the base model from the package, a local folder or the hub, frozen and in eval mode.
+def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
+    """Loads the base model from the package, a folder, a GGUF file or the hub, frozen and in eval mode.
+
+    Code that comes with a model is never run.
+
+    Args:
+      max_tokens: of the longest text, for which the model must have positions; 0: not known.
 
     Raises:
       DeviceError: the device is not there.
-      ModelError: the folder or hub id has no causal language model, or its tokenizer has no end token.
+      ModelError: there is no whole causal language model with a tokenizer that fits it (`model_checks`).
     """
-    device = resolve_device(knobs.device)
-    source = str(embedded_folder()) if knobs.source == "embedded" else knobs.source
-    hf_logging.disable_progress_bar()  # a bar for a model of two megabytes hides our own lines
+    device, place = resolve_device(knobs.device), locate(knobs)
+    name, options = _arguments(place)
+    with _quiet(place):
+        with explained(knobs.source, "config"):
+            settings = AutoConfig.from_pretrained(name, **options)
+        check_config(settings, knobs.source)
+        with explained(knobs.source, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        check_tokenizer(tokenizer, knobs.source)
+        with explained(knobs.source):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=getattr(torch, knobs.dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_model refuses them in one sentence
+                **options,
+            )
+        model, report = loaded[0].requires_grad_(False).eval().to(device), loaded[1]
+        check_model(model, tokenizer, knobs.source, report, max_tokens)
+    revision = place.revision if place.path else getattr(settings, "_commit_hash", None) or place.revision
+    return BaseModel(model, tokenizer, knobs.source, place.hub_id, revision, _licence(place, name, options))
+
+
+def _arguments(place: ModelPlace) -> tuple[str, dict[str, Any]]:
+    """What transformers is told: a folder or hub id, and options."""
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if place.path is None:
+        return place.hub_id, options | ({"revision": place.revision} if place.revision else {})
+    if place.is_gguf:
+        return str(place.path.parent), options | {"gguf_file": place.path.name}
+    return str(place.path), options
+
+
+@contextlib.contextmanager
+def _quiet(place: ModelPlace) -> Iterator[None]:
+    """Keeps the libraries' bars and warnings off the screen: what matters of them is an error of ours."""
+    bars = contextlib.redirect_stderr(io.StringIO()) if place.is_gguf else contextlib.nullcontext()
+    before, hub_before = hf_logging.get_verbosity(), hub_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, knobs.dtype))
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model.source = {knobs.source!r} cannot be loaded ({first_line}): give 'embedded', a local Hugging Face "
-            "folder with config.json, weights and tokenizer, or a hub id that this machine can reach."
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {knobs.source!r} has no end-of-text token: set eos_token in its files.")
-    model.requires_grad_(False)
-    return BaseModel(model.eval().to(device), tokenizer, knobs.source)
+        with warnings.catch_warnings(), bars:
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(before)
+        hub_logging.set_verbosity(hub_before)
+
+
+def _licence(place: ModelPlace, name: str, options: dict[str, Any]) -> str:
+    """The licence tag at the head of the model's own card, as the hub reads it, or of a GGUF file."""
+    if place.path == embedded_folder():
+        return "apache-2.0"
+    if place.is_gguf and place.path is not None:
+        stated = str(read_gguf_header(place.path).facts.get("general.license", ""))
+        return stated if re.fullmatch(_TAG, stated) else _UNKNOWN
+    try:
+        card = cached_file(
+            name, "README.md", _raise_exceptions_for_missing_entries=False, revision=options.get("revision")
+        )
+        text = Path(card).read_text("utf-8") if card else ""
+    except (OSError, ValueError):
+        return _UNKNOWN
+    head = re.match(r"---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
+    tag = re.search(rf"^license:\s*[\"']?({_TAG})[\"']?\s*$", head[1], re.MULTILINE) if head else None
+    return tag[1] if tag else _UNKNOWN

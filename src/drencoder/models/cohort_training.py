@@ -9,7 +9,7 @@ client, and the base is frozen and in eval mode.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -89,26 +89,29 @@ def cohort_updates(
         return update_KD
     start_KD = adapter.to(lora.device).expand(len(clients), lora.layout.size)
     schedules = [_schedule(examples, local, seed) for examples, seed in zip(clients, seeds, strict=True)]
-    for length, members in _same_shapes(schedules).items():
+    for length, members in _batches(lora, schedules):
         places = torch.tensor(members, device=lora.device)
         trained = _train_alike(
-            lora, start_KD[places], [schedules[i] for i in members], length[-1], local, [seeds[i] for i in members]
+            lora, start_KD[places], [schedules[i] for i in members], length, local, [seeds[i] for i in members]
         )
         update_KD[places] = trained
     return update_KD
 
 
-def _same_shapes(schedules: Sequence[Steps]) -> dict[tuple[int, ...], list[int]]:
-    """Shape of a client's batches (examples of each step, then padded length) -> the clients that have it.
+def _batches(lora: LoraModel, schedules: Sequence[Steps]) -> Iterator[tuple[int, list[int]]]:
+    """Yields (padded length, the clients that train together): those whose batches have the same shape, or each alone.
 
-    A length is rounded up to a multiple of 8, so that there are few shapes. It is a function of the client's own examples.
+    A length is rounded up to a multiple of 8, so that there are few shapes, but not beyond the model's positions. It is a
+    function of the client's own examples.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for client, steps in enumerate(schedules):
         longest = max((len(example.tokens) for step in steps for example in step), default=1)
-        shape = (*map(len, steps), -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
-        groups.setdefault(shape, []).append(client)
-    return groups
+        rounded = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+        length = max(longest, min(rounded, lora.base.positions or rounded))
+        groups.setdefault((*map(len, steps), length), []).append(client)
+    for (*_, length), members in groups.items():
+        yield from [(length, members)] if lora.shares_batches else [(length, [client]) for client in members]
 
 
 def _train_alike(

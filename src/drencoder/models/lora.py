@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drencoder.data.tokenization import Batch
 from drencoder.errors import ModelError
+from drencoder.models.adapted_layers import AdaptedLayers, choose_layers, is_linear, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
 from drencoder.recipe import recipe as config
@@ -40,25 +41,30 @@ class LoraModel:
       knobs: rank, alpha and targets.
       seed: of the adapter's start (A random, B zero).
 
+    `left_out` names the layers that an automatic choice of targets would have taken and that cannot have an adapter.
+    `shares_batches`: whether clients may train in one batch; if not, each trains alone.
+
     Raises:
-      ModelError: no module matches the targets, or a matched layer is not a linear one.
+      ModelError: a target names no linear layer, or one that does not get whole rows of tokens.
     """
 
     def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int) -> None:
         self.base = base
         self.dropout, self.rank = knobs.dropout, knobs.rank
-        self._peft = _attach(base, knobs, seed)
+        layers = choose_layers(base.model, knobs.targets, base.source)
+        self.left_out, self.shares_batches = layers.left_out, keeps_clients_apart(base.model)
+        self._peft = _attach(base, knobs, layers, seed)
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         self.initial_D = self.layout.flatten(tensors).clone()
         self._stack: Mapping[str, Tensor] | None = None
         self._generators: Sequence[torch.Generator] = ()
         self._isolated = 0  # how many clients the batch has whose products must be their own; 0: it is one batch
+        self._tokens = 0  # of the batch in this pass, padding included
         self._hook_layers()
         self._isolate_linear_layers()
         self._peft.base_model.disable_adapter_layers()
         self._split_head = self._head_can_be_split()
-        self._check_layers_get_whole_rows()
 
     @property
     def device(self) -> torch.device:
@@ -90,23 +96,29 @@ class LoraModel:
         """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`)."""
         with self.peft(vector_D):
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing true about this run
+        (folder / "README.md").unlink(
+            missing_ok=True
+        )  # PEFT's card says nothing true about a run; runs.model_card does
 
     # --- K vectors, through hooks -------------------------------------------------------------
 
     def _hook_layers(self) -> None:
+        self.base.model.get_input_embeddings().register_forward_pre_hook(self._count_tokens)
         for name, layer in self._peft.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            if not (layer.in_features and hasattr(layer, "lora_A") and len(layer.lora_A)):
-                raise ModelError(f"adapter.targets matches {name!r}, which is not a linear layer: name linear layers.")
             names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
             layer.get_base_layer().register_forward_hook(self._delta_hook(names, layer.scaling["default"]))
+
+    def _count_tokens(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._tokens = inputs[0].numel()
 
     def _delta_hook(self, names: tuple[str, str], scale: float) -> Any:
         def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._stack is None:
                 return None
+            if inputs[0].shape[:-1].numel() != self._tokens:
+                raise ModelError(f"{names[0]} did not get every token once: clients could not be told apart there.")
             A_KrI, B_KOr = self._stack[names[0]], self._stack[names[1]]
             x_KTI = inputs[0].reshape(A_KrI.shape[0], -1, A_KrI.shape[2]).to(A_KrI.dtype)
             if self._generators:
@@ -125,10 +137,9 @@ class LoraModel:
 
     def _isolate_linear_layers(self) -> None:
         for layer in self.base.model.modules():
-            if type(layer) is nn.Linear:
-                layer.forward = self._product_of(layer.weight, layer.bias, transposed=False)  # type: ignore[method-assign]
-            elif type(layer) is Conv1D:
-                layer.forward = self._product_of(layer.weight, layer.bias, transposed=True)  # type: ignore[method-assign]
+            if is_linear(layer):
+                transposed = type(layer) is Conv1D
+                layer.forward = self._product_of(layer.weight, layer.bias, transposed=transposed)
 
     def _product_of(self, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Any:
         """A linear layer's forward. With isolated clients it is one product for each of them.
@@ -149,37 +160,6 @@ class LoraModel:
             return y_KTO.view(*x.shape[:-1], -1)
 
         return forward
-
-    def _check_layers_get_whole_rows(self) -> None:
-        """Refuses an adapted layer that gets anything but (rows, tokens, features), once in a pass.
-
-        Its rows could not be told apart by client: one client's text would meet another's adapter. Experts of a mixture are
-        such layers, since they get the tokens that were routed to them.
-
-        Raises:
-          ModelError: naming the first such layer.
-        """
-        shapes: dict[str, list[tuple[int, ...]]] = {}
-
-        def watch(name: str) -> Any:
-            return lambda _module, inputs: shapes.setdefault(name, []).append(tuple(inputs[0].shape[:-1]))
-
-        layers = {name: layer for name, layer in self._peft.named_modules() if isinstance(layer, LoraLayer)}
-        hooks = [layer.get_base_layer().register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-        vocabulary = self.base.model.config.get_text_config().vocab_size
-        probe = torch.arange(3 * 5, device=self.device).remainder(vocabulary).view(3, 5)
-        try:
-            with torch.inference_mode():
-                self.base.model(input_ids=probe, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name in layers:
-            if shapes.get(name) != [(3, 5)]:
-                raise ModelError(
-                    f"adapter.targets matches {name.removeprefix('base_model.model.')!r}, which does not get every token of "
-                    "every text once, so that clients could not be told apart there: name other linear layers."
-                )
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[dict[str, Tensor]]:
@@ -282,28 +262,23 @@ def _positions_before(predicted: Tensor) -> Tensor:
     return before
 
 
-def _attach(base: BaseModel, knobs: config.Adapter, seed: int) -> Any:
+def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed: int) -> Any:
     """Wraps the target layers with a PEFT adapter whose random start depends on the seed alone."""
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=knobs.rank,
         lora_alpha=knobs.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a fraction is fine
         lora_dropout=knobs.dropout,
-        target_modules=list(knobs.targets),
+        target_modules=layers.peft_targets(base.model),
         bias="none",
     )
     devices = [base.model.device] if base.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns when no layer matches, and then raises as well
+        warnings.simplefilter("ignore")  # PEFT says that GPT-2's layers are transposed, and takes care of it
         torch.manual_seed(derive_seed(seed, "adapter"))
-        try:
-            attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
-        except ValueError as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"adapter.targets = {list(knobs.targets)} does not fit {base.source!r} ({first_line}): "
-                "name linear modules of this model."
-            ) from None
+        attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+    if base.hub_id:  # rather than where this machine keeps it
+        lora.base_model_name_or_path, lora.revision = base.hub_id, base.revision or None
     for name, parameter in attached.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

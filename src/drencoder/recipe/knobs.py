@@ -65,6 +65,8 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
         return _checked_text(where, value)
     if kind is bool and isinstance(value, bool):
         return value
+    if kind == tuple[str, ...] and isinstance(value, str):
+        return (value,)
     if kind in _LISTS and isinstance(value, list | tuple):
         item_kind = kind.__args__[0]
         return tuple(coerce(f"{where}[{i}]", item, item_kind) for i, item in enumerate(value))

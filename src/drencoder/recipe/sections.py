@@ -5,6 +5,7 @@ Knobs under `[speed]` change how fast a run is and never what it computes (up to
 
 from dataclasses import dataclass
 
+from drencoder.errors import RecipeError
 from drencoder.recipe.knobs import Checked, knob
 
 __all__ = [
@@ -26,7 +27,8 @@ __all__ = [
 class Model(Checked):
     """The frozen base model."""
 
-    source: str = knob("embedded", "`embedded`, a local Hugging Face folder, or a hub id")
+    source: str = knob("embedded", "`embedded`, a local Hugging Face folder, a .gguf file, or a hub id")
+    revision: str = knob("", "of a hub id: branch, tag or commit; empty = its main branch")
     dtype: str = knob("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
     device: str = knob("auto", "`auto` takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
 
@@ -39,8 +41,10 @@ class Adapter(Checked):
     alpha: float = knob(16.0, "LoRA alpha: the product B A is scaled by alpha / rank", above=0)
     dropout: float = knob(0.0, "dropout on the input of A while training", low=0, below=1)
     targets: tuple[str, ...] = knob(
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "names of the linear modules that get a LoRA pair, whole or their last parts (layers.0.self_attn.q_proj: of one layer)",
+        ("auto",),
+        "linear layers that get a LoRA pair; auto: PEFT's choice for the model's family, in attention with k_proj and the output "
+        "projection, too; all-linear: all but the output head; or names, whole or their last parts (layers.0.self_attn.q_proj: "
+        "of one layer)",
     )
     start: str = knob(
         "auto",
@@ -50,6 +54,17 @@ class Adapter(Checked):
         "but public for hybrid where the plan's noise lets a round learn few coordinates (k* < 512)",
         choices=("auto", "peft", "orthonormal", "public"),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise RecipeError(
+                "adapter.targets is empty: set it to 'auto', to 'all-linear' or to names of linear layers."
+            )
+        if len(self.targets) > 1 and {"auto", "all-linear"} & set(self.targets):
+            raise RecipeError(
+                f"adapter.targets = {list(self.targets)} has a rule among names: give 'auto' or 'all-linear' alone, or names."
+            )
 
 
 @dataclass(frozen=True)

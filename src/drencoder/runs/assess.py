@@ -33,7 +33,7 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["assess"]
+__all__ = ["assess", "read_adapter"]
 
 Progress = Callable[[str, int, int], None]
 """(what is asked, requests answered, requests in all)."""
@@ -83,7 +83,7 @@ def assess(
     if device is not None:
         recipe = replace(recipe, model=replace(recipe.model, device=device))
     resolve_device(recipe.model.device)
-    adapter = _read_adapter(folder) if is_run else None
+    adapter = read_adapter(folder) if is_run else None
     names = unify_names(tasks)
     where = {
         **_places_of(recipe, names),
@@ -103,7 +103,8 @@ def _places_of(recipe: Recipe, names: Sequence[str]) -> dict[str, str]:
     return {name: place for name, place in named.items() if place != "embedded" and not place.startswith("hub:")}
 
 
-def _read_adapter(folder: RunFolder) -> Mapping[str, Tensor]:
+def read_adapter(folder: RunFolder) -> Mapping[str, Tensor]:
+    """The tensors of a run's adapter. Raises ArtifactError if it has none yet, or if the file cannot be read."""
     path = folder.adapter / "adapter_model.safetensors"
     if not path.is_file():
         raise ArtifactError(

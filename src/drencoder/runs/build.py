@@ -249,7 +249,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
         torch.set_num_threads(recipe.speed.threads)
     source = _clients_text(recipe, own, remote)
     evaluation = None if site else open_evaluation(recipe, source)
-    base = load_base(recipe.model)
+    base = load_base(recipe.model, recipe.data.max_tokens)
     d1_share = 0.0
     if recipe.prior.source == "gradients":
         from drencoder.published.fedcg import D1_SHARE

@@ -119,7 +119,7 @@ def make_certificate(
     from drencoder.encoders.wire import WireFormat
 
     recipe, plan, layout = components.recipe, components.plan, components.lora.layout
-    secure = plan.trust == "secure-aggregation"
+    secure, base = plan.trust == "secure-aggregation", components.lora.base
     senders = recipe.federation.nodes if secure else plan.expected_cohort
     uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
     wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
@@ -142,6 +142,7 @@ def make_certificate(
         "data": f"the clients' own text, which stays at {len(ledger.sites())} sites"
         if ledger.sites()
         else components.texts.source.provenance,
+        "base": {"hub_id": base.hub_id, "revision": base.revision, "licence": base.licence},
     }
 
 

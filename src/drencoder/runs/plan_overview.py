@@ -5,8 +5,6 @@ Legend: D adapter values, K code values.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from drencoder.data.evaluation_text import SIMULATED_OWNERS, describe_owners, evaluation_rests_on, owner_kind
@@ -15,16 +13,15 @@ from drencoder.encoders.code_sizes import (
     FEW_COORDINATES,
     NOISY_RATIO,
     AdapterShape,
-    adapted_matrices,
     auto_ratio,
-    known_matrices,
     message_bytes,
     noise_dominates,
     plain_lora_bytes,
     stage1_values,
 )
 from drencoder.encoders.planning import check_encoder, declared, planned_code_size, planned_start, wire_dtype
-from drencoder.errors import ModelError
+from drencoder.models.place import locate
+from drencoder.models.planned_layers import adapted_matrices
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
@@ -36,7 +33,7 @@ __all__ = ["Overview", "modular_bits", "privacy_plan", "survey"]
 class Overview:
     """What a run will cost, in privacy and in bytes. Public.
 
-    `adapter_size` is None for a hub model that is not on this machine; all that depends on it is None too.
+    `adapter_size` is None for a hub model that is not on this machine, and where a model's files do not tell; all that depends on it is None too.
     Bytes are totals of all expected uploads; `message_bytes` is a client's in a round, under secure aggregation a node's.
     Plain LoRA sends the whole adapter, as often, in float32, or in 16 bits beside codes of fewer bits.
     """
@@ -149,11 +146,9 @@ def survey(recipe: Recipe) -> Overview:
       ModelError: the local model folder is unreadable or has no target module.
     """
     plan = privacy_plan(recipe)
-    matrices, owners, basis = (
-        _adapted(recipe),
-        describe_owners([owner_kind(recipe.data)], recipe.data.client_field),
-        evaluation_rests_on(recipe),
-    )
+    matrices = adapted_matrices(locate(recipe.model), recipe.adapter.targets)
+    owners = describe_owners([owner_kind(recipe.data)], recipe.data.client_field)
+    basis = evaluation_rests_on(recipe)
     if matrices is None:
         warning = _encoder_warning(recipe)
         unknown = (None, None, None, None, None, None)
@@ -223,18 +218,3 @@ def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
 def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
     """Returns how many bits a value of a slot's sum has under secure aggregation."""
     return plan.share_terms(slot).quantiser(values, 1.0).bits  # the clip is their unit
-
-
-def _adapted(recipe: Recipe) -> list[list[int]] | None:
-    """Shapes of the adapted matrices; None for a hub model whose shapes this package does not know."""
-    if recipe.model.source == "embedded":
-        folder = Path(str(resources.files("drencoder") / "embedded"))
-    else:
-        folder = Path(recipe.model.source)
-        if not folder.exists() and not recipe.model.source.startswith(("/", ".")):
-            return known_matrices(recipe.model.source, recipe.adapter.targets)  # a hub id
-    if not folder.is_dir():
-        raise ModelError(
-            f"model.source = {recipe.model.source!r} is not a folder: give 'embedded', a folder or a hub id."
-        )
-    return adapted_matrices(folder, recipe.adapter.targets)

@@ -30,6 +30,7 @@ from drencoder.runs.asking import ask_cohort, downloaded_bytes, uploaded_bytes
 from drencoder.runs.build import Components, EngineMaker, build
 from drencoder.runs.certificate import check_same_recipe, file_digests, make_certificate, recipe_digest
 from drencoder.runs.checkpoint import Progress, float32_bytes, load_checkpoint, save_checkpoint
+from drencoder.runs.model_card import write_model_card
 from drencoder.runs.plan_overview import Overview
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
@@ -107,6 +108,11 @@ def resume(folder: str | Path, listener: Listener | None = None, engine: EngineM
 def _prepare(recipe: Recipe, listener: Listener, engine: EngineMaker | None) -> Components:
     components = build(recipe, engine)
     listener.planned(components.overview)
+    if left_out := components.lora.left_out:
+        names = ", ".join(left_out[:8]) + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
+        listener.say(
+            f"adapter.targets = {recipe.adapter.targets[0]!r} leaves out layers that cannot have an adapter: {names}"
+        )
     return components
 
 
@@ -225,6 +231,7 @@ def _finish(
         listener.say("evaluating base model, zero update and this run")
     with folder.replacing(folder.adapter) as temporary:
         components.lora.save(progress.state.adapter_D, temporary)
+        components.lora.base.tokenizer.save_pretrained(temporary)
     outcomes = measure_all(components.lora, progress.state.adapter_D, components.held_out, components.questions)
     stored = {name: outcome.to_dict() for name, outcome in outcomes.items()}
     folder.write_json(folder.outcomes, stored)
@@ -234,6 +241,7 @@ def _finish(
     certificate["uniform_loss"] = uniform_loss
     certificate["verdict"] = verdict(stored, uniform_loss, NO_EVALUATION)
     folder.write_json(folder.certificate, certificate)
+    folder.write(folder.model_card, write_model_card(folder.read_json(folder.certificate)).encode())
     write_report(folder.path)
     ledger.record_closed(progress.slot, file_digests(folder))
     listener.finished(certificate)

@@ -6,7 +6,7 @@
     ledger.jsonl           every charge, on disk before its release (privacy.ledger)
     metrics.jsonl          one line per evaluation and round
     checkpoints/           state.safetensors + state.json of the last finished round
-    adapter/               a PEFT adapter folder
+    adapter/               a PEFT adapter folder with the tokenizer and a model card
     certificate.json       what was promised, to whom, and what was spent
     outcomes.json          every held-out text's loss and every question's outcome, for paired comparisons
     report.html            one page for people
@@ -59,6 +59,10 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def model_card(self) -> Path:
+        return self.adapter / "README.md"
 
     @property
     def certificate(self) -> Path:

@@ -21,6 +21,7 @@ from drencoder.privacy.ledger_check import ledger_troubles, plan_differences
 from drencoder.reading import cut
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs.certificate import BYTES_COUNTED, derived_part, file_digests, flat_gate, recipe_digest
+from drencoder.runs.model_card import write_model_card
 from drencoder.runs.plan_overview import privacy_plan, survey
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.signatures import check_signatures
@@ -89,6 +90,7 @@ def verify_run(path: Path, signed_by: Mapping[str, str] | None = None) -> Verifi
             troubles += _result_troubles(folder, recipe, certificate)
             if not troubles:
                 troubles += _checkpoint_troubles(ledger, folder, certificate)
+                troubles += _card_troubles(folder, certificate)
         except _OTHER_KINDS as error:
             troubles.append(f"a file of the run has a value of another kind than runs write ({type(error).__name__}).")
         troubles += _file_troubles(ledger, folder)
@@ -238,6 +240,20 @@ def _result_troubles(folder: RunFolder, recipe: Recipe, certificate: Mapping[str
         part = certificate.get(section)
         if not isinstance(part, dict) or part.get(key) != expected:
             yield f"the certificate's {section} is not the recipe's {expected}."
+
+
+def _card_troubles(folder: RunFolder, certificate: Mapping[str, Any]) -> Iterator[str]:
+    """The adapter's model card is the one that the certificate gives."""
+    try:
+        expected, actual = write_model_card(certificate).encode(), folder.model_card.read_bytes()
+    except OSError:
+        yield "the adapter has no model card."
+        return
+    except (LookupError, TypeError, ValueError, AttributeError):
+        yield "the certificate has not what a model card says."
+        return
+    if actual != expected:
+        yield "the adapter's model card is not the one that the certificate gives."
 
 
 def _checkpoint_troubles(ledger: Ledger, folder: RunFolder, certificate: Mapping[str, Any]) -> Iterator[str]:

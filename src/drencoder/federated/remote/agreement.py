@@ -16,7 +16,7 @@ __all__ = ["ClientSet", "agreement"]
 # Where a machine keeps things, how fast it is, and what the server alone does: free on each side.
 _FREE_SECTIONS = ("name", "server", "evaluation", "speed")
 _FREE_KNOBS = {
-    "model": ("source", "device"),
+    "model": ("source", "revision", "device"),
     "data": ("source", "split", "client_field"),
     "prior": ("public", "provenance", "synthetic"),
 }

@@ -1,0 +1,98 @@
+"""Where a base model lies, read from `model.source` alone. No torch: the plan asks, too."""
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from drencoder.errors import ModelError
+from drencoder.reading import shown
+from drencoder.recipe.sections import Model
+
+__all__ = ["ModelPlace", "embedded_folder", "locate"]
+
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")  # of the hub's own cache
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """`path`: a folder in Hugging Face's layout or a GGUF file on this machine; None for a hub id that is to be fetched.
+
+    `hub_id` and `revision` are empty for a model that has none.
+    """
+
+    path: Path | None
+    hub_id: str = ""
+    revision: str = ""
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path is not None and self.path.suffix.lower() == ".gguf"
+
+    @property
+    def folder(self) -> Path | None:
+        """The model's folder if its files are on this machine; of a hub id, where the hub's cache has it."""
+        if self.path is not None or not self.hub_id:
+            return self.path
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            found = try_to_load_from_cache(self.hub_id, "config.json", revision=self.revision or None)
+        except ValueError:  # not a name that the hub could have
+            return None
+        return Path(found).parent if isinstance(found, str) else None
+
+
+def embedded_folder() -> Path:
+    """The folder of the model that is shipped inside the package."""
+    return Path(str(resources.files("drencoder") / "embedded"))
+
+
+def locate(knobs: Model) -> ModelPlace:
+    """Says where the model is.
+
+    Raises:
+      ModelError: a path leads nowhere or to something else, or has a revision, which only a hub id can have.
+    """
+    if knobs.source == "embedded":
+        _refuse_revision(knobs)
+        return ModelPlace(embedded_folder())
+    path = Path(knobs.source)
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise ModelError(
+            f"model.source = {shown(knobs.source)} cannot be read ({error.strerror}): give another."
+        ) from None
+    if not there and not knobs.source.startswith(("/", ".", "~")) and path.suffix.lower() != ".gguf":
+        return ModelPlace(None, knobs.source, knobs.revision)
+    _refuse_revision(knobs)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"model.source = {shown(knobs.source)} is a file, but no .gguf file: give the folder of the model, or a .gguf file."
+            )
+        return ModelPlace(path)
+    if not path.is_dir():
+        raise ModelError(
+            f"model.source = {shown(knobs.source)} is not there: give 'embedded', a folder, a .gguf file or a hub id."
+        )
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.source = {shown(knobs.source)} holds an adapter and not a whole model: name its base model, or merge the two first."
+        )
+    if not (path / "config.json").is_file():
+        gguf = next((f": name the file, {file.name}" for file in sorted(path.glob("*.gguf"))), "")
+        raise ModelError(
+            f"model.source = {shown(knobs.source)} has no config.json, so it is not a model's folder{gguf or ': give the folder that has one'}."
+        )
+    match = _SNAPSHOT.search(path.resolve().as_posix())
+    return ModelPlace(path, f"{match[1]}/{match[2]}", match[3]) if match else ModelPlace(path)
+
+
+def _refuse_revision(knobs: Model) -> None:
+    if knobs.revision:
+        raise ModelError(
+            f"model.revision = {shown(knobs.revision)} belongs to a hub id, and model.source = {shown(knobs.source)} is on this machine: "
+            "remove model.revision."
+        )
