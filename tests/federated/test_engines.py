@@ -150,7 +150,7 @@ def test_a_server_needs_no_text_but_its_evaluation_data(trust: str, evaluation: 
     result = in_process(recipe, tmp_path / "grid", lambda site: str(tmp_path / f"site{site}.jsonl"))
     certificate = result.certificate
     assert certificate["data"] == "the clients' own text, which stays at 3 sites"
-    assert certificate["owners"] == "owners whom the field 'ward' names"
+    assert certificate["owners"] == "owners whom the sites' own files name"
     loss = certificate["results"]["this run"]["loss"]
     if evaluation == "file":
         assert loss["count"] == 9
