@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
+from drencoder.data.tokenization import RecordTokenizer
 from drencoder.errors import DeviceError
 from drencoder.models.gguf_header import read_gguf_header
 from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
 from drencoder.models.place import ModelPlace, embedded_folder, locate
 from drencoder.recipe import recipe as config
 
-__all__ = ["BaseModel", "embedded_folder", "load_base", "resolve_device"]
+__all__ = ["BaseModel", "embedded_folder", "load_base", "open_tokenizer", "resolve_device"]
 
 _UNKNOWN = "unknown"  # the hub's own tag for a licence that nobody states
 _TAG = "[A-Za-z0-9.+-]{1,60}"
@@ -119,6 +120,17 @@ class BaseModel:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.end_id if pad is None else pad
+
+
+def open_tokenizer(base: BaseModel, knobs: config.Data) -> RecordTokenizer:
+    """What makes this model's tokens of records, under the recipe's template.
+
+    Raises:
+      DataError: the template cannot be had or used, or `data.max_tokens` leaves no room beside it.
+    """
+    return RecordTokenizer.open(
+        base.tokenizer, template=knobs.template, max_tokens=knobs.max_tokens, end_id=base.end_id, start=base.start_ids
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -81,7 +81,16 @@ class Data(Checked):
     examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
     split: str = knob("train", "which part of a hub data set or of a benchmark the clients own")
     client_field: str = knob("", "field that names a record's owner; empty = Dirichlet split")
-    max_tokens: int = knob(512, "tokens of an example; a longer prompt loses its beginning", low=8)
+    template: str = knob(
+        "auto",
+        "how a record becomes a text; chat: the tokenizer's chat template; plain: instruction, context, `Answer:`, response; auto: "
+        "chat where the tokenizer has a template; or a .jinja file",
+    )
+    max_tokens: int = knob(
+        512,
+        "tokens of an example; a longer one loses earlier turns, the end of its context, then of its response",
+        low=8,
+    )
 
     @property
     def is_embedded(self) -> bool:

@@ -231,7 +231,7 @@ def _finish(
         listener.say("evaluating base model, zero update and this run")
     with folder.replacing(folder.adapter) as temporary:
         components.lora.save(progress.state.adapter_D, temporary)
-        components.lora.base.tokenizer.save_pretrained(temporary)
+        components.texts.tokenizer.save(temporary)
     outcomes = measure_all(components.lora, progress.state.adapter_D, components.held_out, components.questions)
     stored = {name: outcome.to_dict() for name, outcome in outcomes.items()}
     folder.write_json(folder.outcomes, stored)
