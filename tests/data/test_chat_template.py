@@ -95,7 +95,7 @@ def test_which_template_is_meant(tmp_path: Path) -> None:
     assert isinstance(open_template("auto", plain), PlainTemplate)
     assert isinstance(open_template("plain", chat), PlainTemplate)
     assert isinstance(open_template("auto", chat), ChatTemplate)
-    with pytest.raises(DataError, match="no chat template: set data.template = 'plain'"):
+    with pytest.raises(DataError, match=r"no chat template: set data\.template = 'plain'"):
         open_template("chat", plain)
     with pytest.raises(DataError, match=r"cannot be read \(No such file"):
         open_template(str(tmp_path / "absent.jinja"), plain)

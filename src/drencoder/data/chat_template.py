@@ -14,19 +14,25 @@ from typing import Any, final
 
 from drencoder.data.prompts_template import PLAIN_TEMPLATE, PlainTemplate, Rendered, asked_of, history_of, render
 from drencoder.errors import DataError
+from drencoder.reading import cut, read_text, reason
 
 __all__ = [
     "MARK",
+    "TEMPLATES",
     "ChatTemplate",
     "Template",
     "control_pattern",
     "mark_control_tokens",
     "open_template",
+    "read_template",
     "saved_template",
 ]
 
 MARK = "\ue000"
 """Breaks up a control token in a user's text. A private-use character; where a text has it already, it is replaced."""
+
+TEMPLATES = ("auto", "chat", "plain")
+"""What `data.template` can be beside a file."""
 
 _START, _END = "\ue001", "\ue002"  # around replies, to find them in a rendered text
 _PRIVATE = re.compile(f"[{MARK}{_START}{_END}]")
@@ -134,9 +140,9 @@ class ChatTemplate:
         except Exception as error:  # of jinja, of the sandbox or of the template's own; its text may quote a message
             words, kind = str(error).strip(), type(error).__name__
             known = words in str(self.source or self.tokenizer.chat_template) or kind == "TemplateSyntaxError"
-            reason = words.splitlines()[0] if words and known else kind
+            why = words.splitlines()[0] if words and known else kind
             raise DataError(
-                f"data.template: {self.name} refuses a record's messages ({reason}): set data.template = 'plain', give another "
+                f"data.template: {self.name} refuses a record's messages ({why}): set data.template = 'plain', give another "
                 "template, or change the records (some templates take no system message, or only turns that alternate)."
             ) from None
 
@@ -159,23 +165,23 @@ def open_template(name: str, tokenizer: Any) -> Template:
             ".jinja file."
         )
     source, words = None, "the tokenizer's chat template"
-    if name not in ("auto", "chat"):
-        source, words = _read_template(Path(name)), f"the template {name}"
+    if name not in TEMPLATES:
+        source, words = read_template(Path(name)), f"the template {name}"
     template = ChatTemplate(tokenizer, source, words, control_pattern(tokenizer))
     template.render(_PROBE)
     template.prompt(_PROBE)
     return template
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a template file. Raises DataError if it cannot be read."""
     try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"data.template = '{path}' is not UTF-8 text: convert the file to UTF-8.") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with NUL in it
-        reason = getattr(error, "strerror", None) or "no file can have that name"
+        return read_text(path)
+    except ValueError as error:
+        raise DataError(f"data.template = '{cut(path)}', {error}: convert the file to UTF-8.") from None
+    except OSError as error:
         raise DataError(
-            f"data.template = '{path}' cannot be read ({reason}): give auto, chat, plain or a .jinja file."
+            f"data.template = '{cut(path)}' cannot be read ({reason(error)}): give auto, chat, plain or a .jinja file."
         ) from None
 
 

@@ -33,13 +33,19 @@ class PublicText:
     draw: Callable[[int, int], list[Text]]
 
 
-def open_public(public: str, provenance: str, write: Callable[[int, int], list[str]]) -> PublicText | None:
+def open_public(
+    public: str,
+    provenance: str,
+    write: Callable[[int, int], list[str]],
+    fields: Mapping[str, str] | None = None,
+) -> PublicText | None:
     """The public text that `public` names; None if it is empty.
 
     Args:
       public: `embedded`, `self`, a file or `hub:ORG/NAME`, as `encoders.planning.public_text` has it.
       provenance: whose text it is, in words; needed for a file or a hub data set.
       write: texts by the base model, (count, seed) -> count texts, for `prior.public = "self"`.
+      fields: `data.fields`, for a file that has the same ones as the clients' data.
 
     Raises:
       DataError: a file is missing, unreadable or empty, or its provenance was not given.
@@ -55,7 +61,7 @@ def open_public(public: str, provenance: str, write: Callable[[int, int], list[s
             f"prior.public = {public!r} needs prior.provenance: say in words whose text this is and why the server "
             "may look at it; the certificate repeats it."
         )
-    records = read_records(public, "train", knob="prior.public")
+    records = read_records(public, "train", knob="prior.public", fields=fields)
 
     def draw(count: int, seed: int) -> list[Text]:
         chance = random.Random(seed)

@@ -123,6 +123,12 @@ class RecordTokenizer:
         """The tokens after which the model writes the response: for generation and evaluation."""
         return self._encode(self.template.prompt(record))[0] or [self.end_id]
 
+    @cached_property
+    def stop_id(self) -> int:
+        """The token that ends a response: the end token, or that which a chat template writes behind a reply."""
+        example = self.tokenise({"instruction": "?", "response": "!"}).example
+        return example.tokens[-1] if example is not None else self.end_id
+
     def tokenise(self, record: Text) -> Tokenised:
         """Tokenises a record. An empty response gives no example: a client must not train on a bare end token.
 

@@ -74,13 +74,19 @@ class BaseModel:
 
     @torch.inference_mode()
     def complete(
-        self, tokens_NL: Tensor, length: int, generator: torch.Generator | None = None, temperature: float = 1.0
+        self,
+        tokens_NL: Tensor,
+        length: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        stop: int | None = None,
     ) -> Tensor:
         """Texts (N, L) of one length, gone on with to `length` tokens or until each has its end token, which is then repeated.
 
         Args:
           generator: draws from the model's distribution, on the CPU; None = always the most likely token.
           temperature: divides the logits before a draw.
+          stop: another token that ends a text, such as that of a chat template's turn.
         """
         device = next(self.model.parameters()).device
         tokens_NL = tokens_NL.to(device)
@@ -97,7 +103,7 @@ class BaseModel:
                 share_NV = (logits_NV / temperature).softmax(dim=-1)
                 next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
             next_N[done_N] = self.end_id
-            done_N |= next_N == self.end_id
+            done_N |= (next_N == self.end_id) | (next_N == (self.end_id if stop is None else stop))
             tokens_NL = torch.cat([tokens_NL, next_N[:, None].to(device)], dim=1)
         return tokens_NL
 

@@ -10,7 +10,8 @@ import torch
 from drencoder.data.benchmarks.questions import load_benchmarks
 from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, owner_kind, set_aside_share
 from drencoder.data.public_text import PublicText, open_public
-from drencoder.data.sources import HostedSource, Record, SitesSource, Source, open_source
+from drencoder.data.sources import EmbeddedSource, HostedSource, Record, SitesSource, Source, open_source
+from drencoder.data.text_report import report_records, report_source
 from drencoder.data.tokenization import Example, RecordTokenizer
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
@@ -64,6 +65,19 @@ class Texts:
         if self.evaluation is None:
             return []
         return self.tokenizer.examples(self.evaluation(count), owner="the evaluation data")
+
+    def report(self, count: int) -> list[str]:
+        """Sentences on how many records are left out, cut or changed: of the clients' file, if it is here, and of the first
+        `count` of the evaluation data, if they are a file's.
+
+        Raises:
+          DataError: the chat template refuses a record.
+        """
+        sentences = report_source(self.tokenizer, self.source)
+        if self.evaluation is not None and not isinstance(self.source, EmbeddedSource):
+            measured = list(enumerate(self.evaluation(count), start=1))
+            sentences.append(report_records(self.tokenizer, measured, "The evaluation data"))
+        return sentences
 
     def public_clients(self, count: int, size: int, seed: int) -> list[list[Example]]:
         """Make-believe clients of `size` public texts each; the same for the same seed. Needs `public`."""
@@ -253,7 +267,11 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
     named = "" if site else public_text(recipe)
     if recipe.prior.source == "gradients" and evaluation is None and not site:
         named = named or "self"  # no prior is fitted that the gate could draw from, and it must have something
-    public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
+
+    def write(count: int, seed: int) -> list[str]:
+        return base.write(count, _WRITTEN_TOKENS, seed)
+
+    public = open_public(named, recipe.prior.provenance, write, dict(recipe.data.fields))
     texts = Texts(source, open_tokenizer(base, recipe.data), d1_share, public, evaluation)
     # Before the adapter is in the model; only a federation compares them.
     digests = BaseDigests.of(base.model, base.tokenizer) if site or remote else None

@@ -20,13 +20,14 @@ from drencoder.encoders.code_sizes import (
     stage1_values,
 )
 from drencoder.encoders.planning import check_encoder, declared, planned_code_size, planned_start, wire_dtype
+from drencoder.errors import RecipeError
 from drencoder.models.place import locate
 from drencoder.models.planned_layers import adapted_matrices
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
 
-__all__ = ["Overview", "modular_bits", "privacy_plan", "survey"]
+__all__ = ["Overview", "model_folder", "modular_bits", "privacy_plan", "survey"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
       PrivacyError: the recipe's numbers cannot be planned for.
     """
     check_encoder(recipe)
+    if not recipe.federation.population:
+        raise RecipeError(
+            "federation.population is not named, and the clients' data are not here to count their owners: set it."
+        )
     privacy, federation = recipe.privacy, recipe.federation
     private = privacy.trust != "non-private"
     return make_plan(
