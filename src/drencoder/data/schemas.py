@@ -129,7 +129,7 @@ def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where:
     """A row as a record, and whether nothing of it was left out."""
     used = {field for names in roles.values() for field in names}
     record = {
-        str(key): str(value)
+        str(key): "" if value != value else str(value)  # NaN is how tables write an empty cell
         for key, value in row.items()
         if key not in used and key not in (*ROLES, "history") and isinstance(value, str | int | float | bool)
     }

@@ -27,7 +27,7 @@ from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
 
-__all__ = ["Overview", "model_folder", "modular_bits", "privacy_plan", "survey"]
+__all__ = ["Overview", "modular_bits", "privacy_plan", "survey"]
 
 
 @dataclass(frozen=True)
