@@ -35,7 +35,7 @@ from torch import Tensor
 
 from drencoder import load_recipe
 from drencoder.data.embedded_world.world import World
-from drencoder.data.tokenization import Example, make_examples
+from drencoder.data.tokenization import Example
 from drencoder.encoders.gaussian_prior import GaussianPrior, moment_statistics
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
@@ -76,9 +76,9 @@ def clients(live: Components, first: int, count: int) -> list[list[Example]]:
 
 def public_texts(live: Components, seed: int) -> dict[str, list[list[Example]]]:
     """Make-believe clients of two kinds of public text: records of the clients' own format, and the general part's."""
-    size, count, base = live.recipe.data.examples_per_client, PUBLIC, live.texts.base
+    size, count = live.recipe.data.examples_per_client, PUBLIC
     documents = islice(World().documents(derive_seed(seed, "public-documents")), size * count)
-    other = make_examples(documents, base.tokenize, base.end_id, live.recipe.data.max_tokens, owner="public text")
+    other = live.texts.tokenizer.examples(documents, owner="public text")
     same = live.texts.held_out(size * count)
     return {
         name: [examples[at : at + size] for at in range(0, len(examples), size)]

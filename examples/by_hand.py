@@ -13,14 +13,13 @@ import tempfile
 from pathlib import Path
 
 from drencoder import load_recipe
-from drencoder.data.prompts_template import render
 from drencoder.data.sources import open_source
-from drencoder.data.tokenization import Example, make_examples
+from drencoder.data.tokenization import Example
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.federated.query import update_query
 from drencoder.federated.round import client_message, released_update, server_release
 from drencoder.federated.server_optimizer import ServerState, server_step
-from drencoder.models.base_model import load_base
+from drencoder.models.base_model import load_base, open_tokenizer
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.ledger import Ledger
@@ -45,12 +44,12 @@ state = ServerState.start(lora.initial_D)
 
 # What only its owner knows: a client's text.
 source = open_source(recipe.data, population=POPULATION, seed=0)
+tokenizer = open_tokenizer(base, recipe.data)
 
 
 def examples_of(client: int) -> list[Example]:
     """The tokenised records of one client."""
-    records = [render(record) for record in source.client(client)]
-    return make_examples(records, base.tokenize, base.end_id, recipe.data.max_tokens, start=base.start_ids)
+    return tokenizer.examples(source.client(client))
 
 
 with tempfile.TemporaryDirectory() as folder, Ledger.create(Path(folder) / "ledger.jsonl", plan) as ledger:

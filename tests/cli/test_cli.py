@@ -64,9 +64,44 @@ def test_plan_json_is_the_plan() -> None:
     assert overview["observers"]["server"]["epsilon_pld"] == "inf"
 
 
+def test_plan_reads_the_data(tmp_path: Path, command: Command) -> None:
+    records = [{"question": f"secret {i}", "answer": "b", "who": f"p{i % 30}"} for i in range(90)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "mine.toml").write_text(
+        'data = { source = "text.jsonl", client_field = "who" }\n'
+        "federation = { rounds = 2, sampling_rate = 0.33 }\nprivacy.epsilon = 2"
+    )
+    done = command("plan", "mine.toml")
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    for words in (
+        "question and answer",
+        "90, about",
+        "30 (owners in 'who'); how many",
+        "30 owners under local trust",
+        "nothing can be learned",
+        "Central trust would",
+    ):
+        assert words in shown
+    assert "secret" not in done.stdout
+    found = json.loads(command("plan", "mine.toml", "--json").stdout)
+    assert (found["data"]["records"], found["data"]["clients"], found["privacy"]["population"]) == (90, 30, 30)
+    elsewhere = command(
+        "plan", "mine.toml", "--set", "data.source=elsewhere.jsonl", "--set", "federation.population=30"
+    )
+    assert elsewhere.returncode == 0
+    assert "not on this machine" in " ".join(elsewhere.stdout.split())
+    missing = command("plan", "mine.toml", "--set", "data.source=elsewhere.jsonl")
+    assert missing.returncode == 2
+    assert "does not exist" in missing.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["plan", "--set", "data.fields={body='x'}"], "'body' is not known: choose one of instruction"),
+        (["plan", "--set", "data.fields=3"], "not a table of texts"),
+        (["plan", "--set", "data.fields={text=3}"], "data.fields.text = 3 is not a text"),
         (["plan", "nowhere.toml"], "does not exist"),
         (["plan", "--set", "privacy.epsilo=2"], "did you mean 'epsilon'"),
         (["plan", "--set", "privacy.epsilon=0"], "must be above 0"),

@@ -154,7 +154,7 @@ def test_json_lists_and_missing_optional_fields(tmp_path: Path) -> None:
     source = open_source(sections.Data(source=str(path), alpha=50.0), population=2, seed=0)
     assert source.client(0)[0]["category"] == "none"
     path.write_text('[{"instruction": "a", "response": "b"}, {"instruction": "a"}]')
-    with pytest.raises(DataError, match=r"data\.json, record 2: no text in 'response'"):
+    with pytest.raises(DataError, match=r"data\.json, record 2: no field 'response'"):
         open_source(sections.Data(source=str(path)), population=1, seed=0)
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from conftest import random_examples, tiny_base
 from drencoder.data.embedded_world.world import World, prompt_of, record_of
-from drencoder.data.prompts_template import LETTER_CONTINUATIONS, render
-from drencoder.data.tokenization import Example, make_example
+from drencoder.data.prompts_template import LETTER_CONTINUATIONS
+from drencoder.data.tokenization import Example
 from drencoder.errors import DataError
 from drencoder.evaluation.held_out import (
     choice_scores,
@@ -20,7 +20,7 @@ from drencoder.evaluation.held_out import (
     multiple_choice,
     question_examples,
 )
-from drencoder.models.base_model import load_base
+from drencoder.models.base_model import load_base, open_tokenizer
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 
@@ -94,9 +94,8 @@ def test_nothing_to_evaluate_is_one_sentence() -> None:
 
 def test_questions_are_asked_as_clients_records_are(tiny_folder: Path) -> None:
     base = load_base(config.Model(source=str(tiny_folder)))
-    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
     question = World().benchmark("mmlu", count=1, seed=0)[0]
-    (options,) = question_examples(lora, [question], 512)
+    (options,) = question_examples(open_tokenizer(base, config.Data(max_tokens=512)), [question])
     prompt = prompt_of(question, "plain")
     for option, letter in zip(options, LETTER_CONTINUATIONS, strict=True):
         assert base.tokenizer.decode(option.tokens) == prompt + letter
@@ -120,11 +119,11 @@ def test_a_plain_question_is_cut_as_a_clients_record_is(tiny_folder: Path, start
             single="<end> $A", special_tokens=[("<end>", base.end_id)]
         )
     assert base.start_ids == ((base.end_id,) if starts else ())
-    lora = LoraModel(base, config.Adapter(rank=2), seed=0)
     for question in World().benchmark("ceval", count=8, seed=1):
         for limit in (12, 40, 400):
-            record = make_example(*render(record_of(question)), base.tokenize, base.end_id, limit, base.start_ids)
-            option = question_examples(lora, [question], limit)[0][question.answer]
+            tokenizer = open_tokenizer(base, config.Data(max_tokens=limit))
+            record = tokenizer.tokenise(record_of(question)).example
+            option = question_examples(tokenizer, [question])[0][question.answer]
             assert record is not None
             assert option.tokens == record.tokens[:-1]
             assert option.prompt_length == record.prompt_length

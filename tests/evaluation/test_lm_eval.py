@@ -20,7 +20,7 @@ from drencoder.errors import DataError
 from drencoder.evaluation.held_out import choice_scores, question_examples
 from drencoder.evaluation.lm_eval_runner import ItemLog, ask_tasks
 from drencoder.evaluation.lm_eval_tasks import load_tasks
-from drencoder.models.base_model import BaseModel, load_base
+from drencoder.models.base_model import BaseModel, load_base, open_tokenizer
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from lm_eval_by_hand import LAYOUTS, ask_by_hand, write_original_folder
@@ -295,8 +295,9 @@ def test_the_quick_score_agrees_with_a_task_of_lm_eval(kind: str, tiny_folder: P
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     theirs: Any = evaluate(model, manager.load([f"local_{name}" for name in NAMES]), bootstrap_iters=0)
     lora = LoraModel(base, config.Adapter(rank=2), seed=0)
+    tokenizer = open_tokenizer(base, config.Data(max_tokens=2048, template="plain"))
     for name, benchmark in drawn.items():
-        ours = choice_scores(lora, lora.initial_D, question_examples(lora, benchmark.questions, 2048))
+        ours = choice_scores(lora, lora.initial_D, question_examples(tokenizer, benchmark.questions))
         samples = sorted(theirs["samples"][f"local_{name}"], key=lambda sample: sample["doc_id"])
         expected = torch.tensor([[response[0] for response in sample["filtered_resps"]] for sample in samples])
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from deployment import Deployment, deployed, small_recipe, wait_for
 from drencoder.cli import main as cli
-from drencoder.errors import ArtifactError, RecipeError
+from drencoder.errors import ArtifactError, DataError, RecipeError
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.engine import RoundTimeouts
 from drencoder.flower.keys import make_certificates, read_public_keys
@@ -196,6 +196,7 @@ def test_the_agreement_covers_what_protects_and_leaves_places_free() -> None:
     free = [
         "speed.parallel_clients=2",
         "data.source=x.jsonl",
+        "data.fields={text='body'}",
         "model.source=/m",
         "server.learning_rate=0.5",
         "name=other",
@@ -203,8 +204,17 @@ def test_the_agreement_covers_what_protects_and_leaves_places_free() -> None:
     for change in free:
         assert agreement(small_recipe(change)) == agreement(base), change
     for change in ["privacy.epsilon=4", "federation.population=31", "seed=1", "encoder.ratio=4", "privacy.clip_l2=2",
-                   "local.upload=zero", "privacy.participation_cap=4", "privacy.trust=central", "data.max_tokens=25"]:  # fmt: skip
+                   "local.upload=zero", "privacy.participation_cap=4", "privacy.trust=central", "data.max_tokens=25", "data.template=plain"]:  # fmt: skip
         assert agreement(small_recipe(change)) != agreement(base), change
+
+
+def test_a_template_is_agreed_on_wherever_its_file_lies(tmp_path: Path) -> None:
+    for name, text in {"a": "one", "b": "one", "c": "two"}.items():
+        (tmp_path / f"{name}.jinja").write_text(text)
+    one, same, other = (agreement(small_recipe(f"data.template={tmp_path / name}.jinja")) for name in "abc")
+    assert one == same != other
+    with pytest.raises(DataError, match="cannot be read"):
+        agreement(small_recipe("data.template=absent.jinja"))
 
 
 @pytest.mark.parametrize(

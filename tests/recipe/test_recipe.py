@@ -30,6 +30,16 @@ def test_overrides_are_toml_values_or_bare_words() -> None:
     assert recipe.adapter.targets == ("q_proj",)
 
 
+def test_a_knob_can_be_a_table() -> None:
+    recipe = load_recipe(None, ['data.fields={response = "body", instruction = "title"}'])
+    assert recipe.data.fields == (("instruction", "title"), ("response", "body"))
+    assert recipe.to_dict()["data"]["fields"] == {"instruction": "title", "response": "body"}
+    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
+    assert Recipe.from_dict(tomllib.loads(Recipe().to_toml())).data.fields == ()
+    assert recipe.changed({"data.split": "test"}).data.fields == recipe.data.fields
+    hash(recipe)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -318,9 +318,9 @@ def test_own_file_with_its_own_clients(tiny_folder: Path, tmp_path: Path) -> Non
     ("text", "words"),
     [
         ("", "holds no records"),
-        ('{"instruction": "a"}', "line 1: no text in 'response'"),
+        ('{"instruction": "a"}', "line 1: no field replies"),
         ('{"instruction": "a", "response": "b"}\n{oops', "line 2: not valid JSON"),
-        ('["a"]', "line 1: list instead of a JSON object"),
+        ('["a"]', "line 1: a list instead of a record"),
         ("".join(f'{{"instruction": "a", "response": "b{n}"}}\n' for n in range(9)), "would own none of the 6 records"),
         ('{"instruction": "a", "response": "b"}\n' * 9, "all 9 records .* are set aside for evaluation"),
         ('{"instruction": "a", "response": " "}\n' * 4000, "has no usable text"),

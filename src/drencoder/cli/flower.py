@@ -115,7 +115,8 @@ def client(
         Path | None, typer.Option("--root", metavar="CA", help="the authority; default ca.crt beside the key")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="PATH", help="this site's text (.jsonl); default the recipe's")
+        str | None,
+        typer.Option("--data", metavar="PATH", help="this site's text, a file or a folder; default the recipe's"),
     ] = None,
     clients: Annotated[
         str | None,

@@ -93,7 +93,9 @@ def plan(
     relation: Annotated[str | None, typer.Option("--relation", help="with --curve: add_remove or replace_one")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="with --curve: draw it")] = None,
 ) -> None:
-    """Epsilon per observer, noise, code size and bytes, before anything is spent."""
+    """What the data hold, epsilon per observer, noise, code size and bytes, before anything is spent."""
+    from drencoder.cli.data_view import data_table, read_data
+    from drencoder.runs.judgement import judge
     from drencoder.runs.plan_overview import survey
 
     config = load_checked_recipe(recipe, set_ or ())
@@ -103,15 +105,22 @@ def plan(
     if sigmas or observer or relation or plot:
         raise RecipeError("--sigmas, --observer, --relation and --plot belong to --curve: give it too.")
     overview = survey(config)
+    data, missing = read_data(config)
+    judgement = judge(config, overview.privacy, data.records - data.evaluation_records if data else None)
     if json_:
-        print(json.dumps(overview.to_dict(), indent=2))
+        found = {"data": data.to_dict() if data else None, "judgement": judgement}
+        print(json.dumps({**overview.to_dict(), **found}, indent=2))
         return
     from drencoder.runs.display import make_console, plan_tables, show_note
 
     console = make_console()
+    if data is not None:
+        console.print(data_table(data, config.data.max_tokens))
     for table in plan_tables(overview, config.name, config.encoder.name):
         console.print(table)
-    for warning in overview.warnings():
+    for sentence in judgement:
+        show_note(console, "Judgement", sentence, "bold")
+    for warning in [*overview.warnings(), *([missing] if missing else [])]:
         show_note(console, "Note", warning)
 
 

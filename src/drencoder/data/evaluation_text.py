@@ -117,7 +117,9 @@ def open_evaluation(recipe: Recipe, source: Source) -> Callable[[int], list[Reco
         task = embedded_task(where, "evaluation.data") if where else embedded_task(recipe.data.source, "data.source")
         return EmbeddedSource(recipe.data, recipe.seed, task).held_out
     if basis == "server":
-        records = read_records(where, _evaluation_split(recipe), knob="evaluation.data")
+        records = read_records(
+            where, _evaluation_split(recipe), knob="evaluation.data", fields=dict(recipe.data.fields)
+        )
         ordered = in_hashed_order(records, recipe.seed)  # files are often sorted, and less than all may be asked for
         return lambda count: ordered[:count]
     assert isinstance(source, FileSource)

@@ -1,29 +1,30 @@
 """Who owns which text: the clients' records.
 
-Records are in Dolly's schema (`instruction`, `context`, `response`, `category`). A source answers for one
-client at a time, so that ten thousand embedded clients cost nothing until they are asked. The one door to
-the datasets library.
+Whatever their file's schema, records have `instruction`, `context`, `response` and `category` (`schemas`). A source answers for
+one client at a time, so that ten thousand embedded clients cost nothing until they are asked.
 """
 
 import hashlib
+import heapq
 import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
 from drencoder.data.benchmarks.files import read_questions
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.embedded_world.world import World, record_of
+from drencoder.data.formats import Row, read_rows
 from drencoder.data.hub import load_rows
 from drencoder.data.owners import check_spellings, owner_key
+from drencoder.data.schemas import Record, Records, to_records
 from drencoder.errors import DataError
-from drencoder.reading import cut, parse_json, read_text, reason
 from drencoder.recipe import sections
 from drencoder.rng import derive_seed
 
@@ -37,10 +38,9 @@ __all__ = [
     "embedded_task",
     "in_hashed_order",
     "open_source",
+    "read_data",
     "read_records",
 ]
-
-Record = dict[str, str]
 
 
 class Source(Protocol):
@@ -59,7 +59,7 @@ class Source(Protocol):
 def open_source(
     knobs: sections.Data, *, population: int, seed: int, set_aside: float = 0.0, at_site: bool = False
 ) -> Source:
-    """Opens the recipe's data, which `population` clients own.
+    """Opens the recipe's data, which `population` clients own; 0 = as many as the data have.
 
     `set_aside` is the share of the owners (or of the records, where owners are simulated) that no client gets. `at_site`: the
     population is that of one site.
@@ -70,23 +70,36 @@ def open_source(
     kind = knobs.source.partition(":")[0]
     if kind == "embedded":
         return EmbeddedSource(knobs, seed, embedded_task(knobs.source, "data.source"))
-    records = read_records(knobs.source, knobs.split, knob="data.source")
-    source = FileSource.split(records, knobs, population=population, seed=seed, set_aside=set_aside, at_site=at_site)
-    if kind in TAXONOMIES:
-        return replace(source, provenance=f"{knobs.source}, split {knobs.split}")
-    return source
+    read = read_data(knobs.source, knobs.split, knob="data.source", fields=dict(knobs.fields))
+    source = FileSource.split(
+        read.records, knobs, population=population, seed=seed, set_aside=set_aside, at_site=at_site
+    )
+    provenance = f"{knobs.source}, split {knobs.split}" if kind in TAXONOMIES else knobs.source
+    return replace(source, provenance=provenance, schema=read.schema, changed=read.changed)
 
 
-def read_records(where: str, split: str, *, knob: str) -> list[Record]:
-    """The records of a .jsonl or .json file, or of one split of `hub:ORG/NAME` or a benchmark; `knob` is named in messages.
+def read_data(where: str, split: str, *, knob: str, fields: Mapping[str, str] | None = None) -> Records:
+    """What a file, a folder of files, or one split of `hub:ORG/NAME` or of a benchmark holds; `knob` is named in messages.
+
+    `fields` says which field is what where its name does not (`data.fields`).
 
     Raises:
-      DataError: a file is missing, unreadable, empty or ill-shaped.
+      DataError: it is missing, unreadable, empty or ill-shaped.
     """
     kind, _, name = where.partition(":")
+    rows: Iterable[Row]
     if kind in TAXONOMIES:
-        return _read_benchmark(kind, name, split, knob)
-    return _read_hub(name, split, knob) if kind == "hub" else _read_file(Path(where), knob)
+        return Records(_read_benchmark(kind, name, split, knob), "questions with four options")
+    if kind == "hub":
+        rows = ((f"{name}, row {n}", row) for n, row in enumerate(load_rows(name, split, knob=knob), start=1))
+    else:
+        rows = read_rows(Path(where), split, knob=knob)
+    return to_records(rows, fields or {}, origin=name if kind == "hub" else where, strict=knob == "data.source")
+
+
+def read_records(where: str, split: str, *, knob: str, fields: Mapping[str, str] | None = None) -> list[Record]:
+    """The records of `read_data`, whatever their schema: that of the clients' data, or one that is recognised."""
+    return read_data(where, split, knob=knob, fields=fields).records
 
 
 def embedded_task(source: str, knob: str) -> str:
@@ -132,6 +145,7 @@ class FileSource:
     """Records of a file or a hub data set, split over the clients once and for all by the run's seed.
 
     `records` by number; `owned`: client -> numbers of its records; `server`: numbers of the records that no client has.
+    `schema` and `changed` are what `Records` says of them.
     """
 
     provenance: str
@@ -139,6 +153,8 @@ class FileSource:
     owned: Sequence[Sequence[int]]
     server: Sequence[int]
     examples_per_client: int
+    schema: str = ""
+    changed: int = 0
 
     @classmethod
     def split(
@@ -159,7 +175,8 @@ class FileSource:
 
         Otherwise records are set aside by a keyed hash, equal ones together. Then the owners are simulated: each category is
         spread over the clients by a Dirichlet(alpha) draw (Hsu, Qi and Brown 2019, https://arxiv.org/abs/1909.06335), which
-        depends on all records.
+        depends on all records; then nobody's share is nothing (`_give_to_the_empty`). A `population` of 0 is as many clients as
+        the file names, or, simulated, as many as `examples_per_client` records each make.
         """
         if not any(record["response"].strip() for record in records):
             raise DataError(
@@ -172,7 +189,7 @@ class FileSource:
                     f"{knobs.source} names {len(owned)} owners in {knobs.client_field!r}, and this site answers for {population} "
                     "clients: give --clients one number for each owner, as the server's list has them."
                 )
-            _check_owners(knobs, len(owned), len(others), population, set_aside)
+            _check_owners(knobs, len(owned), len(others), population or len(owned), set_aside)
             server = sorted(chain.from_iterable(others), key=lambda index: _content_hash(records[index], seed))
             return cls(knobs.source, records, owned, server, knobs.examples_per_client)
         server, rest = _split_by_record(records, set_aside, seed)
@@ -183,13 +200,14 @@ class FileSource:
             )
         chance = random.Random(derive_seed(seed, "split"))
         chance.shuffle(rest)
-        owned = _split_by_category(records, rest, population, knobs.alpha, chance)
-        empty = [client for client, indices in enumerate(owned) if not indices]
-        if empty:
+        population = population or max(1, len(rest) // knobs.examples_per_client)
+        if len(rest) < population:
             raise DataError(
-                f"{len(empty)} of {population} clients (client {empty[0]} first) would own none of the {len(rest)} "
-                f"records of {knobs.source}: lower federation.population or raise data.alpha."
+                f"{population - len(rest)} of {population} simulated clients would own none of the {len(rest)} records of "
+                f"{knobs.source}: lower federation.population to {len(rest)} or less, or leave it out."
             )
+        owned = _split_by_category(records, rest, population, knobs.alpha, chance)
+        _give_to_the_empty(owned)
         return cls(knobs.source, records, owned, server, knobs.examples_per_client)
 
     def client(self, client: int) -> list[Record]:
@@ -312,65 +330,15 @@ def _split_by_category(
     return owned
 
 
-def _read_file(path: Path, knob: str) -> list[Record]:
-    """Reads .jsonl (a record a line) or .json (a list of records); a message names file and line."""
-    try:
-        text = read_text(path)
-    except FileNotFoundError:
-        raise DataError(f"{knob} = '{cut(path)}' does not exist: give 'embedded', a .jsonl or a .json file.") from None
-    except IsADirectoryError:
-        raise DataError(f"{knob} = '{cut(path)}' is a folder: give the .jsonl or .json file in it.") from None
-    except ValueError as error:
-        raise DataError(f"{cut(path)}, {error}: convert the file to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{knob} = '{cut(path)}' cannot be read ({reason(error)}): check its permissions.") from None
-    if path.suffix == ".json":
-        listed = _parse(text, f"{path}")
-        if not isinstance(listed, list):
-            raise DataError(
-                f"{path}: {type(listed).__name__} instead of a list of JSON objects: write one, or use .jsonl."
-            )
-        items = list(enumerate(listed, start=1))
-        unit = "record"
-    else:
-        items = [
-            (number, _parse(line, f"{path}, line {number}"))
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-        unit = "line"
-    records = [_record(item, f"{path}, {unit} {number}") for number, item in items]
-    if not records:
-        raise DataError(f"{path} holds no records: give at least one JSON object with instruction and response.")
-    return records
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise DataError(f"{where}: {error}: mend or remove it.") from None
-
-
-def _record(item: Any, where: str) -> Record:
-    if not isinstance(item, Mapping):
-        raise DataError(f"{where}: {type(item).__name__} instead of a JSON object with instruction and response.")
-    for key in ("instruction", "response"):
-        if not isinstance(item.get(key), str):
-            raise DataError(f"{where}: no text in {key!r}: every record needs instruction and response.")
-    record = {key: _text(value) for key, value in item.items() if value is not None}
-    return {"context": "", "category": "none", **record}
-
-
-def _text(value: Any) -> str:
-    """A field's value as text; "" for a number that is none (NaN), which is how tables write an empty cell."""
-    return "" if isinstance(value, float) and math.isnan(value) else str(value)
-
-
-def _read_hub(name: str, split: str, knob: str) -> list[Record]:
-    """One split of a hub data set, or of a local folder that the datasets library can read."""
-    rows = load_rows(name, split, knob=knob)
-    return [_record(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+def _give_to_the_empty(owned: list[list[int]]) -> None:
+    """Gives each simulated client without a record the last one of whoever has most at that moment, the first of equals."""
+    most = [(-len(indices), client) for client, indices in enumerate(owned)]
+    heapq.heapify(most)
+    for indices in owned:
+        if not indices:
+            count, donor = most[0]
+            indices.append(owned[donor].pop())
+            heapq.heapreplace(most, (count + 1, donor))
 
 
 def _read_benchmark(name: str, where: str, split: str, knob: str) -> list[Record]:

@@ -6,6 +6,7 @@ The recipe itself knows no encoder. Whatever depends on one is asked here, of th
 from collections.abc import Sequence
 from pathlib import Path
 
+from drencoder.data.survey import with_population
 from drencoder.encoders.code_sizes import AdapterShape, auto_ratio, few_coordinates
 from drencoder.encoders.declaration import EncoderDeclaration
 from drencoder.encoders.registry import ENCODERS, declaration_of
@@ -25,14 +26,15 @@ __all__ = [
 
 
 def load_checked_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """`load_recipe`, and `check_encoder`: what a command does with a recipe before anything else.
+    """`load_recipe`, `check_encoder` and `with_population`: what a command does with a recipe before anything else.
 
     Raises:
       RecipeError: the recipe cannot be read, or cannot be meant.
+      DataError: the recipe does not say how many clients there are, and the data that would cannot be read.
     """
     recipe = load_recipe(source, overrides)
     check_encoder(recipe)
-    return recipe
+    return with_population(recipe)
 
 
 def declared(recipe: Recipe) -> EncoderDeclaration:

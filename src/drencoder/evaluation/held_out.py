@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from drencoder.data.embedded_world.world import Question, prompt_of
-from drencoder.data.prompts_template import LETTER_CONTINUATIONS
-from drencoder.data.tokenization import Example, collate
+from drencoder.data.embedded_world.world import Question, record_of
+from drencoder.data.prompts_template import LETTERS
+from drencoder.data.tokenization import Example, RecordTokenizer, collate
 from drencoder.errors import DataError
 from drencoder.evaluation.statistics import Estimate, ratio_of_sums, wilson
 from drencoder.models.lora import LoraModel
@@ -55,26 +55,14 @@ def held_out_loss(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example
     return ratio_of_sums(*held_out_outcomes(lora, adapter_D, examples))
 
 
-def question_examples(lora: LoraModel, questions: Sequence[Question], max_tokens: int) -> list[list[Example]]:
-    """Tokenises every question with each of its four letters as clients' records are, zero-shot, without an end token.
+def question_examples(tokenizer: RecordTokenizer, questions: Sequence[Question]) -> list[list[Example]]:
+    """Every question with each of its four letters, tokenised as clients' records are, zero-shot, without what ends a response.
 
-    Returns (Q, 4) examples. `max_tokens` is for prompt, letter and the end that a client's record would have; a prompt that
-    is too long loses its beginning, behind the model's start token.
+    Returns (Q, 4) examples. The letters are the tokens that they are in the rendered text.
     """
-    base, keep = lora.base, len(lora.base.start_ids)
-    options = []
-    for question in questions:
-        prompt_ids = [*base.start_ids, *base.tokenize(prompt_of(question, "plain"))]
-        four = [Example((*prompt_ids, *base.tokenize(letter)), len(prompt_ids)) for letter in LETTER_CONTINUATIONS]
-        options.append([_cut(option, max_tokens - 1, keep) for option in four])
-    return options
-
-
-def _cut(option: Example, limit: int, keep: int) -> Example:
-    """Takes what is too much from the prompt's beginning, behind its first `keep` tokens."""
-    surplus = max(0, min(len(option.tokens) - limit, option.prompt_length - 1 - keep))
-    tokens = (*option.tokens[:keep], *option.tokens[keep + surplus :])
-    return Example(tokens, option.prompt_length - surplus)
+    return [
+        [tokenizer.option({**record_of(question), "response": letter}) for letter in LETTERS] for question in questions
+    ]
 
 
 @torch.no_grad()
@@ -85,7 +73,7 @@ def choice_scores(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence
     over the prompt scores them all; otherwise each option is scored as a text of its own.
     """
     scores = torch.zeros(len(options), 4)
-    single = [index for index, four in enumerate(options) if all(option.targets == 1 for option in four)]
+    single = [index for index, four in enumerate(options) if _is_one_token(four)]
     first = [options[index][0] for index in single]
     for indices in _batches(first):
         batch = collate([[first[i] for i in indices]], lora.base.pad_id).to(lora.device)
@@ -100,6 +88,11 @@ def choice_scores(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence
         row_M = batch.predicted.nonzero()[:, 0]
         scores[index] = -torch.zeros(4, device=losses_M.device).index_add(0, row_M, losses_M).cpu()
     return scores
+
+
+def _is_one_token(options: Sequence[Example]) -> bool:
+    """Whether the options differ in nothing but one last token."""
+    return all(option.targets == 1 for option in options) and len({option.tokens[:-1] for option in options}) == 1
 
 
 def choice_picks(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[Example]]) -> list[int]:

@@ -68,11 +68,15 @@ def open_site(
       DrencoderError: any of them cannot be had.
     """
     config = load_recipe(recipe)
+    if not config.federation.population:
+        raise RecipeError("federation.population is not in the recipe: a site must know it; set it on every side.")
     client_set = ClientSet.parse(clients, config.federation.population)
     session = SecAggSession.open(config, key, roster) if is_secure(config) else None
     components = _load_components(
         config.to_toml(), recipe, None if data is None else SiteText(data, client_set.clients)
     )
+    for sentence in components.texts.report(0):  # on this site's own screen: counts of its text stay here
+        say(sentence)
     ledger = SiteLedger.open(Path(state) / "site.jsonl", agreement(config).hex(), components.plan)
     return Site(components, client_set, ledger, min_noise=min_noise, session=session, say=say)
 

@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
+from drencoder.data.tokenization import RecordTokenizer
 from drencoder.errors import DeviceError
 from drencoder.models.gguf_header import read_gguf_header
 from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
 from drencoder.models.place import ModelPlace, embedded_folder, locate
 from drencoder.recipe import recipe as config
 
-__all__ = ["BaseModel", "embedded_folder", "load_base", "resolve_device"]
+__all__ = ["BaseModel", "embedded_folder", "load_base", "open_tokenizer", "resolve_device"]
 
 _UNKNOWN = "unknown"  # the hub's own tag for a licence that nobody states
 _TAG = "[A-Za-z0-9.+-]{1,60}"
@@ -73,13 +74,19 @@ class BaseModel:
 
     @torch.inference_mode()
     def complete(
-        self, tokens_NL: Tensor, length: int, generator: torch.Generator | None = None, temperature: float = 1.0
+        self,
+        tokens_NL: Tensor,
+        length: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        stop: int | None = None,
     ) -> Tensor:
         """Texts (N, L) of one length, gone on with to `length` tokens or until each has its end token, which is then repeated.
 
         Args:
           generator: draws from the model's distribution, on the CPU; None = always the most likely token.
           temperature: divides the logits before a draw.
+          stop: another token that ends a text, such as that of a chat template's turn.
         """
         device = next(self.model.parameters()).device
         tokens_NL = tokens_NL.to(device)
@@ -96,7 +103,7 @@ class BaseModel:
                 share_NV = (logits_NV / temperature).softmax(dim=-1)
                 next_N = torch.multinomial(share_NV, 1, generator=generator)[:, 0]
             next_N[done_N] = self.end_id
-            done_N |= next_N == self.end_id
+            done_N |= (next_N == self.end_id) | (next_N == (self.end_id if stop is None else stop))
             tokens_NL = torch.cat([tokens_NL, next_N[:, None].to(device)], dim=1)
         return tokens_NL
 
@@ -119,6 +126,17 @@ class BaseModel:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.end_id if pad is None else pad
+
+
+def open_tokenizer(base: BaseModel, knobs: config.Data) -> RecordTokenizer:
+    """What makes this model's tokens of records, under the recipe's template.
+
+    Raises:
+      DataError: the template cannot be had or used, or `data.max_tokens` leaves no room beside it.
+    """
+    return RecordTokenizer.open(
+        base.tokenizer, template=knobs.template, max_tokens=knobs.max_tokens, end_id=base.end_id, start=base.start_ids
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -14,7 +14,10 @@ from drencoder.errors import RecipeError
 from drencoder.reading import cut, shown
 from drencoder.recipe.removed import reject_removed_value
 
-__all__ = ["Checked", "coerce", "knob"]
+__all__ = ["Checked", "Table", "coerce", "knob"]
+
+Table = tuple[tuple[str, str], ...]
+"""The type of a knob that is a table of texts, as ((key, value), ...): `{ key = "value" }` in a recipe."""
 
 
 def knob(
@@ -70,7 +73,10 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
     if kind in _LISTS and isinstance(value, list | tuple):
         item_kind = kind.__args__[0]
         return tuple(coerce(f"{where}[{i}]", item, item_kind) for i, item in enumerate(value))
-    expected = _WORDS.get(kind) or f"a list of {_LISTS[kind]}"
+    if kind == Table and (isinstance(value, Mapping) or value == () or _is_table(value)):
+        pairs = value.items() if isinstance(value, Mapping) else value
+        return tuple(sorted((str(key), coerce(f"{where}.{key}", item, str)) for key, item in pairs))
+    expected = "a table of texts" if kind == Table else _WORDS.get(kind) or f"a list of {_LISTS[kind]}"
     raise RecipeError(f"{where} = {shown(value)} is not {expected}: write {expected}.")
 
 
@@ -88,9 +94,14 @@ def _checked_text(where: str, text: str) -> str:
     return text
 
 
+def _is_table(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
+
+
 def _check_bounds(where: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    """Checks a value, or every item of a list, against its declared bounds."""
-    for item in value if isinstance(value, tuple) else (value,):
+    """Checks a value, every item of a list, or every key of a table, against its declared bounds."""
+    items = value if isinstance(value, tuple) else (value,)
+    for item in [pair[0] for pair in items] if value and _is_table(value) else items:
         if bounds["choices"] and item not in bounds["choices"]:
             reject_removed_value(where, item)
             raise RecipeError(f"{where} = {shown(item)} is not known: choose one of {', '.join(bounds['choices'])}.")

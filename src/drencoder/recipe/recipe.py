@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tomli_w
 
 from drencoder.errors import RecipeError
 from drencoder.reading import cut, parse_toml, read_text, reason, shown
-from drencoder.recipe.knobs import coerce
+from drencoder.recipe.knobs import Table, coerce
 from drencoder.recipe.removed import reject_removed_key
 from drencoder.recipe.sections import (
     Adapter,
@@ -37,6 +37,9 @@ from drencoder.recipe.sections import (
 __all__ = ["STUDY_TABLE", "Recipe", "describe_knobs", "load_recipe", "read_section", "read_tables", "shipped_recipes"]
 
 Section = TypeVar("Section")
+
+EMBEDDED_CLIENTS = 10_000
+"""Clients of the embedded world, where a recipe does not say how many."""
 
 STUDY_TABLE = "compare"
 """The table of a recipe file that is no part of a recipe: `drencoder compare` reads it (`study.settings`), a run does not."""
@@ -87,6 +90,8 @@ class Recipe:
                 f"name = {shown(self.name)} has {len(self.name.encode())} bytes, more than the {_LONGEST_NAME} that a folder's "
                 "name leaves room for: shorten it."
             )
+        if self.data.is_embedded and not self.federation.population:
+            object.__setattr__(self, "federation", dataclasses.replace(self.federation, population=EMBEDDED_CLIENTS))
         _check_together(self)
 
     @property
@@ -115,9 +120,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain tables of scalars and lists, as written to `recipe.resolved.toml`."""
         tables = dataclasses.asdict(self)
-        for section in _SECTIONS:
+        for section, kind in _SECTIONS.items():
+            hints = get_type_hints(kind)
             for key, value in tables[section].items():
-                tables[section][key] = list(value) if isinstance(value, tuple) else value
+                whole = dict if hints[key] == Table else list
+                tables[section][key] = whole(value) if isinstance(value, tuple) else value
         return tables
 
     def changed(self, values: Mapping[str, Any]) -> "Recipe":
@@ -311,5 +318,6 @@ def describe_knobs() -> list[tuple[str, str, str]]:
         for declared in dataclasses.fields(section):
             choices = declared.metadata["choices"]
             words = f" ({', '.join(choices)})" if choices else ""
-            rows.append((f"{name}.{declared.name}", repr(declared.default), declared.metadata["help"] + words))
+            default = "{}" if get_type_hints(section)[declared.name] == Table else repr(declared.default)
+            rows.append((f"{name}.{declared.name}", default, declared.metadata["help"] + words))
     return rows

@@ -73,15 +73,30 @@ class Data(Checked):
 
     source: str = knob(
         "embedded",
-        "`embedded`, a .jsonl/.json file in Dolly's schema, `hub:ORG/NAME`, `mmlu:FOLDER` or `ceval:FOLDER` "
-        "(FOLDER may be hub:ORG/NAME); embedded clients teach the letter of the right option, with `embedded:next` the words "
-        "of the option after it, with `embedded:facts` new facts",
+        "`embedded`, a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, `hub:ORG/NAME`, `mmlu:FOLDER` or "
+        "`ceval:FOLDER` (FOLDER may be hub:ORG/NAME); embedded clients teach the letter of the right option, with "
+        "`embedded:next` the words of the option after it, with `embedded:facts` new facts",
+    )
+    fields: tuple[tuple[str, str], ...] = knob(
+        (),
+        'which field of a record is what, where its name does not say so: { instruction = "title", response = "body" }; others: '
+        "context, category, system, messages, text (alone)",
+        choices=("instruction", "context", "response", "category", "system", "messages", "text"),
     )
     alpha: float = knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
     examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
     split: str = knob("train", "which part of a hub data set or of a benchmark the clients own")
     client_field: str = knob("", "field that names a record's owner; empty = Dirichlet split")
-    max_tokens: int = knob(512, "tokens of an example; a longer prompt loses its beginning", low=8)
+    template: str = knob(
+        "auto",
+        "how a record becomes a text; chat: the tokenizer's chat template; plain: instruction, context, `Answer:`, response; auto: "
+        "chat where the tokenizer has a template; or a .jinja file",
+    )
+    max_tokens: int = knob(
+        512,
+        "tokens of an example; a longer one loses earlier turns, the end of its context, then of its response",
+        low=8,
+    )
 
     @property
     def is_embedded(self) -> bool:
@@ -93,7 +108,12 @@ class Data(Checked):
 class Federation(Checked):
     """Who takes part, and how often."""
 
-    population: int = knob(10_000, "registered clients N", low=1, high=10**12)
+    population: int = knob(
+        0,
+        "registered clients N, which everybody may know; 0 = as many as the data have (10,000 of the embedded world)",
+        low=0,
+        high=10**12,
+    )
     sampling_rate: float = knob(0.02, "chance q of a client to be in a round", above=0, high=1)
     rounds: int = knob(20, "rounds T of stage 2", low=1, high=1_000_000)
     nodes: int = knob(
@@ -192,7 +212,7 @@ class Prior(Checked):
     public: str = knob(
         "",
         "public text for the structured prior: `embedded` (what the embedded model was trained on), `self` (written by the "
-        "base model), a .jsonl/.json file or `hub:ORG/NAME`; empty = self for an encoder that is made from public text, none for others",
+        "base model), or a file, folder or `hub:ORG/NAME` as in data.source; empty = self for an encoder made from public text, none for others",
     )
     provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
     refresh: int = knob(

@@ -1,6 +1,6 @@
 """Recipe -> live objects. Everything that can be refused is refused here, before a run folder exists."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 
 from drencoder.data.benchmarks.questions import load_benchmarks
 from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, owner_kind, set_aside_share
-from drencoder.data.prompts_template import render
 from drencoder.data.public_text import PublicText, open_public
-from drencoder.data.sources import HostedSource, Record, SitesSource, Source, open_source
-from drencoder.data.tokenization import Example, make_examples
+from drencoder.data.sources import EmbeddedSource, HostedSource, Record, SitesSource, Source, open_source
+from drencoder.data.text_report import report_records, report_source
+from drencoder.data.tokenization import Example, RecordTokenizer
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.lora_init import START_TEXTS, public_start
@@ -24,7 +24,7 @@ from drencoder.errors import DataError
 from drencoder.evaluation.held_out import question_examples
 from drencoder.federated.engine import Engine
 from drencoder.federated.in_process import InProcessEngine
-from drencoder.models.base_model import BaseModel, load_base, resolve_device
+from drencoder.models.base_model import load_base, open_tokenizer, resolve_device
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.identity import BaseDigests
@@ -47,8 +47,7 @@ class Texts:
     """A source's records as tokens. A client's examples reach the engine only."""
 
     source: Source
-    base: BaseModel
-    max_tokens: int
+    tokenizer: RecordTokenizer
     d1_share: float  # of a client's records, used by slot 0 and by nothing else; 0 = all slots use all
     public: PublicText | None = None
     evaluation: Callable[[int], list[Record]] | None = None  # the server's records, if it has any to measure on
@@ -59,23 +58,32 @@ class Texts:
         if self.d1_share and len(records) > 1:
             first = min(len(records) - 1, max(1, round(self.d1_share * len(records))))
             records = records[:first] if slot == 0 else records[first:]
-        return self._examples(map(render, records))
+        return self.tokenizer.examples(records)
 
     def held_out(self, count: int) -> list[Example]:
         """At most `count` texts of the server; none without evaluation data."""
         if self.evaluation is None:
             return []
-        return self._examples(map(render, self.evaluation(count)), "the evaluation data")
+        return self.tokenizer.examples(self.evaluation(count), owner="the evaluation data")
+
+    def report(self, count: int) -> list[str]:
+        """Sentences on how many records are left out, cut or changed: of the clients' file, if it is here, and of the first
+        `count` of the evaluation data, if they are a file's.
+
+        Raises:
+          DataError: the chat template refuses a record.
+        """
+        sentences = report_source(self.tokenizer, self.source)
+        if self.evaluation is not None and not isinstance(self.source, EmbeddedSource):
+            measured = list(enumerate(self.evaluation(count), start=1))
+            sentences.append(report_records(self.tokenizer, measured, "The evaluation data"))
+        return sentences
 
     def public_clients(self, count: int, size: int, seed: int) -> list[list[Example]]:
         """Make-believe clients of `size` public texts each; the same for the same seed. Needs `public`."""
         assert self.public is not None
-        examples = self._examples(self.public.draw(count * size, seed), "the public text")
+        examples = self.tokenizer.examples(self.public.draw(count * size, seed), owner="the public text")
         return [examples[start : start + size] for start in range(0, len(examples), size)]
-
-    def _examples(self, rendered: Iterable[tuple[str, str]], owner: str = "") -> list[Example]:
-        base = self.base
-        return make_examples(rendered, base.tokenize, base.end_id, self.max_tokens, owner=owner, start=base.start_ids)
 
 
 @dataclass(frozen=True)
@@ -128,8 +136,8 @@ class Components:
         """Benchmark -> (four options per question, answers)."""
         wanted = replace(self.recipe.evaluation, benchmarks=self.recipe.benchmarks)
         drawn = load_benchmarks(wanted, self.recipe.data, seed=self.recipe.seed)
-        limit = self.recipe.data.max_tokens
-        return {name: (question_examples(self.lora, one.questions, limit), one.answers) for name, one in drawn.items()}
+        tokenizer = self.texts.tokenizer
+        return {name: (question_examples(tokenizer, one.questions), one.answers) for name, one in drawn.items()}
 
     def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
         """Updates of make-believe clients with public text at this adapter; None if the encoder is not made from any.
@@ -259,8 +267,12 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
     named = "" if site else public_text(recipe)
     if recipe.prior.source == "gradients" and evaluation is None and not site:
         named = named or "self"  # no prior is fitted that the gate could draw from, and it must have something
-    public = open_public(named, recipe.prior.provenance, lambda count, seed: base.write(count, _WRITTEN_TOKENS, seed))
-    texts = Texts(source, base, recipe.data.max_tokens, d1_share, public, evaluation)
+
+    def write(count: int, seed: int) -> list[str]:
+        return base.write(count, _WRITTEN_TOKENS, seed)
+
+    public = open_public(named, recipe.prior.provenance, write, dict(recipe.data.fields))
+    texts = Texts(source, open_tokenizer(base, recipe.data), d1_share, public, evaluation)
     # Before the adapter is in the model; only a federation compares them.
     digests = BaseDigests.of(base.model, base.tokenizer) if site or remote else None
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)

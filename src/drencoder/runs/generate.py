@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from drencoder.data.prompts_template import render
+from drencoder.data.chat_template import TEMPLATES
 from drencoder.errors import DataError, ModelError
-from drencoder.models.base_model import load_base
+from drencoder.models.base_model import load_base, open_tokenizer
 from drencoder.models.lora import LoraModel
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.assess import read_adapter
@@ -58,8 +58,11 @@ def generate(
     base = load_base(replace(recipe.model, device=device or recipe.model.device))
     lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
     adapter_D = lora.layout.flatten(adapter).to(lora.device)
-    prompt, _ = render({"instruction": text, "response": ""})
-    prompt_ids = [*base.start_ids, *base.tokenize(prompt)]
+    template = recipe.data.template
+    if template not in TEMPLATES:  # a file at the time of the run; its text is the saved tokenizer's
+        template = str(folder.adapter / "chat_template.jinja")
+    tokenizer = open_tokenizer(base, replace(recipe.data, template=template))
+    prompt_ids = tokenizer.prompt({"instruction": text, "response": ""})
     most = len(prompt_ids) + max_tokens
     if base.positions:
         most = min(most, base.positions)
@@ -69,8 +72,9 @@ def generate(
         )
     generator = torch.Generator().manual_seed(seed) if temperature else None
     with lora.peft(adapter_D):
-        whole = base.complete(torch.tensor([prompt_ids]), most, generator, temperature or 1.0)[0].tolist()
+        stop = tokenizer.stop_id
+        whole = base.complete(torch.tensor([prompt_ids]), most, generator, temperature or 1.0, stop=stop)[0].tolist()
     answer = whole[len(prompt_ids) :]
-    ended = base.end_id in answer
+    ended = bool({base.end_id, stop} & set(answer))
     words = base.tokenizer.decode(answer, skip_special_tokens=True).strip()
     return Answer(words, len(answer) - ended, len(prompt_ids), ended)

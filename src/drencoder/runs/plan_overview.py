@@ -20,6 +20,7 @@ from drencoder.encoders.code_sizes import (
     stage1_values,
 )
 from drencoder.encoders.planning import check_encoder, declared, planned_code_size, planned_start, wire_dtype
+from drencoder.errors import RecipeError
 from drencoder.models.place import locate
 from drencoder.models.planned_layers import adapted_matrices
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
@@ -107,6 +108,10 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
       PrivacyError: the recipe's numbers cannot be planned for.
     """
     check_encoder(recipe)
+    if not recipe.federation.population:
+        raise RecipeError(
+            "federation.population is not named, and the clients' data are not here to count their owners: set it."
+        )
     privacy, federation = recipe.privacy, recipe.federation
     private = privacy.trust != "non-private"
     return make_plan(

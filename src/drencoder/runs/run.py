@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from drencoder.data.evaluation_text import NO_EVALUATION
+from drencoder.data.survey import with_population
 from drencoder.encoders.contract import Encoder
 from drencoder.errors import BudgetError, QuorumError, RefusedError
 from drencoder.evaluation.held_out import held_out_loss, multiple_choice
@@ -76,6 +77,7 @@ def run(
     listener = listener or _Silent()
     path = Path(folder)
     RunFolder.check_free(path)
+    recipe = with_population(recipe) if engine is None else recipe
     components = _prepare(recipe, listener, engine)
     run_folder = RunFolder.create(path, recipe.to_toml())
     plan = components.plan
@@ -113,6 +115,8 @@ def _prepare(recipe: Recipe, listener: Listener, engine: EngineMaker | None) -> 
         listener.say(
             f"adapter.targets = {recipe.adapter.targets[0]!r} leaves out layers that cannot have an adapter: {names}"
         )
+    for sentence in components.texts.report(recipe.evaluation.examples):
+        listener.say(sentence)
     return components
 
 
@@ -231,7 +235,7 @@ def _finish(
         listener.say("evaluating base model, zero update and this run")
     with folder.replacing(folder.adapter) as temporary:
         components.lora.save(progress.state.adapter_D, temporary)
-        components.lora.base.tokenizer.save_pretrained(temporary)
+        components.texts.tokenizer.save(temporary)
     outcomes = measure_all(components.lora, progress.state.adapter_D, components.held_out, components.questions)
     stored = {name: outcome.to_dict() for name, outcome in outcomes.items()}
     folder.write_json(folder.outcomes, stored)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drencoder.data.survey import with_population
 from drencoder.encoders.planning import check_encoder
 from drencoder.recipe.knobs import Checked, knob
 from drencoder.recipe.recipe import STUDY_TABLE, Recipe, read_section, read_tables
@@ -38,4 +39,4 @@ def load_comparison(source: str | Path | None = None, overrides: Sequence[str] =
     settings = read_section(STUDY_TABLE, tables.pop(STUDY_TABLE, {}), Compare, origin)
     recipe = Recipe.from_dict(tables, origin=origin)
     check_encoder(recipe)
-    return recipe, settings
+    return with_population(recipe), settings

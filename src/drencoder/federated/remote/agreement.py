@@ -5,8 +5,10 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
+from drencoder.data.chat_template import TEMPLATES, read_template
 from drencoder.errors import RecipeError
 from drencoder.reading import shown
 from drencoder.recipe.recipe import Recipe
@@ -17,7 +19,7 @@ __all__ = ["ClientSet", "agreement"]
 _FREE_SECTIONS = ("name", "server", "evaluation", "speed")
 _FREE_KNOBS = {
     "model": ("source", "revision", "device"),
-    "data": ("source", "split", "client_field"),
+    "data": ("source", "split", "client_field", "fields"),
     "prior": ("public", "provenance", "synthetic"),
 }
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
@@ -25,10 +27,17 @@ _EVERY = re.compile(r"(\d{1,9})/(\d{1,9})")
 
 
 def agreement(recipe: Recipe) -> bytes:
-    """SHA-256 (32 bytes) over all knobs that decide what a client computes, how it is noised and how often it is asked."""
+    """SHA-256 (32 bytes) over all knobs that decide what a client computes, how it is noised and how often it is asked.
+
+    Raises:
+      DataError: `data.template` names a file that cannot be read.
+    """
     tables = {key: value for key, value in recipe.to_dict().items() if key not in _FREE_SECTIONS}
     for section, free in _FREE_KNOBS.items():
         tables[section] = {key: value for key, value in tables[section].items() if key not in free}
+    template = recipe.data.template
+    if template not in TEMPLATES:  # a file, wherever a side keeps it
+        tables["data"]["template"] = hashlib.sha256(read_template(Path(template)).encode()).hexdigest()
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).digest()
 
 

@@ -1,0 +1,55 @@
+"""The clients' data as a plan reads and shows them. No torch."""
+
+import os
+
+from rich.table import Table
+
+from drencoder.data.survey import DataSurvey, survey_data
+from drencoder.models.place import locate
+from drencoder.recipe.recipe import Recipe
+from drencoder.runs.display import make_table, printable
+
+__all__ = ["data_table", "read_data"]
+
+
+def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
+    """What is in the recipe's data, and why that is not known where it need not be.
+
+    Raises:
+      DataError: the data are here and cannot be read.
+    """
+    kind, _, name = config.data.source.partition(":")
+    place = name if kind in ("mmlu", "ceval") else config.data.source
+    if place.startswith("hub:"):
+        return None, f"data.source = {config.data.source!r} was not read: a plan loads nothing from a hub."
+    if not config.data.is_embedded and not os.path.lexists(place):
+        return (
+            None,
+            f"data.source = {config.data.source!r} is not on this machine, so the plan goes by the recipe alone.",
+        )
+    folder = locate(config.model).folder
+    tokenizer = folder / "tokenizer.json" if folder is not None else None
+    return survey_data(config, tokenizer if tokenizer is not None and tokenizer.is_file() else None), ""
+
+
+def data_table(survey: DataSurvey, max_tokens: int) -> Table:
+    """What was read: schema, counts, and what of it will be left out, cut or changed."""
+    table = make_table(f"Data of {survey.source!r}", words=())
+    fewest, median, most = survey.records_of_client
+    table.add_row("schema", printable(survey.schema))
+    table.add_row("records", f"{survey.records:,}, about {survey.tokens:,} tokens ({survey.tokens_are})")
+    named = "" if survey.clients_are == "simulated" else "; how many they are is treated as public"
+    table.add_row("clients", printable(f"{survey.clients:,} ({survey.clients_are}){named}"))
+    table.add_row("records of a client", f"{fewest:,} to {most:,}, median {median:,}")
+    table.add_row("evaluation", f"{survey.evaluation_records:,} records" if survey.evaluation_records else "no records")
+    changes = [
+        (survey.empty, "without a response, left out"),
+        (survey.too_long, f"of more than {max_tokens:,} tokens, to be cut"),
+        (survey.changed, "with characters or messages that are no text, changed"),
+        (survey.duplicates.across_owners, "texts that several clients have word for word"),
+        (survey.duplicates.in_evaluation, "texts of clients that the evaluation data have, too"),
+    ]
+    for count, what in changes:
+        if count:
+            table.add_row(what, f"{count:,}")
+    return table

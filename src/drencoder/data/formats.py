@@ -1,0 +1,221 @@
+"""File formats: JSONL, JSON, CSV, TSV, Parquet, and a folder of such files. The one door to pyarrow.
+
+A row comes with the place where it stands, for messages. No message quotes what a file holds.
+"""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from drencoder.errors import DataError
+from drencoder.reading import cut, parse_json, read_bytes, reason
+
+__all__ = ["Row", "kind_of", "read_rows"]
+
+Row = tuple[str, Any]
+"""Where a row stands ("notes.csv, line 3"), and what it is: a mapping, unless the file is ill-shaped."""
+
+_SPLITS = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
+_SAME_SPLIT = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
+_GIVE = "give a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or hub:ORG/NAME"
+
+
+def read_rows(path: Path, split: str, *, knob: str) -> Iterator[Row]:
+    """The rows of a file, or of the files of a folder; `knob` is named in messages.
+
+    Of a folder whose files are named after splits (train.csv, test.csv), only those of `split` are read.
+
+    Raises:
+      DataError: there is no such file, its format is not known, or it is broken; the message names file and line.
+    """
+    try:
+        if path.is_dir():
+            for part in _files_of(path, split, knob):
+                yield from _read_file(part, knob)
+            return
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        raise _unreadable(path, knob, error) from None
+    yield from _read_file(path, knob)
+
+
+def _files_of(folder: Path, split: str, knob: str) -> list[Path]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _READERS
+        and path.is_file()
+        and not path.relative_to(folder).as_posix().startswith(".")
+    )
+    if not files:
+        raise DataError(f"{knob} = '{cut(folder)}' is a folder without data files: {_GIVE}.")
+    named = {path: found[1] for path in files if (found := _SPLITS.search(path.stem.lower()))}
+    if not named:
+        return files
+    wanted = _SAME_SPLIT.get(split.lower(), split.lower())
+    chosen = [path for path, name in named.items() if _SAME_SPLIT.get(name, name) == wanted]
+    if not chosen:
+        raise DataError(
+            f"{knob} = '{cut(folder)}' has no files of split {split!r}: set data.split to one of {', '.join(sorted(set(named.values())))}, "
+            "or give a file."
+        )
+    return chosen
+
+
+def _read_file(path: Path, knob: str) -> Iterator[Row]:
+    try:
+        data = read_bytes(path)
+    except OSError as error:
+        raise _unreadable(path, knob, error) from None
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+            raise DataError(f"{knob} = '{cut(path)}' is of no known format: {_GIVE}.")
+        reader = _read_jsonl
+    return reader(path, data)
+
+
+def _unreadable(path: Path, knob: str, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{knob} = '{cut(path)}' does not exist: give 'embedded', or {_GIVE.removeprefix('give ')}.")
+    why = reason(error) if isinstance(error, OSError) else "no file can have that name"
+    return DataError(f"{knob} = '{cut(path)}' cannot be read ({why}): check its name and permissions.")
+
+
+def _text(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text: convert the file to UTF-8.") from None
+
+
+def _read_jsonl(path: Path, data: bytes) -> Iterator[Row]:
+    for number, line in enumerate(_text(path, data).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
+
+
+def _read_json(path: Path, data: bytes) -> Iterator[Row]:
+    """A list of records, an object that holds it under "data", or one record a line."""
+    text = _text(path, data)
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and _is_object(lines[0]):
+        yield from _read_jsonl(path, data)
+        return
+    whole = _parse(text, f"{path}")
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        whole = whole["data"]
+    if isinstance(whole, dict):
+        whole = [whole]
+    if not isinstance(whole, list):
+        raise DataError(f'{path}: {kind_of(whole)} instead of a list of records: write [...] or {{"data": [...]}}.')
+    for number, item in enumerate(whole, start=1):
+        yield f"{path}, record {number}", item
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        line = _line_of_error(text)
+        raise DataError(f"{where}{f', line {line}' if line > 1 else ''}: {error}: mend or remove it.") from None
+
+
+def _line_of_error(text: str) -> int:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.lineno
+    except (ValueError, RecursionError):
+        pass
+    return 0
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words, without the value."""
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return kinds.get(type(value), "null" if value is None else f"a {type(value).__name__}")
+
+
+def _read_table(delimiter: str) -> Callable[[Path, bytes], Iterator[Row]]:
+    def read(path: Path, data: bytes) -> Iterator[Row]:
+        text = _text(path, data)
+        first = text.split("\n", 1)[0]
+        mark = ";" if delimiter == "," and ";" in first and "," not in first else delimiter
+        before = csv.field_size_limit(sys.maxsize)  # of the process; a text may have more than 128 kB
+        try:
+            return iter(list(_table_rows(path, csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True))))
+        finally:
+            csv.field_size_limit(before)
+
+    return read
+
+
+def _table_rows(path: Path, rows: Any) -> Iterator[Row]:
+    names: list[str] = []
+    line = 1
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {line}: not valid CSV ({error}): mend its quotes.") from None
+        if row is None:
+            return
+        if not any(row):
+            continue
+        if not names:
+            names = [name.strip() for name in row]
+            if len(set(names) - {""}) < len([name for name in names if name]):
+                raise DataError(f"{path}, line {line}: two columns have the same name: rename one.")
+            continue
+        if len(row) != len(names):
+            raise DataError(f"{path}, line {line}: {len(row)} values for {len(names)} columns: mend or remove it.")
+        yield f"{path}, line {line}", {name: value for name, value in zip(names, row, strict=True) if name}
+
+
+def _read_parquet(path: Path, data: bytes) -> Iterator[Row]:
+    try:
+        from pyarrow import BufferReader
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(f"{path} needs the pyarrow library: pip install 'drencoder[data]'.") from None
+    try:
+        number = 0
+        for batch in ParquetFile(BufferReader(data)).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, record {number}", row
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's own, and what its values cannot become
+        raise DataError(f"{path} cannot be read as Parquet ({type(error).__name__}): write the file again.") from None
+
+
+_READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_table(","),
+    ".tsv": _read_table("\t"),
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,220 @@
+"""Record schemas: which fields of a row ask, which reply. One schema for a whole file, recognised by its first row's fields.
+
+Values stay the texts that they are. A number, a null or something nested where a text belongs is an error with its place.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drencoder.data.formats import Row, kind_of
+from drencoder.data.prompts_template import pack_history
+from drencoder.errors import DataError
+
+__all__ = ["ROLES", "Record", "Records", "to_records"]
+
+Record = dict[str, str]
+
+ROLES = ("instruction", "context", "response", "category", "system", "messages", "text")
+"""What a field can be for a record: the keys of `data.fields`."""
+
+_ASKED = ("instruction", "prompt", "question", "query")
+_REPLIES = ("response", "output", "completion", "answer")
+_OPTIONAL = {"context": ("context", "input"), "category": ("category",), "system": ("system", "system_prompt")}
+_NAMES = {
+    ("instruction", "response"): "Dolly",
+    ("instruction", "output"): "Alpaca",
+    ("prompt", "completion"): "prompt and completion",
+    ("question", "answer"): "question and answer",
+}
+_SPEAKERS = {
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
+}
+_LONE = re.compile("[\ud800-\udfff]")
+_PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a file in one shape: `instruction`, `context`, `response`, `category`, and what else a row has.
+
+    `schema` names what was recognised and from which fields; `changed` records had characters that are no text (halves of a
+    surrogate pair), which were replaced, or messages that nothing replies to, which were left out.
+    """
+
+    records: list[Record]
+    schema: str
+    changed: int = 0
+
+
+def to_records(rows: Iterable[Row], fields: Mapping[str, str], *, origin: str, strict: bool = True) -> Records:
+    """Brings rows into one shape.
+
+    Args:
+      rows: of one source.
+      fields: role -> field, for roles that are not recognised by their names (`data.fields`). If the first row has none of these
+        fields, and `strict` is not asked for, they are those of another source.
+      origin: the source, for messages.
+
+    Raises:
+      DataError: there is no row, no schema fits, or a row has no text where one belongs; the message names its place.
+    """
+    roles: dict[str, tuple[str, ...]] = {}
+    schema, records, changed = "", [], 0
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: {kind_of(row)} instead of a record with named fields.")
+        if not roles:
+            mapped = fields if strict or any(field in row for field in fields.values()) else {}
+            roles, schema = _recognise(row, mapped, where)
+        record, whole = _record(row, roles, where)
+        cleaned = {key: _LONE.sub("\ufffd", value) for key, value in record.items()}
+        changed += cleaned != record or not whole
+        records.append(cleaned)
+    if not records:
+        raise DataError(f"{origin} holds no records: give at least one with a question and its answer, or a text.")
+    return Records(records, schema, changed)
+
+
+def _recognise(row: Mapping[str, Any], fields: Mapping[str, str], where: str) -> tuple[dict[str, tuple[str, ...]], str]:
+    """Role -> the fields that have it, and the schema in words."""
+    for role, field in fields.items():
+        if field not in row:
+            raise DataError(f"{where}: no field {field!r}, which data.fields names as {role}: correct data.fields.")
+    given = {role: (field,) for role, field in fields.items()}
+    if "messages" in given or "text" in given:
+        role = "messages" if "messages" in given else "text"
+        return {"category": ("category",), **given}, f"{role} ({given[role][0]})"
+    taken = set(fields.values())
+    free = [field for field in row if field not in taken]
+    if "instruction" not in given and "response" not in given:
+        for name in ("messages", "conversations"):
+            if name in free:
+                title = "chat messages" if name == "messages" else "ShareGPT conversations"
+                return {"messages": (name,), **given}, f"{title} ({name})"
+        if {"question", "A", "B", "C", "D"} <= set(free):
+            raise DataError(
+                f"{where}: questions with options A to D: set data.source = 'mmlu:FOLDER' or 'ceval:FOLDER', or name the fields in "
+                "data.fields."
+            )
+    asked = given.get("instruction") or tuple(name for name in _ASKED if name in free)[:1]
+    reply = given.get("response") or tuple(name for name in _REPLIES if name in free)[:1]
+    if not (asked and reply):
+        if "text" in free and not given:
+            return {"text": ("text",), "category": ("category",)}, "plain text (text)"
+        raise DataError(f"{where}: {_unknown(free, asked, reply)}")
+    roles = {"instruction": asked, "response": reply, **_OPTIONAL, **given}
+    title = "your fields" if given else _NAMES.get((asked[0], reply[0]), f"{asked[0]} and {reply[0]}")
+    shown = [
+        name for role in ("system", "instruction", "context", "response") for name in roles.get(role, ()) if name in row
+    ]
+    return roles, f"{title} ({', '.join(shown)})"
+
+
+def _unknown(free: list[str], asked: tuple[str, ...], reply: tuple[str, ...]) -> str:
+    """Says that no schema fits. A file without a header has a record's words in place of names: those are not shown."""
+    lacking = " and ".join(f"no field {verb}" for verb, found in (("asks", asked), ("replies", reply)) if not found)
+    names = ", ".join(free[:12]) if free and all(_PLAIN_NAME.fullmatch(name) for name in free) else ""
+    return (
+        f"{lacking}{f' (there are {names})' if names else ''}: known are instruction, prompt or question "
+        "with response, output, completion or answer; messages; conversations; text. Name others in data.fields, such as "
+        '{ instruction = "title", response = "body" }.'
+    )
+
+
+def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where: str) -> tuple[Record, bool]:
+    """A row as a record, and whether nothing of it was left out."""
+    used = {field for names in roles.values() for field in names}
+    record = {
+        str(key): "" if value != value else str(value)  # NaN is how tables write an empty cell
+        for key, value in row.items()
+        if key not in used and key not in (*ROLES, "history") and isinstance(value, str | int | float | bool)
+    }
+    whole = True
+    parts = {"context": "", "category": "none"}
+    for role in ("context", "category", "system"):
+        values = [(name, row.get(name)) for name in roles.get(role, ())]
+        if role == "category":  # a label, no text: it may be a number
+            values = [(name, str(value)) for name, value in values if isinstance(value, str | int | float)]
+        words = [_optional_text(value, where, name) for name, value in values]
+        joined = "\n".join(filter(None, words))
+        if joined or role == "context":
+            parts[role] = joined
+    if "messages" in roles:
+        said, whole = _conversation(row.get(roles["messages"][0]), where, roles["messages"][0])
+        parts |= said
+    elif "text" in roles:
+        parts |= {"instruction": "", "response": _text_of(row, roles["text"][0], where)}
+    else:
+        for role in ("instruction", "response"):
+            parts[role] = _text_of(row, roles[role][0], where)
+        turns = row.get("history")
+        if isinstance(turns, list) and all(
+            isinstance(turn, list) and len(turn) == 2 and all(isinstance(words, str) for words in turn)
+            for turn in turns
+        ):
+            parts["history"] = pack_history([(user, reply) for user, reply in turns])
+    return record | {key: value for key, value in parts.items() if value or key not in ("history", "system")}, whole
+
+
+def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        raise DataError(f"{where}: no field {field!r}, which the first record has: every record needs it.")
+    if not isinstance(row[field], str):
+        raise DataError(f"{where}: no text in {field!r} but {kind_of(row[field])}: write a text, in quotes.")
+    return row[field]
+
+
+def _optional_text(value: Any, where: str, field: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: no text in {field!r} but {kind_of(value)}: write a text in quotes, or leave it out.")
+    return value
+
+
+def _conversation(turns: Any, where: str, field: str) -> tuple[Record, bool]:
+    """Messages as a record: the last reply is its response, what stands before the last question its history.
+
+    Messages that follow each other from one speaker are one. What stands before the first question or after the last reply
+    teaches nothing and is left out.
+    """
+    if not isinstance(turns, list | tuple):
+        raise DataError(f"{where}: {field!r} is {kind_of(turns)} instead of a list of messages.")
+    said: list[tuple[str, str]] = []
+    for number, turn in enumerate(turns, start=1):
+        said.append(_message(turn, f"{where}, message {number}"))
+    system = "\n\n".join(words for speaker, words in said if speaker == "system")
+    spoken: list[list[str]] = []
+    for speaker, words in said:
+        if speaker == "system":
+            continue
+        if spoken and spoken[-1][0] == speaker:
+            spoken[-1][1] += f"\n\n{words}"
+        else:
+            spoken.append([speaker, words])
+    num_said = len(spoken)
+    while spoken and spoken[0][0] == "assistant":
+        spoken.pop(0)
+    if spoken and spoken[-1][0] == "user":
+        spoken.pop()
+    pairs = [(spoken[at][1], spoken[at + 1][1]) for at in range(0, len(spoken), 2)]
+    asked, reply = pairs[-1] if pairs else ("", "")
+    record = {"instruction": asked, "response": reply, "history": pack_history(pairs[:-1]), "system": system}
+    return record, len(spoken) == num_said
+
+
+def _message(turn: Any, where: str) -> tuple[str, str]:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{where}: {kind_of(turn)} instead of a message with a role and content.")
+    speaker, words = (turn.get(one, turn.get(other)) for one, other in (("role", "from"), ("content", "value")))
+    if not isinstance(words, str):
+        raise DataError(f"{where}: {kind_of(words)} instead of a text: messages hold texts only.")
+    if not isinstance(speaker, str) or speaker.lower() not in _SPEAKERS:
+        raise DataError(
+            f"{where}: its role is none of {', '.join(_SPEAKERS)}: give it one of them, or leave the record out."
+        )
+    return _SPEAKERS[speaker.lower()], words

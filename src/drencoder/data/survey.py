@@ -1,0 +1,143 @@
+"""What is in the clients' data, read before a run: how many records, owners and tokens, and what is in them twice. No torch."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from drencoder.data.evaluation_text import open_evaluation, set_aside_share
+from drencoder.data.prompts_template import PlainTemplate
+from drencoder.data.sources import FileSource, Record, open_source
+from drencoder.recipe.recipe import Recipe
+
+__all__ = ["DataSurvey", "Duplicates", "count_duplicates", "survey_data", "with_population"]
+
+_BYTES_OF_A_TOKEN = 4  # of UTF-8, over many languages and tokenizers; good to a third
+_COUNTED_BYTES = 4_000_000  # of a larger file, tokens are counted in records at even distances
+CountTokens = Callable[[list[str]], list[int]]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Texts that are there more than once, word for word: what is learned of one owner is then known of others."""
+
+    across_owners: int  # different texts that more than one client has
+    in_evaluation: int  # different texts of clients that the evaluation data have, too
+
+
+@dataclass(frozen=True)
+class DataSurvey:
+    """Counts of a file's text. They are facts of the machine that reads it, for its own screen only."""
+
+    source: str
+    schema: str
+    records: int
+    clients: int
+    clients_are: str  # whom a client stands for, in words
+    records_of_client: tuple[int, int, int]  # fewest, median, most
+    evaluation_records: int
+    tokens: int
+    tokens_are: str  # how they were counted, in words
+    too_long: int  # records of more tokens than data.max_tokens
+    empty: int  # records without a response
+    changed: int
+    duplicates: Duplicates
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def with_population(recipe: Recipe) -> Recipe:
+    """The recipe with `federation.population` set: where it is not named, as many clients as the data have.
+
+    Raises:
+      DataError: the data cannot be read.
+    """
+    if recipe.federation.population:
+        return recipe
+    source = open_source(recipe.data, population=0, seed=recipe.seed, set_aside=set_aside_share(recipe))
+    assert isinstance(source, FileSource)  # the embedded world has a number of its own
+    return recipe.changed({"federation.population": len(source.owned)})
+
+
+def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
+    """Reads the clients' data; None for the embedded world, whose clients are made on demand.
+
+    Args:
+      recipe: with its population set.
+      tokenizer: a tokenizer.json; None = the number of tokens is an estimate.
+
+    Raises:
+      DataError: the data cannot be read.
+    """
+    population = recipe.federation.population
+    source = open_source(recipe.data, population=population, seed=recipe.seed, set_aside=set_aside_share(recipe))
+    if not isinstance(source, FileSource):
+        return None
+    evaluation = open_evaluation(recipe, source)
+    measured = evaluation(recipe.evaluation.examples) if evaluation else []
+    texts = [PlainTemplate().render(record).text for record in source.records]
+    tokens, tokens_are, too_long = _count_tokens(texts, _load_counter(tokenizer), recipe.data.max_tokens)
+    sizes = sorted(map(len, source.owned))
+    field = recipe.data.client_field
+    return DataSurvey(
+        source=source.provenance,
+        schema=source.schema,
+        records=len(source.records),
+        clients=len(source.owned),
+        clients_are=f"owners in {field!r}" if field else "simulated",
+        records_of_client=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else (0, 0, 0),
+        evaluation_records=len(measured),
+        tokens=tokens,
+        tokens_are=tokens_are,
+        too_long=too_long,
+        empty=sum(not record["response"].strip() for record in source.records),
+        changed=source.changed,
+        duplicates=count_duplicates(source, measured),
+    )
+
+
+def count_duplicates(source: FileSource, evaluation: Sequence[Record]) -> Duplicates:
+    """Counts different texts that more than one client has, or a client and the evaluation data."""
+    owners: dict[bytes, set[int]] = defaultdict(set)
+    for client, indices in enumerate(source.owned):
+        for index in indices:
+            owners[_digest(source.records[index])].add(client)
+    shared = {_digest(record) for record in evaluation} & owners.keys()
+    return Duplicates(sum(len(clients) > 1 for clients in owners.values()), len(shared))
+
+
+def _digest(record: Record) -> bytes:
+    return hashlib.blake2b(PlainTemplate().render(record).text.encode(), digest_size=16).digest()
+
+
+def _load_counter(path: Path | None) -> CountTokens | None:
+    if path is None:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception:  # the library's own: loading the model will say what is wrong with it
+        return None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda texts: [len(one.ids) for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _count_tokens(texts: Sequence[str], count: CountTokens | None, limit: int) -> tuple[int, str, int]:
+    """Tokens of all texts, how they were counted, and how many texts have more than `limit`."""
+    sizes = [len(text.encode()) for text in texts]
+    step = 1 + sum(sizes) // _COUNTED_BYTES
+    if count is None:
+        counted: Iterable[int] = [size // _BYTES_OF_A_TOKEN for size in sizes]
+        step, how = 1, f"estimated, {_BYTES_OF_A_TOKEN} bytes each"
+    else:
+        counted = count(list(texts[::step]))
+        how = "by the model's tokenizer" if step == 1 else f"by the model's tokenizer, in one of {step} records"
+    numbers = list(counted)
+    scale = len(texts) / max(1, len(numbers))
+    return round(sum(numbers) * scale), how, round(sum(number > limit for number in numbers) * scale)

@@ -1,0 +1,60 @@
+"""What a plan comes to, in words: whether so many clients under this trust and epsilon can teach anything. No torch."""
+
+from dataclasses import replace
+
+from drencoder.errors import PrivacyError, RecipeError
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.recipe.recipe import Recipe
+from drencoder.runs.plan_overview import privacy_plan
+
+__all__ = ["judge"]
+
+_NOTHING, _LITTLE = 4.0, 64.0  # coordinates a round: below, nothing is learned; below, less than without noise
+_TRUSTS = {"local": "local trust", "central": "central trust", "secure-aggregation": "secure aggregation"}
+
+
+def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list[str]:
+    """One sentence on what the clients can teach under the plan; if that is little, others on what would help.
+
+    `records` is how many records all clients have, if that is known.
+    """
+    if plan.non_private or not plan.noise_multiplier:
+        return []
+    k_star, trust = plan.k_star(), recipe.privacy.trust
+    epsilon = recipe.privacy.epsilon
+    begin = f"{plan.population:,} {'owners' if recipe.data.client_field else 'clients'} under {_TRUSTS[trust]} at epsilon {epsilon:g}"
+    if k_star >= _LITTLE:
+        return [f"{begin}: k* {_few_digits(k_star)}, so a round can learn."]
+    verdict = "nothing can be learned" if k_star < _NOTHING else "little can be learned"
+    sentences = [f"{begin}: k* {_few_digits(k_star)}, {verdict}."]
+    others = {_TRUSTS[other]: _k_star(recipe, other) for other in _TRUSTS if other != trust}
+    better = {name: value for name, value in others.items() if value is not None and value > 1.5 * k_star}
+    if better:
+        given = [f"{name} would give k* {_few_digits(value)}" for name, value in better.items()]
+        sentences.append(f"{'; '.join(given)[:1].upper()}{'; '.join(given)[1:]}.")
+    if recipe.federation.sampling_rate < 1:
+        more = _k_star(replace(recipe, federation=replace(recipe.federation, sampling_rate=1.0)), trust)
+        if more is not None and more > 1.5 * k_star:
+            sentences.append(
+                f"With every client in every round (federation.sampling_rate = 1) k* would be {_few_digits(more)}."
+            )
+    if records and records > 2 * plan.population:
+        alone = _k_star(replace(recipe, federation=replace(recipe.federation, population=records)), trust)
+        if alone is not None:
+            sentences.append(
+                f"Record-level privacy, a weaker promise that protects one of the {records:,} records and not its owner, would give "
+                f"k* {_few_digits(alone)}: name a field that differs in every record in data.client_field."
+            )
+    return sentences
+
+
+def _k_star(recipe: Recipe, trust: str) -> float | None:
+    """k* under another trust; None if the recipe's other knobs do not go with it."""
+    try:
+        return privacy_plan(replace(recipe, privacy=replace(recipe.privacy, trust=trust))).k_star()
+    except (PrivacyError, RecipeError):
+        return None
+
+
+def _few_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

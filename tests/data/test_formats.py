@@ -1,0 +1,146 @@
+"""Files of every format give the same records, and what is wrong with one is a sentence with its place, never with its words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drencoder.data.sources import read_data
+from drencoder.errors import DataError
+
+ROWS = [
+    {
+        "instruction": f"What is {i}?",
+        "context": "None" if i % 2 else "",
+        "response": 'NA, "quoted"\nand 1.50',
+        "category": "c",
+    }
+    for i in range(5)
+]
+
+
+def as_csv(rows: list[dict[str, str]], mark: str = ",") -> str:
+    lines = [mark.join(rows[0])]
+    lines += [mark.join('"' + value.replace('"', '""') + '"' for value in row.values()) for row in rows]
+    return "\r\n".join(lines) + "\r\n"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(path: Path, split: str = "train", **fields: str) -> Any:
+    return read_data(str(path), split, knob="data.source", fields=fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\n\n".join(map(json.dumps, ROWS)) + "\n"),
+        ("a.jsonl", "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+        ("a.ndjson", "\n".join(map(json.dumps, ROWS))),
+        ("a", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS, indent=1)),
+        ("a.json", "\ufeff" + json.dumps({"version": 1, "data": ROWS})),
+        ("a.json", "\n".join(map(json.dumps, ROWS))),
+        ("A.CSV", as_csv(ROWS)),
+        ("a.csv", "\ufeff" + as_csv(ROWS, ";")),
+        ("a.csv", as_csv(ROWS).replace("\r\n", "\n", 1) + "\n"),
+        ("a.tsv", as_csv(ROWS, "\t")),
+    ],
+)
+def test_formats_give_the_same_records(name: str, content: str, tmp_path: Path) -> None:
+    got = read(write(tmp_path / name, content))
+    assert got.records == ROWS
+    assert got.schema == "Dolly (instruction, context, response)"
+    assert got.changed == 0
+
+
+def test_parquet_and_folders(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS[:2]), tmp_path / "one.parquet")
+    assert read(tmp_path / "one.parquet").records == ROWS[:2]
+    write(tmp_path / "two" / "part.jsonl", "\n".join(map(json.dumps, ROWS[2:])))
+    write(tmp_path / "README.md", "about these files")
+    write(tmp_path / ".hidden.csv", "x\n")
+    assert read(tmp_path).records == ROWS
+    talk = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    pq.write_table(pa.Table.from_pylist(talk), tmp_path / "talk.parquet")
+    assert read(tmp_path / "talk.parquet").records[0]["response"] == "b"
+    write(tmp_path / "torn.parquet", b"PAR1" + b"\0" * 30)
+    with pytest.raises(DataError, match=r"torn\.parquet cannot be read as Parquet"):
+        read(tmp_path / "torn.parquet")
+
+
+def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00001.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path / "test.csv", as_csv(ROWS[1:3]))
+    write(tmp_path / "my.val.jsonl", json.dumps(ROWS[3]))
+    write(tmp_path / "categories.json", '["not", "records"]')
+    assert read(tmp_path).records == ROWS[:1]
+    assert read(tmp_path, "test").records == ROWS[1:3]
+    assert read(tmp_path, "validation").records == ROWS[3:4]
+    (tmp_path / "train-00000-of-00001.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no files of split 'train': set data\.split to one of test, val"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"instruction": "secret", "response": "b"}\n{"instruction": "secret\xff", "response": "b"}\n', "line 2: not UTF-8"),
+        ("a.csv", "instruction,response\r\nsecret,b".encode("utf-16"), "line 1: not UTF-8"),
+        ("a.jsonl", '{"instruction": "secret", "response": "b"}\n{"instruction": "secret"', r"line 2: not valid JSON"),
+        ("a.json", '[\n{"instruction": "secret",\n "response": }\n]', r"line 3: not valid JSON"),
+        ("a.jsonl", '{"instruction": "secret", "response": ' + "1" * 5000 + "}", "a whole number of more than 300 digits"),
+        ("a.jsonl", "[" * 90_000, "nested more than 64 levels deep"),
+        ("b.json", "[" * 90_000, "nested more than 64 levels deep"),
+        ("a.json", "null", "null instead of a list of records"),
+        ("a.json", '["secret"]', "record 1: a text instead of a record"),
+        ("a.jsonl", '{"instruction": "secret", "response": 3}', r"line 1: no text in 'response' but a number"),
+        ("a.jsonl", '{"instruction": "secret", "response": true}', "but true or false"),
+        ("a.jsonl", '{"instruction": "secret", "response": null}', "but null"),
+        ("a.jsonl", '{"instruction": ["secret"], "response": "b"}', r"'instruction' but a list"),
+        ("a.jsonl", '{"instruction": "a", "input": {"secret": 1}, "output": "b"}', r"'input' but an object"),
+        ("a.jsonl", '{"instruction": "a", "response": "b"}\n{"instruction": "secret"}', "line 2: no field 'response'"),
+        ("a.jsonl", '{"instruction": "secret", "x": 1}', r"line 1: no field replies \(there are instruction, x\)"),
+        ("a.jsonl", '{"title": "secret", "body": "b"}', r"line 1: no field asks and no field replies \(there are title, body\)"),
+        ("a.csv", "secret words of a patient,and more of it\nx,y\n", r"line 2: no field asks and no field replies: known"),
+        ("a.csv", "instruction,response\na,b,secret\n", "line 2: 3 values for 2 columns"),
+        ("a.csv", 'instruction,response\na,b\n"secret"x,b\n', "line 3: not valid CSV"),
+        ("a.csv", 'instruction,response\na,"secret\n', "line 2: not valid CSV"),
+        ("a.csv", "instruction,response,response\na,b,secret\n", "two columns have the same name"),
+        ("a.csv", "instruction,response\n", "holds no records"),
+        ("a.csv", "question,A,B,C,D,answer\nsecret,1,2,3,4,A\n", "mmlu:FOLDER"),
+        ("a.jsonl", "", "holds no records"),
+        ("a.txt", "secret words", "of no known format"),
+        ("a.jsonl", '{"messages": "secret"}', r"'messages' is a text instead of a list"),
+        ("a.jsonl", '{"messages": ["secret"]}', "message 1: a text instead of a message"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', "message 1: null instead of a text"),
+        ("a.jsonl", '{"messages": [{"role": "secret", "content": "a"}]}', "message 1: its role is none of system, user"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_one_sentence(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=words) as caught:
+        read(path)
+    message = str(caught.value)
+    assert "secret" not in message
+    assert "\n" not in message
+    assert name in message
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    for path, words in {
+        tmp_path / "absent.jsonl": "does not exist",
+        tmp_path / ("x" * 300): "cannot be read",
+        Path("a\0b.jsonl"): "cannot be read",
+        tmp_path: "is a folder without data files",
+    }.items():
+        with pytest.raises(DataError, match=words) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,43 @@
+"""Real data sets, where the folder that DRENCODER_TEST_DATA names has them, are read as they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from drencoder.data.survey import survey_data, with_population
+from drencoder.recipe.recipe import load_recipe
+
+FOLDER = Path(os.environ.get("DRENCODER_TEST_DATA", "/nowhere"))
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="DRENCODER_TEST_DATA names no folder")
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "records", "schema"),
+    [
+        ("dolly/databricks-dolly-15k.jsonl", {}, 15_011, "Dolly (instruction, context, response)"),
+        ("banking77", {}, 10_003, "plain text (text)"),
+        ("banking77", {"data.split": "test"}, 3_080, "plain text (text)"),
+        (
+            "banking77/train.csv",
+            {"data.fields": {"instruction": "text", "response": "category"}},
+            10_003,
+            "your fields (text, category)",
+        ),
+        ("gsm8k", {"data.split": "test"}, 1_319, "question and answer (question, answer)"),
+        ("shakespeare/speeches.jsonl", {"data.client_field": "client"}, 7_097, "plain text (text)"),
+        ("mmlu:mmlu", {"data.split": "dev"}, 285, "questions with four options"),
+        ("ceval:ceval", {"data.split": "val"}, 1_346, "questions with four options"),
+    ],
+)
+def test_real_data_are_read(source: str, changes: dict[str, object], records: int, schema: str) -> None:
+    kind, colon, name = source.rpartition(":")
+    if not (FOLDER / name).exists():
+        pytest.skip(f"{name} is not there")
+    place = {"data.source": f"{kind}{colon}{FOLDER / name}", "federation.population": 0}
+    survey = survey_data(with_population(load_recipe().changed(place | changes)), None)
+    assert survey is not None
+    assert (survey.records, survey.schema) == (records, schema)
+    assert survey.records_of_client[0] >= 1
+    if "data.client_field" in changes:
+        assert survey.clients == 299

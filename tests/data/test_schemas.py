@@ -1,0 +1,112 @@
+"""Schemas are recognised by their fields' names, mapped by `data.fields`, and named."""
+
+from typing import Any
+
+import pytest
+
+from drencoder.data.prompts_template import PlainTemplate, history_of
+from drencoder.data.schemas import Records, to_records
+from drencoder.errors import DataError
+
+
+def records_of(*rows: Any, **fields: str) -> Records:
+    return to_records(((f"file, line {n}", row) for n, row in enumerate(rows, start=1)), fields, origin="file")
+
+
+def talk(*turns: tuple[str, str], role: str = "role", content: str = "content") -> list[dict[str, str]]:
+    return [{role: speaker, content: words} for speaker, words in turns]
+
+
+TALK = (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+SHARED = (("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
+
+
+@pytest.mark.parametrize(
+    ("row", "schema", "text"),
+    [
+        ({"instruction": "a", "context": "b", "response": "c"}, "Dolly (instruction, context, response)", "a\nb\nAnswer: c"),
+        ({"instruction": "a", "input": "b", "output": "c"}, "Alpaca (instruction, input, output)", "a\nb\nAnswer: c"),
+        ({"instruction": "a", "input": None, "output": "c"}, "Alpaca (instruction, input, output)", "a\nAnswer: c"),
+        ({"instruction": "a", "input": "b", "response": "c"}, "Dolly (instruction, input, response)", "a\nb\nAnswer: c"),
+        ({"prompt": "a", "completion": "c"}, "prompt and completion (prompt, completion)", "a\nAnswer: c"),
+        ({"question": "a", "answer": "c"}, "question and answer (question, answer)", "a\nAnswer: c"),
+        ({"system_prompt": "s", "question": "a", "response": "c"}, "question and response (system_prompt, question, response)", "s\na\nAnswer: c"),
+        ({"text": "a", "label": 3}, "plain text (text)", "a"),
+        ({"messages": talk(*TALK)}, "chat messages (messages)", "s\na\nAnswer: b\n\nc\nAnswer: d"),
+        ({"conversations": talk(*SHARED, role="from", content="value"), "id": 7}, "ShareGPT conversations (conversations)", "a\nAnswer: b\n\nc\nAnswer: d"),
+        ({"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}, "Alpaca (instruction, input, output)", "a\nAnswer: b\n\nc\nAnswer: d"),
+    ],
+)  # fmt: skip
+def test_schemas_are_recognised(row: dict[str, Any], schema: str, text: str) -> None:
+    got = records_of(row)
+    assert got.schema == schema
+    rendered = PlainTemplate().render(got.records[0])
+    assert rendered.text == text
+    replies = [text[first:last].strip() for first, last in rendered.targets]
+    assert replies == ([text] if "text" in row else [reply for reply in "bd" if f"Answer: {reply}" in text] or ["c"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "row", "text"),
+    [
+        ({"instruction": "title", "response": "body"}, {"title": "a", "body": "c"}, "a\nAnswer: c"),
+        ({"instruction": "title"}, {"title": "a", "answer": "c", "question": "x"}, "a\nAnswer: c"),
+        ({"response": "category", "instruction": "text"}, {"text": "a", "category": "c"}, "a\nAnswer: c"),
+        ({"context": "passage"}, {"question": "a", "passage": "b", "answer": "c"}, "a\nb\nAnswer: c"),
+        ({"text": "body"}, {"title": "a", "body": "c"}, "c"),
+        ({"messages": "dialogue"}, {"dialogue": talk(("user", "a"), ("assistant", "c"))}, "a\nAnswer: c"),
+        ({"instruction": "text", "response": "reply"}, {"text": "a", "reply": "c", "messages": []}, "a\nAnswer: c"),
+    ],
+)
+def test_fields_map_anything_else(fields: dict[str, str], row: dict[str, Any], text: str) -> None:
+    assert PlainTemplate().render(records_of(row, **fields).records[0]).text == text
+
+
+def test_fields_that_are_not_there_are_one_sentence() -> None:
+    with pytest.raises(DataError, match=r"line 1: no field .body., which data\.fields names as response"):
+        records_of({"title": "a"}, instruction="title", response="body")
+
+
+def test_other_fields_are_kept_and_values_stay_what_they_are() -> None:
+    row = {
+        "instruction": " None ",
+        "response": "NA",
+        "patient": 17,
+        "ratio": 1.5,
+        "none": None,
+        "nested": [1],
+        "history": "x",
+    }
+    (record,) = records_of(row).records
+    assert record == {
+        "instruction": " None ", "response": "NA", "context": "", "category": "none", "patient": "17", "ratio": "1.5",
+    }  # fmt: skip
+
+
+def test_halves_of_characters_are_replaced_and_counted() -> None:
+    got = records_of(
+        {"instruction": "a \ud83d", "response": "b", "who": "x"},
+        {"instruction": "a \U0001f600", "response": "b", "who": "x"},
+        {"instruction": "a", "response": "b", "who": "\udc80"},
+    )
+    assert got.changed == 2
+    assert [record["instruction"] for record in got.records] == ["a \ufffd", "a \U0001f600", "a"]
+    assert got.records[2]["who"] == "\ufffd"
+
+
+def test_messages_that_nothing_replies_to_are_left_out() -> None:
+    said = (("assistant", "hello"), ("user", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))
+    got = records_of({"messages": talk(*said)}, {"messages": talk(("user", "a"))}, {"messages": []})
+    assert got.changed == 2
+    assert (got.records[0]["instruction"], got.records[0]["response"]) == ("a\n\nb", "c")
+    assert history_of(got.records[0]) == []
+    assert [record["response"] for record in got.records[1:]] == ["", ""]
+
+
+def test_fields_of_another_source_do_not_apply_to_text_of_the_server() -> None:
+    rows = [("file, line 1", {"instruction": "a", "response": "c"})]
+    got = to_records(rows, {"instruction": "title", "response": "body"}, origin="file", strict=False)
+    assert got.schema == "Dolly (instruction, response)"
+    same = [("file, line 1", {"title": "a", "body": "c"})]
+    mapped = to_records(same, {"instruction": "title", "response": "body"}, origin="file", strict=False)
+    assert mapped.records[0]["response"] == "c"

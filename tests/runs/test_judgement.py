@@ -1,0 +1,53 @@
+"""A plan says in words whether so many clients can teach anything, and what would help."""
+
+import re
+
+import pytest
+
+from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.runs.judgement import judge
+from drencoder.runs.plan_overview import privacy_plan
+
+
+def recipe_of(**changes: object) -> Recipe:
+    known = {
+        "data.client_field": "who",
+        "data.source": "x.jsonl",
+        "federation.sampling_rate": 0.33,
+        "federation.rounds": 2,
+    }
+    return load_recipe().changed(known | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def judged(recipe: Recipe, records: int | None = None) -> list[str]:
+    return judge(recipe, privacy_plan(recipe), records)
+
+
+@pytest.mark.parametrize(
+    ("population", "epsilon", "words"),
+    [(30, 2.0, "nothing can be learned"), (300, 4.0, "little can be learned"), (20_000, 8.0, "so a round can learn")],
+)
+def test_local_trust(population: int, epsilon: float, words: str) -> None:
+    recipe = recipe_of(federation__population=population, privacy__epsilon=epsilon)
+    told = judged(recipe, 50 * population)
+    assert told[0].startswith(f"{population:,} owners under local trust at epsilon {epsilon:g}: k* ")
+    assert words in told[0]
+    better = [sentence for sentence in told if "central trust would give k*" in sentence.lower()]
+    record_level = [sentence for sentence in told if sentence.startswith("Record-level privacy")]
+    if "so a round" in words:
+        assert told[1:] == []
+        return
+    assert len(better) == 1
+    assert len(record_level) == 1
+    central = recipe.changed({"privacy.trust": "central"})
+    promised = float(re.search(r"entral trust would give k\* ([\d,.]*\d)", better[0])[1].replace(",", ""))  # type: ignore[index]
+    assert promised == pytest.approx(privacy_plan(central).k_star(), rel=0.05)
+
+
+def test_what_does_not_go_with_the_recipe_is_not_recommended() -> None:
+    recipe = recipe_of(federation__population=30, privacy__epsilon=2.0, encoder__wire_dtype="rotated4")
+    assert not any("secure aggregation" in sentence for sentence in judged(recipe))
+
+
+def test_without_noise_there_is_nothing_to_judge() -> None:
+    assert judged(recipe_of(federation__population=30, privacy__trust="non-private")) == []
