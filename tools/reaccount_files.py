@@ -12,7 +12,7 @@ from scipy.stats import norm
 Z95 = float(norm.ppf(0.975))
 NO_EVALUATION = (
     "The run has no evaluation data, so it cannot know whether it learned: name a file that the server owns in "
-    "evaluation.data, or set owners who agreed aside with evaluation.owners."
+    "evaluation.data, or set owners who agreed aside with data.held_out_share."
 )
 
 

@@ -35,7 +35,7 @@ def surveyed(recipe: Recipe, tokenizer: Path | None = None) -> DataSurvey:
 def test_the_population_is_that_of_the_data(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "a.jsonl", owned(60, 12), data__client_field="who")
     assert with_population(recipe).federation.population == 12
-    aside = recipe.changed({"evaluation.owners": 0.3})
+    aside = recipe.changed({"data.held_out_share": 0.3})
     population = with_population(aside).federation.population
     assert 0 < population < 12
     source = open_source(aside.data, population=population, seed=aside.seed, set_aside=set_aside_share(aside))

@@ -19,7 +19,7 @@ from drencoder.runs.plan_overview import survey
 from tampering import reaccount, verdict
 
 OWNERS = 24
-ASIDE = {"p00", "p07", "p11", "p12", "p13", "p15", "p18"}  # whom evaluation.owners = 0.25 sets aside under seed 0
+ASIDE = {"p00", "p07", "p11", "p12", "p13", "p15", "p18"}  # whom data.held_out_share = 0.25 sets aside under seed 0
 TRUSTS = {
     "local": ["privacy.trust=local"],
     "central": ["privacy.trust=central"],
@@ -134,7 +134,7 @@ def test_owners_who_are_set_aside_are_evaluated_on_and_no_clients(
     data = write(tmp_path / "notes.jsonl", records())
     population = OWNERS - len(ASIDE)
     recipe = recipe_of(
-        tiny_folder, data, "data.client_field=owner", "evaluation.owners=0.25", f"federation.population={population}", *TRUSTS[trust]
+        tiny_folder, data, "data.client_field=owner", "data.held_out_share=0.25", f"federation.population={population}", *TRUSTS[trust]
     )  # fmt: skip
     result, _ = finish(recipe, tmp_path / "run")
     said = result.certificate["evaluation_rests_on"]
@@ -161,7 +161,7 @@ def test_nothing_of_a_client_decides_what_the_outcomes_are_of(how: str, tiny_fol
     for name, content in (("before", rows), ("after", changed)):
         data = write(tmp_path / f"{name}.jsonl", content)
         recipe = recipe_of(
-            tiny_folder, data, "data.client_field=owner", "evaluation.owners=0.25", "evaluation.examples=99",
+            tiny_folder, data, "data.client_field=owner", "data.held_out_share=0.25", "evaluation.examples=99",
             f"federation.population={OWNERS - len(ASIDE)}", "privacy.trust=central",
         )  # fmt: skip
         result = experiment.run(recipe, tmp_path / name)
@@ -231,10 +231,10 @@ def test_a_killed_run_without_evaluation_data_goes_on(tiny_folder: Path, tmp_pat
     [
         (["data.client_field=owner"], NO_EVALUATION),
         (["data.client_field=owner", "evaluation.data=server.jsonl"], "'server.jsonl', which the server owns"),
-        (["data.client_field=owner", "evaluation.owners=0.1"], "a share of 0.1 of the owners, who are no clients"),
+        (["data.client_field=owner", "data.held_out_share=0.1"], "a share of 0.1 of the owners, who are no clients"),
         (["data.source=embedded"], "text that drencoder generated for the server"),
         (["evaluation.data=embedded"], "text that drencoder generated for the server"),
-        (["evaluation.owners=0.2"], "a share of 0.2 of the records, set aside before the owners were simulated"),
+        (["data.held_out_share=0.2"], "a share of 0.2 of the records, set aside before the owners were simulated"),
         (["evaluation.data=none"], NO_EVALUATION),
     ],
 )  # fmt: skip
@@ -252,9 +252,9 @@ def test_evaluation_data_that_cannot_be_are_one_sentence(tiny_folder: Path, tmp_
     data = write(tmp_path / "notes.jsonl", records())
     field = "data.client_field=owner"
     with pytest.raises(RecipeError, match="leave one of them out"):
-        recipe_of(tiny_folder, data, field, "evaluation.data=x.jsonl", "evaluation.owners=0.1")
+        recipe_of(tiny_folder, data, field, "evaluation.data=x.jsonl", "data.held_out_share=0.1")
     with pytest.raises(RecipeError, match="the embedded world already gives"):
-        load_recipe(None, ["evaluation.owners=0.1"])
+        load_recipe(None, ["data.held_out_share=0.1"])
     with pytest.raises(DataError, match=r"evaluation\.data = '.*missing\.jsonl' does not exist"):
         build(recipe_of(tiny_folder, data, field, f"evaluation.data={tmp_path / 'missing.jsonl'}"))
     for same in (data, tmp_path / ".." / tmp_path.name / "notes.jsonl"):

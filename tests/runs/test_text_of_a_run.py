@@ -31,7 +31,7 @@ def test_losses_are_those_of_the_saved_adapter_in_plain_peft(kind: str, template
     name = {"plain": "plain", "chat": "auto", "file": tmp_path / "file.jinja"}[template]
     changes = {
         "data.source": tmp_path / "text.jsonl", "data.client_field": "who", "data.template": name, "data.max_tokens": 200,
-        "evaluation.owners": 0.34, "federation.population": 0, "federation.sampling_rate": 1.0,
+        "data.held_out_share": 0.34, "federation.population": 0, "federation.sampling_rate": 1.0,
         "federation.rounds": 2, "privacy.trust": "central", "evaluation.benchmarks": [], "encoder.name": "identity",
         "encoder.ratio": 0.0, "prior.source": "none", "server.learning_rate": 0.1,
     }  # fmt: skip

@@ -90,7 +90,7 @@ def _split_server_texts(components: Components) -> tuple[list[Example], list[Exa
     if len(held_out) - warm < _MIN_SHADOWS:
         raise DataError(
             f"The server has {len(held_out)} texts of evaluation data; the attacker learns from at least {2 * _MIN_SHADOWS}: name "
-            "a file of so many that the server owns in evaluation.data, or raise evaluation.owners."
+            "a file of so many that the server owns in evaluation.data, or raise data.held_out_share."
         )
     return held_out[:warm], held_out[warm:]
 

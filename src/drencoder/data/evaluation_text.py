@@ -38,7 +38,7 @@ __all__ = [
 
 Basis = Literal["server", "generated", "owners", "records", "nothing"]
 
-_RECORD_SHARE = 0.05  # of a file with simulated owners, where evaluation.owners says nothing
+_RECORD_SHARE = 0.05  # of a file with simulated owners, where data.held_out_share says nothing
 _SPLITS = ("test", "validation", "val", "dev", "train")  # of a hub data set: the first that is there and no client's
 
 OwnerKind = Literal["generated", "named", "simulated"]
@@ -47,7 +47,7 @@ SIMULATED_OWNERS = "simulated owners"
 GENERATED_OWNERS = "generated clients of the embedded world"
 NO_EVALUATION = (
     "The run has no evaluation data, so it cannot know whether it learned: name a file that the server owns in "
-    "evaluation.data, or set owners who agreed aside with evaluation.owners."
+    "evaluation.data, or set owners who agreed aside with data.held_out_share."
 )
 
 
@@ -78,7 +78,7 @@ def evaluation_basis(recipe: Recipe) -> Basis:
     if where or recipe.data.is_embedded:
         return "generated"
     if recipe.data.client_field:
-        return "owners" if recipe.evaluation.owners else "nothing"
+        return "owners" if recipe.data.held_out_share else "nothing"
     return "records"
 
 
@@ -86,8 +86,8 @@ def set_aside_share(recipe: Recipe) -> float:
     """The share of the owners, or of the records where owners are simulated, that no client has; 0 = none."""
     basis = evaluation_basis(recipe)
     if basis == "owners":
-        return recipe.evaluation.owners
-    return (recipe.evaluation.owners or _RECORD_SHARE) if basis == "records" else 0.0
+        return recipe.data.held_out_share
+    return (recipe.data.held_out_share or _RECORD_SHARE) if basis == "records" else 0.0
 
 
 def evaluation_rests_on(recipe: Recipe) -> str:
@@ -146,7 +146,7 @@ def _evaluation_split(recipe: Recipe) -> str:
     if not left:
         raise DataError(
             f"evaluation.data = {where!r} is the clients' own text (data.source): name text that no client has, or set whole "
-            "owners aside with evaluation.owners."
+            "owners aside with data.held_out_share."
         )
     return left[0]
 

@@ -190,6 +190,7 @@ class FileSource:
                     "clients: give --clients one number for each owner, as the server's list has them."
                 )
             _check_owners(knobs, len(owned), len(others), population or len(owned), set_aside)
+            owned += [[] for _ in range(max(0, population - len(owned)))]  # N may count them, who then contribute zero
             server = sorted(chain.from_iterable(others), key=lambda index: _content_hash(records[index], seed))
             return cls(knobs.source, records, owned, server, knobs.examples_per_client)
         server, rest = _split_by_record(records, set_aside, seed)
@@ -278,11 +279,11 @@ def _check_owners(knobs: sections.Data, clients: int, others: int, population: i
     """Raises DataError unless the file has as many clients as the recipe says, and somebody is set aside where that is asked."""
     if set_aside and not others:
         raise DataError(
-            f"evaluation.owners = {set_aside} sets none of the {clients} owners of {knobs.source} aside: raise it, or name a "
+            f"data.held_out_share = {set_aside} sets none of the {clients} owners of {knobs.source} aside: raise it, or name a "
             "file that the server owns in evaluation.data."
         )
-    if clients != population:
-        rest = f", not counting {others} whom evaluation.owners sets aside" if set_aside else ""
+    if population not in (clients, clients + others):
+        rest = f", not counting {others} whom data.held_out_share sets aside" if set_aside else ""
         raise DataError(
             f"{knobs.source} names {clients} clients in {knobs.client_field!r}{rest}, the recipe {population}: set "
             f"federation.population={clients}."

@@ -177,11 +177,10 @@ def _check_together(recipe: Recipe) -> None:
     privacy, encoder = recipe.privacy, recipe.encoder
     if privacy.trust == "secure-aggregation":
         _check_secure(recipe)
-    if recipe.evaluation.owners and (recipe.evaluation.data or recipe.data.is_embedded):
-        other = f"evaluation.data = {recipe.evaluation.data!r}" if recipe.evaluation.data else "the embedded world"
+    if recipe.data.held_out_share and recipe.evaluation.data:
         raise RecipeError(
-            f"evaluation.owners = {recipe.evaluation.owners} sets owners aside for evaluation, and {other} already gives the "
-            "server its text: leave one of them out."
+            f"data.held_out_share = {recipe.data.held_out_share} sets owners aside for evaluation, and evaluation.data = "
+            f"{shown(recipe.evaluation.data)} already gives the server its text: leave one of them out."
         )
     if 0 < encoder.ratio < 1:
         raise RecipeError(

@@ -17,8 +17,6 @@ REMOVED: dict[str, str] = {
     "server.beta2": _FIXED.format("0.99"),
     "server.tau": _FIXED.format("1e-8"),
     "server.decoding": "the server always decodes plainly",
-    "data.held_out_share": "nothing is taken from the clients for evaluation; name a file that the server owns in evaluation.data, "
-    "or set owners who agreed aside with evaluation.owners",
     "data.task": "write data.source = 'embedded:next' or 'embedded:facts'; plain 'embedded' teaches letters",
     "encoder.explore": _FIXED.format("0.25"),
     "encoder.floor": _FIXED.format("0.6"),

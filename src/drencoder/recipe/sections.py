@@ -98,6 +98,14 @@ class Data(Checked):
         low=8,
     )
 
+    held_out_share: float = knob(
+        0.0,
+        "share of the owners of data.client_field who are set aside for evaluation: they are no clients, epsilon does not cover "
+        "them, and they must have agreed. Where owners are simulated: share of the records that no client gets; 0 = 5 % there",
+        low=0,
+        below=1,
+    )
+
     @property
     def is_embedded(self) -> bool:
         """Whether the clients are those of the embedded world, whatever they teach."""
@@ -278,14 +286,7 @@ class Evaluation(Checked):
     data: str = knob(
         "",
         "text that the server owns and measures the loss on: any place that data.source may name, no owners needed; none: measure "
-        "no loss; empty: what evaluation.owners sets aside, or the server's own part of the embedded world",
-    )
-    owners: float = knob(
-        0.0,
-        "share of the owners of data.client_field who are set aside for evaluation: they are no clients, epsilon does not cover "
-        "them, and they must have agreed. Where owners are simulated: share of the records that no client gets; 0 = 5 % there",
-        low=0,
-        below=1,
+        "no loss; empty: what data.held_out_share sets aside, or the server's own part of the embedded world",
     )
     every: int = knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
     progress_examples: int = knob(128, "examples and questions of an evaluation between rounds", low=1)
