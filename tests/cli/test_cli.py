@@ -13,6 +13,7 @@ import pytest
 
 from conftest import tiny_overrides
 from drencoder.cli import main as cli
+from drencoder.reading import printable
 from lm_eval_by_hand import write_original_folder
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -262,7 +263,7 @@ def test_generate_asks_a_finished_run(command: Command, tiny_folder: Path, tmp_p
     alone = command("generate", "run", "Say A", "--max-tokens", "3", "-q")
     assert (alone.returncode, alone.stderr) == (0, "")
     shown = json.loads(command("generate", "run", "Say A", "--max-tokens", "3", "--json").stdout)
-    assert (shown["run"], shown["text"]) == ("run", alone.stdout.strip())
+    assert (shown["run"], printable(shown["text"])) == ("run", alone.stdout.strip())  # noise decides what it says
     assert shown["tokens"] <= 3
     for arguments, sentence in (
         (["generate", "run", " "], "nothing to ask"),

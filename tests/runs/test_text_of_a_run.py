@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import tiny_overrides
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import run as experiment
+from drencoder.runs.generate import generate
 from drencoder.runs.verify import verify_run
 from text_models import CHAT, make_tokenizer, save_model
 
@@ -55,6 +56,8 @@ def test_losses_are_those_of_the_saved_adapter_in_plain_peft(kind: str, template
         ids = ids[
             : ids.index(tokenizer.convert_tokens_to_ids("<|end|>"), len(asked)) + 1
         ]  # but not the line break behind
+    (tmp_path / "file.jinja").unlink(missing_ok=True)  # the run has its own copy
+    assert generate(result.folder, QUESTION, max_tokens=1).prompt_tokens == len(asked)
     for name, values in outcomes.items():
         plain = AutoModelForCausalLM.from_pretrained(model)
         if name == "this run":
