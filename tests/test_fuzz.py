@@ -40,7 +40,7 @@ from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.assess import assess
-from drencoder.runs.build import Components, build
+from drencoder.runs.build import Components
 from drencoder.runs.checkpoint import load_checkpoint
 from drencoder.runs.report import write_report
 from drencoder.runs.run_folder import RunFolder
@@ -116,7 +116,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wor
     recipe = load_recipe(None, [*tiny_overrides(tiny_folder), *own])
     place = tmp_path_factory.mktemp("fuzz")
     run = experiment.run(recipe, place / "run").folder
-    components = build(recipe)
+    components = build_site(recipe, None)
     trainer = ZeroTrainer(components.lora.layout.size)
     make_certificates(place / "certs", 3, [])
     return World(run, replace(components, trainer=trainer), place / "certs")

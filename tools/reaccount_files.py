@@ -88,7 +88,7 @@ def evaluation_of(recipe: dict) -> str:
         return f"The loss is measured on {evaluation['data']!r}, which the server owns."
     if evaluation["data"] or is_embedded(data["source"]):
         return "The loss is measured on text that drencoder generated for the server; no client has any of it."
-    share = evaluation["owners"]
+    share = recipe["data"]["held_out_share"]
     if not data["client_field"]:
         return (
             f"The loss is measured on a share of {share or 0.05:.3g} of the records, set aside before the owners were simulated; no "

@@ -446,7 +446,9 @@ def test_real_gradients_lost_with_a_killed_run_are_not_asked_for_again(
 
 
 def test_a_diverged_run_is_one_sentence_and_keeps_its_ledger(tiny_folder: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_folder, "server.learning_rate=1e38", "server.optimizer=fedavg", "evaluation.every=0")
+    recipe = recipe_of(
+        tiny_folder, "server.learning_rate=1e30", "adapter.alpha=1e30", "server.optimizer=fedavg", "evaluation.every=0"
+    )
     with pytest.raises(ModelError, match=r"diverged: lower server\.learning_rate"):
         experiment.run(recipe, tmp_path / "run")
     assert len(charged(tmp_path / "run")) == 5
