@@ -40,7 +40,7 @@ from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.assess import assess
-from drencoder.runs.build import Components
+from drencoder.runs.build import Components, build_site
 from drencoder.runs.checkpoint import load_checkpoint
 from drencoder.runs.report import write_report
 from drencoder.runs.run_folder import RunFolder
