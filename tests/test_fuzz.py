@@ -25,9 +25,9 @@ from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError
 from drencoder.federated.query import moment_query, update_query
 from drencoder.federated.remote.agreement import ClientSet, agreement
-from drencoder.federated.remote.engine import RemoteEngine, RoundTimeouts
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction, encoder_bytes, encoder_of, fingerprint
+from drencoder.federated.remote.membership import Membership
 from drencoder.federated.remote.roster import Roster, node_key
 from drencoder.federated.remote.rounds import parse_answer
 from drencoder.federated.remote.site import Site
@@ -347,8 +347,9 @@ def question(world: World, slot: int) -> bytes:
     query = world.query() if slot else moment_query(live.lora.layout.segments, live.recipe.prior)
     encoder = encoder_bytes(query) if slot else b""
     asked = Instruction(
-        "n", "run-1", 0, plan.trust, plan.noise, plan.noise_multiplier, query.spec, (0, 3), fingerprint(encoder)
-    )
+        "n", "run-1", 0, plan.trust, plan.noise, plan.noise_multiplier, query.spec, (0, 3), fingerprint(encoder),
+        **live.base_digests.to_dict(),
+    )  # fmt: skip
     adapter = live.lora.initial_D.float().numpy().tobytes()
     return pack_frame(Frame(Kind.QUERY, agreement(live.recipe), asked.head(), adapter, encoder))
 
@@ -370,21 +371,24 @@ def to_site(make: Callable[[World], bytes]) -> Callable[[World], Reader]:
 
 
 def hello(world: World) -> bytes:
-    return pack_frame(Frame(Kind.HELLO, agreement(world.components.recipe), {"nonce": "n"}))
+    return pack_frame(
+        Frame(Kind.HELLO, agreement(world.components.recipe), {"nonce": "n", **world.components.base_digests.to_dict()})
+    )
 
 
 def to_server(world: World) -> Reader:
     """The answers of a site: to hello and to a question."""
     recipe = agreement(world.components.recipe)
     said: list[str] = []
-    engine = RemoteEngine(world.components, None, RoundTimeouts(), said.append)  # type: ignore[arg-type]
+    base, population = world.components.base_digests, world.components.recipe.federation.population
     query = world.query()
     message = query.spec.wire.header(1) + bytes(query.spec.wire.message_size - 20)
 
     def read(path: Path) -> object:
         data = path.read_bytes()
-        engine._hosts.clear()
-        engine._enter("node0", data, "n")
+        members = Membership(None, recipe, base, population, {}, said.append)  # type: ignore[arg-type]
+        members._enter("node0", data, "n")
+        members.sites()
         assert all(map(str.isprintable, said)), said
         assert all(len(line) < 1000 for line in said)
         said.clear()
@@ -392,7 +396,9 @@ def to_server(world: World) -> Reader:
 
     def mutate(data: bytes, chance: random.Random) -> bytes:
         answer = Frame(Kind.QUERY_ANSWER, recipe, Answer("n", 0, (0, 3)).head(), first=message * 2)
-        hosts = Frame(Kind.HELLO_ANSWER, recipe, {"nonce": "n", "clients": "0-9,12"})
+        hosts = Frame(
+            Kind.HELLO_ANSWER, recipe, {"nonce": "n", "clients": "0-9,12", "data": "a.jsonl", "owners": "named"}
+        )
         return in_head(pack_frame(chance.choice([answer, hosts])), chance)
 
     return Reader(b"", read, world.folder / "frame", mutate)
