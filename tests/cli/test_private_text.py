@@ -87,7 +87,9 @@ def test_no_broken_file_of_private_text_is_quoted(
         "privacy.participation_cap=9",
     ]
     sets = [f"--set={text}" for text in [*tiny_overrides(tiny_folder), *own]] if command in ("run", "audit") else []
-    (tmp_path / "r.toml").write_text("[federation]\npopulation = 4\n[privacy]\ndelta = 0.01\n")
+    (tmp_path / "r.toml").write_text(
+        "[data]\nclient_field = 'who'\n[federation]\npopulation = 4\n[privacy]\ndelta = 0.01\n"
+    )
     named = 0
     for way, (name, data) in BROKEN.items():
         if data:
