@@ -27,6 +27,7 @@ from drencoder.errors import ModelError
 from drencoder.models.adapted_layers import AdaptedLayers, choose_layers, is_linear, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
+from drencoder.models.loaded_size import free_memory_of, measure_size
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
@@ -40,6 +41,7 @@ class LoraModel:
       base: the frozen model; its linear layers are wrapped in place.
       knobs: rank, alpha and targets.
       seed: of the adapter's start (A random, B zero).
+      batch_tokens: how many tokens of clients train together, padding included; 0: by the model's size and the free memory.
 
     `left_out` names the layers that an automatic choice of targets would have taken and that cannot have an adapter.
     `shares_batches`: whether clients may train in one batch; if not, each trains alone.
@@ -48,8 +50,12 @@ class LoraModel:
       ModelError: a target names no linear layer, or one that does not get whole rows of tokens.
     """
 
-    def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int) -> None:
+    def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int, batch_tokens: int = 0) -> None:
         self.base = base
+        self.size = measure_size(base.model)
+        self.batch_tokens = batch_tokens or self.size.batch_tokens(
+            free_memory_of(base.model.device), gpu=base.model.device.type == "cuda"
+        )
         self.dropout, self.rank = knobs.dropout, knobs.rank
         layers = choose_layers(base.model, knobs.targets, base.source)
         self.left_out, self.shares_batches = layers.left_out, keeps_clients_apart(base.model)

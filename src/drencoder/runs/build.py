@@ -167,12 +167,7 @@ class Components:
         local = self.recipe.local
         if local.upload == "zero":  # a control's clients send nothing, but its encoder can be asked all the same
             local = replace(local, upload="gradient")
-        step = self.recipe.speed.parallel_clients
-        parts = [
-            cohort_updates(self.lora, adapter_D, part, local, [0] * len(part)).cpu()
-            for part in (groups[start : start + step] for start in range(0, len(groups), step))
-        ]
-        return torch.cat(parts)
+        return cohort_updates(self.lora, adapter_D, groups, local, [0] * len(groups)).cpu()
 
     def noise(self) -> NoiseSource:
         """The recipe's noise source; `replay` is for tests and marks the run as not private."""
@@ -263,7 +258,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
     texts = Texts(source, base, recipe.data.max_tokens, d1_share, public, evaluation)
     # Before the adapter is in the model; only a federation compares them.
     digests = BaseDigests.of(base.model, base.tokenizer) if site or remote else None
-    lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    lora = LoraModel(base, recipe.adapter, seed=recipe.seed, batch_tokens=recipe.speed.tokens)
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])
