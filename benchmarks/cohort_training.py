@@ -1,6 +1,6 @@
 """Training of a cohort against plain PEFT, one client after the other: time and memory, with the same updates.
 
-    python benchmarks/cohort_training.py [--model FOLDER] [--clients 64] [--records 8] [--threads 1] [--repeats 5] [--json FILE]
+    python benchmarks/cohort_training.py [--model FOLDER] [--clients 64] [--records 8] [--tokens 1 512] [--threads 1] [--repeats 5] [--json FILE]
 
 Plain PEFT is `get_peft_model` on a model of its own and `loss.backward()`, without any code of drencoder. All ways take turns;
 printed are medians, the ratio of each repeat to plain PEFT's, and the memory that a way took beyond what was there before it.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
 
@@ -30,8 +30,6 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import build
-
-BUDGETS = (1, 512, 2048, 8192)  # tokens that train together; 1: each client alone
 
 
 class PlainPeft:
@@ -75,7 +73,9 @@ def memory(reset: bool = False) -> float:
     return 0.0
 
 
-def take_turns(ways: dict[str, Callable[[], torch.Tensor]], repeats: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+def take_turns(
+    ways: dict[str, Callable[[], torch.Tensor]], repeats: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """Time, memory and difference of every way; the first is the reference."""
     first = next(iter(ways))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -110,6 +110,9 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="embedded, or a model as in model.source")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--records", type=int, default=8, help="records of a client")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 512, 2048, 8192], help="budgets; 1: each client alone"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -134,12 +137,14 @@ def main() -> None:
         return train
 
     ways = {"plain PEFT, one by one": lambda: torch.stack([plain.gradient(one) for one in clients])}
-    ways |= {f"up to {budget:,} tokens together": together(budget) for budget in BUDGETS}
+    ways |= {f"up to {budget:,} tokens together": together(budget) for budget in args.tokens}
     ways[f"speed.tokens = 0, here {automatic:,}"] = together(automatic)
     # One thread's own time does not see what else runs on the machine.
     clock = time.process_time if args.threads == 1 else time.perf_counter
     rows = take_turns(ways, args.repeats, clock)
-    title = f"{args.model}: {args.clients} clients x {args.records} records, {tokens:,} tokens, {args.threads} thread(s)"
+    title = (
+        f"{args.model}: {args.clients} clients x {args.records} records, {tokens:,} tokens, {args.threads} thread(s)"
+    )
     table = Table("way", "ms a client", "speed of plain PEFT", "MB", "largest difference", title=title)
     for row in rows:
         name, ms, ratio, megabytes, difference = row.values()

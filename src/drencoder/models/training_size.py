@@ -16,7 +16,7 @@ _WORK = 80_000_000
 # What a token leaves for the backward pass, in outputs of the linear layers, and in outputs of the head if it is predicted.
 _SAVED, _SAVED_LOGITS = 3, 2
 _LIBRARIES = 600 << 20  # torch and transformers themselves
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}  # of a weight
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.55}  # of a weight
 _SHARE = 0.5  # of the free memory, for one batch
 
 
@@ -60,13 +60,9 @@ class ModelSize:
         """Memory of a process that trains `tokens` tokens at a time, with everything that it has loaded."""
         return _LIBRARIES + self.weight_bytes(dtype) + tokens * self.token_bytes
 
-    def batch_tokens(self, free_bytes: int, *, gpu: bool) -> int:
-        """How many tokens of clients are best trained together, at least 1.
-
-        On a CPU as few as keep a core busy; on a GPU as many as fit. In any case at most what half of the free memory holds.
-        """
-        fit = int(_SHARE * free_bytes / max(1, self.token_bytes))
-        return max(1, fit if gpu else min(fit, self.busy_tokens))
+    def fit_tokens(self, free_bytes: int) -> int:
+        """How many tokens half of the free memory holds in training."""
+        return int(_SHARE * free_bytes / max(1, self.token_bytes))
 
 
 def gigabytes(count: float) -> str:

@@ -29,7 +29,11 @@ class Model(Checked):
 
     source: str = knob("embedded", "`embedded`, a local Hugging Face folder, a .gguf file, or a hub id")
     revision: str = knob("", "of a hub id: branch, tag or commit; empty = its main branch")
-    dtype: str = knob("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str = knob(
+        "float32",
+        "type of the frozen weights; int8 and nf4 (4 bits) need CUDA and bitsandbytes (extra quant); adapters are float32 with all",
+        choices=("float32", "bfloat16", "float16", "int8", "nf4"),
+    )
     device: str = knob("auto", "`auto` takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
 
 

@@ -28,6 +28,7 @@ from drencoder.models.base_model import BaseModel, load_base, resolve_device
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.identity import BaseDigests
+from drencoder.models.loaded_size import check_memory
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
@@ -38,6 +39,7 @@ from drencoder.runs.plan_overview import Overview, survey
 __all__ = ["Components", "EngineMaker", "SiteText", "build", "build_site"]
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
+_PUBLIC_TOKENS = 2 * _WRITTEN_TOKENS  # that a record of a make-believe client is reckoned with
 _GATE_DRAW = -1  # of public text; those of the slots are 1 and above
 _PUBLIC_CLIENTS = 16  # make-believe ones, per estimate of the structured prior: 64 do no better (docs/log.md)
 
@@ -158,7 +160,9 @@ class Components:
         return self.updates_of(groups, adapter_D), "server-held text"
 
     def _updates_of_public_text(self, adapter_D: torch.Tensor, draw: int) -> torch.Tensor:
-        size = self.recipe.data.examples_per_client
+        # Of a large model one record of each carries as much as eight, at a fifth of the cost (docs/log.md).
+        affordable = max(1, self.lora.size.busy_tokens // _PUBLIC_TOKENS)
+        size = min(self.recipe.data.examples_per_client, affordable)
         groups = self.texts.public_clients(_PUBLIC_CLIENTS, size, derive_seed(self.recipe.seed, "public", draw))
         return self.updates_of(groups, adapter_D)
 
@@ -239,7 +243,7 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Components:
 
 def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote: bool = False) -> Components:
     overview = survey(recipe)
-    resolve_device(recipe.model.device)
+    check_memory(overview.weight_bytes, resolve_device(recipe.model.device))
     if recipe.speed.threads:  # process-wide; this is the one place that sets it
         torch.set_num_threads(recipe.speed.threads)
     source = _clients_text(recipe, own, remote)

@@ -150,7 +150,9 @@ def memory_words(usual: int, most: int) -> str:
     """Returns what training takes, and what is free, in one line."""
     longest = f", up to {gigabytes(most)} if a client's texts are as long as data.max_tokens" if most > usual else ""
     free = free_memory()
-    return f"training takes about {gigabytes(usual)}{longest}" + ("" if free is None else f"; {gigabytes(free)} are free here")
+    return f"training takes about {gigabytes(usual)}{longest}" + (
+        "" if free is None else f"; {gigabytes(free)} are free here"
+    )
 
 
 def _few_digits(number: float) -> str:

@@ -50,7 +50,10 @@ class Overview:
     encoder_warning: str = ""  # what speaks against the encoder, in one sentence
     owners: str = ""  # who the clients are
     evaluation_rests_on: str = ""  # whose text the loss is measured on, in one sentence
-    training_bytes: tuple[int, int] | None = None  # memory of training with short records, and with the longest; None: not known
+    weight_bytes: int | None = None  # memory of the base model; None: not known
+    training_bytes: tuple[int, int] | None = (
+        None  # memory of training with short records, and with the longest; None: not known
+    )
 
     @property
     def stage2_bytes(self) -> int | None:
@@ -156,14 +159,22 @@ def survey(recipe: Recipe) -> Overview:
     plan = privacy_plan(recipe)
     place = locate(recipe.model)
     matrices = adapted_matrices(place, recipe.adapter.targets)
-    memory = _training_bytes(recipe, planned_size(place))
+    model = planned_size(place)
+    memory = _training_bytes(recipe, model)
+    weights = None if model is None else model.weight_bytes(recipe.model.dtype)
     owners = describe_owners([owner_kind(recipe.data)], recipe.data.client_field)
     basis = evaluation_rests_on(recipe)
     if matrices is None:
         warning = _encoder_warning(recipe)
         unknown = (None, None, None, None, None, None)
         return Overview(
-            plan, *unknown, encoder_warning=warning, owners=owners, evaluation_rests_on=basis, training_bytes=memory
+            plan,
+            *unknown,
+            encoder_warning=warning,
+            owners=owners,
+            evaluation_rests_on=basis,
+            weight_bytes=weights,
+            training_bytes=memory,
         )
     size = AdapterShape(matrices, recipe.adapter.rank).update_size
     prior, dtype = recipe.prior, wire_dtype(recipe)
@@ -192,6 +203,7 @@ def survey(recipe: Recipe) -> Overview:
         encoder_warning=_encoder_warning(recipe),
         owners=owners,
         evaluation_rests_on=basis,
+        weight_bytes=weights,
         training_bytes=memory,
     )
 
