@@ -53,7 +53,7 @@ def test_plan_needs_no_torch_and_prints_every_observer() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("server", "clients", "public", "noise multiplier", "bytes a message"):
+    for word in ("server", "clients", "public", "noise multiplier", "bytes a message", "training takes about"):
         assert word in done.stdout
 
 
@@ -63,6 +63,9 @@ def test_plan_json_is_the_plan() -> None:
     assert overview["privacy"]["target_epsilon"] == 2.0
     assert 1.99 < overview["observers"]["public"]["epsilon_pld"] <= 2.0
     assert overview["observers"]["server"]["epsilon_pld"] == "inf"
+    assert overview["weight_bytes"] == 4 * 1_007_104  # the embedded model in float32
+    usual, most = overview["training_bytes"]
+    assert overview["weight_bytes"] < usual <= most < 2e9
 
 
 def test_plan_reads_the_data(tmp_path: Path, command: Command) -> None:

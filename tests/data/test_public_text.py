@@ -1,6 +1,7 @@
 """Public text: where it may come from, that it must be declared, and that it is the same when drawn again."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from conftest import tiny_overrides
 from drencoder.data.embedded_world.world import World
 from drencoder.data.public_text import PublicText, open_public
+from drencoder.data.tokenization import Example
 from drencoder.errors import DataError
 from drencoder.models.base_model import load_base
+from drencoder.models.training_size import ModelSize
 from drencoder.recipe import sections
 from drencoder.recipe.recipe import load_recipe
-from drencoder.runs.build import build
+from drencoder.runs.build import Components, build
 
 
 def never(count: int, seed: int) -> list[str]:
@@ -142,3 +145,25 @@ def test_make_believe_clients_are_the_same_again_and_others_in_another_slot(tiny
     other = live.public_updates(live.lora.initial_D, 2)
     assert other is not None
     assert not torch.allclose(other.update_ND, first.update_ND)
+
+
+def test_a_make_believe_client_of_a_large_model_has_one_record(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = build(load_recipe(None, [*tiny_overrides(tiny_folder), "encoder.name=kronecker", "prior.public=self"]))
+    sizes: list[int] = []
+    trained = Components.updates_of
+
+    def watched(self: Components, groups: Sequence[list[Example]], adapter_D: torch.Tensor) -> torch.Tensor:
+        sizes.extend(map(len, groups))
+        return trained(self, groups, adapter_D)
+
+    monkeypatch.setattr(Components, "updates_of", watched)
+    live.public_updates(live.lora.initial_D, 1)
+    own = live.recipe.data.examples_per_client
+    assert own > 1
+    assert sizes == [own] * 16
+    live.lora.size = ModelSize.of(135_000_000, [(1536, 576)] * 210)
+    sizes.clear()
+    live.public_updates(live.lora.initial_D, 1)
+    assert sizes == [1] * 16

@@ -21,7 +21,7 @@ UPLOADS = ("gradient", "pseudo-gradient", "increment")
 
 
 def make_lora(**knobs: object) -> LoraModel:
-    wanted = config.Adapter(rank=3, **knobs)  # type: ignore[arg-type]
+    wanted = config.Adapter(**{"rank": 3, **knobs})  # type: ignore[arg-type]
     return LoraModel(tiny_base(), wanted, seed=5)
 
 
@@ -92,7 +92,7 @@ COMPANIES = {
 }
 
 
-@pytest.mark.parametrize("base", ["llama", "gpt2", "llama-head", "llama-bfloat16"])
+@pytest.mark.parametrize("base", ["llama", "llama-rank-1", "llama-head", "llama-bfloat16", "gpt2"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("upload", UPLOADS)
 def test_no_bit_of_an_update_depends_on_who_shares_the_batch(upload: str, dropout: float, base: str) -> None:
@@ -131,6 +131,7 @@ def bfloat16(dropout: float) -> LoraModel:
 
 LORAS = {
     "llama": lambda dropout: make_lora(dropout=dropout),
+    "llama-rank-1": lambda dropout: make_lora(dropout=dropout, rank=1),
     "llama-head": lambda dropout: make_lora(dropout=dropout, targets=("q_proj", "lm_head")),
     "llama-bfloat16": bfloat16,
     "gpt2": gpt2,
@@ -279,3 +280,41 @@ def test_a_client_whose_training_raises_takes_nobody_with_it_and_shows_no_text(
     assert "ValueError" in shown
     assert secret not in shown
     assert "3" not in shown  # nor who is in the cohort
+
+
+@pytest.mark.parametrize("base", ["llama", "llama-rank-1", "llama-head", "llama-bfloat16", "gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("upload", ["gradient", "increment"])
+def test_neither_the_budget_of_tokens_nor_recomputation_changes_a_bit(upload: str, dropout: float, base: str) -> None:
+    lora = LORAS[base](dropout)
+    local = config.Local(upload=upload, batch_size=2, epochs=2, learning_rate=0.01)
+    clients = [random_examples(count, seed) for seed, count in enumerate((5, 5, 2, 9, 5, 12))]
+    adapter_D, seeds = moved(lora), list(range(6))
+    updates: list[torch.Tensor] = []
+    sizes: list[int] = []
+    lora.base.model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: sizes.append(args[0].numel()))
+    for budget, fit in ((1, 10**9), (100, 10**9), (10**9, 10**9), (10**9, 0), (1, 0)):
+        sizes.clear()
+        lora.batch_tokens, lora.fit_tokens = budget, fit
+        updates.append(cohort_updates(lora, adapter_D, clients, local, seeds))
+        assert max(sizes) <= max(budget, 2 * 24)  # one client's own batch: two examples of at most 24 tokens
+    assert all(len(example.tokens) <= 24 for client in clients for example in client)
+    assert updates[0].isfinite().all()
+    assert updates[0].any(dim=1).all()
+    for other in updates[1:]:
+        assert torch.equal(other, updates[0])
+
+
+def test_recomputation_keeps_the_layers_inputs_only() -> None:
+    lora, kept = make_lora(), []
+    examples, local = [random_examples(8, 1)], config.Local()
+    for fit in (10**9, 0):
+        lora.fit_tokens, saved = fit, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            cohort_updates(lora, moved(lora), examples, local, [1])
+        kept.append(sum(saved))
+    assert kept[1] < kept[0]
+    assert (
+        lora.base.model.get_decoder().layers[0].forward.__func__
+        is type(lora.base.model.get_decoder().layers[0]).forward
+    )

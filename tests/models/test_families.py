@@ -87,7 +87,7 @@ def test_layers_that_cannot_have_an_adapter_are_left_out_and_named(
     assert {name.rpartition(".")[2] for name in lora.left_out} == (
         {"dt_proj", "out_proj"} if family == "mamba" else {"experts"}
     )
-    assert not lora.shares_batches
+    assert not lora.can_share(16)
 
 
 @pytest.mark.parametrize(

@@ -614,8 +614,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "losses are averaged over all clients' tokens",
         "models/cohort_training",
-        "            (loss_K / total_K).sum().backward()",
-        "            (loss_K / total_K.float().mean()).sum().backward()",
+        "(loss_K / (total_K if optimizer",
+        "(loss_K / (total_K.float().mean() if optimizer",
         _ALONE,
     ),
     Bug(
@@ -635,9 +635,23 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "clients share a batch in a mixture of experts",
         "models/cohort_training",
-        "[(length, members)] if lora.shares_batches else",
-        "[(length, members)] if members else",
+        "if share else 1",
+        "if members else 1",
         _ALONE,
+    ),
+    Bug(
+        "a client's place in a batch decides how its matrices are aligned",
+        "models/lora",
+        "line = 64 // min",
+        "line = 1 // min",
+        ("models/test_cohort_training.py",),
+    ),
+    Bug(
+        "layers that are run again draw other dropout masks",
+        "models/recomputation",
+        "        one.set_state(state)\n    try:",
+        "        one.get_state()\n    try:",
+        ("models/test_cohort_training.py",),
     ),
     Bug(
         "a layer that gets a part of the tokens has an adapter",

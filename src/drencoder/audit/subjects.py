@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
 from drencoder.data.tokenization import Example
@@ -111,15 +110,5 @@ def _train_start(components: Components, texts: Sequence[Example]) -> Tensor:
 
 def _train_updates(components: Components, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:
     """Computes one update (len(texts), D) per client of one record, as the recipe's clients do."""
-    local, many = components.recipe.local, max(2, components.recipe.speed.parallel_clients)
-    parts = [
-        cohort_updates(
-            components.lora,
-            adapter_D,
-            [[one] for one in texts[at : at + many]],
-            local,
-            [0] * len(texts[at : at + many]),
-        )
-        for at in range(0, len(texts), many)
-    ]
-    return torch.cat(parts).cpu()
+    clients = [[one] for one in texts]
+    return cohort_updates(components.lora, adapter_D, clients, components.recipe.local, [0] * len(clients)).cpu()

@@ -27,13 +27,14 @@ __all__ = [
 
 # Tokens of one evaluation batch, padding included: keeps memory flat whatever the number of examples.
 _BATCH_TOKENS = 8192
+_BATCH_LOGITS = 1 << 26  # predicted tokens times vocabulary: 256 MiB
 
 
 @torch.no_grad()
 def held_out_outcomes(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
     """Each example's cross-entropy, summed over its response tokens (nats), and how many those are; both (N,)."""
     losses = [0.0] * len(examples)
-    for indices in _batches(examples):
+    for indices in _batches(examples, lora.base.vocabulary):
         batch = collate([[examples[index] for index in indices]], lora.base.pad_id).to(lora.device)
         with lora.stacked(_single(lora, adapter_D)):
             losses_M = lora.token_losses(batch)
@@ -75,7 +76,7 @@ def choice_scores(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence
     scores = torch.zeros(len(options), 4)
     single = [index for index, four in enumerate(options) if _is_one_token(four)]
     first = [options[index][0] for index in single]
-    for indices in _batches(first):
+    for indices in _batches(first, lora.base.vocabulary):
         batch = collate([[first[i] for i in indices]], lora.base.pad_id).to(lora.device)
         with lora.stacked(_single(lora, adapter_D)):
             log_NV = lora.logits_before(batch.input_ids, batch.predicted).float().log_softmax(dim=-1)
@@ -119,14 +120,17 @@ def _single(lora: LoraModel, adapter_D: Tensor) -> dict[str, Tensor]:
     return {name: tensor[None] for name, tensor in lora.layout.unflatten(adapter_D.to(lora.device)).items()}
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, at most `_BATCH_TOKENS` tokens each (but at least one example)."""
+def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, of at most `_BATCH_TOKENS` tokens and `_BATCH_LOGITS` logits (but at least one example)."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     batch: list[int] = []
+    logits = 0
     for index in order:
-        if batch and (len(batch) + 1) * len(examples[index].tokens) > _BATCH_TOKENS:
+        own = examples[index].targets * vocabulary
+        if batch and ((len(batch) + 1) * len(examples[index].tokens) > _BATCH_TOKENS or logits + own > _BATCH_LOGITS):
             yield batch
-            batch = []
+            batch, logits = [], 0
         batch.append(index)
+        logits += own
     if batch:
         yield batch

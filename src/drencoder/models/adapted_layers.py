@@ -17,7 +17,7 @@ from drencoder.errors import ModelError
 from drencoder.models.targets import choose_targets, is_automatic, last_part
 from drencoder.reading import shown
 
-__all__ = ["AdaptedLayers", "choose_layers", "is_linear", "keeps_clients_apart"]
+__all__ = ["AdaptedLayers", "choose_layers", "is_linear", "is_quantised", "keeps_clients_apart"]
 
 _ROWS, _LENGTH = 3, 8  # of the probe
 # PEFT refuses Mamba's output projection, whose weight the fast kernels read past the adapter.
@@ -46,6 +46,11 @@ def is_linear(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, Conv1D) or type(layer).__name__ == "FalconLinear"
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one of bitsandbytes. Its product is not made client by client."""
+    return type(layer).__name__ in ("Linear8bitLt", "Linear4bit")
+
+
 def choose_layers(model: Any, targets: Sequence[str], source: str) -> AdaptedLayers:
     """Chooses the layers that get a LoRA pair.
 
@@ -61,7 +66,9 @@ def choose_layers(model: Any, targets: Sequence[str], source: str) -> AdaptedLay
     """
     automatic, head = is_automatic(targets), model.get_output_embeddings()
     layers = {
-        name: layer for name, layer in model.named_modules() if is_linear(layer) and not (automatic and layer is head)
+        name: layer
+        for name, layer in model.named_modules()
+        if (is_linear(layer) or is_quantised(layer)) and not (automatic and layer is head)
     }
     chosen = choose_targets(targets, list(layers), model.config.model_type, source)
     whole = _get_whole_rows(model, {name: layers[name] for name in chosen})
@@ -141,6 +148,8 @@ def keeps_clients_apart(model: nn.Module) -> bool:
     If not (experts of a mixture, convolutions), one client's values may be rounded otherwise when others share its batch.
     """
     for layer in model.modules():
+        if is_quantised(layer):
+            return False
         if is_linear(layer) or isinstance(layer, nn.Embedding):
             continue
         for parameter in layer.parameters(recurse=False):

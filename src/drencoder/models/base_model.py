@@ -22,6 +22,7 @@ from drencoder.errors import DeviceError
 from drencoder.models.gguf_header import read_gguf_header
 from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
 from drencoder.models.place import ModelPlace, embedded_folder, locate
+from drencoder.models.quantised import quantised_weights
 from drencoder.recipe import recipe as config
 
 __all__ = ["BaseModel", "embedded_folder", "load_base", "open_tokenizer", "resolve_device"]
@@ -161,11 +162,12 @@ def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
       max_tokens: of the longest text, for which the model must have positions; 0: not known.
 
     Raises:
-      DeviceError: the device is not there.
+      DeviceError: the device is not there, or cannot have weights of this type.
       ModelError: there is no whole causal language model with a tokenizer that fits it (`model_checks`).
     """
     device, place = resolve_device(knobs.device), locate(knobs)
     name, options = _arguments(place)
+    weights = quantised_weights(knobs.dtype, device) or {"dtype": getattr(torch, knobs.dtype)}
     with _quiet(place):
         with explained(knobs.source, "config"):
             settings = AutoConfig.from_pretrained(name, **options)
@@ -176,12 +178,14 @@ def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
         with explained(knobs.source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
-                dtype=getattr(torch, knobs.dtype),
+                **weights,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_model refuses them in one sentence
                 **options,
             )
-        model, report = loaded[0].requires_grad_(False).eval().to(device), loaded[1]
+        model, report = loaded[0].requires_grad_(False).eval(), loaded[1]
+        if "device_map" not in weights:
+            model = model.to(device)
         check_model(model, tokenizer, knobs.source, report, max_tokens)
     revision = place.revision if place.path else getattr(settings, "_commit_hash", None) or place.revision
     return BaseModel(model, tokenizer, knobs.source, place.hub_id, revision, _licence(place, name, options))

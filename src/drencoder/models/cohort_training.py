@@ -99,10 +99,11 @@ def cohort_updates(
 
 
 def _batches(lora: LoraModel, schedules: Sequence[Steps]) -> Iterator[tuple[int, list[int]]]:
-    """Yields (padded length, the clients that train together): those whose batches have the same shape, or each alone.
+    """Yields (padded length, the clients that train together): some whose batches have the same shape, or each alone.
 
-    A length is rounded up to a multiple of 8, so that there are few shapes, but not beyond the model's positions. It is a
-    function of the client's own examples.
+    Together they have at most `lora.batch_tokens` tokens in a step, but one client always trains as a whole. A length is rounded up
+    to a multiple of 8, so that there are few shapes, but not beyond the model's positions. It is a function of the client's own
+    examples.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for client, steps in enumerate(schedules):
@@ -110,8 +111,11 @@ def _batches(lora: LoraModel, schedules: Sequence[Steps]) -> Iterator[tuple[int,
         rounded = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
         length = max(longest, min(rounded, lora.base.positions or rounded))
         groups.setdefault((*map(len, steps), length), []).append(client)
-    for (*_, length), members in groups.items():
-        yield from [(length, members)] if lora.shares_batches else [(length, [client]) for client in members]
+    for (*rows, length), members in groups.items():
+        share = all(lora.can_share(count * length) for count in rows)
+        fit = max(1, lora.batch_tokens // (max(rows, default=1) * length)) if share else 1
+        for start in range(0, len(members), fit):
+            yield length, members[start : start + fit]
 
 
 def _train_alike(
@@ -131,13 +135,13 @@ def _train_alike(
     total_K = _targets(lora, [[example for step in steps for example in step] for steps in schedules])
     for rows in batches:
         batch = collate(rows, lora.base.pad_id, length).to(lora.device)
-        with lora.stacked(stack, isolated=True, generators=generators):
-            loss_K = lora.client_losses(batch, count)
-        if optimizer is None:
-            (loss_K / total_K).sum().backward()
-        else:
+        if optimizer is not None:
             optimizer.zero_grad()
-            (loss_K / _targets(lora, rows)).sum().backward()
+        frugal = batch.input_ids.numel() > lora.fit_tokens
+        with lora.stacked(stack, isolated=True, generators=generators, frugal=frugal):
+            loss_K = lora.client_losses(batch, count)
+            (loss_K / (total_K if optimizer is None else _targets(lora, rows))).sum().backward()
+        if optimizer is not None:
             optimizer.step()
     if optimizer is None:
         return -lora.layout.flatten({name: _grad(tensor) for name, tensor in stack.items()})

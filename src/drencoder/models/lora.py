@@ -27,6 +27,8 @@ from drencoder.errors import ModelError
 from drencoder.models.adapted_layers import AdaptedLayers, choose_layers, is_linear, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
+from drencoder.models.loaded_size import free_memory_of, measure_size
+from drencoder.models.recomputation import recomputed
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
@@ -40,23 +42,32 @@ class LoraModel:
       base: the frozen model; its linear layers are wrapped in place.
       knobs: rank, alpha and targets.
       seed: of the adapter's start (A random, B zero).
+      batch_tokens: how many tokens of clients train together, padding included; 0: by the model's size and the free memory.
 
     `left_out` names the layers that an automatic choice of targets would have taken and that cannot have an adapter.
-    `shares_batches`: whether clients may train in one batch; if not, each trains alone.
+    `fit_tokens`: how many tokens of a batch fit into half of the free memory; a longer one keeps less and computes it again.
 
     Raises:
       ModelError: a target names no linear layer, or one that does not get whole rows of tokens.
     """
 
-    def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int) -> None:
+    def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int, batch_tokens: int = 0) -> None:
         self.base = base
+        self.size = measure_size(base.model)
+        self.fit_tokens = self.size.fit_tokens(free_memory_of(base.model.device))
+        # A core is busy with few tokens, and more only take memory; a graphics card wants as many as it holds.
+        busy = self.fit_tokens if base.model.device.type == "cuda" else min(self.fit_tokens, self.size.busy_tokens)
+        self.batch_tokens = batch_tokens or busy
         self.dropout, self.rank = knobs.dropout, knobs.rank
         layers = choose_layers(base.model, knobs.targets, base.source)
-        self.left_out, self.shares_batches = layers.left_out, keeps_clients_apart(base.model)
+        self.left_out, self._keeps_apart = layers.left_out, keeps_clients_apart(base.model)
         self._peft = _attach(base, knobs, layers, seed)
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         self.initial_D = self.layout.flatten(tensors).clone()
+        self._widths = {knobs.rank} | {
+            size for layer in base.model.modules() if is_linear(layer) for size in layer.weight.shape
+        }
         self._stack: Mapping[str, Tensor] | None = None
         self._generators: Sequence[torch.Generator] = ()
         self._isolated = 0  # how many clients the batch has whose products must be their own; 0: it is one batch
@@ -69,6 +80,22 @@ class LoraModel:
     @property
     def device(self) -> torch.device:
         return next(self.base.model.parameters()).device
+
+    def can_share(self, tokens: int) -> bool:
+        """Whether clients with `tokens` tokens each may train in one batch; if not, each trains alone.
+
+        A matrix library adds up in another order where a matrix does not begin at a full line of the cache (64 bytes), and takes
+        another way for one product with a vector than for several. So all that belongs to a client must fill whole lines, and a
+        rank of 1 is never stacked: else a client's place in the batch would move a rounding.
+        """
+        line = 64 // min(4, self.base.model.dtype.itemsize)
+        aligned = all(segment.size % line == 0 for segment in self.layout.segments)
+        return (
+            self._keeps_apart
+            and self.rank > 1
+            and aligned
+            and all(tokens * width % line == 0 for width in self._widths)
+        )
 
     # --- one vector, through PEFT -------------------------------------------------------------
 
@@ -181,18 +208,25 @@ class LoraModel:
 
     @contextlib.contextmanager
     def stacked(
-        self, stack: Mapping[str, Tensor], *, isolated: bool = False, generators: Sequence[torch.Generator] = ()
+        self,
+        stack: Mapping[str, Tensor],
+        *,
+        isolated: bool = False,
+        generators: Sequence[torch.Generator] = (),
+        frugal: bool = False,
     ) -> Iterator[None]:
         """Runs K adapters at once: `stack` maps names to (K, *shape); batch rows are grouped by client.
 
         Args:
           isolated: also the base's products are each client's own, bit for bit whoever else is in the batch.
           generators: one for each client switch LoRA dropout on; each draws its own client's masks.
+          frugal: the model's layers keep their inputs only, and the backward pass, which must be inside, computes the rest again.
         """
         self._stack, self._generators = stack, generators if self.dropout else ()
         self._isolated = len(next(iter(stack.values()))) if isolated else 0
         try:
-            yield
+            with recomputed(self.base.model, self._generators) if frugal else contextlib.nullcontext():
+                yield
         finally:
             self._stack, self._generators, self._isolated = None, (), 0
 

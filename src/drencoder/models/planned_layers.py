@@ -1,5 +1,6 @@
 """Shapes of the matrices that will get a LoRA pair, from the heads of a model's files: a plan is answered without torch."""
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,10 @@ from drencoder.errors import ModelError
 from drencoder.models.gguf_header import read_gguf_header
 from drencoder.models.place import ModelPlace
 from drencoder.models.targets import ALL_LINEAR, choose_targets, is_automatic, last_part
+from drencoder.models.training_size import ModelSize
 from drencoder.reading import parse_json, read_bytes, reason
 
-__all__ = ["adapted_matrices", "known_matrices"]
+__all__ = ["adapted_matrices", "known_matrices", "planned_size"]
 
 _LLAMA_7B = {
     **{f"self_attn.{side}_proj": (4096, 4096) for side in "qkvo"},
@@ -66,18 +68,41 @@ def adapted_matrices(place: ModelPlace, targets: Sequence[str]) -> list[list[int
     folder = place.folder
     if folder is None:
         return known_matrices(place.hub_id, targets)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    entries = _tensors(folder)
+    if not entries:
         if place.path is None or any(folder.glob("*.bin")):
             return None
         raise ModelError(f"{folder} has no .safetensors file: give a local Hugging Face folder or 'embedded'.")
-    shapes = {
+    return _adapted(_matrices(entries), targets, _family(folder), str(folder))
+
+
+def planned_size(place: ModelPlace) -> ModelSize | None:
+    """What memory and time depend on; None where no file's head tells. Raises ModelError as `adapted_matrices` does."""
+    if place.is_gguf and place.path is not None:
+        entries = {name: shape[::-1] for name, shape in read_gguf_header(place.path).shapes.items()}
+        tables, transposed = {"token_embd", "position_embd", "output"}, False
+    elif place.folder is not None:
+        entries = _tensors(place.folder)
+        tables, transposed = _TABLES | _HEADS, _family(place.folder) in _TRANSPOSED
+    else:
+        return None
+    matrices = _matrices(entries)
+    linear = [shape[:: -1 if transposed else 1] for name, shape in matrices.items() if last_part(name) not in tables]
+    vocabulary = max((shape[0] for name, shape in matrices.items() if last_part(name) in tables), default=0)
+    return ModelSize.of(sum(map(math.prod, entries.values())), linear, vocabulary) if linear else None
+
+
+def _tensors(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors of a folder's .safetensors files, by name."""
+    return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _header(file).items()}
+
+
+def _matrices(entries: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return {
         name.removesuffix(".weight"): shape
-        for file in files
-        for name, shape in _header(file).items()
+        for name, shape in entries.items()
         if len(shape) == 2 and name.endswith(".weight")
     }
-    return _adapted(shapes, targets, _family(folder), str(folder))
 
 
 def known_matrices(model_id: str, targets: Sequence[str]) -> list[list[int]] | None:

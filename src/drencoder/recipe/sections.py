@@ -29,7 +29,11 @@ class Model(Checked):
 
     source: str = knob("embedded", "`embedded`, a local Hugging Face folder, a .gguf file, or a hub id")
     revision: str = knob("", "of a hub id: branch, tag or commit; empty = its main branch")
-    dtype: str = knob("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str = knob(
+        "float32",
+        "type of the frozen weights; int8 and nf4 (4 bits) need CUDA and bitsandbytes (extra quant); adapters are float32 with all",
+        choices=("float32", "bfloat16", "float16", "int8", "nf4"),
+    )
     device: str = knob("auto", "`auto` takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
 
 
@@ -306,5 +310,11 @@ class Evaluation(Checked):
 class Speed(Checked):
     """How fast, never what: with another number of clients in a batch every update is the same, bit for bit."""
 
-    parallel_clients: int = knob(32, "clients that train as one batch", low=1)
+    tokens: int = knob(
+        0,
+        "tokens of clients that train as one batch, padding included; a client is never cut; 0 = as few as keep a core busy, on a "
+        "GPU as many as fit into half of its free memory (docs/models.md)",
+        low=0,
+    )
+    parallel_clients: int = knob(32, "clients that train as one batch at most", low=1)
     threads: int = knob(0, "CPU threads of torch; 0 = all cores, or as OMP_NUM_THREADS says", low=0)

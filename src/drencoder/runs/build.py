@@ -28,6 +28,7 @@ from drencoder.models.base_model import load_base, open_tokenizer, resolve_devic
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.identity import BaseDigests
+from drencoder.models.loaded_size import check_memory
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
@@ -38,6 +39,7 @@ from drencoder.runs.plan_overview import Overview, survey
 __all__ = ["Components", "EngineMaker", "SiteText", "build", "build_site"]
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
+_PUBLIC_TOKENS = 2 * _WRITTEN_TOKENS  # that a record of a make-believe client is reckoned with
 _GATE_DRAW = -1  # of public text; those of the slots are 1 and above
 _PUBLIC_CLIENTS = 16  # make-believe ones, per estimate of the structured prior: 64 do no better (docs/log.md)
 
@@ -166,7 +168,9 @@ class Components:
         return self.updates_of(groups, adapter_D), "server-held text"
 
     def _updates_of_public_text(self, adapter_D: torch.Tensor, draw: int) -> torch.Tensor:
-        size = self.recipe.data.examples_per_client
+        # Of a large model one record of each carries as much as eight, at a fifth of the cost (docs/log.md).
+        affordable = max(1, self.lora.size.busy_tokens // _PUBLIC_TOKENS)
+        size = min(self.recipe.data.examples_per_client, affordable)
         groups = self.texts.public_clients(_PUBLIC_CLIENTS, size, derive_seed(self.recipe.seed, "public", draw))
         return self.updates_of(groups, adapter_D)
 
@@ -175,12 +179,7 @@ class Components:
         local = self.recipe.local
         if local.upload == "zero":  # a control's clients send nothing, but its encoder can be asked all the same
             local = replace(local, upload="gradient")
-        step = self.recipe.speed.parallel_clients
-        parts = [
-            cohort_updates(self.lora, adapter_D, part, local, [0] * len(part)).cpu()
-            for part in (groups[start : start + step] for start in range(0, len(groups), step))
-        ]
-        return torch.cat(parts)
+        return cohort_updates(self.lora, adapter_D, groups, local, [0] * len(groups)).cpu()
 
     def noise(self) -> NoiseSource:
         """The recipe's noise source; `replay` is for tests and marks the run as not private."""
@@ -252,7 +251,7 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Components:
 
 def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote: bool = False) -> Components:
     overview = survey(recipe)
-    resolve_device(recipe.model.device)
+    check_memory(overview.weight_bytes, resolve_device(recipe.model.device))
     if recipe.speed.threads:  # process-wide; this is the one place that sets it
         torch.set_num_threads(recipe.speed.threads)
     source = _clients_text(recipe, own, remote)
@@ -275,7 +274,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
     texts = Texts(source, open_tokenizer(base, recipe.data), d1_share, public, evaluation)
     # Before the adapter is in the model; only a federation compares them.
     digests = BaseDigests.of(base.model, base.tokenizer) if site or remote else None
-    lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    lora = LoraModel(base, recipe.adapter, seed=recipe.seed, batch_tokens=recipe.speed.tokens)
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])

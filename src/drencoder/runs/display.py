@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drencoder.encoders.code_sizes import bytes_text
+from drencoder.models.training_size import free_memory, gigabytes
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.reading import printable
 from drencoder.runs.certificate import lost_sentences
@@ -124,6 +125,8 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
 
 def _add_size_rows(run: Table, overview: Overview, encoder: str) -> None:
     """Adds what the run sends: adapter, code and uploads."""
+    if overview.training_bytes is not None:
+        run.add_row("memory", memory_words(*overview.training_bytes))
     if overview.adapter_size is None or overview.code_size is None:
         run.add_row("adapter", "size known once the model is on this machine")
         return
@@ -140,6 +143,15 @@ def _add_size_rows(run: Table, overview: Overview, encoder: str) -> None:
         "uploads",
         f"stage 1 {bytes_text(overview.stage1_bytes or 0)}, stage 2 {bytes_text(overview.stage2_bytes or 0)}; "
         f"plain LoRA {bytes_text(overview.plain_lora_bytes or 0)}",
+    )
+
+
+def memory_words(usual: int, most: int) -> str:
+    """Returns what training takes, and what is free, in one line."""
+    longest = f", up to {gigabytes(most)} if a client's texts are as long as data.max_tokens" if most > usual else ""
+    free = free_memory()
+    return f"training takes about {gigabytes(usual)}{longest}" + (
+        "" if free is None else f"; {gigabytes(free)} are free here"
     )
 
 

@@ -22,7 +22,8 @@ from drencoder.encoders.code_sizes import (
 from drencoder.encoders.planning import check_encoder, declared, planned_code_size, planned_start, wire_dtype
 from drencoder.errors import RecipeError
 from drencoder.models.place import locate
-from drencoder.models.planned_layers import adapted_matrices
+from drencoder.models.planned_layers import adapted_matrices, planned_size
+from drencoder.models.training_size import ModelSize, free_memory, gigabytes
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
@@ -50,6 +51,10 @@ class Overview:
     encoder_warning: str = ""  # what speaks against the encoder, in one sentence
     owners: str = ""  # who the clients are
     evaluation_rests_on: str = ""  # whose text the loss is measured on, in one sentence
+    weight_bytes: int | None = None  # memory of the base model; None: not known
+    training_bytes: tuple[int, int] | None = (
+        None  # memory of training with short records, and with the longest; None: not known
+    )
 
     @property
     def stage2_bytes(self) -> int | None:
@@ -90,6 +95,12 @@ class Overview:
             sentences.append(
                 f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
                 f"learn. More clients a round, fewer rounds, a larger epsilon{trust} would help."
+            )
+        free = free_memory()
+        if self.training_bytes and free is not None and self.training_bytes[0] > free:
+            sentences.append(
+                f"Training takes about {gigabytes(self.training_bytes[0])} of memory and {gigabytes(free)} are free here: use a machine "
+                "with more, a smaller model, model.dtype = 'bfloat16' or a smaller local.batch_size."
             )
         return sentences
 
@@ -151,13 +162,25 @@ def survey(recipe: Recipe) -> Overview:
       ModelError: the local model folder is unreadable or has no target module.
     """
     plan = privacy_plan(recipe)
-    matrices = adapted_matrices(locate(recipe.model), recipe.adapter.targets)
+    place = locate(recipe.model)
+    matrices = adapted_matrices(place, recipe.adapter.targets)
+    model = planned_size(place)
+    memory = _training_bytes(recipe, model)
+    weights = None if model is None else model.weight_bytes(recipe.model.dtype)
     owners = describe_owners([owner_kind(recipe.data)], recipe.data.client_field)
     basis = evaluation_rests_on(recipe)
     if matrices is None:
         warning = _encoder_warning(recipe)
         unknown = (None, None, None, None, None, None)
-        return Overview(plan, *unknown, encoder_warning=warning, owners=owners, evaluation_rests_on=basis)
+        return Overview(
+            plan,
+            *unknown,
+            encoder_warning=warning,
+            owners=owners,
+            evaluation_rests_on=basis,
+            weight_bytes=weights,
+            training_bytes=memory,
+        )
     size = AdapterShape(matrices, recipe.adapter.rank).update_size
     prior, dtype = recipe.prior, wire_dtype(recipe)
     code = planned_code_size(recipe, plan, matrices)
@@ -185,7 +208,18 @@ def survey(recipe: Recipe) -> Overview:
         encoder_warning=_encoder_warning(recipe),
         owners=owners,
         evaluation_rests_on=basis,
+        weight_bytes=weights,
+        training_bytes=memory,
     )
+
+
+def _training_bytes(recipe: Recipe, size: ModelSize | None) -> tuple[int, int] | None:
+    """Memory of training as the CPU does it: with a batch of `speed.tokens`, and with a client's longest batch, if that is larger."""
+    if size is None:
+        return None
+    tokens = recipe.speed.tokens or size.busy_tokens
+    longest = max(tokens, recipe.local.batch_size * recipe.data.max_tokens)
+    return size.training_bytes(tokens, recipe.model.dtype), size.training_bytes(longest, recipe.model.dtype)
 
 
 def _encoder_warning(recipe: Recipe) -> str:
