@@ -20,6 +20,7 @@ Resuming after a crash, for a slot that is charged but whose result was lost:
 
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -213,11 +214,7 @@ class Ledger:
 
     def charges(self) -> dict[int, int]:
         """How often each slot was charged."""
-        counts: dict[int, int] = {}
-        for record in self.records:
-            if record["kind"] == "charge":
-                counts[record["slot"]] = counts.get(record["slot"], 0) + 1
-        return counts
+        return dict(Counter(record["slot"] for record in self.records if record["kind"] == "charge"))
 
     def released_slots(self) -> dict[int, str]:
         """Slot -> SHA-256 of what its last attempt made public; without slots whose result was lost or thrown away."""
