@@ -109,9 +109,9 @@ def test_no_broken_file_of_private_text_is_quoted(
     assert not any(CANARY.encode() in data for data in written)
 
 
-def shape_of(shown: str) -> list[str]:
-    """The lines of an output without their numbers."""
-    return [re.sub(r"[-+]?[\d.,]+(e[-+]\d+)?", "#", line).replace(" ", "") for line in shown.splitlines()]
+def shape_of(shown: str) -> str:
+    """An output without its numbers, and without spaces and line ends, which depend on how long a number is."""
+    return re.sub(r"\s+", "", re.sub(r"[-+]?[\d.,]+(e[-+]\d+)?", "#", shown))
 
 
 def test_a_console_under_central_trust_does_not_tell_how_many_clients_failed(
@@ -121,18 +121,24 @@ def test_a_console_under_central_trust_does_not_tell_how_many_clients_failed(
     monkeypatch.chdir(tmp_path)
     sets = [
         f"--set={text}"
-        for text in [*tiny_overrides(tiny_folder), "privacy.trust=central", "federation.sampling_rate=0.5"]
+        for text in [
+            *tiny_overrides(tiny_folder),
+            "privacy.trust=central",
+            "federation.sampling_rate=0.5",
+            "evaluation.data=none",
+            "evaluation.benchmarks=[]",  # whether it learned is a matter of chance
+        ]
     ]
     monkeypatch.setattr(sys, "argv", ["drencoder", "run", *sets])
     ended: list[Any] = []
 
-    def shown_by_a_run() -> list[str]:
+    def shown_by_a_run() -> str:
         with pytest.raises(SystemExit) as stop:
             cli.main()
         ended.append(stop.value.code)
         shown = capfd.readouterr()
         assert CANARY not in shown.out + shown.err
-        return [line.replace("quickstart#", "quickstart") for line in shape_of(f"{shown.out}\n{shown.err}")]
+        return shape_of(f"{shown.out}\n{shown.err}").replace("quickstart#", "quickstart")
 
     sound, train = shown_by_a_run(), CohortTrainer._train
     failed = 0

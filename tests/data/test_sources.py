@@ -141,10 +141,14 @@ def test_a_wrong_population_beside_owners_set_aside_names_the_right_one(tmp_path
     knobs = sections.Data(source=str(write(tmp_path, records)), client_field="site")
     with pytest.raises(
         DataError,
-        match=r"names 14 clients .* not counting 6 whom evaluation\.owners [^:]*: set federation.population=14",
+        match=r"names 14 clients .* not counting 6 whom data\.held_out_share [^:]*: set federation.population=14",
     ):
-        open_source(knobs, population=20, seed=0, set_aside=0.25)
-    with pytest.raises(DataError, match=r"evaluation\.owners = 1e-09 sets none of the 20 owners"):
+        open_source(knobs, population=19, seed=0, set_aside=0.25)
+    counted = open_source(
+        knobs, population=20, seed=0, set_aside=0.25
+    )  # all twenty, of whom six have nothing to train on
+    assert [bool(counted.client(number)) for number in range(20)] == [True] * 14 + [False] * 6
+    with pytest.raises(DataError, match=r"data\.held_out_share = 1e-09 sets none of the 20 owners"):
         open_source(knobs, population=20, seed=0, set_aside=1e-9)
 
 
