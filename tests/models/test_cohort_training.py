@@ -21,7 +21,7 @@ UPLOADS = ("gradient", "pseudo-gradient", "increment")
 
 
 def make_lora(**knobs: object) -> LoraModel:
-    wanted = config.Adapter(**{"rank": 3, **knobs})  # type: ignore[arg-type]
+    wanted = config.Adapter(**{"rank": 4, **knobs})  # type: ignore[arg-type]
     return LoraModel(tiny_base(), wanted, seed=5)
 
 
@@ -120,13 +120,13 @@ def gpt2(dropout: float) -> LoraModel:
     base = tiny_base()
     model = GPT2LMHeadModel(shape).eval().requires_grad_(False)
     wrapped = BaseModel(model, base.tokenizer, "gpt2")
-    return LoraModel(wrapped, config.Adapter(rank=3, dropout=dropout, targets=("c_attn", "c_fc")), seed=5)
+    return LoraModel(wrapped, config.Adapter(rank=4, dropout=dropout, targets=("c_attn", "c_fc")), seed=5)
 
 
 def bfloat16(dropout: float) -> LoraModel:
     base = tiny_base()
     base.model.to(torch.bfloat16)
-    return LoraModel(base, config.Adapter(rank=3, dropout=dropout), seed=5)
+    return LoraModel(base, config.Adapter(rank=4, dropout=dropout), seed=5)
 
 
 LORAS = {
@@ -214,7 +214,7 @@ def test_start_depends_on_the_seed_alone() -> None:
     first = make_lora().initial_D
     torch.manual_seed(99)
     assert torch.equal(first, make_lora().initial_D)
-    other = LoraModel(tiny_base(), config.Adapter(rank=3), seed=6).initial_D
+    other = LoraModel(tiny_base(), config.Adapter(rank=4), seed=6).initial_D
     assert not torch.equal(first, other)
 
 
@@ -297,6 +297,8 @@ def test_neither_the_budget_of_tokens_nor_recomputation_changes_a_bit(upload: st
         sizes.clear()
         lora.batch_tokens, lora.fit_tokens = budget, fit
         updates.append(cohort_updates(lora, adapter_D, clients, local, seeds))
+        if base != "llama-rank-1" and base != "llama-head" and budget == 10**9:
+            assert max(sizes) > 2 * 24  # some did share
         assert max(sizes) <= max(budget, 2 * 24)  # one client's own batch: two examples of at most 24 tokens
     assert all(len(example.tokens) <= 24 for client in clients for example in client)
     assert updates[0].isfinite().all()
@@ -318,3 +320,9 @@ def test_recomputation_keeps_the_layers_inputs_only() -> None:
         lora.base.model.get_decoder().layers[0].forward.__func__
         is type(lora.base.model.get_decoder().layers[0]).forward
     )
+
+
+@pytest.mark.parametrize(("rank", "shared"), [(1, False), (2, True), (4, True), (5, False), (6, False), (8, True)])
+def test_only_ranks_that_round_alike_in_any_company_are_stacked(rank: int, shared: bool) -> None:
+    assert make_lora(rank=rank).can_share(16) is shared
+    assert not make_lora(rank=rank).can_share(5)  # rows of five tokens fill no whole line of the cache

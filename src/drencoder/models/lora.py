@@ -65,9 +65,6 @@ class LoraModel:
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         self.initial_D = self.layout.flatten(tensors).clone()
-        self._widths = {knobs.rank} | {
-            size for layer in base.model.modules() if is_linear(layer) for size in layer.weight.shape
-        }
         self._stack: Mapping[str, Tensor] | None = None
         self._generators: Sequence[torch.Generator] = ()
         self._isolated = 0  # how many clients the batch has whose products must be their own; 0: it is one batch
@@ -76,6 +73,9 @@ class LoraModel:
         self._isolate_linear_layers()
         self._peft.base_model.disable_adapter_layers()
         self._split_head = self._head_can_be_split()
+        head = base.model.get_output_embeddings() if self._split_head else None  # its products are of one client anyway
+        stacked = [layer for layer in base.model.modules() if is_linear(layer) and layer is not head]
+        self._widths = {knobs.rank} | {size for layer in stacked for size in layer.weight.shape}
 
     @property
     def device(self) -> torch.device:
@@ -84,18 +84,15 @@ class LoraModel:
     def can_share(self, tokens: int) -> bool:
         """Whether clients with `tokens` tokens each may train in one batch; if not, each trains alone.
 
-        A matrix library adds up in another order where a matrix does not begin at a full line of the cache (64 bytes), and takes
-        another way for one product with a vector than for several. So all that belongs to a client must fill whole lines, and a
-        rank of 1 is never stacked: else a client's place in the batch would move a rounding.
+        A matrix library adds up in another order where a matrix does not begin at a full line of the cache (64 bytes), and it
+        takes another way for one product than for several where that is with a vector, or where several threads share few rows. So all
+        that belongs to a client must fill whole lines, and only ranks are stacked for which neither was seen (docs/log.md): else who
+        shares the batch would move a rounding.
         """
         line = 64 // min(4, self.base.model.dtype.itemsize)
         aligned = all(segment.size % line == 0 for segment in self.layout.segments)
-        return (
-            self._keeps_apart
-            and self.rank > 1
-            and aligned
-            and all(tokens * width % line == 0 for width in self._widths)
-        )
+        aligned = aligned and all(tokens * width % line == 0 for width in self._widths)
+        return self._keeps_apart and aligned and (self.rank in (2, 3) or self.rank % 4 == 0)
 
     # --- one vector, through PEFT -------------------------------------------------------------
 
