@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from scipy.stats import binom
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import RELATIONS, Relation
@@ -90,3 +91,20 @@ def test_a_plan_of_ten_thousand_rounds_looks_at_each_slot_a_few_times(monkeypatc
     assert plan.epsilons()["server"].epsilon_pld == pytest.approx(8.0, rel=1e-6)
     assert len(asked) <= 10 * 10_000
     assert plan.slots is plan.slots  # made once
+
+
+@pytest.mark.parametrize(("dropout_share", "honest_share"), [(0.0, 1.0), (0.25, 0.75), (0.4, 0.5)])
+def test_shares_of_noise_are_sized_for_the_honest_among_those_who_stay(
+    dropout_share: float, honest_share: float
+) -> None:
+    plan = plan_of(
+        "secure-aggregation", noise_multiplier=1.5, dropout_share=dropout_share, honest_share=honest_share, rounds=3
+    )
+    cohort = int(binom.ppf(1e-6, 10_000, 0.02))  # at least so many are asked
+    least = math.ceil((1 - dropout_share) * cohort - 1e-9)
+    honest = math.floor(honest_share * least + 1e-9)
+    terms = plan.share_terms(1)
+    assert (terms.least_contributors, terms.honest) == (least, honest)
+    assert terms.multiplier == pytest.approx(1.5 / math.sqrt(honest), rel=1e-12)
+    # The honest shares of the smallest sum add up to the noise that is charged, and no less.
+    assert terms.multiplier * math.sqrt(honest) == pytest.approx(plan.noise_multiplier, rel=1e-12)

@@ -117,3 +117,11 @@ def test_edges():
 def test_refusals_say_value_and_cure(build, words):
     with pytest.raises(PrivacyError, match=words):
         build()
+
+
+def test_a_poisson_cohort_may_be_empty():
+    """A rule that somebody always comes would be another mechanism than the one that is accounted for."""
+    sampler = PoissonSampler(bytes(range(32)), 20, dict.fromkeys(range(1, 401), 0.02))
+    sizes = [len(sampler.cohort(slot)) for slot in range(1, 401)]
+    # Each is empty with probability 0.98^20 = 0.668: 267 of 400 on average, with a standard deviation of 9.4.
+    assert 200 < sizes.count(0) < 334
