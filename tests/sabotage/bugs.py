@@ -722,7 +722,7 @@ BUGS: tuple[Bug, ...] = (
         "runs/certificate",
         '"replace_one": "replacing"}[plan.relation]',
         '"replace_one": "adding or removing"}[plan.relation]',
-        ("runs/test_verify.py", "runs/test_run.py"),
+        ("runs/test_statement.py", "runs/test_verify.py", "runs/test_run.py"),
     ),
     Bug(
         "a replayed run calls itself private",
