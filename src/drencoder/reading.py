@@ -13,7 +13,18 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cut", "one_line", "parse_json", "parse_toml", "printable", "read_bytes", "read_text", "reason", "shown"]
+__all__ = [
+    "NotJsonError",
+    "cut",
+    "one_line",
+    "parse_json",
+    "parse_toml",
+    "printable",
+    "read_bytes",
+    "read_text",
+    "reason",
+    "shown",
+]
 
 _MOST_NESTED = 64
 _MOST_DIGITS = 300  # of a whole number: a longer one is beyond what a float can be
@@ -111,6 +122,14 @@ def reason(error: OSError | ValueError) -> str:
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else cut(error)
 
 
+class NotJsonError(ValueError):
+    """A text that is not JSON; `line` is where it ceases to be, counted from 1."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
 def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """Returns the value of a JSON text (bytes: UTF-8).
 
@@ -118,14 +137,14 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
       finite: whether NaN and Infinity, which Python writes and JSON has not, are refused.
 
     Raises:
-      ValueError: it is not JSON, is nested more than 64 levels deep, or has a whole number of more than 300 digits; the
+      ValueError: it is not JSON (then a NotJsonError), is nested more than 64 levels deep, or has a whole number of more than 300 digits; the
         message says which and quotes nothing of the text.
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text, parse_int=_whole_number, parse_constant=_refuse_constant if finite else None)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
+        raise NotJsonError(f"not valid JSON ({error.msg}, column {error.colno})", error.lineno) from None
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
     except RecursionError:

@@ -6,8 +6,9 @@ from rich.table import Table
 
 from drencoder.data.survey import DataSurvey, survey_data
 from drencoder.models.place import locate
+from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe
-from drencoder.runs.display import make_table, printable
+from drencoder.runs.display import make_table
 
 __all__ = ["data_table", "read_data"]
 
@@ -21,11 +22,11 @@ def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
     kind, _, name = config.data.source.partition(":")
     place = name if kind in ("mmlu", "ceval") else config.data.source
     if place.startswith("hub:"):
-        return None, f"data.source = {config.data.source!r} was not read: a plan loads nothing from a hub."
+        return None, f"data.source = {shown(config.data.source)} was not read: a plan loads nothing from a hub."
     if not config.data.is_embedded and not os.path.lexists(place):
         return (
             None,
-            f"data.source = {config.data.source!r} is not on this machine, so the plan goes by the recipe alone.",
+            f"data.source = {shown(config.data.source)} is not on this machine, so the plan goes by the recipe alone.",
         )
     folder = locate(config.model).folder
     tokenizer = folder / "tokenizer.json" if folder is not None else None

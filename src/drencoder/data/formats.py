@@ -5,7 +5,6 @@ A row comes with the place where it stands, for messages. No message quotes what
 
 import csv
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.errors import DataError
-from drencoder.reading import cut, parse_json, read_bytes, reason
+from drencoder.reading import NotJsonError, cut, parse_json, read_bytes, reason
 
 __all__ = ["Row", "kind_of", "read_rows"]
 
@@ -129,18 +128,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        line = _line_of_error(text)
+        line = error.line if isinstance(error, NotJsonError) else 1
         raise DataError(f"{where}{f', line {line}' if line > 1 else ''}: {error}: mend or remove it.") from None
-
-
-def _line_of_error(text: str) -> int:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return error.lineno
-    except (ValueError, RecursionError):
-        pass
-    return 0
 
 
 def kind_of(value: Any) -> str:

@@ -25,6 +25,7 @@ from drencoder.data.hub import load_rows
 from drencoder.data.owners import check_spellings, owner_key
 from drencoder.data.schemas import Record, Records, to_records
 from drencoder.errors import DataError
+from drencoder.reading import shown
 from drencoder.recipe import sections
 from drencoder.rng import derive_seed
 
@@ -106,7 +107,7 @@ def embedded_task(source: str, knob: str) -> str:
     """What embedded clients teach, after the colon of `embedded:TASK`; `knob` is named in the DataError for any other task."""
     name = source.partition(":")[2]
     if name not in ("", "letters", "next", "facts"):
-        raise DataError(f"{knob} = {source!r} is not there: write embedded, embedded:next or embedded:facts.")
+        raise DataError(f"{knob} = {shown(source)} is not there: write embedded, embedded:next or embedded:facts.")
     return name or "letters"
 
 
