@@ -162,7 +162,7 @@ def main() -> None:
         None,
         [
             f"federation.rounds={arguments.rounds}", "federation.population=3000", "federation.sampling_rate=0.025",
-            "privacy.epsilon=30", "evaluation.examples=128", "evaluation.progress_examples=8", "evaluation.questions=8",
+            "privacy.epsilon=30", "evaluation.examples=64",
         ],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

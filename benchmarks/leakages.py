@@ -26,7 +26,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     from drencoder.audit.leakages import audit_leakages
     from drencoder.runs.build import build
 
-    quick = ["evaluation.examples=8", "evaluation.questions=8", "evaluation.progress_examples=8"]
+    quick = ["evaluation.examples=8"]
     live = build(load_recipe(None, [*quick, *overrides]))
     started = time.perf_counter()
     audit = audit_leakages(live, clients=clients, seed=seed, trials=trials, train_steps=train_steps)

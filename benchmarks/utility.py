@@ -52,9 +52,6 @@ def run_arm(cell: Cell, scale: Scale, folder: Path) -> Row:
     }
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         row |= federated(grid.recipe_of(cell, scale, k_star), Path(temporary) / "run")
-    if not grid.asks_letters(setting):  # the other tasks teach what the benchmarks do not ask
-        for scores in (row, row["base"], row["zero"]):
-            scores["accuracy"] = {}
     return row
 
 
@@ -154,7 +151,7 @@ def filters(texts: Sequence[str]) -> dict[str, list[str]]:
 
 def scale_of(args: argparse.Namespace) -> Scale:
     """What the command line says; what it leaves open is as in the folder's study, or the default of a new one."""
-    known = read_study(args.out)["scale"] if (args.out / STUDY).is_file() else {}
+    known = asdict(grid.scale_of(read_study(args.out)["scale"])) if (args.out / STUDY).is_file() else {}
     given = {declared.name: getattr(args, declared.name) for declared in fields(Scale)}
     return Scale(**known | {name: value for name, value in given.items() if value is not None})
 

@@ -2,11 +2,8 @@
 
 import json
 import lzma
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-from utility_grid import Scale
 
 from drencoder.errors import ArtifactError
 from drencoder.runs.run_folder import RunFolder
@@ -54,6 +51,5 @@ def restore(results_folder: Path, folder: Path) -> None:
         raise ArtifactError(
             f"{results_folder} cannot be read ({error}): restore the files that --page wrote."
         ) from None
-    scale = {declared.name: known["scale"][declared.name] for declared in fields(Scale)}  # older archives hold more
-    with CellStore(folder, {"scale": scale}, {"machine": known["machine"]}) as store:
+    with CellStore(folder, {"scale": known["scale"]}, {"machine": known["machine"]}) as store:
         store.add(*rows)

@@ -6,7 +6,7 @@ learning rates are those of `drencoder.study`: a track is an arm at one epsilon 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from drencoder.encoders.code_sizes import SMALL_RATIO
@@ -78,8 +78,12 @@ class Scale:
 
     rounds: int = 16
     examples: int = 256
-    questions: int = 128
     examples_per_client: int = 1
+
+
+def scale_of(known: Mapping[str, int]) -> Scale:
+    """The scale of a stored study; older archives hold more."""
+    return Scale(**{declared.name: known[declared.name] for declared in fields(Scale) if declared.name in known})
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ _ALL = (
     _coded("hybrid-64", 3.0, "hybrid", 64, **_SMALL_CODE | {"reason": "equal bytes, in float32"}),
     _coded("hybrid-64-fresh", 3.0, "hybrid", 64, **_SMALL_CODE | _ELSEWHERE),
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
-    _variant("both-tensors", 1.5, "LoRA's A sent as well", encoder={"tensors": "both"}),
+    _variant("both-tensors", 1.5, "LoRA's A sent as well", retired=True),
     _variant("self-written", 3.0, "public text by the base model itself", prior={"public": "self"}),
     _variant("no-refresh", 3.0, "bases of the start in all rounds", prior={"refresh": 1000}),
     _variant("adaptive-clip", 3.0, "what a clip that follows is worth", privacy={"clip": "adaptive"}),
@@ -257,10 +261,9 @@ def base_recipe(track: Track, seed: int, scale: Scale) -> Recipe:
             "prior.source": "none",
             "privacy.participation_cap": 1,
             "evaluation.every": 0,
-            "evaluation.progress_examples": 1,  # of the first row only, which nobody reads
             "evaluation.examples": scale.examples,
-            # Benchmarks ask for letters; other tasks teach what they do not measure, and a report wants one question.
-            "evaluation.questions": scale.questions if asks_letters(setting) else 1,
+            # Benchmarks ask for letters; the other tasks teach what they do not measure.
+            "evaluation.benchmarks": ["auto"] if asks_letters(setting) else [],
             **ADAPTERS[setting.adapter],
             **privacy,
         }

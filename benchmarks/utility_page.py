@@ -11,7 +11,7 @@ from typing import Any
 import utility_grid as grid
 import utility_plots as plots
 from utility_archive import ARCHIVE, COMPACT, archive, read_study
-from utility_grid import ARMS, EQUAL_BYTES_ARMS, FOUR_BITS, PARTS, Scale
+from utility_grid import ARMS, EQUAL_BYTES_ARMS, FOUR_BITS, PARTS
 from utility_plots import setting_words
 from utility_results import (
     AUTOMATIC,
@@ -90,7 +90,7 @@ def _figures(results: Results, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _opening(study: Mapping[str, Any], rows: Mapping[str, Row], results: Results, failures: Sequence[Row]) -> str:
-    scale, machine = Scale(**study["scale"]), study["machine"]
+    scale, machine = grid.scale_of(study["scale"]), study["machine"]
     hours = sum(row["seconds"] for row in rows.values()) / 3600
     versions = ", ".join(sorted({row["version"] for row in rows.values()}))
     seeds = [[*map(str, (*place, *counts))] for place, counts in grid.SEEDS.items()]
@@ -116,7 +116,7 @@ finished** and stand here; a track is a method in a setting at one ε. {len(fail
 with {"; ".join(f"the {adapter} adapter and n = {cohort}" for adapter, cohort in grid.LOCAL_PLACES)} only: smaller cohorts learn next to nothing, and larger ones take too long here.
 
 **Runs.** Every run has {scale.rounds} rounds with {scale.examples_per_client} records per client, mean gradients and FedAvgM, and leaves a ledger and a certificate. It is judged by {scale.examples} held-out records, and by
-{scale.questions} questions per benchmark where the task is `letters`: the other tasks teach what the benchmarks do not ask.
+{study["scale"].get("questions", scale.examples)} questions per benchmark where the task is `letters`: the other tasks teach what the benchmarks do not ask.
 
 **Tuning.** All methods are tuned alike, by the mean held-out loss over seeds of their own ({grid.FIRST_TUNING_SEED} and on). A method tries {grid.LEAST_RATES} learning rates: its first guess and its neighbours, a factor of
 {grid.RATE_FACTOR:g} apart, then one half way ({grid.RATE_FACTOR**0.5:.2g}) beside the best. While the best is the smallest or the largest, it tries more, up to {grid.MOST_RATES}. At the best rate it then tries the clip times

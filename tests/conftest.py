@@ -140,8 +140,6 @@ def tiny_overrides(folder: Path) -> list[str]:
         "prior.synthetic=32",
         "evaluation.examples=8",
         "evaluation.benchmarks=['mmlu', 'ceval']",
-        "evaluation.questions=8",
-        "evaluation.progress_examples=4",
         "privacy.delta=1e-3",
         "speed.parallel_clients=4",
     ]

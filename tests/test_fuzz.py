@@ -112,7 +112,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    own = ["federation.rounds=1", "evaluation.questions=4", "privacy.noise=replay"]
+    own = ["federation.rounds=1", "evaluation.examples=4", "privacy.noise=replay"]
     recipe = load_recipe(None, [*tiny_overrides(tiny_folder), *own])
     place = tmp_path_factory.mktemp("fuzz")
     run = experiment.run(recipe, place / "run").folder

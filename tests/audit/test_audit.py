@@ -214,8 +214,6 @@ QUICK = [
     "adapter.targets=['layers.0.self_attn.q_proj', 'layers.0.self_attn.k_proj', 'layers.0.self_attn.v_proj', 'layers.0.self_attn.o_proj']",
     "privacy.noise=replay",
     "evaluation.examples=8",
-    "evaluation.questions=8",
-    "evaluation.progress_examples=8",
 ]
 
 

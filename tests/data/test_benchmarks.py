@@ -15,8 +15,9 @@ from drencoder.data.benchmarks.questions import Benchmark, check_apart, load_ben
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.embedded_world.world import Question, World
 from drencoder.data.sources import open_source
-from drencoder.errors import DataError
+from drencoder.errors import DataError, RecipeError
 from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import load_recipe
 from drencoder.rng import derive_seed
 
 HEADER = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
@@ -90,7 +91,7 @@ def test_a_folder_of_mmlus_files(tmp_path: Path) -> None:
     assert {q.question for questions in read(tmp_path, "validation").values() for q in questions} == {
         f"{subject} val {i}?" for subject in ("anatomy", "virology", "philosophy") for i in range(2)
     }
-    assert set(load(tmp_path, subjects=["virology"]).subjects) == {"virology"}
+    assert set(read(tmp_path, "test", subjects=["virology"])) == {"virology"}
 
 
 def test_a_folder_of_cevals_files(tmp_path: Path) -> None:
@@ -223,11 +224,11 @@ def test_folders_that_are_not_a_benchmark(tmp_path: Path) -> None:
 def test_unknown_subjects_get_the_nearest_name(tmp_path: Path) -> None:
     mmlu_folder(tmp_path)
     with pytest.raises(DataError, match="'anatomi' is not a subject of mmlu: did you mean 'anatomy'"):
-        load(tmp_path, subjects=["anatomi"])
+        read(tmp_path, "test", subjects=["anatomi"])
     with pytest.raises(DataError, match="'zzz' is not a subject of mmlu: its 57 subjects are abstract_algebra"):
-        load(tmp_path, subjects=["zzz"])
+        read(tmp_path, "test", subjects=["zzz"])
     with pytest.raises(DataError, match="split 'test' has no question of 'sociology'"):
-        load(tmp_path, subjects=["sociology"])
+        read(tmp_path, "test", subjects=["sociology"])
     path = write_csv(tmp_path / "test" / "philosofy_test.csv", [GOOD])
     with pytest.raises(DataError, match=rf"{path}: 'philosofy' is not a subject.*did you mean 'philosophy'"):
         load(tmp_path)
@@ -295,7 +296,7 @@ def test_the_hubs_mmlu(datasets: Any, tmp_path: Path, whole: bool) -> None:
     with pytest.raises(DataError, match="has no split 'train': choose one of dev, test, validation"):
         read(where, "train")
     with pytest.raises(DataError, match="no question of 'sociology'"):
-        load(where, subjects=["anatomy", "sociology"])
+        read(where, "test", subjects=["anatomy", "sociology"])
 
 
 def test_mmlus_training_split_is_clients_text_and_no_benchmark(datasets: Any, tmp_path: Path) -> None:
@@ -379,10 +380,6 @@ def test_a_hub_that_cannot_be_had(datasets: Any, tmp_path: Path) -> None:
 def test_the_embedded_questions_are_the_worlds_own(name: str) -> None:
     found = load("embedded", name, count=60, seed=4)
     assert list(found.questions) == World().benchmark(name, count=60, seed=derive_seed(4, "benchmark"))
-    subject = found.subjects[0]
-    assert set(load("embedded", name, count=20, subjects=[subject]).subjects) == {subject}
-    with pytest.raises(DataError, match="is not a subject"):
-        load("embedded", name, count=20, subjects=["anatomy"])
     with pytest.raises(DataError, match="has no end"):
         load("embedded", name)
 
@@ -390,26 +387,30 @@ def test_the_embedded_questions_are_the_worlds_own(name: str) -> None:
 # --- recipes ---------------------------------------------------------------------------------------
 
 
-def test_subjects_of_a_recipe_are_dealt_to_the_benchmarks_that_know_them(tmp_path: Path) -> None:
-    where: dict[str, Any] = {"mmlu": str(mmlu_folder(tmp_path / "m")), "ceval": str(ceval_folder(tmp_path / "c"))}
-    where["benchmarks"] = ("mmlu", "ceval")
-    wanted = config.Evaluation(subjects=("anatomy", "law"), questions=100, **where)
-    found = load_benchmarks(wanted, config.Data(), seed=0)
-    assert {name: set(one.subjects) for name, one in found.items()} == {"mmlu": {"anatomy"}, "ceval": {"law"}}
-    with pytest.raises(DataError, match="has none of ceval"):
-        load_benchmarks(config.Evaluation(subjects=("anatomy",), **where), config.Data(), seed=0)
-    with pytest.raises(DataError, match="'lax' is not a subject of mmlu"):
-        load_benchmarks(config.Evaluation(subjects=("anatomy", "lax", "law"), **where), config.Data(), seed=0)
+def test_a_recipe_names_the_places_of_its_benchmarks(tmp_path: Path) -> None:
+    places = [f"mmlu={mmlu_folder(tmp_path / 'm')}", f"ceval={ceval_folder(tmp_path / 'c')}"]
+    found = load_benchmarks(load_recipe(None, [f"evaluation.benchmarks={places}", "evaluation.examples=9"]))
+    assert {name: len(one.questions) for name, one in found.items()} == {"mmlu": 9, "ceval": 8}
+    assert set(found["ceval"].subjects) == {"law", "logic"}
+    for wrong in ("gsm8k", "mmlu=", "auto=here", "law"):
+        with pytest.raises(RecipeError, match="write auto, mmlu=PLACE or ceval=PLACE"):
+            load_recipe(None, [f"evaluation.benchmarks=['{wrong}']"])
+    with pytest.raises(RecipeError, match="names a benchmark twice"):
+        load_recipe(None, ["evaluation.benchmarks=['mmlu', 'mmlu=here']"])
 
 
 def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
     folder = str(mmlu_folder(tmp_path))
-    wanted = config.Evaluation(benchmarks=("mmlu",), mmlu=folder)
-    assert load_benchmarks(wanted, config.Data(source=f"mmlu:{folder}", split="dev"), seed=0)
+
+    def asked(place: str, split: str) -> dict[str, Benchmark]:
+        own = [f"data.source=mmlu:{place}", f"data.split={split}", f"evaluation.benchmarks=['mmlu={folder}']"]
+        return load_benchmarks(load_recipe(None, own))
+
+    assert asked(folder, "dev")
     # Other spellings of the same place and the same split.
     for other in (f"{folder}/", f"{folder}/../{Path(folder).name}"):
         with pytest.raises(DataError, match="clients are trained on"):
-            load_benchmarks(wanted, config.Data(source=f"mmlu:{other}", split="test"), seed=0)
+            asked(other, "test")
     for split, other in (("dev", "dev"), ("val", "validation"), ("validation", "val")):
         with pytest.raises(DataError, match=f"clients are trained on split '{other}'"):
             check_apart("mmlu", folder, ["test", split], config.Data(source=f"mmlu:{folder}", split=other))

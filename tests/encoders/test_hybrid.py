@@ -16,12 +16,10 @@ from drencoder.encoders.registry import build_encoder
 from drencoder.encoders.request import EncoderRequest
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
-from drencoder.recipe.sections import Encoder as EncoderKnobs
 from encoder_contract import some_codes, some_updates
 from encoder_toys import SEGMENTS, SIZE, tile
 
 HEAD_SIZE, SKETCH_SIZE = 60, 40
-BOTH = EncoderKnobs(tensors="both")
 
 
 def rows(count: int, seed: int) -> Tensor:
@@ -96,17 +94,6 @@ def test_the_random_block_sees_what_is_left_over_in_the_long_run() -> None:
     assert float(torch.cosine_similarity(mean_ND, rate_D * rest_ND)) > 0.8
 
 
-def test_a_plan_is_kept_whatever_the_momentum_is() -> None:
-    known = HEAD.decode(torch.ones(1, HEAD_SIZE), 0)
-    for history_JD in (None, torch.zeros(1, SIZE), rows(1, 1), known):
-        for size in (1, 2, 100):
-            request = EncoderRequest(SEGMENTS, size, knobs=BOTH, public=PUBLIC, rank=8, history_JD=history_JD)
-            assert build_encoder("hybrid", request).code_size == size
-    request = EncoderRequest(SEGMENTS, 100, knobs=BOTH, public=PUBLIC, rank=8, explore=0.4, history_JD=rows(1, 1))
-    facts = build_encoder("hybrid", request).describe()
-    assert (facts["head"], facts["directions"], facts["random"]) == (59, 1, 40)
-
-
 def lora(*, outs: tuple[int, ...] = (24, 40)) -> tuple[Segment, ...]:
     """Pairs of rank 4 over 32 inputs, as PEFT names them."""
     segments, start = [], 0
@@ -115,6 +102,22 @@ def lora(*, outs: tuple[int, ...] = (24, 40)) -> tuple[Segment, ...]:
             segments.append(Segment(f"layers.{number}.q_proj.lora_{side}.weight", start, shape))
             start = segments[-1].stop
     return tuple(segments)
+
+
+def test_a_plan_is_kept_whatever_the_momentum_is() -> None:
+    segments = lora()
+    total = segments[-1].stop
+    drawn_ND = torch.randn(13, total, generator=torch.Generator().manual_seed(7))
+    public, one_1D = PublicUpdates(drawn_ND[1:], "noise"), drawn_ND[:1]
+    head = build_encoder("hybrid", EncoderRequest(segments, 60, public=public, rank=8))
+    known_1D = head.decode(torch.ones(1, 60), 0)
+    for history_JD in (None, torch.zeros(1, total), one_1D, known_1D):
+        for size in (1, 2, 100):
+            request = EncoderRequest(segments, size, public=public, rank=8, history_JD=history_JD)
+            assert build_encoder("hybrid", request).code_size == size
+    request = EncoderRequest(segments, 100, public=public, rank=8, explore=0.4, history_JD=one_1D)
+    facts = build_encoder("hybrid", request).describe()
+    assert (facts["head"], facts["directions"], facts["random"]) == (59, 1, 40)
 
 
 @pytest.mark.parametrize("size", [1, 2, 40, 255, 256])
@@ -143,7 +146,7 @@ def test_b_alone_is_refused_where_it_cannot_be() -> None:
     request = EncoderRequest(lora(), 257, public=PublicUpdates(torch.ones(2, 512), "noise"), rank=4)
     with pytest.raises(EncoderError, match="have 256 values"):
         build_encoder("hybrid", request)
-    with pytest.raises(EncoderError, match=r"set encoder\.tensors = 'both'"):
+    with pytest.raises(EncoderError, match=r"set encoder\.name = 'kronecker'"):
         build_encoder("hybrid", EncoderRequest(SEGMENTS, 10, public=PUBLIC, rank=8))
 
 

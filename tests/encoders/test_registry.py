@@ -36,16 +36,16 @@ SEGMENTS = lora_tile(RANK, *MATRICES)
 ADAPTER = AdapterShape(MATRICES, RANK)
 SIZE = ADAPTER.update_size
 EVERY_NAME = pytest.mark.parametrize("name", ENCODERS)
-EVERY_TENSORS = pytest.mark.parametrize("tensors", ["B", "both"])
+ONLY_LORA_B = ("hybrid", "ffa", "core")
 
 
 def normal(count: int, seed: int) -> torch.Tensor:
     return torch.randn(count, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def made(name: str, *, tensors: str = "B", public_seed: int | None = 0, history_seed: int = 1) -> Encoder:
+def made(name: str, *, public_seed: int | None = 0, history_seed: int = 1) -> Encoder:
     """The encoder of this adapter, of the size that it declares, from these public updates and released directions."""
-    knobs = EncoderKnobs(tensors=tensors, train_steps=2, architecture="cnn1d")
+    knobs = EncoderKnobs(train_steps=2, architecture="cnn1d")
     size = declaration_of(name).code_size(ADAPTER, 6.0, knobs)
     public = None if public_seed is None else PublicUpdates(normal(6, public_seed), "noise")
     prior = GaussianPrior.isotropic(SEGMENTS)
@@ -60,10 +60,9 @@ def made(name: str, *, tensors: str = "B", public_seed: int | None = 0, history_
 
 
 @EVERY_NAME
-@EVERY_TENSORS
-def test_every_encoder_has_the_code_size_and_the_linearity_that_it_declares(name: str, tensors: str) -> None:
-    knobs = EncoderKnobs(tensors=tensors, architecture="cnn1d")
-    encoder, declared = made(name, tensors=tensors), declaration_of(name)
+def test_every_encoder_has_the_code_size_and_the_linearity_that_it_declares(name: str) -> None:
+    knobs = EncoderKnobs(architecture="cnn1d")
+    encoder, declared = made(name), declaration_of(name)
     assert encoder.code_size == declared.code_size(ADAPTER, 6.0, knobs)
     assert encoder.linear == declared.linear
     check_linear_flag(encoder)
@@ -94,21 +93,19 @@ def test_exactly_those_that_learn_during_a_run_are_refreshed(name: str) -> None:
 
 
 @EVERY_NAME
-@EVERY_TENSORS
-def test_a_code_is_about_the_tensors_that_are_declared(name: str, tensors: str) -> None:
-    encoder = made(name, tensors=tensors)
+def test_a_code_is_about_the_tensors_that_are_declared(name: str) -> None:
+    encoder = made(name)
     is_b_D = torch.cat([torch.full((segment.size,), is_lora_b(segment)) for segment in SEGMENTS])
     code_NK = torch.randn(3, encoder.code_size, generator=torch.Generator().manual_seed(2))
     about_a = bool(encoder.decode(code_NK, 5)[:, ~is_b_D].abs().max() > 1e-5)
-    only_b = declaration_of(name).only_lora_b(EncoderKnobs(tensors=tensors))
-    assert only_b == (not about_a) or name == "power"  # whose few directions may all be of B
+    assert (name in ONLY_LORA_B) == (not about_a) or name == "power"  # whose few directions may all be of B
     assert bool(encoder.encode(normal(3, 4) * ~is_b_D, 5).abs().max() > 1e-5) == about_a
 
 
 @EVERY_NAME
 def test_the_gate_agrees_with_what_is_expected_of_an_encoder(name: str) -> None:
     """On updates without any structure. Two steps of training make no working network."""
-    viable = measure_viability(made(name, tensors="both"), normal(64, 5), 0).viable
+    viable = measure_viability(made(name), normal(64, 5), 0).viable
     assert viable == declaration_of(name).expected_viable
 
 

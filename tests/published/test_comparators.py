@@ -242,7 +242,7 @@ def test_power_is_made_anew_from_the_momentum_and_others_stay(tiny_folder: Path,
 
 
 def request_of(name: str, seed: int = 0) -> EncoderRequest:
-    knobs, public = EncoderKnobs(tensors="both"), noise_updates(LORA, seed)
+    knobs, public = EncoderKnobs(), noise_updates(LORA, seed)
     size = declaration_of(name).code_size(AdapterShape(MATRICES, 4), 6.0, knobs)
     return EncoderRequest(LORA, size, knobs=knobs, public=public, rank=4, history_JD=public.update_ND[:1])
 

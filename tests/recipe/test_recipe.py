@@ -57,7 +57,7 @@ def test_a_knob_can_be_a_table() -> None:
         ("privacy", "not section.key=value"),
         ("a.b.c=1", "more than one dot"),
         ("name=../x", "cannot name a folder"),
-        ("evaluation.benchmarks=['gsm8k']", "choose one of mmlu, ceval"),
+        ("evaluation.benchmarks=['gsm8k']", "write auto, mmlu=PLACE or ceval=PLACE"),
     ],
 )
 def test_impossible_overrides_are_one_sentence(override: str, words: str) -> None:

@@ -155,7 +155,7 @@ def copy_run(run_folder: Path, folder: Path, *changes: Any) -> Path:
 
 
 def test_the_folders_of_the_runs_recipe_are_asked(run_folder: Path, where: dict[str, str], tmp_path: Path) -> None:
-    run = copy_run(run_folder, tmp_path / "run", ("evaluation", "mmlu", where["mmlu"]))
+    run = copy_run(run_folder, tmp_path / "run", ("evaluation", "benchmarks", (f"mmlu={where['mmlu']}",)))
     found = assess(run, tasks=["mmlu"], subjects=["anatomy"])
     assert found.benchmarks["mmlu"].provenance == where["mmlu"]
 
@@ -225,14 +225,12 @@ def test_what_cannot_be_assessed_is_one_sentence(run_folder: Path, where: dict[s
 
 def test_a_run_asks_what_its_recipe_names(tiny_folder: Path, folders: dict[str, Path]) -> None:
     overrides = [
-        f"evaluation.ceval={folders['ceval']}",
-        "evaluation.benchmarks=['ceval']",
-        "evaluation.subjects=['law']",
+        f"evaluation.benchmarks=['ceval={folders['ceval']}']",
     ]
     live = build(load_recipe("quickstart", [*tiny_overrides(tiny_folder), "data.max_tokens=200", *overrides]))
     options, answers = live.questions["ceval"]
     texts = [
         live.lora.base.tokenizer.decode(four[answer].tokens) for four, answer in zip(options, answers, strict=True)
     ]
-    assert len(texts) == live.recipe.evaluation.questions == 8
+    assert len(texts) == live.recipe.evaluation.examples == 8
     assert all(text.endswith(f"\nAnswer: {'ABCD'[answer]}") for text, answer in zip(texts, answers, strict=True))

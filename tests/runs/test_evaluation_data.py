@@ -266,9 +266,13 @@ def test_evaluation_data_that_cannot_be_are_one_sentence(tiny_folder: Path, tmp_
 
 
 def test_benchmarks_of_the_embedded_world_are_asked_where_model_and_data_are_its_own(tiny_folder: Path) -> None:
-    assert load_recipe(None).benchmarks == ("mmlu", "ceval")
-    assert load_recipe(None, [f"model.source={tiny_folder}"]).benchmarks == ()
-    assert load_recipe(None, ["data.source=notes.jsonl"]).benchmarks == ()
-    assert load_recipe(None, ["data.source=notes.jsonl", "evaluation.mmlu=folder"]).benchmarks == ("mmlu",)
-    assert load_recipe(None, ["data.source=notes.jsonl", "evaluation.benchmarks=['ceval']"]).benchmarks == ("ceval",)
-    assert load_recipe(None, ["evaluation.benchmarks=[]"]).benchmarks == ()
+    assert load_recipe(None).benchmarks == {"mmlu": "embedded", "ceval": "embedded"}
+    assert load_recipe(None, [f"model.source={tiny_folder}"]).benchmarks == {}
+    assert load_recipe(None, ["data.source=notes.jsonl"]).benchmarks == {}
+    assert load_recipe(None, ["data.source=notes.jsonl", "evaluation.benchmarks=mmlu=folder"]).benchmarks == {
+        "mmlu": "folder"
+    }
+    assert load_recipe(None, ["data.source=notes.jsonl", "evaluation.benchmarks=['ceval']"]).benchmarks == {
+        "ceval": "embedded"
+    }
+    assert load_recipe(None, ["evaluation.benchmarks=[]"]).benchmarks == {}

@@ -387,11 +387,9 @@ def test_every_architecture_runs_through_both_stages_and_resumes(
 
 
 @pytest.mark.parametrize("trust", ["local", "central", "non-private"])
-@pytest.mark.parametrize("collection", ["local", "federated"])
-def test_fedcg_is_marked_non_private_everywhere(tiny_folder: Path, tmp_path: Path, trust: str, collection: str) -> None:
+def test_fedcg_is_marked_non_private_everywhere(tiny_folder: Path, tmp_path: Path, trust: str) -> None:
     overrides = [
         f"privacy.trust={trust}",
-        f"prior.collection={collection}",
         "prior.epochs=2",
         "privacy.noise_in=update",
     ]
@@ -405,11 +403,10 @@ def test_fedcg_is_marked_non_private_everywhere(tiny_folder: Path, tmp_path: Pat
     first = json.loads((result.folder / "ledger.jsonl").read_text().splitlines()[1])
     assert first["slot"] == 0
     assert first["event"]["kind"] == "non_private"
-    # Each message holds whole gradients: both epochs' under local collection, one under federated collection.
+    # Each message holds the whole gradients of both epochs.
     stage1, size = certificate["stage1"], certificate["encoder"]["update_size"]
-    per_message = 2 if collection == "local" else 1
-    assert stage1["message_bytes"] == 20 + 4 * size * per_message
-    assert stage1["bytes"] == stage1["message_bytes"] * stage1["gradients"] // per_message
+    assert stage1["message_bytes"] == 20 + 4 * size * 2
+    assert stage1["bytes"] == stage1["message_bytes"] * stage1["gradients"] // 2
     assert certificate["bytes"]["stage1"] == stage1["bytes"] < certificate["bytes"]["uploaded"]
     assert not verify_run(result.folder).trouble
     for path in result.folder.rglob("*.safetensors"):

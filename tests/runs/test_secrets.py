@@ -47,7 +47,7 @@ def without_clocks(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def central(tiny: Path, *overrides: str) -> Recipe:
-    own = ["privacy.trust=central", "privacy.noise=replay", "privacy.clip=adaptive", "evaluation.questions=4"]
+    own = ["privacy.trust=central", "privacy.noise=replay", "privacy.clip=adaptive", "evaluation.examples=4"]
     return load_recipe(None, [*tiny_overrides(tiny), *own, *overrides])
 
 

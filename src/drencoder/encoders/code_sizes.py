@@ -135,9 +135,8 @@ def size_of_update(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> 
 
 
 def size_of_hybrid(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
-    """K = D / ratio, and never more than the values of the tensors that `encoder.tensors` sends."""
-    size = size_by_ratio(adapter, ratio, knobs)
-    return min(size, adapter.lora_b_size) if knobs.tensors == "B" else size
+    """K = D / ratio, and never more than the values of LoRA's B tensors, which alone are sent."""
+    return min(size_by_ratio(adapter, ratio, knobs), adapter.lora_b_size)
 
 
 def size_of_autoencoder(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:

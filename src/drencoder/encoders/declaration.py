@@ -33,7 +33,6 @@ class EncoderDeclaration:
         public text; "unused".
       refreshed: whether the encoder is made anew during a run, every `prior.refresh` rounds, from public text or from
         aggregates that were released before.
-      lora_tensors: what a code is about: "all" tensors of the adapter, "B" for LoRA's B alone, "knob" if `encoder.tensors` decides.
       trained: whether the encoder is trained on gradients: synthetic ones of stage 1's prior, or real ones (FedCG).
       trusted_wire_dtype: the wire type that `encoder.wire_dtype = "auto"` means with a trusted server and noise in the code.
       starts_from_public_text: whether `adapter.start = "auto"` takes LoRA's A from public text where noise lets a round
@@ -46,12 +45,7 @@ class EncoderDeclaration:
     linear: bool = True
     public_text: Literal["required", "optional", "unused"] = "unused"
     refreshed: bool = False
-    lora_tensors: Literal["all", "B", "knob"] = "all"
     trained: bool = False
     trusted_wire_dtype: Literal["float32", "rotated4"] = "float32"
     starts_from_public_text: bool = False
     expected_viable: bool = True
-
-    def only_lora_b(self, knobs: EncoderKnobs) -> bool:
-        """Whether codes are about LoRA's B tensors alone under this recipe."""
-        return self.lora_tensors == "B" or (self.lora_tensors == "knob" and knobs.tensors == "B")

@@ -7,7 +7,7 @@ hybrid code is [head | directions | sketch]: the head is the Kronecker encoder's
 server's momentum and of all that it has moved so far (made of released aggregates: post-processing, so they cost nothing), made
 orthogonal to the head; the sketch is a new random part, in each round, of what both leave over.
 
-All of it may be about LoRA's B tensors alone (`encoder.tensors`): A then stays as it started, as in FFA-LoRA (Sun et al. 2024,
+All of it is about LoRA's B tensors alone: A stays as it started, as in FFA-LoRA (Sun et al. 2024,
 https://arxiv.org/abs/2403.12313), and the server can take longer steps (measured: docs/log.md).
 """
 
@@ -165,7 +165,7 @@ class HybridEncoder:
 def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "hybrid": a share `encoder.explore` of the code is the sketch's, the head fills what directions leave.
 
-    EncoderError if the tensors that are sent hold fewer values than the code, or if LoRA's B alone is to be sent and there is none.
+    EncoderError if LoRA's B tensors hold fewer values than the code, or if there is none.
     """
     if state:
         return HybridEncoder.from_state(request.segments, state)
@@ -195,13 +195,11 @@ def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
 
 
 def _sent_tensors(request: EncoderRequest) -> tuple[Tensor, Tensor]:
-    """Sizes (S,) of the tensors, and which of them a code is about (S,) bool, by `encoder.tensors`."""
+    """Sizes (S,) of the tensors, and which of them a code is about (S,) bool: LoRA's B tensors."""
     size_S = torch.tensor([segment.size for segment in request.segments])
-    if request.knobs.tensors == "both":
-        return size_S, torch.ones_like(size_S, dtype=torch.bool)
     sent_S = torch.tensor([is_lora_b(segment) for segment in request.segments])
     if not bool(sent_S.any()):
         raise EncoderError(
-            f"none of the {len(size_S)} adapter tensors is the B of a LoRA pair; set encoder.tensors = 'both'"
+            f"none of the {len(size_S)} adapter tensors is the B of a LoRA pair; set encoder.name = 'kronecker'"
         )
     return size_S, sent_S

@@ -46,10 +46,10 @@ ENCODERS: Mapping[str, EncoderRow] = MappingProxyType({
     "random": EncoderRow("drencoder.encoders.random_sketch:make_random", _Declared()),
     "autoencoder": EncoderRow("drencoder.published.autoencoder:make_autoencoder", _Declared(code_sizes.size_of_autoencoder, sized_by_ratio=False, linear=False, public_text="optional", trained=True, expected_viable=False)),
     "kronecker": EncoderRow("drencoder.encoders.kronecker:make_kronecker", _Declared(public_text="required", refreshed=True)),
-    "hybrid": EncoderRow("drencoder.encoders.hybrid:make_hybrid", _Declared(code_sizes.size_of_hybrid, public_text="required", refreshed=True, lora_tensors="knob", trusted_wire_dtype="rotated4", starts_from_public_text=True)),
-    "ffa": EncoderRow("drencoder.published.subset:make_ffa", _Declared(code_sizes.size_of_lora_b, sized_by_ratio=False, lora_tensors="B")),
+    "hybrid": EncoderRow("drencoder.encoders.hybrid:make_hybrid", _Declared(code_sizes.size_of_hybrid, public_text="required", refreshed=True, trusted_wire_dtype="rotated4", starts_from_public_text=True)),
+    "ffa": EncoderRow("drencoder.published.subset:make_ffa", _Declared(code_sizes.size_of_lora_b, sized_by_ratio=False)),
     "top-k": EncoderRow("drencoder.published.subset:make_top_k", _Declared(public_text="required", refreshed=True)),
-    "core": EncoderRow("drencoder.published.lowrank:make_core", _Declared(code_sizes.size_of_cores, sized_by_ratio=False, public_text="required", refreshed=True, lora_tensors="B")),
+    "core": EncoderRow("drencoder.published.lowrank:make_core", _Declared(code_sizes.size_of_cores, sized_by_ratio=False, public_text="required", refreshed=True)),
     "power": EncoderRow("drencoder.published.lowrank:make_power", _Declared(code_sizes.size_of_power, refreshed=True)),
 })
 # fmt: on

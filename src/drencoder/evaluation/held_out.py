@@ -110,7 +110,7 @@ def multiple_choice(
       DataError: there is no question.
     """
     if not options:
-        raise DataError("there is no multiple-choice question: raise evaluation.questions or name a benchmark.")
+        raise DataError("there is no multiple-choice question: raise evaluation.examples or name a benchmark.")
     picked = choice_picks(lora, adapter_D, options)
     share = sum(pick == answer for pick, answer in zip(picked, answers, strict=True)) / len(options)
     return Estimate(share, *wilson(share, len(options)), len(options))

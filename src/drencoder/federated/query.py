@@ -140,11 +140,9 @@ def moment_query(segments: tuple[Segment, ...], prior: config.Prior) -> Query:
 def gradient_query(update_size: int, prior: config.Prior) -> Query:
     """FedCG's stage 1 (arXiv 2405.13746): the updates of all epochs as they are, neither clipped nor noised.
 
-    Only a permit for a non-private slot 0 answers it; see `round.message_rows`. Federated collection asks each client
-    for one update, since its epochs are rounds of the server's.
+    Only a permit for a non-private slot 0 answers it; see `round.message_rows`.
     """
-    epochs = prior.epochs if prior.collection == "local" else 1
-    return _stage1_query("gradients", UpdatesEncoder(epochs * update_size), _NOT_CLIPPED, epochs)
+    return _stage1_query("gradients", UpdatesEncoder(prior.epochs * update_size), _NOT_CLIPPED, prior.epochs)
 
 
 def _stage1_query(kind: QueryKind, encoder: MomentsEncoder | UpdatesEncoder, clip_l2: float, epochs: int) -> Query:

@@ -102,15 +102,12 @@ class Recipe:
         return self.prior.sampling_rate or self.federation.sampling_rate
 
     @property
-    def benchmarks(self) -> tuple[str, ...]:
-        """The multiple-choice benchmarks that are asked: those named, and what `auto` stands for."""
-        named, embedded = self.evaluation.benchmarks, self.model.source == "embedded" and self.data.is_embedded
-        auto = "auto" in named
-        return tuple(
-            name
-            for name in ("mmlu", "ceval")
-            if name in named or (auto and (embedded or getattr(self.evaluation, name) != "embedded"))
-        )
+    def benchmarks(self) -> dict[str, str]:
+        """The multiple-choice benchmarks that are asked, name -> place: those named, and what `auto` stands for."""
+        named = dict(item.partition("=")[::2] for item in self.evaluation.benchmarks)
+        if named.pop("auto", None) is not None and self.model.source == "embedded" and self.data.is_embedded:
+            named = {"mmlu": "", "ceval": ""} | named
+        return {name: named[name] or "embedded" for name in ("mmlu", "ceval") if name in named}
 
     @property
     def threshold(self) -> int:

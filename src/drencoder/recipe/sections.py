@@ -6,6 +6,7 @@ Knobs under `[speed]` change how fast a run is and never what it computes (up to
 from dataclasses import dataclass
 
 from drencoder.errors import RecipeError
+from drencoder.reading import shown
 from drencoder.recipe.knobs import Checked, knob
 
 __all__ = [
@@ -177,11 +178,6 @@ class Encoder(Checked):
         "coordinates its noise lets a round learn (k*)",
         low=0,
     )
-    tensors: str = knob(
-        "B",
-        "hybrid: what a code is about; B: LoRA's B alone, A stays as it started; both: A as well",
-        choices=("B", "both"),
-    )
     wire_dtype: str = knob(
         "auto",
         "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; rotated4, rotated2 and "
@@ -213,11 +209,6 @@ class Prior(Checked):
         choices=("moments", "gradients", "none"),
     )
     epochs: int = knob(1, "local epochs of stage 1; each gives statistics (or gradients) of its own", low=1)
-    collection: str = knob(
-        "local",
-        "source = gradients: clients train by themselves, or in `epochs` federated averaging rounds",
-        choices=("local", "federated"),
-    )
     sampling_rate: float = knob(0.0, "chance of a client to be in stage 1; 0 = as in a round", low=0, high=1)
     clip_l2: float = knob(1.0, "L2 bound of a client's statistics vector", above=0)
     synthetic: int = knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
@@ -293,17 +284,36 @@ class Evaluation(Checked):
         "no loss; empty: what data.held_out_share sets aside, or the server's own part of the embedded world",
     )
     every: int = knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
-    progress_examples: int = knob(128, "examples and questions of an evaluation between rounds", low=1)
-    examples: int = knob(1024, "held-out examples of the final table", low=1)
-    questions: int = knob(1024, "multiple-choice questions of the final table, per benchmark, asked zero-shot", low=1)
+    examples: int = knob(
+        1024,
+        "held-out examples of the final table, and zero-shot questions of each benchmark; an eighth between rounds",
+        low=1,
+    )
     benchmarks: tuple[str, ...] = knob(
         ("auto",),
-        "multiple-choice benchmarks; auto: those whose folder the recipe names, and both where model and data are embedded",
-        choices=("mmlu", "ceval", "auto"),
+        "multiple-choice benchmarks: `mmlu=PLACE` or `ceval=PLACE`, where PLACE is a folder, `hub:ORG/NAME` or `embedded`, which "
+        "may be left out; auto: both embedded ones where model and data are embedded, else none",
     )
-    mmlu: str = knob("embedded", "where mmlu comes from: `embedded`, a folder, or `hub:ORG/NAME`")
-    ceval: str = knob("embedded", "where ceval comes from: `embedded`, a folder, or `hub:ORG/NAME`")
-    subjects: tuple[str, ...] = knob((), "subjects of a folder or hub benchmark; empty = all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item in self.benchmarks:
+            name, equals, place = item.partition("=")
+            if name not in ("mmlu", "ceval", "auto") or (name == "auto" and equals) or (equals and not place):
+                raise RecipeError(
+                    f"evaluation.benchmarks = {shown(item)} is not known: write auto, mmlu=PLACE or ceval=PLACE, where PLACE is a "
+                    "folder, hub:ORG/NAME or embedded."
+                )
+        names = [item.partition("=")[0] for item in self.benchmarks]
+        if len(set(names)) < len(names):
+            raise RecipeError(
+                f"evaluation.benchmarks = {list(self.benchmarks)} names a benchmark twice: name each once."
+            )
+
+    @property
+    def progress_examples(self) -> int:
+        """Examples and questions of an evaluation between rounds."""
+        return max(1, self.examples // 8)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,11 @@ def assess(
 
 def _places_of(recipe: Recipe, names: Sequence[str]) -> dict[str, str]:
     """The folders that a recipe's quick evaluation asks from, of the benchmarks that are asked now."""
-    named = {name: getattr(recipe.evaluation, name) for name in TAXONOMIES if name in names}
-    return {name: place for name, place in named.items() if place != "embedded" and not place.startswith("hub:")}
+    return {
+        name: place
+        for name, place in recipe.benchmarks.items()
+        if name in names and place != "embedded" and not place.startswith("hub:")
+    }
 
 
 def read_adapter(folder: RunFolder) -> Mapping[str, Tensor]:
@@ -200,9 +203,14 @@ def _assess_outcomes(folder: RunFolder) -> Assessment:
         rows = assess_rows(
             None, [name] * len(before), before, after, seed=derive_seed(recipe.seed, f"bootstrap {name}")
         )
-        place = getattr(recipe.evaluation, name)
         scored[name] = BenchmarkAssessment(
-            name, place, "asked as clients' records are, zero-shot", "letter", 0, rows, {}
+            name,
+            recipe.benchmarks.get(name, "embedded"),
+            "asked as clients' records are, zero-shot",
+            "letter",
+            0,
+            rows,
+            {},
         )
     if not targets and not scored:
         raise DataError(NO_EVALUATION)

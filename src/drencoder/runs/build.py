@@ -136,8 +136,7 @@ class Components:
     @cached_property
     def questions(self) -> dict[str, tuple[list[list[Example]], list[int]]]:
         """Benchmark -> (four options per question, answers)."""
-        wanted = replace(self.recipe.evaluation, benchmarks=self.recipe.benchmarks)
-        drawn = load_benchmarks(wanted, self.recipe.data, seed=self.recipe.seed)
+        drawn = load_benchmarks(self.recipe)
         tokenizer = self.texts.tokenizer
         return {name: (question_examples(tokenizer, one.questions), one.answers) for name, one in drawn.items()}
 

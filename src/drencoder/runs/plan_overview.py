@@ -187,8 +187,7 @@ def survey(recipe: Recipe) -> Overview:
     message = message_bytes(code + (recipe.privacy.clip == "adaptive"), dtype)
     rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
     uploads = plan.expected_cohort * rounds
-    epochs = 1 if prior.source == "gradients" and prior.collection == "federated" else prior.epochs
-    asked = stage1_values(prior.source, size, len(matrices), epochs)
+    asked = stage1_values(prior.source, size, len(matrices), prior.epochs)
     stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
     stage2, senders = round(uploads * message), uploads
     if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
@@ -20,9 +19,7 @@ from drencoder.encoders.viability import GateResult, measure_viability, require_
 from drencoder.errors import LostError, QuorumError, RefusedError
 from drencoder.federated.query import gradient_query, moment_query
 from drencoder.federated.round import message_rows
-from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
 from drencoder.privacy.ledger import Ledger
-from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.asking import ask_cohort, uploaded_bytes
 from drencoder.runs.build import Components
@@ -90,40 +87,21 @@ def _real_gradients(
     components: Components, ledger: Ledger, progress: Progress, say: Say
 ) -> tuple[Progress, TrainingGradients]:
     """FedCG: every client's own gradients, one by one and without noise."""
-    recipe = components.recipe
-    query = gradient_query(components.lora.layout.size, recipe.prior)
+    query = gradient_query(components.lora.layout.size, components.recipe.prior)
     say(
         f"stage 1: asking about {components.plan.stage1_cohort:.0f} clients for their REAL gradients, un-noised (FedCG: not private)"
     )
     components.engine.ready()
     ledger.record_sites(asdict(site) for site in components.engine.sites())
     permit = ledger.charge(0)
-    cohort = list(permit.cohort)
-    rounds = recipe.prior.epochs if recipe.prior.collection == "federated" else 1
-    state, collected, sent = progress.state, [], 0
-    for number in range(1, rounds + 1):
-        # Federated collection: each of its rounds asks a part of the cohort, so that a client uploads once.
-        uploads = components.engine.gather(
-            query, state.adapter_D, cohort[number - 1 :: rounds], permit, components.noise()
-        )
-        rows, count = message_rows(query, uploads, permit)
-        collected.append(rows.reshape(-1, components.lora.layout.size))
-        sent += count
-        state = _averaged(state, collected[-1], components.recipe, number)
+    uploads = components.engine.gather(query, progress.state.adapter_D, list(permit.cohort), permit, components.noise())
+    rows, sent = message_rows(query, uploads, permit)
     from drencoder.published.fedcg import RealGradients
 
-    real = RealGradients.collected(torch.cat(collected), permit)
+    real = RealGradients.collected(rows.reshape(-1, components.lora.layout.size), permit)
     facts = {"gradients": len(real), "message_bytes": query.spec.wire.message_size, "bytes": sent}
     say(f"stage 1: {len(real)} real gradients collected, {sent:,} bytes")
     return replace(progress, slot=0, stage1=facts, bytes_up=progress.bytes_up + sent), real
-
-
-def _averaged(state: ServerState, rows_ND: Tensor, recipe: Recipe, number: int) -> ServerState:
-    """Federated averaging between the rounds of FedCG's collection; stage 2 starts from the untouched adapter again."""
-    if not len(rows_ND):
-        return state
-    direction_D = rows_ND.mean(dim=0)
-    return server_step(state, direction_D, recipe.server, learning_rate(recipe.server, number, recipe.prior.epochs))
 
 
 def fit_encoder(

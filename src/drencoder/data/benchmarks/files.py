@@ -49,7 +49,7 @@ def read_questions(taxonomy: Taxonomy, where: str, split: str, subjects: Sequenc
     if subjects and split == AUXILIARY:
         raise DataError(f"{where}: split {AUXILIARY!r} has no subjects: ask for all of it, or for another split.")
     for subject in subjects:
-        taxonomy.check_subject(subject, "evaluation.subjects")
+        taxonomy.check_subject(subject, "--subjects")
     if where.startswith("hub:"):
         by_subject = _read_hub(taxonomy, where.removeprefix("hub:"), split, subjects)
     else:

@@ -8,10 +8,10 @@ from typing import final
 
 from drencoder.data.benchmarks.files import read_questions, same_split
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES, Taxonomy
-from drencoder.data.embedded_world.subjects import all_subjects
 from drencoder.data.embedded_world.world import Question, World
 from drencoder.errors import DataError
 from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 
 __all__ = [
@@ -50,13 +50,12 @@ class Benchmark:
         return [question.subject for question in self.questions]
 
 
-def load_benchmark(name: str, where: str, *, subjects: Sequence[str] = (), count: int, seed: int) -> Benchmark:
+def load_benchmark(name: str, where: str, *, count: int, seed: int) -> Benchmark:
     """Loads `count` questions of one benchmark's `DEFAULT_SPLIT`.
 
     Args:
       name: "mmlu" (English) or "ceval" (Chinese).
       where: "embedded", a folder of the original CSV files, or "hub:" and a data set's name or folder.
-      subjects: only these; empty = all.
       count: at most so many questions, drawn by `seed` and spread evenly over the subjects; 0 = all there are.
       seed: the run's.
 
@@ -68,23 +67,21 @@ def load_benchmark(name: str, where: str, *, subjects: Sequence[str] = (), count
     taxonomy = TAXONOMIES[name]
     draw = derive_seed(seed, "benchmark")
     if where == "embedded":
-        return _embedded(taxonomy, subjects=subjects, count=count, draw=draw)
-    by_subject = read_questions(taxonomy, where, DEFAULT_SPLIT[name], subjects)
+        return _embedded(taxonomy, count=count, draw=draw)
+    by_subject = read_questions(taxonomy, where, DEFAULT_SPLIT[name], ())
     return Benchmark(name, tuple(_in_turn(by_subject, count, draw)))
 
 
-def load_benchmarks(knobs: config.Evaluation, data: config.Data, *, seed: int) -> dict[str, Benchmark]:
-    """Every benchmark that a recipe evaluates on; `evaluation.subjects` may name subjects of several of them.
+def load_benchmarks(recipe: Recipe) -> dict[str, Benchmark]:
+    """Every benchmark that a recipe's quick evaluation asks.
 
     Raises:
       DataError: as `load_benchmark`, or clients own the very questions that would be asked.
     """
     drawn = {}
-    for name in knobs.benchmarks:
-        where = getattr(knobs, name)
-        check_apart(name, where, [DEFAULT_SPLIT[name]], data)
-        mine = _subjects_of(name, knobs)
-        drawn[name] = load_benchmark(name, where, subjects=mine, count=knobs.questions, seed=seed)
+    for name, where in recipe.benchmarks.items():
+        check_apart(name, where, [DEFAULT_SPLIT[name]], recipe.data)
+        drawn[name] = load_benchmark(name, where, count=recipe.evaluation.examples, seed=recipe.seed)
     return drawn
 
 
@@ -100,26 +97,6 @@ def check_apart(name: str, where: str, splits: Sequence[str], data: config.Data)
         )
 
 
-def _known(name: str, where: str) -> tuple[str, ...]:
-    if where != "embedded":
-        return TAXONOMIES[name].subjects
-    return tuple(s.name for s in all_subjects() if s.kept and s.language == TAXONOMIES[name].language)
-
-
-def _subjects_of(name: str, knobs: config.Evaluation) -> tuple[str, ...]:
-    """The asked-for subjects without those that only another of the benchmarks knows."""
-    others = {
-        subject for other in knobs.benchmarks if other != name for subject in _known(other, getattr(knobs, other))
-    } - set(_known(name, getattr(knobs, name)))
-    mine = tuple(subject for subject in knobs.subjects if subject not in others)
-    if knobs.subjects and not mine:
-        raise DataError(
-            f"evaluation.subjects = {', '.join(knobs.subjects)} has none of {name}: add one, or take {name} out of "
-            "evaluation.benchmarks."
-        )
-    return mine
-
-
 def place_of(where: str) -> str:
     """One spelling for one place: a folder's full path, or the hub's name in small letters."""
     prefix, name = ("hub:", where.removeprefix("hub:")) if where.startswith("hub:") else ("", where)
@@ -127,13 +104,11 @@ def place_of(where: str) -> str:
     return str(path.resolve()) if path.exists() else prefix + name.strip("/").lower()
 
 
-def _embedded(taxonomy: Taxonomy, *, subjects: Sequence[str], count: int, draw: int) -> Benchmark:
+def _embedded(taxonomy: Taxonomy, *, count: int, draw: int) -> Benchmark:
     """Made on demand from the generated world, where questions never end: `count` must say how many."""
     if count == 0:
         raise DataError(f"the embedded {taxonomy.name} is made on demand and has no end: say how many questions.")
-    for subject in subjects:
-        taxonomy.check_subject(subject, "evaluation.subjects", _known(taxonomy.name, "embedded"))
-    return Benchmark(taxonomy.name, tuple(World().benchmark(taxonomy.name, count=count, seed=draw, subjects=subjects)))
+    return Benchmark(taxonomy.name, tuple(World().benchmark(taxonomy.name, count=count, seed=draw)))
 
 
 def _in_turn(by_subject: Mapping[str, Sequence[Question]], count: int, draw: int) -> list[Question]:

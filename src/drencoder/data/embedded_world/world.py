@@ -192,18 +192,11 @@ class World:
         rng = random.Random(f"held-out/{self.seed}/{seed}")
         return [record_of(question, task) for question in self._many(self._taught(task), count, rng, _HELD_OUT)]
 
-    def benchmark(
-        self, name: str, *, count: int, seed: int, kept: bool = True, subjects: Sequence[str] = ()
-    ) -> list[Question]:
-        """``count`` questions of "mmlu" (English) or "ceval" (Chinese), of the kept or of the general subjects.
-
-        ``subjects`` takes some of these only; empty = all.
-        """
+    def benchmark(self, name: str, *, count: int, seed: int, kept: bool = True) -> list[Question]:
+        """``count`` questions of "mmlu" (English) or "ceval" (Chinese), of the kept or of the general subjects."""
         if name not in BENCHMARKS:
             raise ValueError(f"benchmark {name!r} is not embedded; choose one of {', '.join(BENCHMARKS)}")
         asked = [s for s in all_subjects() if s.language == BENCHMARKS[name] and s.kept == kept]
-        if subjects:
-            asked = [s for s in asked if s.name in subjects]
         rng = random.Random(f"benchmark/{self.seed}/{seed}/{name}/{kept}")
         return self._many(asked, count, rng, _BENCHMARK)
 
