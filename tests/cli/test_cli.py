@@ -145,6 +145,11 @@ def test_run_verify_report(tiny_folder: Path, tmp_path: Path, command: Command) 
         assert words in done.stdout
     run = tmp_path / "runs" / "quickstart"
     assert command("verify", str(run)).returncode == 0
+    quiet = command("verify", str(run), "-q")
+    assert (quiet.returncode, quiet.stdout) == (0, "")
+    found = json.loads(command("verify", str(run), "--json").stdout)
+    assert (found["holds"], found["troubles"], found["charges"]) == (True, [], 5)
+    assert {row["observer"] for row in found["epsilon"]} == {"server", "clients", "public"}
     (run / "report.html").unlink()
     assert command("report", str(run)).returncode == 0
     page = (run / "report.html").read_text()
@@ -162,6 +167,10 @@ def test_run_verify_report(tiny_folder: Path, tmp_path: Path, command: Command) 
     caught = command("verify", str(run))
     assert caught.returncode == 1
     assert "Does not hold" in caught.stdout
+    as_json = command("verify", str(run), "--json")
+    found = json.loads(as_json.stdout)
+    assert (as_json.returncode, found["holds"]) == (1, False)
+    assert any("observers" in trouble for trouble in found["troubles"])
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path, command: Command) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from drencoder import __version__
 from drencoder.cli.endings import end, end_disk, end_usage, stop_writing
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.generate import generate
 from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
+from drencoder.cli.verify import verify
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
 from drencoder.reading import printable, shown
@@ -288,45 +288,6 @@ def audit(
 
 
 @app.command()
-def verify(
-    folder: RunArgument,
-    sign: Annotated[
-        Path | None, typer.Option("--sign", metavar="KEY", help="sign the ledger's last line if everything holds")
-    ] = None,
-    signed_by: Annotated[
-        list[Path] | None,
-        typer.Option("--signed-by", metavar="PUB|DIR", help="public keys of those who must have signed"),
-    ] = None,
-) -> None:
-    """Re-accounts a run's ledger and compares it with its certificate and all files; signs it on request."""
-    from drencoder.runs.display import make_console, make_table
-    from drencoder.runs.run_folder import RunFolder
-    from drencoder.runs.signatures import fingerprint, read_signers, sign_run
-    from drencoder.runs.verify import verify_run
-
-    names = {key: name for place in signed_by or () for key, name in read_signers(place).items()}
-    report = verify_run(folder, names)
-    headings = ("observer", "adjacency", "certificate", "ledger")
-    table = make_table("Epsilon, re-computed from the ledger", *headings, words=headings)
-    for row in report.rows:
-        table.add_row(*map(str, row))
-    console = make_console()
-    console.print(table)
-    for key in report.signers:
-        name = f" ({names[key]})" if key in names else ""
-        console.print(Text.assemble(("Signed: ", "green"), printable(f"{fingerprint(key)}{name}")), soft_wrap=True)
-    if report.trouble:
-        console.print(Text.assemble(("Does not hold: ", "bold red"), printable(report.trouble)))
-        raise SystemExit(1)
-    console.print(
-        Text.assemble(("Holds: ", "green"), f"{report.charges} charges, chain of hashes intact, numbers agree to 1e-6.")
-    )
-    if sign is not None:
-        signer = sign_run(RunFolder.open(folder), sign)
-        console.print(Text.assemble(("Signed now: ", "green"), signer), soft_wrap=True)
-
-
-@app.command()
 def report(folder: RunArgument) -> None:
     """Writes RUN/report.html anew: one self-contained page."""
     from drencoder.runs.report import remake_report
@@ -335,22 +296,29 @@ def report(folder: RunArgument) -> None:
 
 
 @app.command()
-def knobs() -> None:
+def knobs(json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """Every knob of a recipe, with its default and its meaning."""
     from drencoder.encoders.registry import ENCODERS
     from drencoder.recipe.recipe import describe_knobs
+
+    names = f" ({', '.join(ENCODERS)})"
+    rows = [(key, default, meaning + names * (key == "encoder.name")) for key, default, meaning in describe_knobs()]
+    if json_:
+        found = {key: {"default": default, "meaning": meaning} for key, default, meaning in rows}
+        print(json.dumps({"knobs": found, "recipes": list(shipped_recipes())}, indent=2, ensure_ascii=False))
+        return
     from drencoder.runs.display import make_console, make_table
 
     headings = ("knob", "default", "meaning")
     table = make_table("Knobs of a recipe", *headings, words=headings)
-    for key, default, meaning in describe_knobs():
-        names = f" ({', '.join(ENCODERS)})" if key == "encoder.name" else ""
-        table.add_row(key, default, meaning + names)
+    for row in rows:
+        table.add_row(*row)
     console = make_console()
     console.print(table)
     console.print(f"Shipped recipes: {', '.join(shipped_recipes())}")
 
 
+app.command()(verify)
 app.command()(generate)
 add_flower_commands(app)
 
