@@ -1,10 +1,12 @@
 """Whole runs on two data sets that differ in one owner: every other client's message is the same to the last bit.
 
 This is what the sensitivity of a sum takes for granted (METHOD's rule: what a client sends is a function of the adapter, the
-seeds and its own records). Noise is replayed and cohorts have a fixed key, so that runs can be compared message by message.
+seeds and its own records). Noise is replayed and cohorts have a fixed key, so that runs can be compared message by message. The
+second run goes on from the first one's releases: the theorem compares a round's messages after the same releases before it.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from conftest import tiny_overrides
 from drencoder.federated import in_process, secure_round
 from drencoder.federated.query import Query
-from drencoder.privacy.mechanism import clip_rows
+from drencoder.privacy.mechanism import Release, clip_rows
 from drencoder.recipe.recipe import load_recipe
+from drencoder.runs import asking
 from drencoder.runs import run as experiment
 
 OWNERS, CHANGED = 6, 2
@@ -67,11 +70,22 @@ def changed(how: str) -> list[dict[str, str]]:
 
 
 class Spy:
-    """Keeps what each client's update became between encoding and noise: slot -> client -> clipped values."""
+    """Keeps what each client's update became between encoding and noise, slot -> client -> clipped values, and the releases.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    With `releases`, a run goes on from these and not from its own.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, releases: dict[int, Release] | None) -> None:
         self.bounded: dict[tuple[int, int], torch.Tensor] = {}
         self.clip: dict[int, float] = {}
+        self.releases: dict[int, Release] = releases or {}
+        released = asking.server_release
+
+        def release_again(query: Query, *rest: Any) -> Any:
+            result = released(query, *rest)
+            return replace(result, release=self.releases.setdefault(query.spec.slot, result.release))
+
+        monkeypatch.setattr(asking, "server_release", release_again)
         for module in (in_process, secure_round):
             name = "client_message" if module is in_process else "client_share"
             monkeypatch.setattr(module, name, self.watch(getattr(module, name)))
@@ -88,19 +102,25 @@ class Spy:
         return watched
 
 
-def run_on(rows: list[dict[str, str]], settings: list[str], folder: Path, tiny: Path) -> Spy:
+def run_on(
+    rows: list[dict[str, str]],
+    settings: list[str],
+    folder: Path,
+    tiny: Path,
+    releases: dict[int, Release] | None = None,
+) -> Spy:
     folder.mkdir()
     (folder / "notes.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = load_recipe(
         None,
         [
             *tiny_overrides(tiny), f"data.source={folder / 'notes.jsonl'}", "data.client_field=owner", "data.examples_per_client=2",
-            f"federation.population={OWNERS}", "federation.sampling_rate=0.9", "federation.rounds=1",
-            "privacy.participation_cap=2", "privacy.noise=replay", "encoder.gate=warn", "adapter.start=peft", *settings,
+            f"federation.population={OWNERS}", "federation.sampling_rate=0.9", "federation.rounds=2",
+            "privacy.participation_cap=3", "privacy.noise=replay", "encoder.gate=warn", "adapter.start=peft", *settings,
         ],
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        spy = Spy(patch)
+        spy = Spy(patch, releases)
         experiment.run(recipe, folder / "run")
     return spy
 
@@ -130,20 +150,20 @@ def test_a_neighbour_moves_no_other_clients_message(
     how: str, reference: tuple[list[str], Spy], tiny_folder: Path, tmp_path: Path
 ) -> None:
     settings, before = reference
-    after = run_on(changed(how), settings, tmp_path / "data", tiny_folder)
+    after = run_on(changed(how), settings, tmp_path / "data", tiny_folder, before.releases)
     assert before.bounded.keys() == after.bounded.keys()  # the same cohorts
-    first = {slot for slot, _ in before.bounded}
-    # Stage 1 is asked at the start. The round's encoder and clip follow from what was released, which may differ.
-    slot = min(first)
-    others = [client for at, client in before.bounded if at == slot and client != CHANGED]
-    assert len(others) >= 3
-    for client in others:
-        assert torch.equal(before.bounded[slot, client], after.bounded[slot, client]), client
+    slots = sorted({slot for slot, _ in before.bounded})
+    assert slots == [0, 1, 2]
+    for slot in slots:
+        others = [client for at, client in before.bounded if at == slot and client != CHANGED]
+        assert len(others) >= 3
+        for client in others:
+            assert torch.equal(before.bounded[slot, client], after.bounded[slot, client]), (slot, client)
+        if (slot, CHANGED) in before.bounded:
+            moved = not torch.equal(before.bounded[slot, CHANGED], after.bounded[slot, CHANGED])
+            assert moved or how in ("one more", "fewer")  # a record more need not be among those that are used
+            if how == "gone":
+                assert not after.bounded[slot, CHANGED].any()  # its contribution is zero
     for spy in (before, after):
         for (at, client), row in spy.bounded.items():
             assert float(np.linalg.norm(row.double().numpy())) <= spy.clip[at] * (1 + 1e-9), (at, client)
-    if (slot, CHANGED) in before.bounded:
-        moved = not torch.equal(before.bounded[slot, CHANGED], after.bounded[slot, CHANGED])
-        assert moved or how in ("one more", "fewer")  # a record more need not be among those that are used
-        if how == "gone":
-            assert not after.bounded[slot, CHANGED].any()  # its contribution is zero

@@ -39,8 +39,10 @@ def test_no_joint_vector_is_longer_than_the_bound() -> None:
     assert float(norm_N.max()) <= clip.bound * (1 + 1e-6)
     assert float(norm_N.max()) == pytest.approx(clip.bound, rel=1e-6)  # and no looser than need be
     short_N = code_NK.norm(dim=1) <= 1.5
-    assert torch.equal(joint_NV[:, -1] > 0, short_N)
-    assert torch.allclose(joint_NV[:, -1].abs(), torch.full((202,), NORM_BIT_WEIGHT * 1.5))
+    says_N = code_NK.norm(dim=1) > 0
+    assert torch.equal(joint_NV[:, -1] > 0, short_N & says_N)
+    assert torch.allclose(joint_NV[:, -1].abs(), NORM_BIT_WEIGHT * 1.5 * says_N)
+    assert not joint_NV[200].any()  # a client that has nothing to say contributes zero, its vote included
     assert torch.allclose(joint_NV[short_N, :-1], code_NK[short_N])
     # The mechanism's clip, which the noise rests on, has nothing left to do.
     assert torch.allclose(clip_rows(joint_NV, clip.bound).values_NV, joint_NV, rtol=1e-5)

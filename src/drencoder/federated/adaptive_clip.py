@@ -66,7 +66,8 @@ class AdaptiveClipEncoder:
     """An encoder whose codes are clipped to `clip_l2` and carry one more value, the norm bit.
 
     A code (K + 1) is the wrapped encoder's code, clipped to C, then +w C if it was at most C long and -w C if it was
-    longer. Codes may be added up where the wrapped encoder's may (`linear` says so), though the clip itself is not linear.
+    longer. A client that has nothing to say has no vote either: the code of a zero update is the zero vector, which add/remove
+    adjacency compares with. Codes may be added up where the wrapped encoder's may (`linear` says so), though the clip itself is not linear.
     """
 
     encoder: Encoder
@@ -97,7 +98,8 @@ class AdaptiveClipEncoder:
         code_NK = self.encoder.encode(update_ND, seed)
         norm_N1 = torch.linalg.vector_norm(code_NK, dim=1, keepdim=True, dtype=torch.float64)
         scale_N1 = (self.clip_l2 / norm_N1.clamp(min=1e-30)).clamp(max=1.0)
-        bit_N1 = torch.where(norm_N1 <= self.clip_l2, 1.0, -1.0) * (NORM_BIT_WEIGHT * self.clip_l2)
+        vote_N1 = torch.where(norm_N1 <= self.clip_l2, 1.0, -1.0).where(norm_N1 != 0, 0.0)
+        bit_N1 = vote_N1 * (NORM_BIT_WEIGHT * self.clip_l2)
         bit_N1 = torch.where(norm_N1.isfinite(), bit_N1, norm_N1)
         return torch.cat([code_NK * scale_N1.to(code_NK.dtype), bit_N1.to(code_NK.dtype)], dim=1)
 
