@@ -262,7 +262,8 @@ def _split_by_owner(
     for index, record in enumerate(records):
         if field not in record:
             raise DataError(
-                f"record {index + 1} has no field {field!r}: set data.client_field to a field of every record."
+                f"record {index + 1} has no field {field!r}, or no text or number in it: set data.client_field to one that names "
+                "the owner of every record."
             )
         content = json.dumps(record, sort_keys=True)  # the owner's name is in it
         copies[content] += 1  # so that an owner's equal records differ
