@@ -367,14 +367,14 @@ SECRET = "the patient in room 12"
 
 
 @pytest.mark.parametrize("where", ["training", "site"])
-def test_no_text_of_an_exception_reaches_the_server(
+def test_no_text_of_an_exception_reaches_the_server_or_the_sites_log(
     where: str,
     federation: Callable[..., Federation],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = federation()
-    site = made.sites[0]
+    made, said = federation(), list[str]()
+    site = made.site(0, "heard", say=said.append)
 
     def failing(*_: Any) -> Any:
         raise ValueError(SECRET)
@@ -385,7 +385,8 @@ def test_no_text_of_an_exception_reaches_the_server(
         monkeypatch.setattr(Site, "_uploads", failing)
     answer = site.answer(question(site, made))
     assert SECRET.encode() not in answer
-    assert SECRET not in "".join(capsys.readouterr())
+    assert SECRET not in "".join([*capsys.readouterr(), *said])
+    assert ("failed: ValueError" in said) == (where == "site")
     assert refusal(answer) == (Refusal.NONE if where == "training" else Refusal.FAILED)
 
 
