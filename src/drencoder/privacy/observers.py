@@ -15,7 +15,7 @@ from drencoder.privacy.accounting import (
     gdp_mu,
 )
 
-__all__ = ["ASSUMPTIONS", "EpsilonReport", "ObserverGuarantee", "report"]
+__all__ = ["ASSUMPTIONS", "SITE_ASSUMPTIONS", "EpsilonReport", "ObserverGuarantee", "report"]
 
 ASSUMPTIONS = {
     ("central", "server"): "No guarantee: the server is trusted, it sees the un-noised sum of a round.",
@@ -32,9 +32,34 @@ ASSUMPTIONS = {
     "others are as against the server.",
     ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
 }
+"""(trust, observer) -> what the guarantee rests on, where the unit is a client."""
 
-
-"""(trust, observer) -> what the guarantee rests on."""
+_OWN_SITE = "The unit's own site keeps its records and its draw to itself, clips each unit's code, and "
+SITE_ASSUMPTIONS = {
+    ("local", "server"): f"{_OWN_SITE}adds its full noise. Nothing is assumed of other sites.",
+    (
+        "local",
+        "clients",
+    ): f"{_OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer is one site, knows "
+    "its own noise, and colludes neither with the server nor with another site.",
+    (
+        "local",
+        "public",
+    ): f"{_OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer sees only sums and the "
+    "model, and colludes neither with the server nor with a site.",
+    (
+        "secure-aggregation",
+        "server",
+    ): f"{_OWN_SITE}adds its share of the noise. The stated share of a slot's sites add theirs and "
+    "keep them to themselves; the others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
+    (
+        "secure-aggregation",
+        "clients",
+    ): f"{_OWN_SITE}adds its share of the noise. The observer is one of the honest sites, which "
+    "knows its own noise; the others are as against the server.",
+    ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
+}
+"""(trust, observer) -> what the guarantee rests on, where the unit is a record or an owner inside a site; "clients" are sites."""
 
 
 @dataclass(frozen=True)
