@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drencoder.privacy.accounting import (
     Event,
@@ -15,7 +15,20 @@ from drencoder.privacy.accounting import (
     gdp_mu,
 )
 
-__all__ = ["ASSUMPTIONS", "SITE_ASSUMPTIONS", "EpsilonReport", "ObserverGuarantee", "report"]
+if TYPE_CHECKING:
+    from drencoder.privacy.plan import PrivacyPlan
+
+__all__ = [
+    "ASSUMPTIONS",
+    "OBSERVERS",
+    "SITE_ASSUMPTIONS",
+    "EpsilonReport",
+    "ObserverGuarantee",
+    "epsilons_by_observer",
+    "report",
+]
+
+OBSERVERS = ("server", "clients", "public")
 
 ASSUMPTIONS = {
     ("central", "server"): "No guarantee: the server is trusted, it sees the un-noised sum of a round.",
@@ -97,6 +110,17 @@ class ObserverGuarantee:
         data = {k: v for k, v in asdict(self).items() if k != "events"}
         data["by_relation"] = {relation: _json_floats(asdict(r)) for relation, r in self.by_relation.items()}
         return _json_floats(data)
+
+
+def epsilons_by_observer(
+    plan: "PrivacyPlan", charged: Mapping[int, tuple[int, int]], relation: Relation, interval: float | None = None
+) -> dict[str, float]:
+    """Observer -> PLD epsilon of the worst client, or of a site's units, after these charges: slot -> (charges, contributors)."""
+    views = {name: plan.composition(name, charged) for name in OBSERVERS}
+    return {
+        name: math.inf if events is None else epsilon_pld(events, plan.gaussian_delta, relation, interval)
+        for name, events in views.items()
+    }
 
 
 def report(events: tuple[Event, ...], delta: float, relation: Relation, interval: float | None) -> EpsilonReport:

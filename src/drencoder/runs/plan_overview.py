@@ -120,8 +120,9 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
     """
     check_encoder(recipe)
     if not recipe.federation.population:
+        what = "their owners" if recipe.privacy.unit == "client" else "the sites"
         raise RecipeError(
-            "federation.population is not named, and the clients' data are not here to count their owners: set it."
+            f"federation.population is not named, and the clients' data are not here to count {what}: set it."
         )
     privacy, federation = recipe.privacy, recipe.federation
     private = privacy.trust != "non-private"
@@ -143,6 +144,8 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
         honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
         nonlinear_decoding=not declared(recipe).linear or wire_dtype(recipe) != "float32",
+        unit=privacy.unit,  # type: ignore[arg-type]  # checked by the recipe
+        site_units=0 if privacy.unit == "client" else federation.units_per_site,
     )
 
 
@@ -167,7 +170,8 @@ def survey(recipe: Recipe) -> Overview:
     model = planned_size(place)
     memory = _training_bytes(recipe, model)
     weights = None if model is None else model.weight_bytes(recipe.model.dtype)
-    owners = describe_owners([owner_kind(recipe.data)], recipe.data.client_field)
+    data, unit = recipe.data, recipe.privacy.unit
+    owners = describe_owners([owner_kind(data, unit)], data.client_field, unit, data.owner_field)
     basis = evaluation_rests_on(recipe)
     if matrices is None:
         warning = _encoder_warning(recipe)
@@ -186,9 +190,9 @@ def survey(recipe: Recipe) -> Overview:
     code = planned_code_size(recipe, plan, matrices)
     message = message_bytes(code + (recipe.privacy.clip == "adaptive"), dtype)
     rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
-    uploads = plan.expected_cohort * rounds
+    uploads = plan.senders(1) * rounds
     asked = stage1_values(prior.source, size, len(matrices), prior.epochs)
-    stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
+    stage1 = round(plan.senders(0) * message_bytes(asked, "float32")) if asked else 0
     stage2, senders = round(uploads * message), uploads
     if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
         message = round_bytes(nodes, code + (recipe.privacy.clip == "adaptive"), modular_bits(plan, 1, code))[0]
