@@ -80,7 +80,7 @@ def _check_sites(plan: "PrivacyPlan") -> None:
         refuse(
             f"trust is 'central' and the unit is '{plan.unit}'",
             "each site adds the noise itself",
-            "use 'local', or 'secure-aggregation' for as little noise as a trusted server would add",
+            "use 'local', or 'secure-aggregation' for nearly as little noise as a trusted server would add",
         )
     if plan.non_private:
         refuse(

@@ -199,8 +199,8 @@ def _check_sites(recipe: Recipe) -> None:
     if trust == "central":
         raise RecipeError(
             f"privacy.trust = 'central' would send sums without noise to the server, and with privacy.unit = {unit!r} each site adds "
-            "the noise itself: set privacy.trust = 'secure-aggregation', which with privacy.honest_share = 1 adds as little noise as a "
-            "trusted server would, or 'local'."
+            "the noise itself: set privacy.trust = 'secure-aggregation', which with privacy.honest_share = 1 adds nearly as little noise as "
+            "a trusted server would, or 'local'."
         )
     if trust == "non-private":
         raise RecipeError(

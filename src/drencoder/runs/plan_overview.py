@@ -86,15 +86,19 @@ class Overview:
             )
         if self.privacy.trust == "secure-aggregation" and self.privacy.share_terms(1).honest < 10:
             terms = self.privacy.share_terms(1)
+            curated = self.privacy.curated
+            cure = "more sites, or a larger privacy.honest_share," if curated else "larger cohorts"
             sentences.append(
-                f"Of a round's contributors only {terms.honest} are sure and honest, so each client adds {terms.honest**-0.5:.0%} of "
-                "the noise that it would add under local trust: larger cohorts would make secure aggregation worth more."
+                f"Of a round's contributors only {terms.honest} are sure and honest, so each {'site' if curated else 'client'} adds "
+                f"{terms.honest**-0.5:.0%} of the noise that it would add under local trust: {cure} would make secure aggregation "
+                "worth more."
             )
         if self.k_star < 1:
-            trust = ", or secure aggregation instead of noise by every client" if self.privacy.trust == "local" else ""
+            who = "site" if self.privacy.curated else "client"
+            trust = f", or secure aggregation instead of noise by every {who}" if self.privacy.trust == "local" else ""
             sentences.append(
                 f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
-                f"learn. More clients a round, fewer rounds, a larger epsilon{trust} would help."
+                f"learn. More {self.privacy.unit}s a round, fewer rounds, a larger epsilon{trust} would help."
             )
         free = free_memory()
         if self.training_bytes and free is not None and self.training_bytes[0] > free:

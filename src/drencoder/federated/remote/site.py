@@ -159,7 +159,9 @@ class Site:
         uploads = list(self._uploads(query, adapter_D, asked.clients, permit))
         messages = b"".join(message for upload in uploads for message in upload.messages)
         nonfinite = sum(upload.nonfinite for upload in uploads)
-        self._say(f"slot {query.spec.slot}: {len(asked.clients)} clients answered, {len(messages):,} bytes")
+        who = "sites" if self._components.curator else "clients"
+        self._say(f"slot {query.spec.slot}: {len(asked.clients)} {who} answered, {len(messages):,} bytes")
+        self._say_spent()
         answer = Answer(asked.nonce, Refusal.NONE, asked.clients, nonfinite)
         return self._pack_answer(answer, messages)
 
@@ -173,6 +175,15 @@ class Site:
             batch = clients[start : start + trainer.batch_clients]
             update_ND = trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
             yield client_message(query, update_ND, batch, permit, noise)
+
+    def _say_spent(self) -> None:
+        """What this site's own ledger says that its units have spent, where they are the units of privacy."""
+        if self._components.curator is not None:
+            spent, plan = self._ledger.spent(), self._components.plan
+            told = ", ".join(f"{value:.3f} against {name}" for name, value in spent.items())
+            self._say(
+                f"epsilon of one {plan.unit} here, at delta {plan.delta:g}: {told.replace('clients', 'other sites')}"
+            )
 
     # --- secure aggregation -------------------------------------------------------------------
 
@@ -195,7 +206,9 @@ class Site:
         else:
             share_V = node_share(query, self._components.trainer, adapter_D, asked.clients, permit, noise)
         answer = session.begin(asked.nonce, settings, asked.clients, share_V, request)
-        self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} clients")
+        who = "sites" if self._components.curator else "clients"
+        self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} {who}")
+        self._say_spent()
         return self._pack_answer(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
 
     def _answer_step(self, data: bytes) -> bytes:
