@@ -20,7 +20,23 @@ from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import run as experiment
 
 SITES, OWNERS = 3, 5
-WORDS = ["the", "ward", "was", "calm", "and", "every", "patient", "slept", "well", "until", "the", "early", "morning", "round", "began"]
+WORDS = [
+    "the",
+    "ward",
+    "was",
+    "calm",
+    "and",
+    "every",
+    "patient",
+    "slept",
+    "well",
+    "until",
+    "the",
+    "early",
+    "morning",
+    "round",
+    "began",
+]
 Unit = tuple[int, int]  # site, number
 
 
