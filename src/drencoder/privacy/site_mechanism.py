@@ -54,8 +54,8 @@ def release_site_share(
     _check_noise(permit, noise)
     quantiser = quantiser_for(permit, size, clip_l2)
     permit.spend_clients([site])
-    total_V = quantiser.noise_share(noise.words(permit.slot, site))
+    total_V = quantiser.noise(noise.words(permit.slot, site))
     for units, codes in batches:
         for row, unit in zip(codes.values_NV.cpu().numpy(), units, strict=True):
-            total_V += quantiser.to_residues(quantiser.round_code(row, noise.words(permit.slot, site, unit)))
-    return total_V & np.uint32((1 << quantiser.bits) - 1)
+            total_V += quantiser.round_code(row, noise.words(permit.slot, site, unit))
+    return quantiser.to_residues(total_V)
