@@ -103,7 +103,7 @@ def finished(request: Any, tmp_path_factory: Any) -> tuple[Silos, experiment.Run
 
 
 def test_a_run_over_flower_holds_and_names_the_unit(finished: tuple[Silos, experiment.RunResult]) -> None:
-    silos, result = finished
+    _, result = finished
     certificate = result.certificate
     assert certificate["unit"] == "owner"
     assert certificate["owners"] == "owners whom the sites' own files hold"
