@@ -23,6 +23,7 @@ from typing import Any, get_args
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
+    COARSE_INTERVAL,
     RELATIONS,
     Event,
     GaussianEvent,
@@ -35,10 +36,10 @@ from drencoder.privacy.accounting import (
     sigma_gaussian,
 )
 from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE, sigma_for
+from drencoder.privacy.noise_terms import DISCRETE_SHARE, ShareTerms
 from drencoder.privacy.observers import ASSUMPTIONS, ObserverGuarantee, report
 from drencoder.privacy.plan_checks import Noise, Stage, Trust, check_facts, check_noise, refuse
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
-from drencoder.privacy.share_terms import ShareTerms
 
 __all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "make_plan"]
 
@@ -46,7 +47,6 @@ ALIGNMENT = 0.5  # |mean clipped update|^2 / C^2, as plans assume it
 
 _COHORT_RISK = 1e-6  # chance that one round's cohort is smaller than the plan says
 _CROWD_RISK = 1e-12  # and that it is larger than what the modulus of secure aggregation was made for
-_DISCRETE_SHARE = 1e-6  # of delta, set aside for all that keeps discrete shares from being Gaussian noise
 _SURE = 1e-9  # shares of whole numbers: 0.7 of 10 is 7, whatever floating point says
 _SHARE_FIELDS = ("dropout_share", "honest_share")
 
@@ -110,8 +110,8 @@ class PrivacyPlan:
 
     @property
     def gaussian_delta(self) -> float:
-        """The delta that epsilons are computed at; secure aggregation sets a millionth aside for its discrete noise."""
-        return self.delta * (1 - _DISCRETE_SHARE) if self.trust == "secure-aggregation" else self.delta
+        """The delta that epsilons are computed at: a millionth is set aside for noise that is discrete."""
+        return self.delta * (1 - DISCRETE_SHARE)
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ class PrivacyPlan:
             raise PrivacyError(f"Slot {slot} is not in the plan, which has slots {self.slots[0]} to {self.rounds}.")
         if self.stage(slot) in self.non_private:
             return NonPrivateEvent()
-        sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
+        sigma = self.sigma(slot)
         return GaussianEvent(sigma) if self.capped else PoissonGaussianEvent(self.rate(slot), sigma)
 
     def cohort_bound(self, slot: int) -> int:
@@ -180,26 +180,28 @@ class PrivacyPlan:
         return max(1, math.floor(self.honest_share * contributors + _SURE))
 
     def share_terms(self, slot: int) -> ShareTerms:
-        """The bounds of `slot`: m honest shares of sigma / sqrt(m) add up to sigma (Kairouz, Liu and Steinke 2021).
-
-        The slack is what (1 + e^epsilon) TV <= a millionth of delta leaves to one of all slots, at the largest epsilon
-        that this plan states.
-        """
+        """The bounds of `slot`: m honest shares of sigma / sqrt(m) add up to sigma (Kairouz, Liu and Steinke 2021)."""
         if self.trust != "secure-aggregation":
             raise PrivacyError(
                 f"Under {self.trust} trust there are no shares of noise: each release has all of its own."
             )
         least = self.least_contributors(slot)
         honest = self.honest(least)
-        sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
-        most = 1 + _binomial_quantile(1 - _CROWD_RISK, self.population, self.rate(slot))
-        slack = _DISCRETE_SHARE * self.delta / len(self.slots) / (1 + math.exp(min(700.0, self._largest_epsilon)))
-        return ShareTerms(sigma / math.sqrt(honest), least, min(self.population, most), honest, slack)
+        return ShareTerms(self.sigma(slot) / math.sqrt(honest), least, self.most_contributors(slot), honest)
+
+    def sigma(self, slot: int) -> float:
+        """Noise std / clip of one release of `slot`; 0 for a stage without noise."""
+        return self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
+
+    def most_contributors(self, slot: int) -> int:
+        """More than so many are drawn with a chance of 1e-12 only, and none above the population."""
+        return min(self.population, 1 + _binomial_quantile(1 - _CROWD_RISK, self.population, self.rate(slot)))
 
     @cached_property
-    def _largest_epsilon(self) -> float:
-        """Of the whole plan, any observer and either adjacency: other clients, replace-one."""
-        return epsilon_pld(self.composition("clients", self.schedule()) or (), self.gaussian_delta, "replace_one")
+    def largest_epsilon(self) -> float:
+        """Of the whole plan's private stages: the strongest observer's, under replace-one."""
+        events = self.budget_events(dict.fromkeys(self.slots, 1))
+        return epsilon_pld(events, self.gaussian_delta, "replace_one", COARSE_INTERVAL)
 
     def composition(self, observer: str, charged: Mapping[int, tuple[int, int]]) -> tuple[Event, ...] | None:
         """The worst client's events in the view of `observer`; None where there is no guarantee.
@@ -387,7 +389,7 @@ def make_plan(
     mu = gdp_mu(draft.budget_events(everything), relation)
     if mu is not None:  # mu scales with 1/sigma: no search
         return plan(mu * sigma_gaussian(epsilon, draft.gaussian_delta))
-    return plan(sigma_for(lambda sigma: plan(sigma).budget_events(everything), epsilon, delta, relation))
+    return plan(sigma_for(lambda sigma: plan(sigma).budget_events(everything), epsilon, draft.gaussian_delta, relation))
 
 
 @lru_cache(maxsize=64)
