@@ -258,7 +258,9 @@ def test_local_releases_have_the_charged_noise_each(ledger_fn):
     )  # 780 pairs or so, each 1e-15
     total = sum_releases([parts])
     assert total.noise_std == pytest.approx(SIGMA * CLIP * math.sqrt(len(clients)), rel=0.01)
-    assert torch.equal(total.value, (parts.values_NV.sum(0).double() * parts.step).float())  # exact: a function of the sum alone
+    assert torch.equal(
+        total.value, (parts.values_NV.sum(0).double() * parts.step).float()
+    )  # exact: a function of the sum alone
     assert total.contributors == len(clients)
     assert_std(total.value - codes.values_NV.double().sum(0), total.noise_std)
 
