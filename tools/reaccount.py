@@ -24,10 +24,13 @@ from reaccount_ledger import (
     composition_delta,
     compositions,
     epsilon,
+    is_curated,
     line_troubles,
     other_numbers,
     read_ledger,
+    site_rows,
     slots_of,
+    units_of,
 )
 
 TRUSTED = "The server adds the noise, keeps cohorts and sums secret, and does not collude."
@@ -46,7 +49,25 @@ ASSUMPTIONS = {
     "others are as against the server.",
     ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
 }
-
+OWN_SITE = "The unit's own site keeps its records and its draw to itself, clips each unit's code, and "
+SITE_ASSUMPTIONS = {
+    ("local", "server"): f"{OWN_SITE}adds its full noise. Nothing is assumed of other sites.",
+    ("local", "clients"): f"{OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer is one site, knows "
+    "its own noise, and colludes neither with the server nor with another site.",
+    ("local", "public"): f"{OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer sees only sums and the "
+    "model, and colludes neither with the server nor with a site.",
+    ("secure-aggregation", "server"): f"{OWN_SITE}adds its share of the noise. The stated share of a slot's sites add theirs and "
+    "keep them to themselves; the others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
+    ("secure-aggregation", "clients"): f"{OWN_SITE}adds its share of the noise. The observer is one of the honest sites, which "
+    "knows its own noise; the others are as against the server.",
+    ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
+}
+UNITS = {
+    "client": "one client with all its text",
+    "record": "one record of a site",
+    "owner": "one owner inside a site, with all its records there",
+}
+SITE_TRUST = "Each site is trusted with its own records: it draws who takes part, clips, adds the noise, and sends one sum a slot."
 
 SIMULATED = (
     "The owners of this run are simulated: records were dealt out at random, so nothing is promised to those who wrote them. With "
@@ -72,6 +93,9 @@ def plan_troubles(header: dict, recipe: dict) -> list[str]:
         "non_private": ["stage1", "round"] if silent else ["stage1"] if prior["source"] == "gradients" else [],
         "target_epsilon": None if silent else privacy["epsilon"],
     }
+    if privacy["unit"] != "client":  # all sites are in every slot
+        wanted |= {"unit": privacy["unit"], "site_units": federation["units_per_site"]}
+        wanted["participation_cap"] = federation["rounds"] + (wanted["stage1_rate"] > 0)
     if privacy["trust"] == "local":  # else it makes no difference
         encoder = recipe["encoder"]
         wanted["nonlinear_decoding"] = encoder["name"] == "autoencoder" or encoder["wire_dtype"] not in (
@@ -119,15 +143,58 @@ def promise(plan: dict, costs: dict[str, float]) -> str:
         return "This run's noise can be computed again: it has no privacy guarantee and is a test only."
     words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan["relation"]]
     cost = costs[{"local": "server", "central": "public", "secure-aggregation": "clients"}[plan["trust"]]]
-    bound = f"({cost:.3f}, {plan['delta']:g})-differential privacy for {words} one client with all its text"
+    bound = f"({cost:.3f}, {plan['delta']:g})-differential privacy for {words} {UNITS[plan.get('unit', 'client')]}"
+    site = f" {SITE_TRUST}" if is_curated(plan) else ""
     if plan["trust"] == "local":
-        return f"Against the server: {bound}. Against those who see only sums and the model: epsilon {costs['public']:.3f}."
+        rest = f"Against those who see only sums and the model: epsilon {costs['public']:.3f}."
+        return f"Against the server: {bound}. {rest}{site}"
     if plan["trust"] == "secure-aggregation":
+        others, honest = ("sites", "sites") if is_curated(plan) else ("clients", "contributors")
         return (
-            f"Against the other clients: {bound}. Against the server, which saw only sums, and the public: epsilon "
-            f"{costs['server']:.3f}. At least {plan['honest_share']:.0%} of the contributors are taken to be honest."
+            f"Against the other {others}: {bound}. Against the server, which saw only sums, and the public: epsilon "
+            f"{costs['server']:.3f}. At least {plan['honest_share']:.0%} of the {honest} are taken to be honest.{site}"
         )
     return f"Against everyone but the server: {bound}. The server is trusted: there is no guarantee against it."
+
+
+def unit_terms(records: list[dict]) -> dict:
+    """What the certificate says beside epsilon where the unit is inside a site."""
+    plan = records[0]["plan"]
+    return {
+        "protects": UNITS[plan["unit"]],
+        "sites": plan["population"],
+        "assumed_public": {
+            "units_per_site": plan["site_units"],
+            "sampling_rate": plan["sampling_rate"],
+            "stage1_rate": plan["stage1_rate"],
+            "mean_divided_by": plan["sampling_rate"] * units_of(plan),
+        },
+        "private": f"How many {plan['unit']}s a site has and which of them took part: no number here comes from them.",
+        "amplification": "Each unit takes part by a draw that its site keeps secret, so sub-sampling counts against every observer.",
+    }
+
+
+def site_troubles(records: list[dict], terms: dict) -> list[str]:
+    """The part of the certificate on sites whose units are protected; prints each site's epsilon."""
+    found = [f"the certificate's {name} of units is not that of the plan" for name, value in unit_terms(records).items()
+             if terms.get(name) != value]  # fmt: skip
+    rows, stated = site_rows(records), terms["by_site"]
+    same = [row["sites"] for row in stated] == [row["sites"] for row in rows]
+    if not same or set(terms) != {*unit_terms(records), "by_site"}:
+        return [*found, "the certificate's rows of sites are not those of the ledger"]
+    for row, expected in zip(stated, rows, strict=True):
+        numbers = row["epsilon"][records[0]["plan"]["relation"]]
+        print(
+            f"sites {', '.join(map(str, row['sites']))}: {', '.join(f'{k} {float(v):.6f}' for k, v in numbers.items())}"
+        )
+        wrong = row["slots"] != expected["slots"] or any(
+            not agree(row["epsilon"][relation].get(name), value)
+            for relation, spent in expected["epsilon"].items()
+            for name, value in spent.items()
+        )
+        if wrong:
+            found.append(f"the certificate's epsilon of site {row['sites'][0]} is not that of the ledger")
+    return found
 
 
 def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -> list[str]:
@@ -162,11 +229,11 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
                 costs[observer] = float(stated["epsilon_pld"]) if not mark else numbers["epsilon_pld"]
         for name, value in (("observer", observer), ("delta", plan["delta"]), ("relation", plan["relation"])):
             check(f"{observer}, {name}", row[name], value)
-        check(f"{observer}, assumption", row["assumption"], prefix + ASSUMPTIONS[plan["trust"], observer])
+        check(f"{observer}, assumption", row["assumption"], prefix + (SITE_ASSUMPTIONS if is_curated(plan) else ASSUMPTIONS)[plan["trust"], observer])
     sites = sites_of(records)
     private = plan["noise"] == "secure" and not plan["non_private"]
     for name, value in {
-        "version": 1, "unit": "client", "run_id": records[0]["run_id"], "private": private, "delta": plan["delta"],
+        "version": 1, "unit": plan.get("unit", "client"), "run_id": records[0]["run_id"], "private": private, "delta": plan["delta"],
         "relation": plan["relation"], "plan": plan, "charges": sum(r["kind"] == "charge" for r in records),
         "slots_without_result": {
             kind: sorted({r["slot"] for r in records if r["kind"] == kind}) for kind in ("abandoned", "lost")
@@ -175,6 +242,10 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
         "statement": statement(plan, costs, owners_of(recipe, sites)),
     }.items():  # fmt: skip
         check(name, certificate[name], value)
+    if is_curated(plan) != ("unit_terms" in certificate):
+        found.append("the certificate has terms of sites' units where there are none, or lacks them")
+    elif is_curated(plan):
+        found += site_troubles(records, certificate["unit_terms"])
     check("encoder", certificate["encoder"]["name"], recipe["encoder"]["name"])
     check("stage 1", certificate["stage1"]["prior"], recipe["prior"]["source"])
     return found

@@ -62,8 +62,24 @@ def sites_of(records: list[dict]) -> list[dict]:
     return [said[name] for name in sorted(said)]
 
 
+def units_of_sites(recipe: dict, sites: list[dict]) -> str:
+    """Whose text it is where the unit is inside a site."""
+    data, unit = recipe["data"], recipe["privacy"]["unit"]
+    field, owner = ("", "") if sites else (data["client_field"], data["owner_field"])
+    whose = f"at sites whom the field {field!r} names" if field else "whom the sites' own files hold"
+    named = f"owners whom the field {owner!r} names, " if field and owner else "owners "
+    words = {
+        "generated": f"{unit}s of generated sites of the embedded world",
+        "named": (named if unit == "owner" else "single records ") + whose,
+    }
+    kinds = {site["owners"] for site in sites} or {"generated" if is_embedded(data["source"]) else "named"}
+    return "; ".join(words.get(kind, "units of an unknown kind") for kind in sorted(kinds))
+
+
 def owners_of(recipe: dict, sites: list[dict]) -> str:
     """Who the clients are: of a federation as its sites say, else as the recipe does."""
+    if recipe["privacy"]["unit"] != "client":
+        return units_of_sites(recipe, sites)
     words = {
         "generated": "generated clients of the embedded world",
         "named": "owners whom the sites' own files name",
@@ -88,8 +104,13 @@ def evaluation_of(recipe: dict) -> str:
         return f"The loss is measured on {evaluation['data']!r}, which the server owns."
     if evaluation["data"] or is_embedded(data["source"]):
         return "The loss is measured on text that drencoder generated for the server; no client has any of it."
-    share = recipe["data"]["held_out_share"]
-    if not data["client_field"]:
+    share, unit = recipe["data"]["held_out_share"], recipe["privacy"]["unit"]
+    if share and unit == "record":
+        return (
+            f"The loss is measured on a share of {share:.3g} of the records, which no site trains on; their people must have agreed, "
+            "and epsilon does not cover them."
+        )
+    if not data["client_field"] and unit == "client":
         return (
             f"The loss is measured on a share of {share or 0.05:.3g} of the records, set aside before the owners were simulated; no "
             "client has any of them, and epsilon does not cover them."

@@ -24,6 +24,7 @@ FIELDS = {  # kind of line -> its fields, besides seq, kind and prev
     "charge": "stage slot trust attempt event",
     "repeat": "stage slot trust",
     "contributors": "slot contributors",
+    "unasked": "slot sites",
     "release": "slot attempt of sha256",
     "abandoned": "slot",
     "lost": "slot",
@@ -65,6 +66,16 @@ def read_ledger(path: Path) -> tuple[list[dict], str]:
     return records, previous
 
 
+def is_curated(plan: dict) -> bool:
+    """Whether the unit is a record or an owner inside a site: then `population` counts sites, and all are in every slot."""
+    return plan.get("unit", "client") != "client"
+
+
+def units_of(plan: dict) -> int:
+    """How many units everybody takes there to be."""
+    return plan["population"] * (plan["site_units"] if is_curated(plan) else 1)
+
+
 def slots_of(plan: dict) -> list[int]:
     return list(range(0 if plan["stage1_rate"] > 0 else 1, plan["rounds"] + 1))
 
@@ -83,13 +94,15 @@ def planned_event(plan: dict, slot: int) -> dict:
     if stage in plan["non_private"]:
         return {"kind": "non_private", "count": 1}
     event = {"noise_multiplier": plan["noise_multiplier" if slot else "stage1_noise_multiplier"], "count": 1}
-    if plan["trust"] != "central":
+    if plan["trust"] != "central" and not is_curated(plan):
         return {"kind": "gaussian", **event}
     return {"kind": "poisson_gaussian", "sampling_rate": plan["sampling_rate" if slot else "stage1_rate"], **event}
 
 
 def cohort_size(plan: dict, key: bytes, slot: int) -> int:
     """How many clients the sampler draws for a slot from the key in the header (trust other than central)."""
+    if is_curated(plan):
+        return plan["population"]
     blocks, rate = blocks_of(plan), lambda s: plan["sampling_rate" if s else "stage1_rate"]
     before = [rate(s) for s in blocks if blocks[s] == blocks[slot] and s < slot]
     start, stop = math.fsum(before), math.fsum([*before, rate(slot)])
@@ -102,7 +115,7 @@ def cohort_size(plan: dict, key: bytes, slot: int) -> int:
 def line_troubles(records: list[dict]) -> list[str]:
     """Each line against the plan."""
     header, found = records[0], []
-    plan, charged, open_slots = header["plan"], {}, set()
+    plan, charged, open_slots, unasked = header["plan"], {}, set(), set()
     capped, replay = plan["trust"] != "central", plan["noise"] == "replay"
     if header["delta"] != plan["delta"]:
         found.append("the header's delta is not the plan's")
@@ -135,6 +148,12 @@ def line_troubles(records: list[dict]) -> list[str]:
             most = cohort_size(plan, bytes.fromhex(header["sampler_key"]), slot) if capped else -1
             if not 0 <= record["contributors"] <= most:
                 trouble = f"{record['contributors']} contributors do not fit the cohort of slot {slot}"
+        elif kind == "unasked":
+            sites = record["sites"]
+            known = is_curated(plan) and all(type(s) is int and 0 <= s < plan["population"] for s in sites)
+            if not known or slot in unasked or sites != sorted(set(sites)):
+                trouble = f"slot {slot} cannot leave out these sites"
+            unasked.add(slot)
         elif kind in ("release", "abandoned"):
             if slot not in open_slots or (kind == "release" and record["attempt"] != charged[slot] - 1):
                 trouble = f"slot {slot} is released or abandoned once more than it was charged"
@@ -190,7 +209,7 @@ def compositions(records: list[dict]) -> dict[str, list[dict] | None]:
             shares = [("server", 1), ("clients", max(1, m - 1)), ("public", max(1, m))]
         for view, variances in shares:
             seen = dict(event)
-            if seen["kind"] == "gaussian":
+            if seen["kind"] != "non_private":
                 seen["noise_multiplier"] *= math.sqrt(variances)
             worst = views[view].get(block_of[slot])
             if worst is None or seen.get("noise_multiplier", 0.0) < worst.get("noise_multiplier", 0.0):
@@ -198,10 +217,31 @@ def compositions(records: list[dict]) -> dict[str, list[dict] | None]:
     return {view: list(blocks.values()) for view, blocks in views.items()}
 
 
+def site_rows(records: list[dict]) -> list[dict]:
+    """What the units of each site have spent: sites that were asked in the same slots together, the dearest first."""
+    plan = records[0]["plan"]
+    unasked = {record["slot"]: record["sites"] for record in records if record["kind"] == "unasked"}
+    charged = list(dict.fromkeys(record["slot"] for record in records if record["kind"] == "charge"))
+    sites_of: dict[tuple, list[int]] = {}
+    for site in range(plan["population"]):
+        sites_of.setdefault(tuple(s for s in charged if site not in unasked.get(s, [])), []).append(site)
+    rows = []
+    for slots, sites in sites_of.items():
+        own = [record for record in records if record["kind"] != "charge" or record["slot"] in slots]
+        views = compositions(own)
+        spent = {
+            relation: {name: epsilon(events, composition_delta(plan), relation) for name, events in views.items()}
+            for relation in RELATIONS
+        }
+        rows.append({"sites": sites, "slots": len(slots), "epsilon": spent})
+    bound = "server" if plan["trust"] == "local" else "clients"
+    return sorted(rows, key=lambda row: (-row["epsilon"][plan["relation"]][bound], row["sites"]))
+
+
 def least_contributors(plan: dict, slot: int) -> int:
     """Secure aggregation: fewer void the round. The cohort's 1e-6 quantile less the share that may drop out."""
     rate = plan["stage1_rate"] if slot == 0 else plan["sampling_rate"]
-    cohort = max(1, int(binom.ppf(1e-6, plan["population"], rate)))
+    cohort = plan["population"] if is_curated(plan) else max(1, int(binom.ppf(1e-6, plan["population"], rate)))
     return max(1, math.ceil((1 - plan["dropout_share"]) * cohort - 1e-9))
 
 

@@ -29,6 +29,13 @@ _SECURE = ("secure_aggregation", "federated/test_secure_trust.py")
 _ROUND = ("federated/test_releases.py", "federated", "runs/test_secrets.py", "runs/test_run.py", "test_neighbours.py")
 _ALONE = ("test_neighbours.py", "models", "data")
 _SITE = ("federated", "flower", "privacy/test_privacy_ledger.py")
+_UNITS = (
+    "privacy/test_site_mechanism.py",
+    "federated/test_sites.py",
+    "data/test_units.py",
+    "privacy/test_site_plan.py",
+    "test_neighbour_units.py",
+)
 _RUN = ("runs/test_secrets.py", "runs/test_run.py", "runs/test_verify.py", "test_neighbours.py", "cli")
 
 _SECAGG_SEED = "self._seed = secrets.token_bytes(SECRET_BYTES)"
@@ -295,7 +302,7 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "local trust is amplified by sampling against the server",
         "privacy/plan",
-        "return GaussianEvent(sigma) if self.capped else PoissonGaussianEvent(self.rate(slot), sigma)",
+        "return PoissonGaussianEvent(self.rate(slot), sigma) if self.secret_draw else GaussianEvent(sigma)",
         "return PoissonGaussianEvent(self.rate(slot), sigma)",
         _ACCOUNT,
     ),
@@ -458,8 +465,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "the certificate of a federation speaks of the server's data",
         "runs/certificate",
-        '[site["owners"] for site in sites] or [owner_kind(data)]',
-        "[owner_kind(data)]",
+        '[site["owners"] for site in sites] or [owner_kind(data, unit)]',
+        "[owner_kind(data, unit)]",
         ("flower/test_flower_membership.py",),
     ),
     Bug(
@@ -800,5 +807,125 @@ BUGS: tuple[Bug, ...] = (
         "failure = type(error).__name__",
         "failure = str(error)",
         ("models", "cli", "test_neighbours.py"),
+    ),
+    # --- units inside a site ------------------------------------------------------------------------
+    Bug(
+        "a site's draw can be made again from the recipe's seed",
+        "federated/site_round",
+        "key = secrets.token_bytes(KEY_BYTES)  # serves this draw, and is forgotten",
+        'key = hashlib.sha256(f"replay units/{self.seed}".encode()).digest()',
+        _UNITS,
+    ),
+    Bug(
+        "a site's draw follows from what the server names a slot",
+        "federated/site_round",
+        "key = secrets.token_bytes(KEY_BYTES)  # serves this draw, and is forgotten",
+        'key = hashlib.sha256(f"{permit.run_id}/{permit.slot}".encode()).digest()',
+        _UNITS,
+    ),
+    Bug(
+        "all of a site's units take part in every slot",
+        "federated/site_round",
+        "permit.event.sampling_rate, permit.slot, site)",
+        "1.0, permit.slot, site)",
+        _UNITS,
+    ),
+    Bug(
+        "a site's units have one draw together",
+        "privacy/sampling",
+        'if _uniforms(self.key, "unit", (slot, site, unit), 1)[0] < rate]',
+        'if _uniforms(self.key, "unit", (slot, site, 0), 1)[0] < rate]',
+        _UNITS,
+    ),
+    Bug(
+        "a site's draw follows the place of a unit among the others",
+        "privacy/sampling",
+        'return [unit for unit in units if _uniforms(self.key, "unit", (slot, site, unit), 1)[0] < rate]',
+        'return [unit for place, unit in enumerate(units) if _uniforms(self.key, "unit", (slot, site, place), 1)[0] < rate]',
+        _UNITS,
+    ),
+    Bug(
+        "every slot draws the same units",
+        "privacy/sampling",
+        'if _uniforms(self.key, "unit", (slot, site, unit), 1)[0] < rate]',
+        'if _uniforms(self.key, "unit", (0, site, unit), 1)[0] < rate]',
+        _UNITS,
+    ),
+    Bug(
+        "a site tells how many units took part",
+        "federated/site_round",
+        "return Upload((site,), pack_rows(released.values_NV, spec.wire, spec.slot), 0)",
+        "return Upload((site,), pack_rows(released.values_NV, spec.wire, spec.slot), total.contributors)",
+        _UNITS,
+    ),
+    Bug(
+        "a site divides by how many units took part",
+        "federated/site_round",
+        "total = total.add(codes)",
+        "total = total.add(clip_rows(codes.values_NV / len(codes.values_NV), spec.clip_l2))",
+        _UNITS,
+    ),
+    Bug(
+        "a site sends its sum without noise",
+        "privacy/site_mechanism",
+        "(bounded.sum_V + noise_std * noise_V)",
+        "(bounded.sum_V + 0 * noise_std * noise_V)",
+        _UNITS,
+    ),
+    Bug(
+        "a sum of nobody has no noise",
+        "privacy/site_mechanism",
+        "(bounded.sum_V + noise_std * noise_V)",
+        "(bounded.sum_V + noise_std * noise_V * bool(bounded.contributors))",
+        _UNITS,
+    ),
+    Bug(
+        "a site's noise is two thirds of what was charged",
+        "privacy/site_mechanism",
+        "noise_std = permit.noise_multiplier * bounded.clip_l2",
+        "noise_std = permit.noise_multiplier * bounded.clip_l2 * 2 / 3",
+        _UNITS,
+    ),
+    Bug(
+        "a site's share has no noise",
+        "privacy/site_mechanism",
+        "total_V = quantiser.noise(noise.words(permit.slot, site))",
+        "total_V = 0 * quantiser.noise(noise.words(permit.slot, site))",
+        _UNITS,
+    ),
+    Bug(
+        "a site sends as many sums as it is asked for",
+        "privacy/site_mechanism",
+        "    permit.spend_clients([site])\n    noise_std",
+        "    noise_std",
+        _UNITS,
+    ),
+    Bug(
+        "a unit's number counts the units before it",
+        "data/units",
+        "number = _number(recipe.seed, label, *name)",
+        "number = _number(recipe.seed, label, len(numbers))",
+        _UNITS,
+    ),
+    Bug(
+        "means are divided by the sites and not by their units",
+        "privacy/plan",
+        "return self.population * (self.site_units if self.curated else 1)",
+        "return self.population",
+        _UNITS,
+    ),
+    Bug(
+        "a site that was asked less often is charged less than it was asked",
+        "privacy/site_epsilons",
+        "if site not in unasked.get(slot, ())",
+        "if not unasked.get(slot, ())",
+        _UNITS,
+    ),
+    Bug(
+        "the statement of a site's run speaks of whole clients",
+        "runs/certificate",
+        "{words} {UNITS[plan.unit]}",
+        "{words} {UNITS['client']}",
+        ("runs/test_site_run.py",),
     ),
 )

@@ -1,6 +1,7 @@
 """The clients' data as a plan reads and shows them. No torch."""
 
 import os
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -9,8 +10,9 @@ from drencoder.models.place import locate
 from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.display import make_table
+from drencoder.runs.unit_table import UnitRow
 
-__all__ = ["data_table", "read_data"]
+__all__ = ["data_table", "read_data", "unit_table"]
 
 
 def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
@@ -40,8 +42,11 @@ def data_table(survey: DataSurvey, max_tokens: int) -> Table:
     table.add_row("schema", printable(survey.schema))
     table.add_row("records", f"{survey.records:,}, about {survey.tokens:,} tokens ({survey.tokens_are})")
     named = "" if survey.clients_are == "simulated" else "; how many they are is treated as public"
-    table.add_row("clients", printable(f"{survey.clients:,} ({survey.clients_are}){named}"))
-    table.add_row("records of a client", f"{fewest:,} to {most:,}, median {median:,}")
+    who = "site" if survey.clients_are.startswith("sites") else "client"
+    table.add_row(f"{who}s", printable(f"{survey.clients:,} ({survey.clients_are}){named}"))
+    table.add_row(f"records of a {who}", f"{fewest:,} to {most:,}, median {median:,}")
+    if survey.owners is not None:
+        table.add_row("owners", f"{survey.owners:,}, about {survey.owners / max(1, survey.clients):,.0f} of a {who}")
     table.add_row("evaluation", f"{survey.evaluation_records:,} records" if survey.evaluation_records else "no records")
     changes = [
         (survey.empty, "without a response, left out"),
@@ -53,4 +58,22 @@ def data_table(survey: DataSurvey, max_tokens: int) -> Table:
     for count, what in changes:
         if count:
             table.add_row(what, f"{count:,}")
+    return table
+
+
+def unit_table(rows: Sequence[UnitRow], recipe: Recipe) -> Table:
+    """The units that the data allow, side by side."""
+    headings = ("unit", "protects", "trust", "N", "q", "noise", "k*", "verdict")
+    table = make_table(
+        f"What could be protected at epsilon {recipe.privacy.epsilon:g}",
+        *headings,
+        words=("unit", "protects", "trust", "verdict"),
+        caption="N of another unit than the recipe's is that of your data; federation.units_per_site has to be a public number",
+    )
+    for row in rows:
+        k_star = f"{row.k_star:,.0f}" if row.k_star >= 10 else f"{row.k_star:.2g}"
+        table.add_row(
+            row.unit, row.protects, row.trust, f"{row.units:,}", f"{row.sampling_rate:g}", f"{row.noise_multiplier:.3g}", k_star,
+            row.verdict,
+        )  # fmt: skip
     return table

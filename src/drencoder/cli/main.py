@@ -94,9 +94,10 @@ def plan(
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="with --curve: draw it")] = None,
 ) -> None:
     """What the data hold, epsilon per observer, noise, code size and bytes, before anything is spent."""
-    from drencoder.cli.data_view import data_table, read_data
+    from drencoder.cli.data_view import data_table, read_data, unit_table
     from drencoder.runs.judgement import judge
     from drencoder.runs.plan_overview import survey
+    from drencoder.runs.unit_table import compare_units, other_number
 
     config = load_checked_recipe(recipe, set_ or ())
     if curve:
@@ -107,8 +108,13 @@ def plan(
     overview = survey(config)
     data, missing = read_data(config)
     judgement = judge(config, overview.privacy, data.records - data.evaluation_records if data else None)
+    units = compare_units(config, data)
     if json_:
-        found = {"data": data.to_dict() if data else None, "judgement": judgement}
+        found = {
+            "data": data.to_dict() if data else None,
+            "judgement": judgement,
+            "units": [u.to_dict() for u in units],
+        }
         print(json.dumps({**overview.to_dict(), **found}, indent=2))
         return
     from drencoder.runs.display import make_console, plan_tables, show_note
@@ -118,9 +124,11 @@ def plan(
         console.print(data_table(data, config.data.max_tokens))
     for table in plan_tables(overview, config.name, config.encoder.name):
         console.print(table)
+    if units:
+        console.print(unit_table(units, config))
     for sentence in judgement:
         show_note(console, "Judgement", sentence, "bold")
-    for warning in [*overview.warnings(), *([missing] if missing else [])]:
+    for warning in filter(None, [*overview.warnings(), other_number(config, data), missing]):
         show_note(console, "Note", warning)
 
 

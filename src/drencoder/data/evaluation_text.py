@@ -11,13 +11,13 @@ from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.hub import split_names
 from drencoder.data.sources import (
     EmbeddedSource,
-    FileSource,
     Record,
     Source,
     embedded_task,
     in_hashed_order,
     read_records,
 )
+from drencoder.data.units import file_of
 from drencoder.errors import DataError
 from drencoder.recipe import sections
 from drencoder.recipe.recipe import Recipe
@@ -51,21 +51,36 @@ NO_EVALUATION = (
 )
 
 
-def owner_kind(data: sections.Data) -> OwnerKind:
-    """Who the clients are."""
+def owner_kind(data: sections.Data, unit: str = "client") -> OwnerKind:
+    """Who the clients are, or the sites' units, which nobody simulates."""
     if data.is_embedded:
         return "generated"
-    return "named" if data.client_field else "simulated"
+    return "named" if data.client_field or unit != "client" else "simulated"
 
 
-def describe_owners(kinds: Iterable[str], field: str = "") -> str:
-    """Who the clients are, in words, as the certificate has it. Sites may have several kinds; `field` names the owners of a file."""
+def describe_owners(kinds: Iterable[str], field: str = "", unit: str = "client", owner_field: str = "") -> str:
+    """Who the clients are, in words, as the certificate has it. Sites may have several kinds; `field` names the owners of a file.
+
+    Where the unit is inside a site, `field` names the sites of a file, and `owner_field` their owners.
+    """
+    if unit != "client":
+        return "; ".join(_describe_units(kind, field, unit, owner_field) for kind in sorted(set(kinds)))
     words = {
         "generated": GENERATED_OWNERS,
         "simulated": SIMULATED_OWNERS,
         "named": f"owners whom the field {field!r} names" if field else "owners whom the sites' own files name",
     }
     return "; ".join(words.get(kind, "owners of an unknown kind") for kind in sorted(set(kinds)))
+
+
+def _describe_units(kind: str, field: str, unit: str, owner_field: str) -> str:
+    if kind != "named":
+        return (
+            f"{unit}s of generated sites of the embedded world" if kind == "generated" else "units of an unknown kind"
+        )
+    whose = f"at sites whom the field {field!r} names" if field else "whom the sites' own files hold"
+    named = f"owners whom the field {owner_field!r} names, " if field and owner_field else "owners "
+    return (named if unit == "owner" else "single records ") + whose
 
 
 def evaluation_basis(recipe: Recipe) -> Basis:
@@ -77,7 +92,7 @@ def evaluation_basis(recipe: Recipe) -> Basis:
         return "server"
     if where or recipe.data.is_embedded:
         return "generated"
-    if recipe.data.client_field:
+    if recipe.data.client_field or recipe.privacy.unit != "client":
         return "owners" if recipe.data.held_out_share else "nothing"
     return "records"
 
@@ -92,7 +107,12 @@ def set_aside_share(recipe: Recipe) -> float:
 
 def evaluation_rests_on(recipe: Recipe) -> str:
     """Whose text the evaluation rests on, in one sentence, for plan, certificate and report."""
-    share = f"{set_aside_share(recipe):.3g}"
+    share, unit = f"{set_aside_share(recipe):.3g}", recipe.privacy.unit
+    if unit == "record" and evaluation_basis(recipe) == "owners":
+        return (
+            f"The loss is measured on a share of {share} of the records, which no site trains on; their people must have agreed, and "
+            "epsilon does not cover them."
+        )
     return {
         "server": f"The loss is measured on {recipe.evaluation.data!r}, which the server owns.",
         "generated": "The loss is measured on text that drencoder generated for the server; no client has any of it.",
@@ -122,8 +142,9 @@ def open_evaluation(recipe: Recipe, source: Source) -> Callable[[int], list[Reco
         )
         ordered = in_hashed_order(records, recipe.seed)  # files are often sorted, and less than all may be asked for
         return lambda count: ordered[:count]
-    assert isinstance(source, FileSource)
-    return source.held_out
+    file = file_of(source)
+    assert file is not None
+    return file.held_out
 
 
 def _evaluation_split(recipe: Recipe) -> str:

@@ -36,11 +36,13 @@ __all__ = [
     "Record",
     "SitesSource",
     "Source",
+    "check_usable",
     "embedded_task",
     "in_hashed_order",
     "open_source",
     "read_data",
     "read_records",
+    "read_source",
 ]
 
 
@@ -71,12 +73,41 @@ def open_source(
     kind = knobs.source.partition(":")[0]
     if kind == "embedded":
         return EmbeddedSource(knobs, seed, embedded_task(knobs.source, "data.source"))
-    read = read_data(knobs.source, knobs.split, knob="data.source", fields=dict(knobs.fields))
+    read = read_source(knobs)
     source = FileSource.split(
         read.records, knobs, population=population, seed=seed, set_aside=set_aside, at_site=at_site
     )
-    provenance = f"{knobs.source}, split {knobs.split}" if kind in TAXONOMIES else knobs.source
-    return replace(source, provenance=provenance, schema=read.schema, changed=read.changed)
+    return replace(source, provenance=read.provenance, schema=read.schema, changed=read.changed)
+
+
+@dataclass(frozen=True)
+class ReadSource:
+    """What `data.source` holds, before anybody owns it; `schema` and `changed` are what `Records` says."""
+
+    records: Sequence[Record]
+    provenance: str
+    schema: str
+    changed: int
+
+
+def read_source(knobs: sections.Data) -> ReadSource:
+    """Reads `data.source`, which is no embedded world.
+
+    Raises:
+      DataError: it is missing, unreadable, empty or ill-shaped.
+    """
+    read = read_data(knobs.source, knobs.split, knob="data.source", fields=dict(knobs.fields))
+    is_benchmark = knobs.source.partition(":")[0] in TAXONOMIES
+    provenance = f"{knobs.source}, split {knobs.split}" if is_benchmark else knobs.source
+    return ReadSource(read.records, provenance, read.schema, read.changed)
+
+
+def check_usable(records: Sequence[Record], where: str) -> None:
+    """Raises DataError unless some record has a response."""
+    if not any(record["response"].strip() for record in records):
+        raise DataError(
+            f"{where} has no usable text: all {len(records)} responses are empty. Fill them, or give another file."
+        )
 
 
 def read_data(where: str, split: str, *, knob: str, fields: Mapping[str, str] | None = None) -> Records:
@@ -179,10 +210,7 @@ class FileSource:
         depends on all records; then nobody's share is nothing (`_give_to_the_empty`). A `population` of 0 is as many clients as
         the file names, or, simulated, as many as `examples_per_client` records each make.
         """
-        if not any(record["response"].strip() for record in records):
-            raise DataError(
-                f"{knobs.source} has no usable text: all {len(records)} responses are empty. Fill them, or give another file."
-            )
+        check_usable(records, knobs.source)
         if knobs.client_field:
             owned, others = _split_by_owner(records, knobs.client_field, set_aside, seed, knobs.source)
             if at_site and len(owned) != population:

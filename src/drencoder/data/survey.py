@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.data.evaluation_text import open_evaluation, set_aside_share
+from drencoder.data.owners import owner_key
 from drencoder.data.prompts_template import PlainTemplate
-from drencoder.data.sources import FileSource, Record, open_source
+from drencoder.data.sources import FileSource, Record, Source
+from drencoder.data.units import FileUnits, file_of, open_text
+from drencoder.errors import DataError
 from drencoder.recipe.recipe import Recipe
 
 __all__ = ["DataSurvey", "Duplicates", "count_duplicates", "survey_data", "with_population"]
@@ -36,7 +39,8 @@ class DataSurvey:
     records: int
     clients: int
     clients_are: str  # whom a client stands for, in words
-    records_of_client: tuple[int, int, int]  # fewest, median, most
+    records_of_client: tuple[int, int, int]  # fewest, median, most; of a site, where the unit is inside one
+    owners: int | None  # of data.owner_field, counted at each client (or site) by itself; None = no such field
     evaluation_records: int
     tokens: int
     tokens_are: str  # how they were counted, in words
@@ -51,14 +55,16 @@ class DataSurvey:
 
 
 def with_population(recipe: Recipe) -> Recipe:
-    """The recipe with `federation.population` set: where it is not named, as many clients as the data have.
+    """The recipe with `federation.population` set: where it is not named, as many clients (or sites) as the data have.
 
     Raises:
       DataError: the data cannot be read.
     """
     if recipe.federation.population:
         return recipe
-    source = open_source(recipe.data, population=0, seed=recipe.seed, set_aside=set_aside_share(recipe))
+    source = open_text(recipe, set_aside=set_aside_share(recipe), count=True)
+    if isinstance(source, FileUnits):
+        return recipe.changed({"federation.population": len(source.sites)})
     assert isinstance(source, FileSource)  # the embedded world has a number of its own
     return recipe.changed({"federation.population": len(source.owned)})
 
@@ -73,23 +79,25 @@ def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
     Raises:
       DataError: the data cannot be read.
     """
-    population = recipe.federation.population
-    source = open_source(recipe.data, population=population, seed=recipe.seed, set_aside=set_aside_share(recipe))
-    if not isinstance(source, FileSource):
+    opened = open_text(recipe, set_aside=set_aside_share(recipe))
+    source = file_of(opened)
+    if source is None:
         return None
-    evaluation = open_evaluation(recipe, source)
+    evaluation = open_evaluation(recipe, opened)
     measured = evaluation(recipe.evaluation.examples) if evaluation else []
     texts = [PlainTemplate().render(record).text for record in source.records]
     tokens, tokens_are, too_long = _count_tokens(texts, _load_counter(tokenizer), recipe.data.max_tokens)
-    sizes = sorted(map(len, source.owned))
-    field = recipe.data.client_field
+    groups = _records_by_client(opened, source)
+    sizes = sorted(map(len, groups))
+    field, curated = recipe.data.client_field, recipe.privacy.unit != "client"
     return DataSurvey(
         source=source.provenance,
         schema=source.schema,
         records=len(source.records),
-        clients=len(source.owned),
-        clients_are=f"owners in {field!r}" if field else "simulated",
+        clients=len(groups),
+        clients_are=f"{'sites' if curated else 'owners'} in {field!r}" if field else "simulated",
         records_of_client=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else (0, 0, 0),
+        owners=_count_owners(source, groups, recipe.data.owner_field),
         evaluation_records=len(measured),
         tokens=tokens,
         tokens_are=tokens_are,
@@ -98,6 +106,25 @@ def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
         changed=source.changed,
         duplicates=count_duplicates(source, measured),
     )
+
+
+def _records_by_client(opened: Source, file: FileSource) -> list[list[int]]:
+    """The numbers of each client's records, or of each site's where the unit is inside one."""
+    if not isinstance(opened, FileUnits):
+        return [list(indices) for indices in file.owned]
+    return [[index for unit in units for index in file.owned[opened.places[unit]]] for units in opened.sites.values()]
+
+
+def _count_owners(file: FileSource, groups: Sequence[Sequence[int]], field: str) -> int | None:
+    """Raises DataError for a record that names no owner."""
+    if not field:
+        return None
+    missing = next((index for group in groups for index in group if field not in file.records[index]), None)
+    if missing is not None:
+        raise DataError(
+            f"record {missing + 1} has no field {field!r}: set data.owner_field to a field of every record."
+        )
+    return sum(len({owner_key(file.records[index][field]) for index in group}) for group in groups)
 
 
 def count_duplicates(source: FileSource, evaluation: Sequence[Record]) -> Duplicates:

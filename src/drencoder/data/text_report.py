@@ -7,9 +7,10 @@ into a file or a message that leaves.
 from collections.abc import Sequence
 
 from drencoder.data.schemas import Record
-from drencoder.data.sources import FileSource, HostedSource, Source
+from drencoder.data.sources import Source
 from drencoder.data.survey import count_duplicates
 from drencoder.data.tokenization import RecordTokenizer
+from drencoder.data.units import file_of
 from drencoder.errors import DataError
 
 __all__ = ["report_records", "report_source"]
@@ -23,8 +24,8 @@ def report_source(tokenizer: RecordTokenizer, source: Source) -> list[str]:
     Raises:
       DataError: the chat template refuses a record.
     """
-    file = source.held if isinstance(source, HostedSource) else source
-    if not isinstance(file, FileSource):
+    file = file_of(source)
+    if file is None:
         return []
     used = sorted(index for owned in file.owned for index in owned[: file.examples_per_client])
     sentences = [report_records(tokenizer, [(index + 1, file.records[index]) for index in used], "The clients' text")]

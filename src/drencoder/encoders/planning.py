@@ -105,6 +105,11 @@ def check_encoder(recipe: Recipe) -> None:
             f"privacy.trust = 'secure-aggregation' gives the server sums of codes only, and encoder.name = {name!r} is not "
             "linear, so that no sum of its codes can be decoded: set encoder.name = 'random'."
         )
+    if privacy.unit != "client":
+        raise RecipeError(
+            f"privacy.unit = {privacy.unit!r} sums codes at a site, and encoder.name = {name!r} is not linear, so that no sum of its "
+            "codes can be decoded: set encoder.name = 'random'."
+        )
     if privacy.clip == "adaptive":
         raise RecipeError(
             f"privacy.clip = 'adaptive' needs codes that can be summed and encoder.name = {name!r} is not linear: set "

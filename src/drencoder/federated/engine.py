@@ -10,6 +10,7 @@ from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.federated.query import Query
 from drencoder.federated.round import SecureSum, Upload
+from drencoder.federated.site_round import SiteCurator
 from drencoder.models.client_training import ClientTrainer
 from drencoder.models.identity import BaseDigests
 from drencoder.models.lora import LoraModel
@@ -48,6 +49,10 @@ class Engine(Protocol):
         """The sites that have said who they are; none where the clients are in this process."""
         ...
 
+    def unasked(self) -> Sequence[int]:
+        """Those of the last cohort who were not asked, since their machine could not be reached."""
+        ...
+
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
     ) -> Iterator[Upload | SecureSum]:
@@ -77,5 +82,7 @@ class RunComponents(Protocol):
     def lora(self) -> LoraModel: ...
     @property
     def trainer(self) -> ClientTrainer: ...
+    @property
+    def curator(self) -> SiteCurator | None: ...
     def noise(self) -> NoiseSource: ...
     def encoder(self, prior: GaussianPrior | None, state: dict[str, Tensor] | None = None) -> Encoder: ...

@@ -13,6 +13,7 @@ from drencoder.federated.engine import SiteFacts
 from drencoder.federated.query import Query
 from drencoder.federated.round import SecureSum, Upload, client_message
 from drencoder.federated.secure_round import clients_by_node, node_share, round_settings, secure_node, secure_sum
+from drencoder.federated.site_round import SiteCurator
 from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
@@ -32,19 +33,25 @@ class InProcessEngine:
     """Hands a query to clients of this machine, some at a time, and yields what they send.
 
     Under secure aggregation the clients are spread over `nodes`, of which `threshold` must stay to the end, and
-    `lost(slot, stage, node)` says which of them do not answer: for tests.
+    `lost(slot, stage, node)` says which of them do not answer: for tests. With a `curator` the clients are sites, whose own units
+    are protected.
     """
 
     trainer: ClientTrainer
     nodes: int = 1
     threshold: int = 1
     lost: Callable[[int, ProtocolStep, int], bool] = _nobody
+    curator: SiteCurator | None = None
 
     def ready(self) -> None:
         """This process is always there."""
 
     def sites(self) -> Sequence[SiteFacts]:
         """None: the clients are here."""
+        return ()
+
+    def unasked(self) -> Sequence[int]:
+        """None: this process is always there."""
         return ()
 
     def gather(
@@ -56,6 +63,10 @@ class InProcessEngine:
         """
         if permit.shares is not None:
             yield self._aggregated(query, adapter_D, cohort, permit, noise)
+            return
+        if self.curator is not None:
+            for site in cohort:
+                yield self.curator.message(query, adapter_D, site, permit, noise)
             return
         for start in range(0, len(cohort), self.trainer.batch_clients):
             clients = cohort[start : start + self.trainer.batch_clients]
@@ -73,7 +84,8 @@ class InProcessEngine:
         parties = [
             secure_node(
                 settings, node, key, on_nodes[node],
-                node_share(query, self.trainer, adapter_D, on_nodes[node], permit, noise),
+                self.curator.node_share(query, adapter_D, on_nodes[node], permit, noise) if self.curator is not None
+                else node_share(query, self.trainer, adapter_D, on_nodes[node], permit, noise),
             )
             for node, key in enumerate(keys)
         ]  # fmt: skip

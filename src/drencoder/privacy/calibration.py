@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
@@ -13,14 +14,56 @@ from drencoder.privacy.accounting import (
     clt_mu,
     epsilon_pld,
     fine_enough,
+    gdp_mu,
     sigma_gaussian,
 )
+from drencoder.privacy.plan_checks import refuse
 
-__all__ = ["LEAST_SAMPLED_NOISE", "sigma_for"]
+if TYPE_CHECKING:
+    from drencoder.privacy.plan import PrivacyPlan
+
+__all__ = ["LEAST_SAMPLED_NOISE", "calibrate", "sigma_for"]
 
 LEAST_SAMPLED_NOISE = 0.1
 """The smallest noise multiplier of secret cohorts: less protects nobody, and its privacy loss fits on no grid."""
 _MOST_NOISE = 1e4
+
+
+def calibrate(
+    plan: Callable[[float], "PrivacyPlan"], epsilon: float | None, noise_multiplier: float | None
+) -> "PrivacyPlan":
+    """The plan with the least noise that keeps to `epsilon`, or with `noise_multiplier`, which must keep to it.
+
+    Args:
+      plan: noise multiplier of the rounds -> the plan with it, checked in all else.
+
+    Raises:
+      PrivacyError: neither is given, or both and they do not go together, or one though no stage has noise.
+    """
+    draft = plan(1.0)  # checks everything else before any search
+    everything = dict.fromkeys(draft.slots, 1)
+    if not draft.budget_events(everything):  # nothing private is left to calibrate
+        if epsilon is not None or noise_multiplier is not None:
+            refuse("A noise level is given though no stage has noise", "a run without noise has none", "drop it")
+        return draft
+    if noise_multiplier is not None:
+        planned = plan(noise_multiplier)
+        cost = epsilon_pld(planned.budget_events(everything), planned.gaussian_delta, planned.relation)
+        if epsilon is not None and cost > epsilon:
+            refuse(
+                f"noise_multiplier {noise_multiplier} costs epsilon {cost:.4f}",
+                f"the budget is {epsilon}",
+                "leave noise_multiplier out to have it found, or set epsilon to what you accept",
+            )
+        return planned
+    if epsilon is None:
+        refuse("Neither epsilon nor noise_multiplier is given", "one of them is needed", "set epsilon, e.g. 8")
+    mu = gdp_mu(draft.budget_events(everything), draft.relation)
+    if mu is not None:  # mu scales with 1/sigma: no search
+        return plan(mu * sigma_gaussian(epsilon, draft.gaussian_delta))
+    return plan(
+        sigma_for(lambda sigma: plan(sigma).budget_events(everything), epsilon, draft.gaussian_delta, draft.relation)
+    )
 
 
 def sigma_for(

@@ -12,10 +12,8 @@ Resuming after a crash, for a slot that is charged but whose result was lost:
   when the budget has no room for it, the run ends that much earlier.
 - local, secure aggregation: it must be skipped (`resume_rule` says "skip", `charge` refuses). Its clients may have released once
   already; a second release with fresh noise would be one more than the participation cap allows them.
-  A lost stage 1 can therefore not be repeated. Local releases are safe to store as soon as they exist, so
-  store them at once and little is ever lost.
-- replayable noise (tests): redo it. The same cohort and the same noise give the identical release, which
-  tells nothing new; the ledger writes a line of kind "repeat" that costs nothing.
+  A lost stage 1 can therefore not be repeated.
+- replayable noise (tests): redo it. The identical release tells nothing new; a line of kind "repeat" costs nothing.
 """
 
 import hashlib
@@ -37,7 +35,7 @@ from drencoder.privacy.accounting import (
     event_to_dict,
 )
 from drencoder.privacy.ledger_file import FORMAT, LedgerFile
-from drencoder.privacy.observers import ObserverGuarantee
+from drencoder.privacy.observers import OBSERVERS, ObserverGuarantee, epsilons_by_observer
 from drencoder.privacy.plan import Noise, PrivacyPlan, ShareTerms, Stage, Trust
 from drencoder.privacy.sampling import KEY_BYTES, Sampler
 
@@ -53,9 +51,9 @@ class Permit:
     """Leave to release one slot once, made by `Ledger.charge` only (anything else gets a TypeError).
 
     `cohort` has the clients that this charge was written for, ascending: ask these and no others. Under central trust with
-    secure noise it is a secret that is in no file; nothing may tell it or its size.
-    Central: one sum. Local: one code of each client of `cohort`; a client that is not in it, or that comes
-    a second time, is refused. Secure aggregation: one share of each client, on the terms of `shares`, and one sum of them.
+    secure noise it is a secret that is in no file; nothing may tell it or its size. Where the unit is inside a site, its clients are
+    all sites. Central: one sum. Local: one code of each client of `cohort`; one that is not in it, or that comes a second time, is
+    refused. Secure aggregation: one share of each client, on the terms of `shares`, and one sum of them.
     """
 
     trust: Trust
@@ -209,8 +207,9 @@ class Ledger:
 
         A chain cannot show that its own end is missing: keep the head in each checkpoint and check it.
         """
-        seq, digest = head
-        return digest == (self.records[seq + 1]["prev"] if seq + 1 < len(self.records) else self._file.head_hash)
+        return head[1] == (
+            self.records[head[0] + 1]["prev"] if head[0] + 1 < len(self.records) else self._file.head_hash
+        )
 
     def charges(self) -> dict[int, int]:
         """How often each slot was charged."""
@@ -247,11 +246,19 @@ class Ledger:
     def contributors(self) -> dict[int, int]:
         """How many clients' releases the sum of each slot holds at least, where that is known."""
         contributors: dict[int, int] = {}
-        for record in self.records:
-            if record["kind"] == "contributors":  # of a slot's records the smallest counts
-                slot = record["slot"]
-                contributors[slot] = min(record["contributors"], contributors.get(slot, record["contributors"]))
+        for record in (record for record in self.records if record["kind"] == "contributors"):
+            slot = record["slot"]  # of a slot's records the smallest counts
+            contributors[slot] = min(record["contributors"], contributors.get(slot, record["contributors"]))
         return contributors
+
+    def unasked(self) -> dict[int, list[int]]:
+        """Slot -> the sites that were not asked in it, where the unit of privacy is inside a site; without slots that asked all."""
+        return {record["slot"]: record["sites"] for record in self.records if record["kind"] == "unasked"}
+
+    def charged(self) -> dict[int, tuple[int, int]]:
+        """Slot -> (how often it was charged, how many contributors its sum has at least): what a plan composes."""
+        known = self.contributors()
+        return {slot: (count, known.get(slot, 1)) for slot, count in self.charges().items()}
 
     def sampler(self) -> Sampler:
         return self._sampler
@@ -264,24 +271,18 @@ class Ledger:
 
     def guarantees(self, interval: float = REPORT_INTERVAL) -> dict[str, ObserverGuarantee]:
         """What was spent so far for "server", "clients" and "public", for the certificate."""
-        charged = self._charged()
-        views = {name: self.plan.composition(name, charged) for name in ("server", "clients", "public")}
-        return {name: self.plan.guarantee(name, events, interval) for name, events in views.items()}
+        charged, plan = self.charged(), self.plan
+        return {name: plan.guarantee(name, plan.composition(name, charged), interval) for name in OBSERVERS}
 
     def spent(self) -> dict[str, float]:
         """PLD epsilon so far per observer, for progress lines (a quicker grid; cached)."""
-        charged, plan, spent = self._charged(), self.plan, {}
-        for name in ("server", "clients", "public"):
-            events = plan.composition(name, charged)
-            events = (NonPrivateEvent(),) if events is None else events
-            spent[name] = epsilon_pld(events, plan.gaussian_delta, plan.relation)
-        return spent
+        return epsilons_by_observer(self.plan, self.charged(), self.plan.relation)
 
     def certificate(self) -> dict[str, Any]:
         """JSON-ready: the plan, what was spent, per observer, and the ledger's last hash."""
         seq, digest = self.head
         return {
-            "unit": "client", "run_id": self.run_id,
+            "unit": self.plan.unit, "run_id": self.run_id,
             "private": self.plan.noise == "secure" and not self.plan.non_private,
             "delta": self.plan.delta, "relation": self.plan.relation, "plan": self.plan.to_dict(),
             "charges": sum(self.charges().values()), "ledger_head": {"seq": seq, "sha256": digest},
@@ -328,6 +329,11 @@ class Ledger:
             raise PrivacyError(f"Slot {slot} has no charge, or fewer than {contributors} clients in its cohort.")
         self._file.append({"kind": "contributors", "slot": slot, "contributors": contributors})
 
+    def record_unasked(self, slot: int, sites: Iterable[int]) -> None:
+        """Sites that could not be asked in a charged slot: it costs their units nothing. Where a unit is a client, nothing is written."""
+        if self.plan.curated and (names := sorted(sites)):
+            self._file.append({"kind": "unasked", "slot": slot, "sites": names})
+
     def record_abandoned(self, slot: int, answered: int | None) -> None:
         """A charged slot whose answers were thrown away, because too few came. Its charge stays.
 
@@ -369,10 +375,6 @@ class Ledger:
     def record_closed(self, rounds: int, files: Mapping[str, str]) -> None:
         """The run's last line: how many rounds there were, and the SHA-256 of each file that it leaves behind."""
         self._file.append({"kind": "closed", "rounds": rounds, "files": dict(files)})
-
-    def _charged(self) -> dict[int, tuple[int, int]]:
-        known = self.contributors()
-        return {slot: (count, known.get(slot, 1)) for slot, count in self.charges().items()}
 
     def _check_budget(self, slot: int) -> None:
         plan, charges = self.plan, self.charges()

@@ -47,6 +47,7 @@ def _line_troubles(ledger: Ledger) -> Iterator[str]:
     plan, sizes = ledger.plan, _CohortSizes(ledger)
     charged: dict[int, int] = {}
     to_release: set[int] = set()  # charged, and nothing released of that attempt yet
+    unasked: set[int] = set()
     for record in ledger.records[1:]:
         kind, line = record["kind"], f"line {record['seq'] + 1} of the ledger"
         slot: Any = record.get("slot")
@@ -61,6 +62,12 @@ def _line_troubles(ledger: Ledger) -> Iterator[str]:
         elif kind == "contributors":
             if trouble := sizes.trouble(slot, record["contributors"]):
                 yield f"{line}: {trouble}"
+        elif kind == "unasked":
+            sites = record["sites"]
+            known = plan.curated and all(type(site) is int and 0 <= site < plan.population for site in sites)
+            if not known or slot in unasked or sites != sorted(set(sites)):
+                yield f"{line} names sites that slot {slot} of this plan cannot leave out."
+            unasked.add(slot)
         elif kind == "release":
             if slot not in to_release or record["attempt"] != charged[slot] - 1:
                 yield f"{line} releases slot {slot} once more than it was charged."

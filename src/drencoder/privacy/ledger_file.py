@@ -30,6 +30,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "charge": {"stage": _TEXT, "slot": _WHOLE, "trust": _TEXT, "attempt": _WHOLE, "event": (dict,)},
     "repeat": {"stage": _TEXT, "slot": _WHOLE, "trust": _TEXT},
     "contributors": {"slot": _WHOLE, "contributors": _WHOLE},
+    "unasked": {"slot": _WHOLE, "sites": (list,)},
     "release": {"slot": _WHOLE, "attempt": _WHOLE, "of": _TEXT, "sha256": _TEXT},
     "abandoned": {"slot": _WHOLE},
     "lost": {"slot": _WHOLE},

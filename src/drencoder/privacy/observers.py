@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drencoder.privacy.accounting import (
     Event,
@@ -15,7 +15,20 @@ from drencoder.privacy.accounting import (
     gdp_mu,
 )
 
-__all__ = ["ASSUMPTIONS", "EpsilonReport", "ObserverGuarantee", "report"]
+if TYPE_CHECKING:
+    from drencoder.privacy.plan import PrivacyPlan
+
+__all__ = [
+    "ASSUMPTIONS",
+    "OBSERVERS",
+    "SITE_ASSUMPTIONS",
+    "EpsilonReport",
+    "ObserverGuarantee",
+    "epsilons_by_observer",
+    "report",
+]
+
+OBSERVERS = ("server", "clients", "public")
 
 ASSUMPTIONS = {
     ("central", "server"): "No guarantee: the server is trusted, it sees the un-noised sum of a round.",
@@ -32,9 +45,34 @@ ASSUMPTIONS = {
     "others are as against the server.",
     ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
 }
+"""(trust, observer) -> what the guarantee rests on, where the unit is a client."""
 
-
-"""(trust, observer) -> what the guarantee rests on."""
+_OWN_SITE = "The unit's own site keeps its records and its draw to itself, clips each unit's code, and "
+SITE_ASSUMPTIONS = {
+    ("local", "server"): f"{_OWN_SITE}adds its full noise. Nothing is assumed of other sites.",
+    (
+        "local",
+        "clients",
+    ): f"{_OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer is one site, knows "
+    "its own noise, and colludes neither with the server nor with another site.",
+    (
+        "local",
+        "public",
+    ): f"{_OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer sees only sums and the "
+    "model, and colludes neither with the server nor with a site.",
+    (
+        "secure-aggregation",
+        "server",
+    ): f"{_OWN_SITE}adds its share of the noise. The stated share of a slot's sites add theirs and "
+    "keep them to themselves; the others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
+    (
+        "secure-aggregation",
+        "clients",
+    ): f"{_OWN_SITE}adds its share of the noise. The observer is one of the honest sites, which "
+    "knows its own noise; the others are as against the server.",
+    ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
+}
+"""(trust, observer) -> what the guarantee rests on, where the unit is a record or an owner inside a site; "clients" are sites."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +110,17 @@ class ObserverGuarantee:
         data = {k: v for k, v in asdict(self).items() if k != "events"}
         data["by_relation"] = {relation: _json_floats(asdict(r)) for relation, r in self.by_relation.items()}
         return _json_floats(data)
+
+
+def epsilons_by_observer(
+    plan: "PrivacyPlan", charged: Mapping[int, tuple[int, int]], relation: Relation, interval: float | None = None
+) -> dict[str, float]:
+    """Observer -> PLD epsilon of the worst client, or of a site's units, after these charges: slot -> (charges, contributors)."""
+    views = {name: plan.composition(name, charged) for name in OBSERVERS}
+    return {
+        name: math.inf if events is None else epsilon_pld(events, plan.gaussian_delta, relation, interval)
+        for name, events in views.items()
+    }
 
 
 def report(events: tuple[Event, ...], delta: float, relation: Relation, interval: float | None) -> EpsilonReport:

@@ -1,6 +1,6 @@
 """The privacy plan: sampler, noise and events of a run, born together from one set of public facts.
 
-The unit is a client. Three trust models:
+The unit is a client, or a record or owner inside a site (`curated`, at the end). Three trust models:
 
 - `central`: the server is trusted. Cohorts are Poisson and secret; the server adds N(0, sigma^2 C^2) to
   the sum of the clipped codes and divides by the fixed expected size q * N.
@@ -12,13 +12,17 @@ The unit is a client. Three trust models:
   do not unmask it. Of those who contribute `honest_share` are assumed to add their share and to keep it to themselves;
   the shares are so large that the fewest honest ones together have noise sigma C.
 
-Slot 0 is stage 1 (the prior's query), slots 1..T are the rounds. `docs/guarantee.md` has the theorem.
+Where the unit is a record or an owner, `population` counts sites. Every site is in every slot: it draws its own units in secret,
+each with the sampling rate, and sends one noised sum. That is a message of local trust, or a share of secure aggregation, whose
+units have the sub-sampled events of central trust against everybody, since nobody but the site knows the draw.
+
+Slot 0 is stage 1 (the prior's query), slots 1..T are the rounds. `docs/guarantee.md` has the theorems.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, get_args
 
 from drencoder.errors import PrivacyError
@@ -30,17 +34,15 @@ from drencoder.privacy.accounting import (
     PoissonGaussianEvent,
     Relation,
     epsilon_pld,
-    gdp_mu,
     merge,
-    sigma_gaussian,
 )
-from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE, sigma_for
-from drencoder.privacy.observers import ASSUMPTIONS, ObserverGuarantee, report
-from drencoder.privacy.plan_checks import Noise, Stage, Trust, check_facts, check_noise, refuse
-from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, split_blocks
+from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE, calibrate
+from drencoder.privacy.observers import ASSUMPTIONS, SITE_ASSUMPTIONS, ObserverGuarantee, report
+from drencoder.privacy.plan_checks import Noise, Stage, Trust, Unit, check_facts, check_noise, refuse, unused_fields
+from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, binomial_quantile, split_blocks
 from drencoder.privacy.share_terms import ShareTerms
 
-__all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "make_plan"]
+__all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "Unit", "make_plan"]
 
 ALIGNMENT = 0.5  # |mean clipped update|^2 / C^2, as plans assume it
 
@@ -48,7 +50,7 @@ _COHORT_RISK = 1e-6  # chance that one round's cohort is smaller than the plan s
 _CROWD_RISK = 1e-12  # and that it is larger than what the modulus of secure aggregation was made for
 _DISCRETE_SHARE = 1e-6  # of delta, set aside for all that keeps discrete shares from being Gaussian noise
 _SURE = 1e-9  # shares of whole numbers: 0.7 of 10 is 7, whatever floating point says
-_SHARE_FIELDS = ("dropout_share", "honest_share")
+_FULLER = 4  # times the units that everybody expects in a sum, the modulus of secure aggregation holds
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class PrivacyPlan:
     `nonlinear_decoding`: the rounds' codes pass a non-linear map one by one before they are summed. Such a sum is
     no function of the sum of the codes, so under local trust clients do not hide behind each other's noise.
     `dropout_share`, `honest_share`: secure aggregation only; see `least_contributors` and `honest`.
+    `unit`: what is protected; but for "client", `population` counts sites and `site_units` is how many units everybody takes a
+    site to have. A site's true number is its secret: nothing is divided by it, and no number of the plan comes from it.
     """
 
     trust: Trust
@@ -80,6 +84,8 @@ class PrivacyPlan:
     nonlinear_decoding: bool = False
     dropout_share: float = 0.0
     honest_share: float = 1.0
+    unit: Unit = "client"
+    site_units: int = 0
 
     def __post_init__(self) -> None:
         check_facts(self)
@@ -91,7 +97,7 @@ class PrivacyPlan:
                     "it must be positive and finite",
                     f"name '{stage}' in non_private for a run without noise and without a guarantee there",
                 )
-            secret = used and not self.capped and self.rate(0 if stage == "stage1" else 1) < 1
+            secret = used and self.secret_draw and self.rate(0 if stage == "stage1" else 1) < 1
             if secret and 0 < sigma < LEAST_SAMPLED_NOISE:
                 refuse(
                     f"The noise multiplier of {stage} is {sigma:g}",
@@ -107,6 +113,21 @@ class PrivacyPlan:
     def capped(self) -> bool:
         """Whether cohorts are no secret and each client's releases are capped instead: all trust but central."""
         return self.trust != "central"
+
+    @property
+    def curated(self) -> bool:
+        """Whether sites curate the units: a unit is a record, or an owner inside a site, and what a site sends is a noised sum."""
+        return self.unit != "client"
+
+    @property
+    def secret_draw(self) -> bool:
+        """Whether nobody but who adds the noise knows which units are in a slot: the server, or each site of its own units."""
+        return self.curated or not self.capped
+
+    @property
+    def units(self) -> int:
+        """How many units there are, as everybody may know it: N."""
+        return self.population * (self.site_units if self.curated else 1)
 
     @property
     def gaussian_delta(self) -> float:
@@ -126,24 +147,28 @@ class PrivacyPlan:
     @property
     def expected_cohort(self) -> float:
         """q * N, the fixed denominator of every round's mean. Never the realised size."""
-        return self.sampling_rate * self.population
+        return self.sampling_rate * self.units
 
     @property
     def stage1_cohort(self) -> float:
         """The fixed denominator of stage 1; 0 without one."""
-        return self.stage1_rate * self.population
+        return self.stage1_rate * self.units
 
     def denominator(self, slot: int) -> float:
         """What the released sum of `slot` is divided by: fixed before the run, never the realised size."""
-        return self.rate(slot) * self.population
+        return self.rate(slot) * self.units
+
+    def senders(self, slot: int) -> float:
+        """How many messages `slot` is expected to have: of the clients of its cohort, or of all sites."""
+        return self.population if self.curated else self.denominator(slot)
 
     def rate(self, slot: int) -> float:
-        """The chance of each client to take part in `slot`."""
+        """The chance of each unit to take part in `slot`."""
         return self.stage1_rate if slot == 0 else self.sampling_rate
 
     def sampler(self, key: bytes) -> Sampler:
         """The sampler whose law the events state. `key`: 32 bytes, secret under central trust."""
-        rates = {slot: self.rate(slot) for slot in self.slots}
+        rates = {slot: 1.0 if self.curated else self.rate(slot) for slot in self.slots}
         if self.capped:
             return CappedSampler(key, self.population, rates, self.blocks)
         return PoissonSampler(key, self.population, rates, fresh_attempts=self.noise == "secure")
@@ -154,17 +179,19 @@ class PrivacyPlan:
         return "stage1" if slot == 0 else "round"
 
     def event(self, slot: int) -> Event:
-        """What one release of `slot` is charged as (capped cohorts: for each client of its cohort)."""
+        """What one release of `slot` is charged as (capped cohorts: for each client of its cohort; sites: for each unit)."""
         if not self.slots[0] <= slot <= self.rounds:
             raise PrivacyError(f"Slot {slot} is not in the plan, which has slots {self.slots[0]} to {self.rounds}.")
         if self.stage(slot) in self.non_private:
             return NonPrivateEvent()
         sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
-        return GaussianEvent(sigma) if self.capped else PoissonGaussianEvent(self.rate(slot), sigma)
+        return PoissonGaussianEvent(self.rate(slot), sigma) if self.secret_draw else GaussianEvent(sigma)
 
     def cohort_bound(self, slot: int) -> int:
         """How many contributors `slot` has at least, save with chance 1e-6; never below 1."""
-        return max(1, _binomial_quantile(_COHORT_RISK, self.population, self.rate(slot)))
+        if self.curated:
+            return self.population
+        return max(1, binomial_quantile(_COHORT_RISK, self.population, self.rate(slot)))
 
     # Secure aggregation's shares of noise
 
@@ -192,9 +219,11 @@ class PrivacyPlan:
         least = self.least_contributors(slot)
         honest = self.honest(least)
         sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
-        most = 1 + _binomial_quantile(1 - _CROWD_RISK, self.population, self.rate(slot))
+        most = 1 + binomial_quantile(1 - _CROWD_RISK, self.units, self.rate(slot))
         slack = _DISCRETE_SHARE * self.delta / len(self.slots) / (1 + math.exp(min(700.0, self._largest_epsilon)))
-        return ShareTerms(sigma / math.sqrt(honest), least, min(self.population, most), honest, slack)
+        codes = _FULLER * most if self.curated else min(self.population, most)
+        contributors = self.population if self.curated else codes
+        return ShareTerms(sigma / math.sqrt(honest), least, contributors, honest, slack, codes)
 
     @cached_property
     def _largest_epsilon(self) -> float:
@@ -225,15 +254,15 @@ class PrivacyPlan:
 
     def _seen(self, slot: int, observer: str, contributors: int) -> Event:
         event = self.event(slot)
-        if self.trust == "secure-aggregation" and isinstance(event, GaussianEvent):
+        if self.trust == "secure-aggregation" and not isinstance(event, NonPrivateEvent):
             least = self.least_contributors(slot)
             honest = self.honest(max(least, contributors))
             unknown = max(1, honest - 1 if observer == "clients" else honest)
-            return GaussianEvent(event.noise_multiplier * math.sqrt(unknown / self.honest(least)))
+            return replace(event, noise_multiplier=event.noise_multiplier * math.sqrt(unknown / self.honest(least)))
         if isinstance(event, NonPrivateEvent) or observer == "server" or (self.nonlinear_decoding and slot > 0):
             return event
         others = contributors - 1 if observer == "clients" else contributors
-        return GaussianEvent(event.noise_multiplier * math.sqrt(max(1, others)))
+        return replace(event, noise_multiplier=event.noise_multiplier * math.sqrt(max(1, others)))
 
     def guarantee(
         self, observer: str, events: tuple[Event, ...] | None, interval: float | None = None
@@ -241,7 +270,7 @@ class PrivacyPlan:
         """All epsilons of a composition for one observer; `events` None means no guarantee."""
         events = (NonPrivateEvent(),) if events is None else events
         reports = {relation: report(events, self.gaussian_delta, relation, interval) for relation in RELATIONS}
-        assumption = ASSUMPTIONS[self.trust, observer]
+        assumption = (SITE_ASSUMPTIONS if self.curated else ASSUMPTIONS)[self.trust, observer]
         if self.noise == "replay":
             assumption = "NOT PRIVATE, replayable noise: these numbers hold for secure noise only. " + assumption
         if self.non_private:
@@ -295,29 +324,24 @@ class PrivacyPlan:
         """Coordinates that one round can learn, n^2 |g|^2 / (noise variance of the sum) (METHOD 2.5).
 
         `alignment` is the assumed |mean clipped update|^2 / C^2. The variance is sigma^2 C^2 under central
-        trust, n sigma^2 C^2 under local trust, n shares' under secure aggregation.
+        trust, that of as many noises as there are senders under local trust, and as many shares' under secure aggregation.
         """
         if self.noise_multiplier == 0:
             return math.inf
-        n = self.expected_cohort
-        if self.trust == "secure-aggregation":
-            return alignment * n / self.share_terms(1).multiplier ** 2
-        return alignment * (n * n if self.trust == "central" else n) / self.noise_multiplier**2
+        n, noises = self.expected_cohort, 1 if self.trust == "central" else self.senders(1)
+        sigma = self.share_terms(1).multiplier if self.trust == "secure-aggregation" else self.noise_multiplier
+        return alignment * (n * (n / noises)) / sigma**2
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` gives an equal plan back."""
         facts = {**asdict(self), "non_private": list(self.non_private)}
-        if self.trust != "secure-aggregation":  # ledgers of the other modes look as they always did
-            for name in _SHARE_FIELDS:
-                del facts[name]
-        return facts
+        unused = unused_fields(self.trust, self.unit)
+        return {name: value for name, value in facts.items() if name not in unused}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PrivacyPlan":
         """Inverse of `to_dict`. Raises PrivacyError on missing or unknown fields and on impossible values."""
-        names = {field.name for field in fields(cls)}
-        if data.get("trust") != "secure-aggregation":
-            names -= set(_SHARE_FIELDS)
+        names = {field.name for field in fields(cls)} - unused_fields(data.get("trust"), data.get("unit", "client"))
         if set(data) != names:
             raise PrivacyError(f"A privacy plan's fields do not match: {sorted(names ^ set(data))}.")
         return cls(**{**data, "non_private": tuple(data["non_private"])})
@@ -341,6 +365,8 @@ def make_plan(
     nonlinear_decoding: bool = False,
     dropout_share: float = 0.0,
     honest_share: float = 1.0,
+    unit: Unit = "client",
+    site_units: int = 0,
 ) -> PrivacyPlan:
     """The one place where sampler, noise and events of a run are decided.
 
@@ -348,7 +374,8 @@ def make_plan(
     rounds; capped cohorts: over the `participation_cap` releases of one client; local trust: against the server), or
     `noise_multiplier`, or both (then it is checked), or neither if every stage is in `non_private`.
     Stage 1 has `stage1_noise_ratio` times the noise multiplier of the rounds. `nonlinear_decoding` must be set when the
-    encoder's decoder is not linear (see `PrivacyPlan`).
+    encoder's decoder is not linear (see `PrivacyPlan`). Sites (a `unit` that is no client) take part in every slot, whatever
+    the `participation_cap`.
     Raises PrivacyError with the value, the bound and the cure.
     """
     silent = tuple(stage for stage in get_args(Stage) if stage in set(non_private))
@@ -359,39 +386,12 @@ def make_plan(
     def plan(sigma: float) -> PrivacyPlan:
         return PrivacyPlan(
             trust=trust, population=population, sampling_rate=sampling_rate, rounds=rounds,
-            stage1_rate=stage1_rate, delta=delta, relation=relation, participation_cap=participation_cap,
+            stage1_rate=stage1_rate, delta=delta, relation=relation,
+            participation_cap=participation_cap if unit == "client" else rounds + (stage1_rate > 0),
             noise_multiplier=0.0 if "round" in silent else sigma,
             stage1_noise_multiplier=0.0 if "stage1" in silent or stage1_rate == 0 else sigma * stage1_noise_ratio,
             target_epsilon=epsilon, noise=noise, non_private=silent, nonlinear_decoding=nonlinear_decoding,
-            dropout_share=dropout_share, honest_share=honest_share,
+            dropout_share=dropout_share, honest_share=honest_share, unit=unit, site_units=site_units,
         )  # fmt: skip
 
-    draft = plan(1.0)  # checks everything else before any search
-    everything = dict.fromkeys(draft.slots, 1)
-    if not draft.budget_events(everything):  # nothing private is left to calibrate
-        if epsilon is not None or noise_multiplier is not None:
-            refuse("A noise level is given though no stage has noise", "a run without noise has none", "drop it")
-        return draft
-    if noise_multiplier is not None:
-        planned = plan(noise_multiplier)
-        cost = epsilon_pld(planned.budget_events(everything), planned.gaussian_delta, relation)
-        if epsilon is not None and cost > epsilon:
-            refuse(
-                f"noise_multiplier {noise_multiplier} costs epsilon {cost:.4f}",
-                f"the budget is {epsilon}",
-                "leave noise_multiplier out to have it found, or set epsilon to what you accept",
-            )
-        return planned
-    if epsilon is None:
-        refuse("Neither epsilon nor noise_multiplier is given", "one of them is needed", "set epsilon, e.g. 8")
-    mu = gdp_mu(draft.budget_events(everything), relation)
-    if mu is not None:  # mu scales with 1/sigma: no search
-        return plan(mu * sigma_gaussian(epsilon, draft.gaussian_delta))
-    return plan(sigma_for(lambda sigma: plan(sigma).budget_events(everything), epsilon, delta, relation))
-
-
-@lru_cache(maxsize=64)
-def _binomial_quantile(chance: float, count: int, rate: float) -> int:
-    from scipy.stats import binom
-
-    return int(binom.ppf(chance, count, rate))
+    return calibrate(plan, epsilon, noise_multiplier)

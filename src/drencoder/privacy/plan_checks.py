@@ -9,18 +9,27 @@ from drencoder.privacy.accounting import RELATIONS
 if TYPE_CHECKING:
     from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["Noise", "Stage", "Trust", "check_facts", "check_noise", "refuse"]
+__all__ = ["Noise", "Stage", "Trust", "Unit", "check_facts", "check_noise", "refuse", "unused_fields"]
 
 _LEAST_NOISE, _MOST_NOISE = 1e-4, 1e6  # beyond them floating point numbers end before epsilon does
+
+_SHARE_FIELDS = {"dropout_share", "honest_share"}
+_UNIT_FIELDS = {"unit", "site_units"}
 
 Trust = Literal["local", "central", "secure-aggregation"]
 Noise = Literal["secure", "replay"]
 Stage = Literal["stage1", "round"]
+Unit = Literal["client", "record", "owner"]
 
 
 def refuse(value: str, bound: str, cure: str) -> NoReturn:
     """Raises `PrivacyError`: "VALUE; BOUND: CURE."."""
     raise PrivacyError(f"{value}; {bound}: {cure}.")
+
+
+def unused_fields(trust: object, unit: object) -> set[str]:
+    """Fields that say nothing under this trust and unit: ledgers leave them out, and look as they did before there were any."""
+    return (set() if trust == "secure-aggregation" else _SHARE_FIELDS) | (_UNIT_FIELDS if unit == "client" else set())
 
 
 def check_facts(plan: "PrivacyPlan") -> None:
@@ -29,6 +38,7 @@ def check_facts(plan: "PrivacyPlan") -> None:
         ("trust", plan.trust, get_args(Trust)),
         ("relation", plan.relation, RELATIONS),
         ("noise", plan.noise, get_args(Noise)),
+        ("unit", plan.unit, get_args(Unit)),
     ):
         if value not in allowed:
             refuse(f"{name} is {value!r}", f"it is one of {', '.join(allowed)}", "choose one of these")
@@ -45,14 +55,39 @@ def check_facts(plan: "PrivacyPlan") -> None:
         refuse(f"stage1_rate is {plan.stage1_rate}", "it must lie in [0, 1]", "0 means no stage 1")
     if not 0 < plan.delta < 1:
         refuse(f"delta is {plan.delta}", "it must lie strictly between 0 and 1", "use 1e-5 or less")
-    if plan.delta * plan.population >= 1:
+    if plan.curated:
+        _check_sites(plan)
+    if plan.delta * plan.units >= 1:
+        units = f"{plan.unit}s"
         refuse(
-            f"delta is {plan.delta} with {plan.population} clients",
-            "delta must be below 1 / population, else publishing one client's data whole would pass",
-            f"use {0.1 / plan.population:.0e} or less",
+            f"delta is {plan.delta} with {plan.units} {units}",
+            f"delta must be below 1 / {'population' if plan.unit == 'client' else f'number of {units}'}, else publishing one {plan.unit}'s data whole would pass",
+            f"use {0.1 / plan.units:.0e} or less",
         )
     if plan.trust == "secure-aggregation":
         _check_shares(plan)
+
+
+def _check_sites(plan: "PrivacyPlan") -> None:
+    """Bounds of plans whose unit is inside a site."""
+    if type(plan.site_units) is not int or plan.site_units < 1:
+        refuse(
+            f"site_units is {plan.site_units}",
+            f"it must be how many {plan.unit}s everybody takes a site to have, at least 1",
+            "name a number that does not come from the records",
+        )
+    if plan.trust == "central":
+        refuse(
+            f"trust is 'central' and the unit is '{plan.unit}'",
+            "each site adds the noise itself",
+            "use 'local', or 'secure-aggregation' for nearly as little noise as a trusted server would add",
+        )
+    if plan.non_private:
+        refuse(
+            f"{' and '.join(plan.non_private)} would have no noise and the unit is '{plan.unit}'",
+            "a site sends nothing without noise",
+            "use the unit 'client' for a baseline",
+        )
 
 
 def _check_shares(plan: "PrivacyPlan") -> None:

@@ -1,4 +1,4 @@
-"""Who takes part when: the two samplers whose law the accounting relies on.
+"""Who takes part when: the samplers whose law the accounting relies on.
 
 A *slot* is one release to which clients contribute: slot 0 is stage 1 (the prior's query), slots
 1..T are the rounds. Every uniform number is 53 bits of SHAKE-256 over (key, purpose, indices), so
@@ -9,8 +9,9 @@ with anything else. One million clients take about 20 ms.
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,15 @@ import numpy.typing as npt
 
 from drencoder.errors import PrivacyError
 
-__all__ = ["KEY_BYTES", "CappedSampler", "PoissonSampler", "Sampler", "split_blocks"]
+__all__ = [
+    "KEY_BYTES",
+    "CappedSampler",
+    "PoissonSampler",
+    "Sampler",
+    "UnitSampler",
+    "binomial_quantile",
+    "split_blocks",
+]
 
 KEY_BYTES = 32
 _RATE_SLACK = 1e-9  # twenty rates of 0.05 sum to 1 + 2e-16; that is still one
@@ -93,6 +102,31 @@ class CappedSampler:
         stop = math.fsum([*(_rate(self.rates, s) for s in block[: block.index(slot)]), rate])
         u_N = _uniforms(self.key, "capped", (index,), self.population)
         return np.flatnonzero((u_N >= start) & (u_N < stop)).tolist()
+
+
+@dataclass(frozen=True)
+class UnitSampler:
+    """A site's draw among its own units: each joins a slot with chance `rate`, whatever other units there are.
+
+    A unit is named by a number of its own, and its uniform number is 53 bits of SHAKE-256 over (key, slot, site, unit): no unit's
+    part depends on which or how many others the site has. The draw is the secret that amplifies privacy against everybody, the
+    server too. So `key` comes from `secrets`, serves one draw and is forgotten; replayed runs (tests) derive it from the seed.
+    """
+
+    key: bytes = field(repr=False)
+
+    def joining(self, units: Sequence[int], rate: float, slot: int, site: int) -> list[int]:
+        """Those of `units` that are in the slot, in their order; variable in number, and sometimes none."""
+        _check(self.key, 1, {slot: rate})
+        return [unit for unit in units if _uniforms(self.key, "unit", (slot, site, unit), 1)[0] < rate]
+
+
+@lru_cache(maxsize=64)
+def binomial_quantile(chance: float, count: int, rate: float) -> int:
+    """The smallest number that a binomial draw stays at or below with probability `chance`."""
+    from scipy.stats import binom
+
+    return int(binom.ppf(chance, count, rate))
 
 
 def split_blocks(slots: tuple[int, ...], cap: int) -> tuple[tuple[int, ...], ...]:

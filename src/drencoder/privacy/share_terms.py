@@ -18,9 +18,10 @@ class ShareTerms:
     Args:
       multiplier: noise std of one client's share, over the sensitivity of its rounded code.
       least_contributors: of fewer nothing may be unmasked.
-      most_contributors: what the modulus must hold.
+      most_contributors: there are no more than so many, and so many shares.
       honest: how many of the least contributors are assumed honest.
       slack: how far, in total variation, the released sum may be from one with Gaussian noise.
+      most_codes: how many codes the modulus must hold. A sum of more may wrap around, which spoils it and tells nothing more.
     """
 
     multiplier: float
@@ -28,6 +29,7 @@ class ShareTerms:
     most_contributors: int
     honest: int
     slack: float
+    most_codes: int
 
     def quantiser(self, values: int, clip_l2: float) -> "Quantiser":
         """How codes of this size and clip become integers: the same object for whoever asks.
@@ -37,7 +39,7 @@ class ShareTerms:
         from drencoder.secure_aggregation.quantise import Quantiser
 
         quantiser = Quantiser.plan(
-            values=values, clip_l2=clip_l2, share_multiplier=self.multiplier, most_clients=self.most_contributors
+            values=values, clip_l2=clip_l2, share_multiplier=self.multiplier, most_clients=self.most_codes
         )
         distance = quantiser.distance(self.most_contributors)
         if distance > self.slack:

@@ -17,6 +17,7 @@ from typing import Any
 from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.ledger import Permit, _permit
 from drencoder.privacy.ledger_check import plan_differences
+from drencoder.privacy.observers import epsilons_by_observer
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.reading import cut, parse_json
 
@@ -82,6 +83,15 @@ class SiteLedger:
         """The run that this ledger serves; None before the first charge."""
         with self._locked():
             return self._run
+
+    def spent(self) -> dict[str, float]:
+        """Observer -> PLD epsilon of the worst client here, or of a site's units, by what was answered so far.
+
+        How many others answered is not known here, so that none are counted on beyond what the plan needs.
+        """
+        with self._locked():
+            charged = {slot: (1, 1) for slot in sorted(self._begun)}
+        return epsilons_by_observer(self.plan, charged, self.plan.relation)
 
     def close(self) -> None:
         """Closing twice is fine."""

@@ -38,8 +38,8 @@ __all__ = ["STUDY_TABLE", "Recipe", "describe_knobs", "load_recipe", "read_secti
 
 Section = TypeVar("Section")
 
-EMBEDDED_CLIENTS = 10_000
-"""Clients of the embedded world, where a recipe does not say how many."""
+EMBEDDED_CLIENTS, EMBEDDED_SITES = 10_000, 10
+"""Clients, or sites, of the embedded world, where a recipe does not say how many."""
 
 STUDY_TABLE = "compare"
 """The table of a recipe file that is no part of a recipe: `drencoder compare` reads it (`study.settings`), a run does not."""
@@ -91,7 +91,8 @@ class Recipe:
                 "name leaves room for: shorten it."
             )
         if self.data.is_embedded and not self.federation.population:
-            object.__setattr__(self, "federation", dataclasses.replace(self.federation, population=EMBEDDED_CLIENTS))
+            population = EMBEDDED_CLIENTS if self.privacy.unit == "client" else EMBEDDED_SITES
+            object.__setattr__(self, "federation", dataclasses.replace(self.federation, population=population))
         _check_together(self)
 
     @property
@@ -174,6 +175,8 @@ def _check_together(recipe: Recipe) -> None:
     privacy, encoder = recipe.privacy, recipe.encoder
     if privacy.trust == "secure-aggregation":
         _check_secure(recipe)
+    if privacy.unit != "client":
+        _check_sites(recipe)
     if recipe.data.held_out_share and recipe.evaluation.data:
         raise RecipeError(
             f"data.held_out_share = {recipe.data.held_out_share} sets owners aside for evaluation, and evaluation.data = "
@@ -187,6 +190,35 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             "privacy.clip = 'adaptive' needs noise in the codes and privacy.noise_in = 'update' puts it before them: set "
             "privacy.noise_in = 'code', or privacy.clip = 'fixed'."
+        )
+
+
+def _check_sites(recipe: Recipe) -> None:
+    """What cannot be where sites send noised sums of their own units."""
+    unit, trust, federation = recipe.privacy.unit, recipe.privacy.trust, recipe.federation
+    if trust == "central":
+        raise RecipeError(
+            f"privacy.trust = 'central' would send sums without noise to the server, and with privacy.unit = {unit!r} each site adds "
+            "the noise itself: set privacy.trust = 'secure-aggregation', which with privacy.honest_share = 1 adds nearly as little noise as "
+            "a trusted server would, or 'local'."
+        )
+    if trust == "non-private":
+        raise RecipeError(
+            f"privacy.trust = 'non-private' has no unit and privacy.unit = {unit!r} names one: set privacy.unit = 'client' for a baseline."
+        )
+    if recipe.privacy.noise_in == "update" or recipe.prior.source == "gradients":
+        key, value = (
+            ("prior.source = 'gradients'", "prior.source = 'moments'")
+            if recipe.prior.source == "gradients"
+            else ("privacy.noise_in = 'update'", "privacy.noise_in = 'code'")
+        )
+        raise RecipeError(
+            f"privacy.unit = {unit!r} sums clipped codes at a site, and {key} does not go with that: set {value}."
+        )
+    if not federation.units_per_site:
+        raise RecipeError(
+            f"privacy.unit = {unit!r} needs federation.units_per_site, how many {unit}s everybody may take a site to have: name a "
+            "round number that does not come from the records, such as 100."
         )
 
 

@@ -91,7 +91,13 @@ class Data(Checked):
     alpha: float = knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
     examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
     split: str = knob("train", "which part of a hub data set or of a benchmark the clients own")
-    client_field: str = knob("", "field that names a record's owner; empty = Dirichlet split")
+    client_field: str = knob(
+        "",
+        "field that names a record's owner, or its site where privacy.unit is inside a site; empty = Dirichlet split",
+    )
+    owner_field: str = knob(
+        "", "privacy.unit = owner: field that names a record's owner inside its site, say the patient"
+    )
     template: str = knob(
         "auto",
         "how a record becomes a text; chat: the tokenizer's chat template; plain: instruction, context, `Answer:`, response; auto: "
@@ -129,6 +135,13 @@ class Federation(Checked):
     )
     sampling_rate: float = knob(0.02, "chance q of a client to be in a round", above=0, high=1)
     rounds: int = knob(20, "rounds T of stage 2", low=1, high=1_000_000)
+    units_per_site: int = knob(
+        0,
+        "privacy.unit = record or owner: how many of them everybody may take a site to have, a number that does not come from the "
+        "records; means are divided by q times this times the sites",
+        low=0,
+        high=2**32,
+    )
     nodes: int = knob(
         4, "machines that the clients are spread over (client number modulo nodes); secure aggregation only", low=2
     )
@@ -229,6 +242,12 @@ class Privacy(Checked):
 
     epsilon: float = knob(8.0, "target epsilon against the strongest untrusted observer", above=0, high=1e6)
     delta: float = knob(1e-5, "delta", above=0, below=1)
+    unit: str = knob(
+        "client",
+        "what epsilon protects; client: all text of a client; for 3 to 50 sites, where population counts sites and sampling_rate is "
+        "of units: record: one record of a site; owner: one owner of data.owner_field, with all its records at a site",
+        choices=("client", "record", "owner"),
+    )
     noise_multiplier: float = knob(
         0.0, "noise std / clip_l2; 0 = calibrate to epsilon; any other must cost at most epsilon", low=0, high=1e6
     )

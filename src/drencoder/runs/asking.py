@@ -33,8 +33,10 @@ def ask_cohort(components: Components, ledger: Ledger, query: Query, adapter_D: 
             query, components.engine.gather(query, adapter_D, permit.cohort, permit, noise), permit, noise
         )
     except QuorumError as error:
+        ledger.record_unasked(slot, components.engine.unasked())
         ledger.record_abandoned(slot, error.answered if permit.trust == "local" else None)
         raise
+    ledger.record_unasked(slot, components.engine.unasked())
     ledger.record_sites(asdict(site) for site in components.engine.sites())  # of those that came in between
     if result.release.contributors is not None:
         # How many noised codes hide each other is public but under central trust, and makes the epsilon of a sum.

@@ -10,9 +10,10 @@ import torch
 from drencoder.data.benchmarks.questions import load_benchmarks
 from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, owner_kind, set_aside_share
 from drencoder.data.public_text import PublicText, open_public
-from drencoder.data.sources import EmbeddedSource, HostedSource, Record, SitesSource, Source, open_source
+from drencoder.data.sources import EmbeddedSource, Record, SitesSource, Source
 from drencoder.data.text_report import report_records, report_source
 from drencoder.data.tokenization import Example, RecordTokenizer
+from drencoder.data.units import EmbeddedUnits, SiteUnits, open_text
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.lora_init import START_TEXTS, public_start
@@ -24,6 +25,7 @@ from drencoder.errors import DataError
 from drencoder.evaluation.held_out import question_examples
 from drencoder.federated.engine import Engine
 from drencoder.federated.in_process import InProcessEngine
+from drencoder.federated.site_round import SiteCurator
 from drencoder.models.base_model import load_base, open_tokenizer, resolve_device
 from drencoder.models.client_training import ClientTrainer, CohortTrainer
 from drencoder.models.cohort_training import cohort_updates
@@ -76,7 +78,7 @@ class Texts:
           DataError: the chat template refuses a record.
         """
         sentences = report_source(self.tokenizer, self.source)
-        if self.evaluation is not None and not isinstance(self.source, EmbeddedSource):
+        if self.evaluation is not None and not isinstance(self.source, EmbeddedSource | EmbeddedUnits):
             measured = list(enumerate(self.evaluation(count), start=1))
             sentences.append(report_records(self.tokenizer, measured, "The evaluation data"))
         return sentences
@@ -100,6 +102,7 @@ class Components:
     engine: Engine
     digests: BaseDigests | None = None  # of a federation's server and sites
     own: "SiteText | None" = None  # at a site whose text is not the recipe's
+    curator: SiteCurator | None = None  # where sites' own units are protected, and their text is here
 
     @property
     def plan(self) -> PrivacyPlan:
@@ -118,7 +121,7 @@ class Components:
         data = self.recipe.data if self.own is None else replace(self.recipe.data, source=self.own.source)
         kind, _, where = data.source.rpartition(":")
         name = data.source if kind == "hub" or data.is_embedded else Path(where).name
-        return name, owner_kind(data)
+        return name, owner_kind(data, self.recipe.privacy.unit)
 
     @property
     def start(self) -> str:
@@ -283,24 +286,21 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
         recipe.local,
         recipe.seed,
         recipe.speed.parallel_clients,
-        reports_failures=overview.privacy.capped,
+        reports_failures=not overview.privacy.secret_draw,
     )
-    engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold)
-    return Components(recipe, overview, texts, lora, trainer, engine, digests, own)
+    curator = SiteCurator(source, trainer, recipe.seed) if isinstance(source, SiteUnits) else None
+    engine = InProcessEngine(trainer, recipe.federation.nodes, recipe.threshold, curator=curator)
+    return Components(recipe, overview, texts, lora, trainer, engine, digests, own, curator)
 
 
 def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
     """The clients' text: the recipe's, a site's own, or nothing where a server needs no text but its own."""
     if own is not None:
-        held = open_source(
-            replace(recipe.data, source=own.source), population=len(own.clients), seed=recipe.seed, at_site=True
-        )
-        return HostedSource(held, own.clients)
+        return open_text(recipe, own=(own.source, own.clients))
     if remote and not recipe.data.is_embedded and evaluation_basis(recipe) in ("server", "nothing"):
         return SitesSource()
-    share = set_aside_share(recipe)
     try:
-        return open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed, set_aside=share)
+        return open_text(recipe, set_aside=set_aside_share(recipe))
     except DataError as error:
         if not remote:
             raise

@@ -18,6 +18,7 @@ from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.ledger_check import plan_differences
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.privacy.site_epsilons import SITE_TRUST, UNITS, unit_terms
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plan_overview import modular_bits, privacy_plan
 from drencoder.runs.run_folder import RunFolder, storing
@@ -97,13 +98,15 @@ def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     """All of a certificate that follows from the ledger and the recipe; the ledger's head is the one at that time."""
     privacy, sites = ledger.certificate(), ledger.sites()
     data = recipe.data
-    kinds = [site["owners"] for site in sites] or [owner_kind(data)]
-    owners = describe_owners(kinds, "" if sites else data.client_field)
+    unit = recipe.privacy.unit
+    kinds = [site["owners"] for site in sites] or [owner_kind(data, unit)]
+    owners = describe_owners(kinds, "" if sites else data.client_field, unit, data.owner_field)
     return {
         "version": 1,
         "name": recipe.name,
         "statement": _statement(ledger.plan, privacy["observers"], simulated="simulated" in kinds),
         **privacy,
+        **({"unit_terms": unit_terms(ledger)} if ledger.plan.curated else {}),
         "owners": owners,
         "sites": sites,
         "evaluation_rests_on": evaluation_rests_on(recipe),
@@ -120,7 +123,7 @@ def make_certificate(
 
     recipe, plan, layout = components.recipe, components.plan, components.lora.layout
     secure, base = plan.trust == "secure-aggregation", components.lora.base
-    senders = recipe.federation.nodes if secure else plan.expected_cohort
+    senders = recipe.federation.nodes if secure else plan.senders(1)
     uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
     wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
     return {
@@ -185,13 +188,15 @@ def _promise(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
     seen = {name: row["by_relation"][plan.relation]["epsilon_pld"] for name, row in observers.items()}
     words = {"add_remove": "adding or removing", "replace_one": "replacing"}[plan.relation]
     cost = seen[plan.budget_observer]
-    promise = f"({float(cost):.3f}, {plan.delta:g})-differential privacy for {words} one client with all its text"
+    promise = f"({float(cost):.3f}, {plan.delta:g})-differential privacy for {words} {UNITS[plan.unit]}"
+    site = f" {SITE_TRUST}" if plan.curated else ""
     if plan.trust == "local":
         rest = f"those who see only sums and the model: epsilon {float(seen['public']):.3f}"
-        return f"Against the server: {promise}. Against {rest}."
+        return f"Against the server: {promise}. Against {rest}.{site}"
     if plan.trust == "secure-aggregation":
+        others, honest = ("sites", "sites") if plan.curated else ("clients", "contributors")
         return (
-            f"Against the other clients: {promise}. Against the server, which saw only sums, and the public: epsilon "
-            f"{float(seen['server']):.3f}. At least {plan.honest_share:.0%} of the contributors are taken to be honest."
+            f"Against the other {others}: {promise}. Against the server, which saw only sums, and the public: epsilon "
+            f"{float(seen['server']):.3f}. At least {plan.honest_share:.0%} of the {honest} are taken to be honest.{site}"
         )
     return f"Against everyone but the server: {promise}. The server is trusted: there is no guarantee against it."

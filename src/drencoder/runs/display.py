@@ -20,6 +20,7 @@ from rich.text import Text
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.models.training_size import free_memory, gigabytes
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.privacy.site_epsilons import UNITS
 from drencoder.reading import printable
 from drencoder.runs.certificate import lost_sentences
 from drencoder.runs.plan_overview import Overview
@@ -102,12 +103,17 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
     run.add_row("trust", _trust_words(plan))
     run.add_row("owners", printable(overview.owners))
     run.add_row("evaluation", printable(overview.evaluation_rests_on))
-    run.add_row(
-        "clients", f"{plan.population:,}, about {plan.expected_cohort:,.0f} a round (q = {plan.sampling_rate:g})"
-    )
-    stage1 = f"stage 1 (about {plan.stage1_cohort:,.0f} clients), then " if plan.stage1_rate else ""
+    units = f"{plan.unit}s"
+    about = f"about {plan.expected_cohort:,.0f} a round (q = {plan.sampling_rate:g})"
+    if plan.curated:
+        run.add_row("unit", UNITS[plan.unit])
+        run.add_row("sites", f"{plan.population:,}, all in every round; each draws its own {units} in secret")
+        run.add_row(units, f"{plan.units:,}, as everybody may take it ({plan.site_units:,} a site), {about}")
+    else:
+        run.add_row(units, f"{plan.population:,}, {about}")
+    stage1 = f"stage 1 (about {plan.stage1_cohort:,.0f} {units}), then " if plan.stage1_rate else ""
     run.add_row("schedule", f"{stage1}{plan.rounds} rounds")
-    if plan.capped:
+    if plan.capped and not plan.curated:
         run.add_row("participation cap", f"{plan.participation_cap} release(s) of one client in the whole run")
     if plan.noise_multiplier:
         run.add_row("noise multiplier", f"{plan.noise_multiplier:.4f} (noise std / clip_l2), delta = {plan.delta:g}")
@@ -115,12 +121,13 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
             terms = plan.share_terms(1)
             run.add_row(
                 "noise shares",
-                f"{terms.multiplier:.4f} of each client; at least {terms.least_contributors} contributors a round or it is "
+                f"{terms.multiplier:.4f} of each {'site' if plan.curated else 'client'}; at least {terms.least_contributors} contributors a round or it is "
                 f"void, {terms.honest} of them honest",
             )
         run.add_row("k*", f"{_few_digits(overview.k_star)} coordinates that the noise lets a round learn")
     _add_size_rows(run, overview, encoder)
-    return [run, observers_table({key: value.to_dict() for key, value in plan.epsilons().items()}, plan.delta)]
+    observers = {key: value.to_dict() for key, value in plan.epsilons().items()}
+    return [run, observers_table(observers, plan.delta, plan.unit)]
 
 
 def _add_size_rows(run: Table, overview: Overview, encoder: str) -> None:
@@ -167,13 +174,13 @@ def _trust_words(plan: PrivacyPlan) -> Text:
     return Text(plan.trust)
 
 
-def observers_table(observers: Mapping[str, Mapping[str, Any]], delta: float) -> Table:
+def observers_table(observers: Mapping[str, Mapping[str, Any]], delta: float, unit: str = "client") -> Table:
     """Returns epsilon for each observer: PLD under both adjacencies, RDP under add/remove."""
     table = make_table(
-        f"Client-level epsilon at delta = {delta:g}",
+        f"{unit.capitalize()}-level epsilon at delta = {delta:g}",
         *("observer", "add/remove", "replace-one", "add/remove, RDP"),
         words=("observer",),
-        caption="clients: the other ones; public: all who get the model",
+        caption=f"clients: the other {'ones' if unit == 'client' else 'sites'}; public: all who get the model",
     )
     for observer, row in observers.items():
         add_remove, replace_one = row["by_relation"]["add_remove"], row["by_relation"]["replace_one"]
@@ -263,7 +270,7 @@ class RunDisplay:
         self.close()
         self.console.print(summary_table(certificate))
         show_note(self.console, "Verdict", certificate["verdict"], "bold")
-        self.console.print(observers_table(certificate["observers"], certificate["delta"]))
+        self.console.print(observers_table(certificate["observers"], certificate["delta"], certificate["unit"]))
         if not certificate["private"]:
             show_note(self.console, "NOT PRIVATE", certificate["statement"], "bold red")
         for sentence in lost_sentences(certificate["slots_without_result"]):

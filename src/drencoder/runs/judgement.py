@@ -6,10 +6,10 @@ from drencoder.errors import PrivacyError, RecipeError
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plan_overview import privacy_plan
+from drencoder.runs.unit_table import LITTLE, verdict_of, with_unit
 
 __all__ = ["judge"]
 
-_NOTHING, _LITTLE = 4.0, 64.0  # coordinates a round: below, nothing is learned; below, less than without noise
 _TRUSTS = {"local": "local trust", "central": "central trust", "secure-aggregation": "secure aggregation"}
 
 
@@ -22,11 +22,13 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
         return []
     k_star, trust = plan.k_star(), recipe.privacy.trust
     epsilon = recipe.privacy.epsilon
-    begin = f"{plan.population:,} {'owners' if recipe.data.client_field else 'clients'} under {_TRUSTS[trust]} at epsilon {epsilon:g}"
-    if k_star >= _LITTLE:
+    who = f"{plan.population:,} {'owners' if recipe.data.client_field else 'clients'}"
+    if plan.curated:
+        who = f"{plan.units:,} {plan.unit}s at {plan.population:,} sites"
+    begin = f"{who} under {_TRUSTS[trust]} at epsilon {epsilon:g}"
+    if k_star >= LITTLE:
         return [f"{begin}: k* {_few_digits(k_star)}, so a round can learn."]
-    verdict = "nothing can be learned" if k_star < _NOTHING else "little can be learned"
-    sentences = [f"{begin}: k* {_few_digits(k_star)}, {verdict}."]
+    sentences = [f"{begin}: k* {_few_digits(k_star)}, {verdict_of(k_star)}."]
     others = {_TRUSTS[other]: _k_star(recipe, other) for other in _TRUSTS if other != trust}
     better = {name: value for name, value in others.items() if value is not None and value > 1.5 * k_star}
     if better:
@@ -36,14 +38,15 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
         more = _k_star(replace(recipe, federation=replace(recipe.federation, sampling_rate=1.0)), trust)
         if more is not None and more > 1.5 * k_star:
             sentences.append(
-                f"With every client in every round (federation.sampling_rate = 1) k* would be {_few_digits(more)}."
+                f"With every {plan.unit} in every round (federation.sampling_rate = 1) k* would be {_few_digits(more)}."
             )
-    if records and records > 2 * plan.population:
-        alone = _k_star(replace(recipe, federation=replace(recipe.federation, population=records)), trust)
-        if alone is not None:
+    if records and records > 2 * plan.population and plan.unit == "client":
+        single = with_unit(recipe, "record", -(-records // plan.population))
+        alone = None if single is None else _k_star(single, single.privacy.trust)
+        if alone is not None and alone > 1.5 * k_star:
             sentences.append(
                 f"Record-level privacy, a weaker promise that protects one of the {records:,} records and not its owner, would give "
-                f"k* {_few_digits(alone)}: name a field that differs in every record in data.client_field."
+                f"k* {_few_digits(alone)}: set privacy.unit = 'record' and federation.units_per_site."
             )
     return sentences
 

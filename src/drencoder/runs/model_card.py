@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from drencoder.privacy.site_epsilons import UNITS
+
 __all__ = ["write_model_card"]
 
 _TAGS = ("lora", "differential-privacy", "federated-learning", "drencoder")
-_UNITS = {"client": "one client with all its text"}
 
 
 def write_model_card(certificate: Mapping[str, Any]) -> str:
@@ -35,8 +36,9 @@ def write_model_card(certificate: Mapping[str, Any]) -> str:
         "",
         *_observers(certificate),
         "",
-        f"Unit of privacy: {_UNITS.get(certificate['unit'], _one_line(certificate['unit']))}. Delta: {certificate['delta']:g}. "
+        f"Unit of privacy: {UNITS.get(certificate['unit'], _one_line(certificate['unit']))}. Delta: {certificate['delta']:g}. "
         "Epsilon is that of the whole run.",
+        *_sites(certificate.get("unit_terms")),
         "",
         "## Data",
         "",
@@ -74,6 +76,17 @@ def _observers(certificate: Mapping[str, Any]) -> Iterator[str]:
         numbers = (guarantee["by_relation"][relation]["epsilon_pld"] for relation in ("add_remove", "replace_one"))
         shown = " | ".join(f"{float(number):.3f}" for number in numbers)
         yield f"| {_one_line(name)} | {shown} | {_one_line(guarantee['assumption'])} |"
+
+
+def _sites(terms: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is taken to be public of the sites, where the unit is inside one."""
+    if terms:
+        public = terms["assumed_public"]
+        yield ""
+        yield (
+            f"Taken to be public: {terms['sites']} sites, {public['units_per_site']} units a site, each of which takes part with "
+            f"probability {public['sampling_rate']:g}. {_one_line(terms['private'])} {_one_line(terms['amplification'])}"
+        )
 
 
 def _results(certificate: Mapping[str, Any]) -> Iterator[str]:

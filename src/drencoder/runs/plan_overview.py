@@ -86,15 +86,19 @@ class Overview:
             )
         if self.privacy.trust == "secure-aggregation" and self.privacy.share_terms(1).honest < 10:
             terms = self.privacy.share_terms(1)
+            curated = self.privacy.curated
+            cure = "more sites, or a larger privacy.honest_share," if curated else "larger cohorts"
             sentences.append(
-                f"Of a round's contributors only {terms.honest} are sure and honest, so each client adds {terms.honest**-0.5:.0%} of "
-                "the noise that it would add under local trust: larger cohorts would make secure aggregation worth more."
+                f"Of a round's contributors only {terms.honest} are sure and honest, so each {'site' if curated else 'client'} adds "
+                f"{terms.honest**-0.5:.0%} of the noise that it would add under local trust: {cure} would make secure aggregation "
+                "worth more."
             )
         if self.k_star < 1:
-            trust = ", or secure aggregation instead of noise by every client" if self.privacy.trust == "local" else ""
+            who = "site" if self.privacy.curated else "client"
+            trust = f", or secure aggregation instead of noise by every {who}" if self.privacy.trust == "local" else ""
             sentences.append(
                 f"k* = {self.k_star:.2g}: the noise lets a round learn less than one coordinate, so this run cannot "
-                f"learn. More clients a round, fewer rounds, a larger epsilon{trust} would help."
+                f"learn. More {self.privacy.unit}s a round, fewer rounds, a larger epsilon{trust} would help."
             )
         free = free_memory()
         if self.training_bytes and free is not None and self.training_bytes[0] > free:
@@ -120,8 +124,9 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
     """
     check_encoder(recipe)
     if not recipe.federation.population:
+        what = "their owners" if recipe.privacy.unit == "client" else "the sites"
         raise RecipeError(
-            "federation.population is not named, and the clients' data are not here to count their owners: set it."
+            f"federation.population is not named, and the clients' data are not here to count {what}: set it."
         )
     privacy, federation = recipe.privacy, recipe.federation
     private = privacy.trust != "non-private"
@@ -143,6 +148,8 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
         honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
         nonlinear_decoding=not declared(recipe).linear or wire_dtype(recipe) != "float32",
+        unit=privacy.unit,  # type: ignore[arg-type]  # checked by the recipe
+        site_units=0 if privacy.unit == "client" else federation.units_per_site,
     )
 
 
@@ -167,7 +174,8 @@ def survey(recipe: Recipe) -> Overview:
     model = planned_size(place)
     memory = _training_bytes(recipe, model)
     weights = None if model is None else model.weight_bytes(recipe.model.dtype)
-    owners = describe_owners([owner_kind(recipe.data)], recipe.data.client_field)
+    data, unit = recipe.data, recipe.privacy.unit
+    owners = describe_owners([owner_kind(data, unit)], data.client_field, unit, data.owner_field)
     basis = evaluation_rests_on(recipe)
     if matrices is None:
         warning = _encoder_warning(recipe)
@@ -186,9 +194,9 @@ def survey(recipe: Recipe) -> Overview:
     code = planned_code_size(recipe, plan, matrices)
     message = message_bytes(code + (recipe.privacy.clip == "adaptive"), dtype)
     rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
-    uploads = plan.expected_cohort * rounds
+    uploads = plan.senders(1) * rounds
     asked = stage1_values(prior.source, size, len(matrices), prior.epochs)
-    stage1 = round(plan.stage1_cohort * message_bytes(asked, "float32")) if asked else 0
+    stage1 = round(plan.senders(0) * message_bytes(asked, "float32")) if asked else 0
     stage2, senders = round(uploads * message), uploads
     if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
         message = round_bytes(nodes, code + (recipe.privacy.clip == "adaptive"), modular_bits(plan, 1, code))[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.site_epsilons import UNITS
 from drencoder.reading import cut, read_text
 from drencoder.runs.certificate import file_digests, lost_sentences
 from drencoder.runs.plots import plot_rounds, svg_text
@@ -79,6 +80,7 @@ def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, 
         "<h2>Epsilon for each observer</h2>",
         _render_observers(certificate),
         *_render_sites(certificate["sites"]),
+        *_render_units(certificate.get("unit_terms"), certificate["relation"]),
         "<h2>Uploads</h2>",
         f"<p>{sent['uploaded']:,} bytes ({html.escape(sent['counted'])}); plain LoRA would send {sent['plain_lora']:,}, "
         f"{sent['plain_lora'] / max(1, sent['uploaded']):.1f} times more.</p>",
@@ -131,6 +133,29 @@ def _render_sites(sites: Sequence[Mapping[str, str]]) -> list[str]:
     return ["<h2>Sites</h2>", _render_table(header, rows)] if sites else []
 
 
+def _render_units(terms: Mapping[str, Any] | None, relation: str) -> list[str]:
+    """Returns what holds of sites whose own units are protected, site by site; nothing where the unit is a client."""
+    if terms is None:
+        return []
+    public = terms["assumed_public"]
+    header = ["sites", "slots", "server", "other sites", "public"]
+    rows = [
+        [", ".join(map(str, row["sites"])), str(row["slots"])]
+        + [_epsilon_text(row["epsilon"][relation][name]) for name in ("server", "clients", "public")]
+        for row in terms["by_site"]
+    ]
+    assumed = (
+        f"Taken to be public: {terms['sites']} sites, {public['units_per_site']} units a site, sampling rate "
+        f"{public['sampling_rate']:g}. {terms['private']} {terms['amplification']}"
+    )
+    return [
+        "<h2>Epsilon of each site's units</h2>",
+        f"<p>{html.escape(assumed)}</p>",
+        _render_table(header, rows),
+        f"<p class='dim'>PLD, {relation.replace('_', '/')}; a slot counts for every site that was asked in it.</p>",
+    ]
+
+
 def _render_observers(certificate: Mapping[str, Any]) -> str:
     delta = certificate["delta"]
     rows = [
@@ -144,9 +169,8 @@ def _render_observers(certificate: Mapping[str, Any]) -> str:
         for key, row in certificate["observers"].items()
     ]
     header = ["observer", "PLD add/remove", "PLD replace-one", "RDP", "what it rests on"]
-    return (
-        _render_table(header, rows) + f"<p class='dim'>delta = {delta:g}; the unit is one client with all its text.</p>"
-    )
+    unit = html.escape(UNITS.get(certificate["unit"], certificate["unit"]))
+    return _render_table(header, rows) + f"<p class='dim'>delta = {delta:g}; the unit is {unit}.</p>"
 
 
 def _epsilon_text(value: float | str | None) -> str:

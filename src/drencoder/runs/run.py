@@ -173,11 +173,11 @@ def _round(
     # Under central trust these counts depend on who is in a secret cohort: nobody is told them.
     if plan.capped and (result.rejected or result.nonfinite):
         listener.say(f"round {slot}: {result.rejected} messages rejected, {result.nonfinite} updates not finite")
-    sent = uploaded_bytes(result, plan.expected_cohort, query)
+    sent = uploaded_bytes(result, plan.senders(slot), query)
     state = server_step(progress.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
     ledger.record_release(slot, float32_bytes(state.adapter_D), "adapter")
     next_clip = adaptive_clip.after(result.release.value, plan.expected_cohort).clip_l2 if adaptive_clip else None
-    asked = plan.expected_cohort if result.release.contributors is None else result.release.contributors
+    asked = plan.senders(slot) if result.release.contributors is None else result.release.contributors
     down = round(asked * downloaded_bytes(encoder, components.lora.layout.size)) + result.bytes_down
     return replace(
         progress,

@@ -70,7 +70,8 @@ def _moments(components: Components, ledger: Ledger, progress: Progress, say: Sa
     """The charged, noised moments of one cohort, and the prior that is fitted to them."""
     recipe, plan, segments = components.recipe, components.plan, components.lora.layout.segments
     epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
-    say(f"stage 1: asking about {components.plan.stage1_cohort:.0f} clients for two moments per tensor{epochs}")
+    whom = f"{plan.population} sites" if plan.curated else f"about {plan.stage1_cohort:.0f} clients"
+    say(f"stage 1: asking {whom} for two moments per tensor{epochs}")
     query = moment_query(segments, recipe.prior)
     result, _ = ask_cohort(components, ledger, query, progress.state.adapter_D)
     release = result.release
@@ -79,7 +80,7 @@ def _moments(components: Components, ledger: Ledger, progress: Progress, say: Sa
     prior = GaussianPrior.from_statistics(mean_V, segments, release.noise_std / plan.stage1_cohort)
     facts = {"statistics": query.spec.wire.code_size, "message_bytes": query.spec.wire.message_size}
     say(f"stage 1: {facts['statistics']} noised statistics, prior rms {prior.rms:.2e}")
-    sent = uploaded_bytes(result, plan.stage1_cohort, query)
+    sent = uploaded_bytes(result, plan.senders(0), query)
     return replace(progress, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=progress.bytes_up + sent)
 
 

@@ -170,8 +170,12 @@ class Quantiser:
 
         A share alone is too little noise: the result is private only inside the sum with the other clients' results.
         """
-        noise_V = discrete_gaussian(self.std_steps).sample(self.values, words)
+        noise_V = self.noise(words)
         return self.to_residues(self.round_code(code_V, words) + noise_V)
+
+    def noise(self, words: Words) -> npt.NDArray[np.int64]:
+        """Returns the noise that is added at once, (V,) int64 in steps."""
+        return discrete_gaussian(self.std_steps).sample(self.values, words)
 
     def to_residues(self, steps_V: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
         """Returns integers (V,) int64 modulo 2^b, as (V,) uint32."""

@@ -5,11 +5,12 @@ The top level imports no torch: the pool limits a worker's threads before torch 
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from drencoder.data.units import SiteUnits
 from drencoder.errors import LostError
 from drencoder.recipe.recipe import Local, Recipe
 from drencoder.rng import derive_seed
@@ -58,7 +59,7 @@ def facts(certificate: Mapping[str, Any]) -> Row:
 def centralised(recipe: Recipe, folder: Path) -> Row:
     """Trains LoRA by AdamW on pooled text: the ceiling that federated and private runs are held against.
 
-    The run sees as much text as all rounds of the federated run: that of the first q N T clients, or of all clients in as many epochs
+    The run sees as much text as all rounds of the federated run: that of the first q N T clients (or units of sites), or of all in as many epochs
     as rounds ask each of them, in batches of 32. `local.learning_rate` is the learning rate. There is no clip, no noise and no guarantee.
     """
     from drencoder.evaluation.outcomes import measure_all
@@ -66,10 +67,14 @@ def centralised(recipe: Recipe, folder: Path) -> Row:
     from drencoder.runs.build import build
 
     components = build(recipe)
-    turns = components.plan.expected_cohort * components.plan.rounds
-    num_clients = min(components.plan.population, max(1, round(turns)))
-    epochs = max(1, round(turns / num_clients))
-    pooled = [example for client in range(num_clients) for example in components.texts.client(client, slot=1)]
+    plan, source = components.plan, components.texts.source
+    turns = plan.expected_cohort * plan.rounds
+    clients: Sequence[int] = range(plan.population)
+    if isinstance(source, SiteUnits):
+        clients = [unit for site in range(plan.population) for unit in source.units(site)]
+    clients = clients[: max(1, round(turns))]
+    epochs = max(1, round(turns / len(clients)))
+    pooled = [example for client in clients for example in components.texts.client(client, slot=1)]
     local = Local(upload="increment", epochs=epochs, batch_size=_BATCH, learning_rate=recipe.local.learning_rate)
     seed, start_D = derive_seed(recipe.seed, "centralised"), components.lora.initial_D
     adapter_D = start_D.cpu() + cohort_updates(components.lora, start_D, [pooled], local, [seed])[0].cpu()

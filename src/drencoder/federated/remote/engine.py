@@ -30,6 +30,7 @@ from drencoder.federated.remote.transport import Traffic, Transport
 from drencoder.federated.round import SecureSum, Upload
 from drencoder.federated.secure_round import round_settings, secure_sum
 from drencoder.models.identity import BaseDigests
+from drencoder.privacy.accounting import PoissonGaussianEvent
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.messages import ProtocolStep, round_bytes
@@ -107,6 +108,7 @@ class RemoteEngine:
         self._members = Membership(transport, self._recipe, self._base, self._population, listed or {}, say)
         self._has_encoder: dict[int, str] = {}  # node -> fingerprint
         self._started = False
+        self._unasked: list[int] = []
 
     # --- who is there -------------------------------------------------------------------------
 
@@ -149,6 +151,10 @@ class RemoteEngine:
 
     # --- one question -------------------------------------------------------------------------
 
+    def unasked(self) -> Sequence[int]:
+        """Those of the last cohort whose machine could not be reached."""
+        return self._unasked
+
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
     ) -> Iterator[Upload | SecureSum]:
@@ -167,6 +173,7 @@ class RemoteEngine:
         for client in cohort:
             if client in hosts:
                 asked.setdefault(hosts[client], []).append(client)
+        self._unasked = [client for client in cohort if client not in hosts]
         before = replace(self._transport.traffic)
         uploads = self._exchange(query, adapter_D, permit, asked)
         if permit.trust == "central":
@@ -253,7 +260,8 @@ class RemoteEngine:
         online = self._members.roll_call()
         reachable_nodes = directory.reachable_nodes(online)
         clients = directory.clients(reachable_nodes, self._members.reachable(online), cohort)
-        counts = tuple(map(len, clients))
+        counts, there = tuple(map(len, clients)), {client for own in clients for client in own}
+        self._unasked = [client for client in cohort if client not in there]
         self._check_quorum(sum(counts), len(cohort), None, "of the cohort's clients can be reached")
         settings = round_settings(query, permit, counts, directory.roster.keys, self._threshold)
         plain = _instruction(query, permit, (), self._base)
@@ -338,8 +346,9 @@ def _norms(code_NK: Tensor) -> Tensor:
 
 def _longest(query: Query, permit: Permit) -> float:
     """The length that a message of an honest client has at most, save with a chance of 1e-14 (Laurent and Massart 2000,
-    https://doi.org/10.1214/aos/1015957395); infinite where the noise is in another space than the message."""
-    if query.spec.noise_in != "code":
+    https://doi.org/10.1214/aos/1015957395); infinite where the noise is in another space than the message, and of a site's sum,
+    whose length follows the secret number of its units."""
+    if query.spec.noise_in != "code" or isinstance(permit.event, PoissonGaussianEvent):
         return math.inf
     noise_std = permit.noise_multiplier * query.spec.clip_l2
     longest = query.spec.clip_l2 + noise_std * (math.sqrt(query.spec.wire.code_size) + _TAIL)

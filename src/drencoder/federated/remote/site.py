@@ -159,17 +159,31 @@ class Site:
         uploads = list(self._uploads(query, adapter_D, asked.clients, permit))
         messages = b"".join(message for upload in uploads for message in upload.messages)
         nonfinite = sum(upload.nonfinite for upload in uploads)
-        self._say(f"slot {query.spec.slot}: {len(asked.clients)} clients answered, {len(messages):,} bytes")
+        who = "sites" if self._components.curator else "clients"
+        self._say(f"slot {query.spec.slot}: {len(asked.clients)} {who} answered, {len(messages):,} bytes")
+        self._say_spent()
         answer = Answer(asked.nonce, Refusal.NONE, asked.clients, nonfinite)
         return self._pack_answer(answer, messages)
 
     def _uploads(self, query: Query, adapter_D: Tensor, clients: Sequence[int], permit: Permit) -> Iterator[Upload]:
-        """Trains the clients, some at a time, and makes their messages."""
-        trainer, noise = self._components.trainer, self._components.noise()
+        """Trains the clients, some at a time, and makes their messages; of a site with units of its own, its one message."""
+        trainer, noise, curator = self._components.trainer, self._components.noise(), self._components.curator
+        if curator is not None:
+            yield from (curator.message(query, adapter_D, site, permit, noise) for site in clients)
+            return
         for start in range(0, len(clients), trainer.batch_clients):
             batch = clients[start : start + trainer.batch_clients]
             update_ND = trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
             yield client_message(query, update_ND, batch, permit, noise)
+
+    def _say_spent(self) -> None:
+        """What this site's own ledger says that its units have spent, where they are the units of privacy."""
+        if self._components.curator is not None:
+            spent, plan = self._ledger.spent(), self._components.plan
+            told = ", ".join(f"{value:.3f} against {name}" for name, value in spent.items())
+            self._say(
+                f"epsilon of one {plan.unit} here, at delta {plan.delta:g}: {told.replace('clients', 'other sites')}"
+            )
 
     # --- secure aggregation -------------------------------------------------------------------
 
@@ -186,11 +200,15 @@ class Site:
         # First the charge: a node that does not exist cannot sign anything twice.
         permit = self._charge(asked)
         settings = round_settings(query, permit, asked.counts, session.roster.keys, session.threshold)
-        share_V = node_share(
-            query, self._components.trainer, adapter_D, asked.clients, permit, self._components.noise()
-        )
+        noise, curator = self._components.noise(), self._components.curator
+        if curator is not None:
+            share_V = curator.node_share(query, adapter_D, asked.clients, permit, noise)
+        else:
+            share_V = node_share(query, self._components.trainer, adapter_D, asked.clients, permit, noise)
         answer = session.begin(asked.nonce, settings, asked.clients, share_V, request)
-        self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} clients")
+        who = "sites" if self._components.curator else "clients"
+        self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} {who}")
+        self._say_spent()
         return self._pack_answer(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
 
     def _answer_step(self, data: bytes) -> bytes:

@@ -1,0 +1,58 @@
+"""What the units of each site have spent, from the run's ledger, where the unit is a record or an owner inside a site.
+
+A slot that a site was not asked in costs its units nothing. One that it was asked in costs them the slot's charge, whether or not
+its message came: it may have left the site.
+"""
+
+from typing import Any
+
+from drencoder.privacy.accounting import RELATIONS, REPORT_INTERVAL
+from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.observers import epsilons_by_observer
+
+__all__ = ["SITE_TRUST", "UNITS", "site_epsilons", "unit_terms"]
+
+UNITS = {
+    "client": "one client with all its text",
+    "record": "one record of a site",
+    "owner": "one owner inside a site, with all its records there",
+}
+"""Unit -> what is protected, in words."""
+
+SITE_TRUST = "Each site is trusted with its own records: it draws who takes part, clips, adds the noise, and sends one sum a slot."
+
+
+def unit_terms(ledger: Ledger) -> dict[str, Any]:
+    """What a certificate says beside epsilon where the unit is inside a site. JSON-ready."""
+    plan = ledger.plan
+    return {
+        "protects": UNITS[plan.unit],
+        "sites": plan.population,
+        "assumed_public": {
+            "units_per_site": plan.site_units,
+            "sampling_rate": plan.sampling_rate,
+            "stage1_rate": plan.stage1_rate,
+            "mean_divided_by": plan.expected_cohort,
+        },
+        "private": f"How many {plan.unit}s a site has and which of them took part: no number here comes from them.",
+        "amplification": "Each unit takes part by a draw that its site keeps secret, so sub-sampling counts against every observer.",
+        "by_site": site_epsilons(ledger),
+    }
+
+
+def site_epsilons(ledger: Ledger) -> list[dict[str, Any]]:
+    """JSON-ready rows, sites with the same slots together and the dearest first: `sites`, `slots` (how many), and `epsilon`, which
+    has for each adjacency one number for each observer. Empty where the unit is a client."""
+    plan, charged, unasked = ledger.plan, ledger.charged(), ledger.unasked()
+    if not plan.curated:
+        return []
+    sites_of: dict[tuple[int, ...], list[int]] = {}
+    for site in range(plan.population):
+        slots = tuple(slot for slot in charged if site not in unasked.get(slot, ()))
+        sites_of.setdefault(slots, []).append(site)
+    rows = []
+    for slots, sites in sites_of.items():
+        own = {slot: charged[slot] for slot in slots}
+        epsilon = {name: epsilons_by_observer(plan, own, name, REPORT_INTERVAL) for name in RELATIONS}
+        rows.append({"sites": sites, "slots": len(slots), "epsilon": epsilon})
+    return sorted(rows, key=lambda row: (-row["epsilon"][plan.relation][plan.budget_observer], row["sites"]))
