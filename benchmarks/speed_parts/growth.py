@@ -1,0 +1,68 @@
+"""How time and memory grow with clients, adapter values, rounds and population. Each number is from a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["growth", "run_alone"]
+
+_FOLDER = Path(__file__).parents[1]
+# What a run needs beside the knob that grows: one short record a client, no evaluation between the rounds.
+_SMALL = [
+    "data.examples_per_client=1", "data.max_tokens=24", "privacy.delta=1e-9", "privacy.trust=central", "evaluation.every=0",
+    "evaluation.examples=4", "evaluation.questions=4", "evaluation.progress_examples=4", "federation.rounds=3",
+    "evaluation.benchmarks=[]",
+]  # fmt: skip
+
+
+def run_alone(what: str, *arguments: str) -> dict[str, Any]:
+    """One measurement of `in_process` in a fresh process with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(_FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    done = subprocess.run(
+        [sys.executable, "-m", "speed_parts.in_process", what, *arguments], capture_output=True, text=True, env=environment, check=False
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{what} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def growth(*, smoke: bool) -> dict[str, list[dict[str, Any]]]:
+    """All tables; `smoke`: the smallest row of each."""
+
+    def some(*values: int) -> tuple[int, ...]:
+        return values[:1] if smoke else values
+
+    clients = [
+        {"clients": count}
+        | run_alone("rounds", *_SMALL, f"federation.population={10 * count}", "federation.sampling_rate=0.1")
+        for count in some(10, 100, 1_000, 10_000)
+    ]
+    values = [
+        run_alone(
+            "rounds", *_SMALL, "federation.population=160", "federation.sampling_rate=0.1", f"adapter.rank={rank}",
+            f"adapter.targets=['{targets}']",
+        )
+        for targets, rank in (() if smoke else (("auto", 8), ("auto", 64), ("all-linear", 96)))
+    ]  # fmt: skip
+    population = [
+        {"population": count} | run_alone("plan", f"federation.population={count}", f"federation.sampling_rate={100 / count}",
+            "privacy.delta=1e-9", "privacy.trust=central")
+        for count in some(1_000, 10_000, 100_000, 1_000_000)
+    ]  # fmt: skip
+    crowd = [
+        {"population": count} | run_alone("rounds", *_SMALL, f"federation.population={count}", f"federation.sampling_rate={1000 / count}")
+        for count in (() if smoke else (10_000, 100_000, 1_000_000))
+    ]  # fmt: skip
+    rounds = [
+        {"rounds": count, "trust": trust} | run_alone("plan", f"federation.rounds={count}", f"privacy.trust={trust}",
+            "federation.population=100000", "federation.sampling_rate=0.00001", "privacy.delta=1e-6", "prior.source=none")
+        for trust in (() if smoke else ("local", "central"))
+        for count in some(10, 100, 1_000, 10_000)
+    ]  # fmt: skip
+    encoders = [run_alone("encoders", str(size)) for size in some(32_768, 1_048_576, 8_388_608)]
+    return {"clients": clients, "values": values, "population": population, "crowd": crowd, "rounds": rounds, "encoders": encoders}  # fmt: skip
