@@ -113,7 +113,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--trust", nargs="+", default=["local", "secure-aggregation"])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.nodes, arguments.rounds, arguments.trust = [2], 2, ["local"]
     rows = []
     print(
         "trust               nodes  start s  round s  wire up/round  wire down/round  payload up  codes up  planned up"

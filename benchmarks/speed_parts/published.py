@@ -23,7 +23,6 @@ _KNOBS = [
     "data.examples_per_client=150", "local.upload=increment", "local.batch_size=32", "local.learning_rate=1.5e-4",
     "server.optimizer=fedavg", "server.learning_rate=1.0", "encoder.name=random", "encoder.ratio=64", "privacy.epsilon=8",
     "privacy.delta=1e-5", "privacy.trust=central", "evaluation.every=0", "evaluation.benchmarks=[]", "evaluation.examples=8",
-    "evaluation.progress_examples=8",
 ]  # fmt: skip
 
 
