@@ -13,7 +13,7 @@ _FOLDER = Path(__file__).parents[1]
 # What a run needs beside the knob that grows: one short record a client, no evaluation between the rounds.
 _SMALL = [
     "data.examples_per_client=1", "data.max_tokens=24", "privacy.delta=1e-9", "privacy.trust=central", "evaluation.every=0",
-    "evaluation.examples=4", "federation.rounds=3",
+    "evaluation.examples=4", "federation.rounds=2",
     "evaluation.benchmarks=[]",
 ]  # fmt: skip
 
