@@ -62,7 +62,7 @@ class CountingProxy:
                 end.close()
 
 
-def rounds_of(log: Path, count: int, seconds: float = 500.0) -> Iterator[float]:
+def rounds_of(log: Path, count: int, seconds: float = 3600.0) -> Iterator[float]:
     """The time at which each round's line appears in the server's log, from round 0 on."""
     end, seen = time.monotonic() + seconds, 0
     while seen <= count:
