@@ -1,6 +1,6 @@
 """Seconds and bytes of a round on a loopback deployment, by number of nodes, with and without secure aggregation.
 
-    python benchmarks/flower_nodes.py [--nodes 3 10 16] [--rounds 6] [--trust local secure-aggregation] [--out docs/results/flower-nodes.json]
+    python benchmarks/flower_nodes.py [--nodes 3 10 30] [--rounds 6] [--trust local secure-aggregation] [--out docs/results/flower-nodes.json]
 
 Every node is two processes (drencoder client and its SuperNode) with TLS and a key of its own. A proxy between the nodes and the
 server counts what passes, TLS and HTTP included; the payload is what the server's engine hands over; the estimate is the
@@ -97,6 +97,7 @@ def measure(nodes: int, rounds: int, trust: str, folder: Path) -> dict[str, obje
     assert payload is not None
     steps = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(marks)][1:]
     return {
+        "rounds": rounds,
         "trust": trust,
         "nodes": nodes,
         "cohort": plan.privacy.expected_cohort,
@@ -139,7 +140,7 @@ def main() -> None:
             flush=True,
         )
         if arguments.out:
-            arguments.out.write_text(json.dumps({"rounds": arguments.rounds, "rows": rows}, indent=2) + "\n")
+            arguments.out.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_parts.compare import compare, installed_ways
-from speed_parts.growth import growth, run_alone
+from speed_parts.growth import TABLES, growth, run_alone
 from speed_parts.machine import describe_machine
 from speed_parts.page import write_page
 from speed_parts.published import SHAPES, published, tiny_dolly
@@ -42,6 +42,7 @@ def run_cpu(args: argparse.Namespace, report: dict[str, Any]) -> None:
         print(
             f"{row['model']}, {clients} clients x {args.records} records, {row['tokens']:,} tokens, load {row['machine']['load']}"
         )
+        _save(args.json, report)
         for way in row["ways"]:
             print(
                 f"  {way['way']:30} {way['wall_s']:8.2f} s wall {way['cpu_s']:8.2f} s CPU  {way['speed_cpu']:5.2f} of plain PEFT "
@@ -63,6 +64,11 @@ def run_published(args: argparse.Namespace, report: dict[str, Any]) -> None:
         old for old in report.get("published", []) if [old[k] for k in same] != [row[k] for k in same]
     ] + [row]
     print(f"{args.shape}: {row['round_wall_s']:.1f} s a round, {row['whole_s'] / 60:.1f} minutes for 20 rounds")
+
+
+def _save(path: Path | None, report: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def smoke(args: argparse.Namespace) -> None:
@@ -88,6 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--pfl-python", default=sys.executable, help="interpreter of an environment with pfl, torch and peft"
     )
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="of the part growth")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--dolly", type=Path, help="databricks-dolly-15k.jsonl; without it made-up records are used")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer; default: the embedded model's")
@@ -107,14 +114,17 @@ def main() -> None:
     if "cpu" in args.part:
         run_cpu(args, report)
     if "growth" in args.part:
-        report["growth"] = growth(smoke=args.smoke) | {"machine": describe_machine()}
+        tables = ("population", "encoders", "clients") if args.smoke else args.tables
+        for name, rows in growth(tables, smoke=args.smoke):
+            report.setdefault("growth", {})[name] = {"rows": rows, "machine": describe_machine()}
+            print(name, *rows, sep="\n  ", flush=True)
+            _save(args.json, report)  # after every table, so that nothing is lost
     if "quickstart" in args.part:
         short = ["federation.rounds=2", "federation.population=300"] if args.smoke else []
         report["quickstart"] = run_alone("rounds", *short) | {"machine": describe_machine()}
     if "published" in args.part:
         run_published(args, report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    _save(args.json, report)
     if args.page or args.smoke:
         page = write_page(report)
         if args.page:

@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["growth", "run_alone"]
+__all__ = ["TABLES", "growth", "run_alone"]
+
+Row: TypeAlias = Callable[[], dict[str, Any]]
 
 _FOLDER = Path(__file__).parents[1]
 # What a run needs beside the knob that grows: one short record a client, no evaluation between the rounds.
@@ -31,38 +35,74 @@ def run_alone(what: str, *arguments: str) -> dict[str, Any]:
     return row
 
 
-def growth(*, smoke: bool) -> dict[str, list[dict[str, Any]]]:
-    """All tables; `smoke`: the smallest row of each."""
+def growth(tables: Iterable[str], *, smoke: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The named tables, one after the other; `smoke`: the smallest row of those that differ in kind."""
+    for name in tables:
+        rows = TABLES[name]()
+        yield name, [make() for make in rows[: 1 if smoke else None]]
 
-    def some(*values: int) -> tuple[int, ...]:
-        return values[:1] if smoke else values
 
-    clients = [
-        {"clients": count}
-        | run_alone("rounds", *_SMALL, f"federation.population={10 * count}", "federation.sampling_rate=0.1")
-        for count in some(10, 100, 1_000, 10_000)
-    ]
-    values = [
-        run_alone(
-            "rounds", *_SMALL, "federation.population=160", "federation.sampling_rate=0.1", f"adapter.rank={rank}",
+def _clients() -> list[Row]:
+    return [
+        partial(_with, {"clients": count}, "rounds", *_SMALL, f"federation.population={10 * count}", "federation.sampling_rate=0.1")
+        for count in (10, 100, 1_000, 10_000)
+    ]  # fmt: skip
+
+
+def _values() -> list[Row]:
+    return [
+        partial(
+            _with, {}, "rounds", *_SMALL, "federation.population=160", "federation.sampling_rate=0.1", f"adapter.rank={rank}",
             f"adapter.targets=['{targets}']",
         )
-        for targets, rank in (() if smoke else (("auto", 8), ("auto", 64), ("all-linear", 96)))
+        for targets, rank in (("auto", 8), ("auto", 64), ("all-linear", 96))
     ]  # fmt: skip
-    population = [
-        {"population": count} | run_alone("plan", f"federation.population={count}", f"federation.sampling_rate={100 / count}",
-            "privacy.delta=1e-9", "privacy.trust=central")
-        for count in some(1_000, 10_000, 100_000, 1_000_000)
+
+
+def _population() -> list[Row]:
+    return [
+        partial(
+            _with, {"population": count}, "plan", f"federation.population={count}", f"federation.sampling_rate={100 / count}",
+            "privacy.delta=1e-9", "privacy.trust=central",
+        )
+        for count in (1_000, 10_000, 100_000, 1_000_000)
     ]  # fmt: skip
-    crowd = [
-        {"population": count} | run_alone("rounds", *_SMALL, f"federation.population={count}", f"federation.sampling_rate={1000 / count}")
-        for count in (() if smoke else (10_000, 100_000, 1_000_000))
+
+
+def _crowd() -> list[Row]:
+    return [
+        partial(
+            _with, {"population": count}, "rounds", *_SMALL, f"federation.population={count}",
+            f"federation.sampling_rate={1000 / count}",
+        )
+        for count in (10_000, 100_000, 1_000_000)
     ]  # fmt: skip
-    rounds = [
-        {"rounds": count, "trust": trust} | run_alone("plan", f"federation.rounds={count}", f"privacy.trust={trust}",
-            "federation.population=100000", "federation.sampling_rate=0.00001", "privacy.delta=1e-6", "prior.source=none")
-        for trust in (() if smoke else ("local", "central"))
-        for count in some(10, 100, 1_000, 10_000)
+
+
+def _rounds() -> list[Row]:
+    return [
+        partial(
+            _with, {"rounds": count, "trust": trust}, "plan", f"federation.rounds={count}", f"privacy.trust={trust}",
+            "federation.population=100000", "federation.sampling_rate=0.00001", "privacy.delta=1e-6", "prior.source=none",
+        )
+        for trust in ("local", "central")
+        for count in (10, 100, 1_000, 10_000)
     ]  # fmt: skip
-    encoders = [run_alone("encoders", str(size)) for size in some(32_768, 1_048_576, 8_388_608)]
-    return {"clients": clients, "values": values, "population": population, "crowd": crowd, "rounds": rounds, "encoders": encoders}  # fmt: skip
+
+
+def _encoders() -> list[Row]:
+    return [partial(_with, {}, "encoders", str(size)) for size in (32_768, 1_048_576, 8_388_608)]
+
+
+def _with(facts: dict[str, Any], what: str, *arguments: str) -> dict[str, Any]:
+    return facts | run_alone(what, *arguments)
+
+
+TABLES: dict[str, Callable[[], list[Row]]] = {
+    "population": _population,
+    "encoders": _encoders,
+    "rounds": _rounds,
+    "crowd": _crowd,
+    "values": _values,
+    "clients": _clients,
+}

@@ -1,11 +1,12 @@
 """`docs/results/speed.md` out of the JSON. What was not measured says so, with its command."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["write_page"]
 
 _SIZES = (8, 64, 512)
+_WAYS = ("plain PEFT", "drencoder", "pfl", "Flower, FlowerTune's client", "Flower, model kept")
 _PUBLISHED = (
     "python benchmarks/speed.py --part published --shape llama-7b --dolly databricks-dolly-15k.jsonl --tokenizer FOLDER "
     "--device cuda --dtype bfloat16"
@@ -17,7 +18,7 @@ def write_page(report: Mapping[str, Any]) -> str:
     parts = [
         _HEAD,
         *_cpu(report.get("cpu", [])),
-        *_growth(report.get("growth")),
+        *_growth(report.get("growth", {})),
         *_quickstart(report.get("quickstart")),
     ]
     return "\n".join([*parts, *_published(report.get("published", [])), _TAIL])
@@ -55,6 +56,12 @@ does not.
                 f"{way['peak_mib']:,.0f} | {way['difference']:.0e} |"
             )
         yield ""
+        speeds = {way["way"]: way["speed_cpu"] for way in row["ways"]}
+        others = [f"{speeds['drencoder'] / speed:.2f} of {way}" for way, speed in speeds.items() if way != "drencoder"]
+        yield f"Speed of drencoder by CPU: {', '.join(others)}.\n"
+        measured = set(speeds)
+        if left := [way for way in _WAYS if way not in measured]:
+            yield f"Not run at this size: {'; '.join(left)}.\n"
     done = {(row["model"] == "embedded", row["clients"]) for row in rows}
     for embedded, name in ((True, "embedded"), (False, "path/to/SmolLM2-135M-Instruct")):
         left = [str(size) for size in _SIZES if (embedded, size) not in done]
@@ -65,36 +72,88 @@ does not.
             )
 
 
-def _growth(tables: Mapping[str, Any] | None) -> Iterable[str]:
+def _growth(tables: Mapping[str, Any]) -> Iterable[str]:
     yield "## How it grows\n"
-    if tables is None:
-        yield "Not run. Command: `python benchmarks/speed.py --part growth`\n"
+    yield (
+        "Whole private rounds of the embedded model under central trust, one short record a client. A population costs next to nothing, since what a client "
+        "holds is made or read when it is asked.\n"
+    )
+    for name, (title, columns) in _TABLES.items():
+        if name not in tables:
+            yield f"**{title}**: not run. Command: `python benchmarks/speed.py --part growth --tables {name}`\n"
+            continue
+        yield f"**{title}** (load {tables[name]['machine']['load']})\n"
+        yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+        for row in tables[name]["rows"]:
+            yield f"| {' | '.join(cell(row) for cell in columns.values())} |"
+        yield ""
+    yield "**One update**, CPU ms. Codes are of 1/64; 8,388,608 values are LLaMA-7B's adapter at rank 8.\n"
+    if "encoders" not in tables:
+        yield "Not run. Command: `python benchmarks/speed.py --part growth --tables encoders`\n"
         return
-    yield f"Whole private rounds of the embedded model under central trust, one short record a client (load {tables['machine']['load']}).\n"
-    yield "| clients in a round | CPU s a round | CPU ms a client | peak MiB in the rounds |\n|---|---|---|---|"
-    for row in tables["clients"]:
-        each = 1000 * row["round_cpu_s"] / row["clients"]
-        yield f"| {row['clients']:,} | {row['round_cpu_s']:.2f} | {each:.1f} | {row['rounds_peak_mib']:,.0f} |"
-    yield "\n| adapter values | CPU s a round of 16 clients | peak MiB in the rounds |\n|---|---|---|"
-    for row in tables["values"]:
-        yield f"| {row['adapter_values']:,} | {row['round_cpu_s']:.2f} | {row['rounds_peak_mib']:,.0f} |"
-    yield "\nA population costs next to nothing: what a client holds is made or read when it is asked.\n"
-    yield "| population | CPU s of its plan | ms to draw a cohort | peak MiB of planning |\n|---|---|---|---|"
-    for row in tables["population"]:
-        yield f"| {row['population']:,} | {row['plan_cpu_s']:.2f} | {row['cohort_ms']:.0f} | {row['peak_mib']:,.0f} |"
-    yield "\n| population, 1,000 clients in a round | CPU s a round | peak MiB in the rounds | of the whole run |\n|---|---|---|---|"
-    for row in tables["crowd"]:
-        yield f"| {row['population']:,} | {row['round_cpu_s']:.2f} | {row['rounds_peak_mib']:,.0f} | {row['peak_mib']:,.0f} |"
-    yield "\n| rounds | trust | CPU s of the plan |\n|---|---|---|"
-    for row in tables["rounds"]:
-        yield f"| {row['rounds']:,} | {row['trust']} | {row['plan_cpu_s']:.2f} |"
-    yield "\n**One update**, CPU ms. Codes are of 1/64; 8,388,608 values are LLaMA-7B's adapter at rank 8.\n"
-    names = list(tables["encoders"][0]["ms"])
+    rows = tables["encoders"]["rows"]
+    names = list(rows[0]["ms"])
     yield f"| values | {' | '.join(names)} |\n|---|{'---|' * len(names)}"
-    for row in tables["encoders"]:
+    for row in rows:
         cells = " | ".join(f"{row['ms'][name]:.1f}" for name in names)
         yield f"| {row['values']:,} | {cells} |"
     yield ""
+
+
+def _round_cpu(row: Mapping[str, Any]) -> str:
+    return f"{row['round_cpu_s']:.2f}"
+
+
+def _peak(row: Mapping[str, Any]) -> str:
+    return f"{row['rounds_peak_mib']:,.0f}"
+
+
+Columns = dict[str, Callable[[Mapping[str, Any]], str]]
+_TABLES: dict[str, tuple[str, Columns]] = {
+    "clients": (
+        "Clients in a round",
+        {
+            "clients": lambda row: f"{row['clients']:,}",
+            "CPU s a round": _round_cpu,
+            "CPU ms a client": lambda row: f"{1000 * row['round_cpu_s'] / row['clients']:.1f}",
+            "peak MiB in the rounds": _peak,
+        },
+    ),
+    "values": (
+        "Values of an adapter, 16 clients in a round",
+        {
+            "values": lambda row: f"{row['adapter_values']:,}",
+            "CPU s a round": _round_cpu,
+            "peak MiB in the rounds": _peak,
+        },
+    ),
+    "population": (
+        "Population: planning",
+        {
+            "population": lambda row: f"{row['population']:,}",
+            "CPU s of the plan": lambda row: f"{row['plan_cpu_s']:.2f}",
+            "ms to draw a cohort": lambda row: f"{row['cohort_ms']:.0f}",
+            "peak MiB": lambda row: f"{row['peak_mib']:,.0f}",
+        },
+    ),
+    "crowd": (
+        "Population: a run with 1,000 clients in a round",
+        {
+            "population": lambda row: f"{row['population']:,}",
+            "CPU s a round": _round_cpu,
+            "peak MiB in the rounds": _peak,
+            "of the whole run": lambda row: f"{row['peak_mib']:,.0f}",
+        },
+    ),
+    "rounds": (
+        "Rounds: planning",
+        {
+            "rounds": lambda row: f"{row['rounds']:,}",
+            "trust": lambda row: str(row["trust"]),
+            "CPU s of the plan": lambda row: f"{row['plan_cpu_s']:.2f}",
+        },
+    ),
+}
 
 
 def _quickstart(row: Mapping[str, Any] | None) -> Iterable[str]:
