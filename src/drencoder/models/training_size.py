@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ["ModelSize", "free_memory", "gigabytes"]
 
 # Multiplications of one matrix in one pass that keep a core busy: with less, the time goes into calling the operations, and with
-# much more a batch leaves the caches (benchmarks/cohort_training.py; docs/log.md has the measurement).
+# much more a batch leaves the caches (docs/log.md has the measurement; benchmarks/speed.py compares with other software).
 _WORK = 80_000_000
 # What a token leaves for the backward pass, in outputs of the linear layers, and in outputs of the head if it is predicted.
 _SAVED, _SAVED_LOGITS = 3, 2

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import utility_grid as grid
-from utility_grid import COMPARATORS, OURS, Setting, setting_of
-
 from drencoder.encoders.code_sizes import message_bytes, noise_dominates
 from drencoder.evaluation.statistics import Difference, paired_over_seeds
 from drencoder.study.cells import Cell, Row, Track, loss_of
 from drencoder.study.pool import stored_results
 from drencoder.study.tuning import is_at_edge, next_cells, tuned_steps, tuning_losses
+from utility_study import grid
+from utility_study.grid import COMPARATORS, OURS, Setting, setting_of
 
 MARGIN = 0.01  # of DP-LoRA's loss
 FREE_RATIO = 64  # of DP-LoRA's bytes: the code that has to be free where noise dominates

@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utility_grid import COHORTS, EPSILONS, Setting
-from utility_results import AUTOMATIC, REFERENCE, Comparison, Results
-
 from drencoder.runs.plots import save_figure
+from utility_study.grid import COHORTS, EPSILONS, Setting
+from utility_study.results import AUTOMATIC, REFERENCE, Comparison, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

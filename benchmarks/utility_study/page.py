@@ -8,12 +8,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import utility_grid as grid
-import utility_plots as plots
-from utility_archive import ARCHIVE, COMPACT, archive, read_study
-from utility_grid import ARMS, EQUAL_BYTES_ARMS, FOUR_BITS, PARTS
-from utility_plots import setting_words
-from utility_results import (
+from drencoder.encoders.code_sizes import bytes_text
+from drencoder.errors import ArtifactError
+from drencoder.runs.run_folder import RunFolder
+from drencoder.study.cells import Row, read_rows
+from drencoder.study.tables import markdown_table
+from utility_study import grid, plots
+from utility_study.archive import ARCHIVE, COMPACT, archive, read_study
+from utility_study.grid import ARMS, EQUAL_BYTES_ARMS, FOUR_BITS, PARTS
+from utility_study.plots import setting_words
+from utility_study.results import (
     AUTOMATIC,
     FEW,
     FREE_RATIO,
@@ -31,12 +35,6 @@ from utility_results import (
     load_results,
     verdicts,
 )
-
-from drencoder.encoders.code_sizes import bytes_text
-from drencoder.errors import ArtifactError
-from drencoder.runs.run_folder import RunFolder
-from drencoder.study.cells import Row, read_rows
-from drencoder.study.tables import markdown_table
 
 FEW_SEEDS = 6  # whose losses a table can show one by one; utility.json has all
 Line = Sequence[str]
