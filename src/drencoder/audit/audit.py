@@ -19,7 +19,7 @@ from drencoder.audit.canaries import Planted, contributions
 from drencoder.audit.content import Attack, attack_content, attack_membership
 from drencoder.audit.masks import check_masks
 from drencoder.audit.noise_checks import Check, RestartCheck, check_noise
-from drencoder.audit.observers import Release, View, audit_releases, audit_records
+from drencoder.audit.observers import Release, View, audit_records, audit_releases
 from drencoder.audit.result import RunAudit
 from drencoder.audit.secrecy import check_evaluation_text, check_secrecy
 from drencoder.audit.trade_off import largest_power, protection_sentence
@@ -78,7 +78,9 @@ class _Subject:
         return update_query(self.encoder, recipe, slot, adaptive, self.prior)
 
 
-def audit_recipe(recipe: Recipe, listener: Listener, *, canaries: int = 1000, seed: int = 0, records: bool = True) -> RunAudit:
+def audit_recipe(
+    recipe: Recipe, listener: Listener, *, canaries: int = 1000, seed: int = 0, records: bool = True
+) -> RunAudit:
     """Audits a recipe as it would start. `records`: also attack real records and what a run leaves, which trains.
 
     Raises:
@@ -86,12 +88,16 @@ def audit_recipe(recipe: Recipe, listener: Listener, *, canaries: int = 1000, se
     """
     components = build(recipe)
     _require_promise(components)
-    progress, encoder = fit_encoder(components, Progress(ServerState.start(components.lora.initial_D)), None, lambda _text: None)
+    progress, encoder = fit_encoder(
+        components, Progress(ServerState.start(components.lora.initial_D)), None, lambda _text: None
+    )
     subject = _Subject(components, components.lora.initial_D, encoder, progress.prior, None)
     return _audit(subject, listener, canaries, seed, records, {"recipe": recipe.name}, [])
 
 
-def audit_run_folder(path: Path, listener: Listener, *, canaries: int = 1000, seed: int = 0, records: bool = True) -> RunAudit:
+def audit_run_folder(
+    path: Path, listener: Listener, *, canaries: int = 1000, seed: int = 0, records: bool = True
+) -> RunAudit:
     """Audits a run with its own recipe, adapter, encoder and adaptive clip, against what its certificate promises.
 
     Raises:
@@ -110,7 +116,9 @@ def audit_run_folder(path: Path, listener: Listener, *, canaries: int = 1000, se
         "." if same else " no longer: it promises something else than what this recipe's run does, or it was edited."
     )
     checks = [Check("the certificate is about this recipe", same, found), _check_published(components, folder)]
-    return _audit(subject, listener, canaries, seed, records, {"recipe": components.recipe.name, "run": str(path)}, checks)
+    return _audit(
+        subject, listener, canaries, seed, records, {"recipe": components.recipe.name, "run": str(path)}, checks
+    )
 
 
 def _require_promise(components: Components) -> None:
@@ -122,19 +130,28 @@ def _require_promise(components: Components) -> None:
 
 
 def _audit(
-    subject: _Subject, listener: Listener, canaries: int, seed: int, records: bool, facts: dict[str, Any], checks: list[Check]
+    subject: _Subject,
+    listener: Listener,
+    canaries: int,
+    seed: int,
+    records: bool,
+    facts: dict[str, Any],
+    checks: list[Check],
 ) -> RunAudit:
     components, plan = subject.components, subject.components.plan
     restart = RestartCheck(plan.noise)
     try:
         listener.say(_estimate(subject, canaries, records))
-        views, attacks, notes = [], [], []
+        views: list[View] = []
+        attacks: list[Attack] = []
+        notes: list[str] = []
         trials = Trials(components, subject.adapter_D)
         for release in _stages(subject):
             listener.say(f"canaries in {release.words}")
             found, done = audit_releases(trials, release, plan, canaries=canaries, seed=seed)
             views += found
-            views += audit_releases(trials, release, plan, canaries=canaries // 2, seed=seed, replace_one=True)[0]
+            if release.slots[0] > 0:  # stage 1's statistics of an update and of its opposite are no opposites
+                views += audit_releases(trials, release, plan, canaries=canaries // 2, seed=seed, replace_one=True)[0]
             checks += _noise_of(trials, release, done)
             if release.slots[0] > 0:
                 checks.append(_check_denominator(done))
@@ -155,7 +172,14 @@ def _audit(
         checks.append(restart.result())
     finally:
         restart.stop()
-    return RunAudit(_facts(subject, canaries, seed) | facts, _protection(subject), tuple(views), tuple(checks), tuple(attacks), tuple(notes))
+    return RunAudit(
+        _facts(subject, canaries, seed) | facts,
+        _protection(subject),
+        tuple(views),
+        tuple(checks),
+        tuple(attacks),
+        tuple(notes),
+    )
 
 
 def _stages(subject: _Subject) -> Iterator[Release]:
@@ -209,7 +233,15 @@ def _masks(subject: _Subject, seed: int) -> list[Check]:
     keys = [NodeKey.generate() for _ in range(recipe.federation.nodes)]
     each = -(-terms.least_contributors // len(keys))
     settings = RoundSettings(
-        "audit", slot, 0, values, bits, recipe.threshold, terms.least_contributors, (each,) * len(keys), tuple(key.public for key in keys)
+        "audit",
+        slot,
+        0,
+        values,
+        bits,
+        recipe.threshold,
+        terms.least_contributors,
+        (each,) * len(keys),
+        tuple(key.public for key in keys),
     )
     generator = np.random.Generator(np.random.Philox(derive_seed(seed, "audit-shares")))
     vectors = [generator.integers(0, 50, values).astype(np.uint32) for _ in keys]
@@ -222,7 +254,13 @@ def _real_records(subject: _Subject, seed: int) -> tuple[list[Attack], list[str]
     adapter_D = warm_adapter(components) if warm else subject.adapter_D
     victims = gather_victims(components, adapter_D, victims=_VICTIMS, shadows=_SHADOWS, seed=seed)
     if victims is None:
-        return [], ["Real records were not attacked: the recipe has no evaluation text and no public text that an attacker could learn from."], []
+        return (
+            [],
+            [
+                "Real records were not attacked: the recipe has no evaluation text and no public text that an attacker could learn from."
+            ],
+            [],
+        )
     trials = Trials(components, adapter_D)
     attacks, notes = attack_content(trials, subject.query, components.plan, victims, components.lora, seed=seed)
     attacks += attack_membership(trials, subject.query, components.plan, victims, seed=seed)
@@ -240,10 +278,14 @@ def _check_published(components: Components, folder: RunFolder) -> Check:
         for record in components.texts.source.client(client)
         if len(record["response"].strip()) >= long
     }
-    for path in sorted(path for path in folder.path.rglob("*") if path.suffix in (".json", ".jsonl", ".html", ".md", ".toml")):
+    for path in sorted(
+        path for path in folder.path.rglob("*") if path.suffix in (".json", ".jsonl", ".html", ".md", ".toml")
+    ):
         text = path.read_text("utf-8", errors="replace")
         if any(reply in text for reply in replies):
-            return Check(name, False, f"{path.relative_to(folder.path)} quotes a client's text: do not hand this folder on.")
+            return Check(
+                name, False, f"{path.relative_to(folder.path)} quotes a client's text: do not hand this folder on."
+            )
     return Check(name, True, f"None of {len(replies)} replies of clients stands in a file of the run folder.")
 
 
@@ -256,7 +298,9 @@ def _facts(subject: _Subject, canaries: int, seed: int) -> dict[str, Any]:
         "model": components.recipe.model.source,
         "trust": plan.trust,
         "unit": "client",
-        "epsilon": epsilon_pld(plan.composition(plan.budget_observer, plan.schedule()) or (), plan.gaussian_delta, plan.relation),
+        "epsilon": epsilon_pld(
+            plan.composition(plan.budget_observer, plan.schedule()) or (), plan.gaussian_delta, plan.relation
+        ),
         "observer": plan.budget_observer,
         "delta": plan.delta,
         "relation": plan.relation,

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drencoder.audit.auc import estimate_auc, estimate_clustered_auc, gaussian_max_auc
+from drencoder.audit.auc import Auc, estimate_auc, estimate_clustered_auc, gaussian_max_auc
 from drencoder.audit.canaries import Planted, contributions, draw_coins
-from drencoder.audit.findings import Auc
 from drencoder.audit.inversion import CodeReader, present_tokens
 from drencoder.audit.residual import score_by_residual
-from drencoder.audit.tokens import SpanAttack
+from drencoder.audit.span import SpanAttack
 from drencoder.audit.trials import QueryMaker, Trial, Trials, known_cohort, promised_std, trial_values
 from drencoder.audit.victims import Victims
 from drencoder.errors import DataError, ModelError
@@ -64,14 +63,19 @@ def attack_content(
     """
     trial_list = list(_everybody_in(trials, queries, plan, victims))
     query, vocabulary = trial_list[0].query, lora.base.vocabulary
-    seen, sees = ("messages", "a message") if plan.trust != "secure-aggregation" else ("sum", "a sum with one client's text in it")
+    seen, sees = (
+        ("messages", "a message")
+        if plan.trust != "secure-aggregation"
+        else ("sum", "a sum with one client's text in it")
+    )
     values = torch.cat([rows if (rows := trial_values(trial, seen)).dim() == 2 else rows[None] for trial in trial_list])  # type: ignore[arg-type]
     present_NV = present_tokens(victims.texts[: len(values)], vocabulary)
     events = known_cohort(plan, "server", query.spec.slot, trial_list[0].contributors)
     mu = None if events is None else gdp_mu(events, "replace_one")
     bound = None if mu is None else gaussian_max_auc(mu)
     noise = promised_std(trial_list[0], seen) if bound is not None else 0.0  # type: ignore[arg-type]
-    attacks, notes = [], []
+    attacks: list[Attack] = []
+    notes: list[str] = []
     shadow_MV = present_tokens(victims.shadow_texts, vocabulary)
     blind = _share_found(shadow_MV.sum(0).float().expand(len(values), -1), present_NV)
 
@@ -112,10 +116,14 @@ def _everybody_in(trials: Trials, queries: QueryMaker, plan: PrivacyPlan, victim
     return done
 
 
-def attack_membership(trials: Trials, queries: QueryMaker, plan: PrivacyPlan, victims: Victims, *, seed: int) -> list[Attack]:
+def attack_membership(
+    trials: Trials, queries: QueryMaker, plan: PrivacyPlan, victims: Victims, *, seed: int
+) -> list[Attack]:
     """Who of the victims is in a released sum, by projection residual. Half of them are, by a coin each."""
     slots = [slot for slot in plan.slots if slot > 0]
-    scores, coins, mus = [], [], []
+    scores: list[Tensor] = []
+    coins: list[Tensor] = []
+    mus: list[float | None] = []
 
     def plant(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
         clients = cohort[: len(victims.texts)]
@@ -126,7 +134,9 @@ def attack_membership(trials: Trials, queries: QueryMaker, plan: PrivacyPlan, vi
     for trial in trials.without_end(queries, slots, plant):
         if len(trial.planted.clients) < 4:
             if len(scores) > 64:
-                raise DataError("The cohorts of this recipe are too small for an attack on membership: raise federation.sampling_rate.")
+                raise DataError(
+                    "The cohorts of this recipe are too small for an attack on membership: raise federation.sampling_rate."
+                )
             scores.append(torch.zeros(0))
             coins.append(torch.zeros(0, dtype=torch.bool))
             continue

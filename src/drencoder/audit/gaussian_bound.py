@@ -18,7 +18,9 @@ from drencoder.audit.scores import CanaryScores
 
 __all__ = ["gaussian_mu"]
 
-_FAR = 37.0  # beyond it the non-central t is not computed reliably; its normal approximation is within a thousandth there
+_FAR = (
+    37.0  # beyond it the non-central t is not computed reliably; its normal approximation is within a thousandth there
+)
 
 
 def gaussian_mu(scores: CanaryScores, significance: float) -> float:

@@ -70,14 +70,15 @@ class CodeReader:
         return score_NV
 
 
-def _fit(clean_MP: Tensor, present_MV: Tensor, noise_std: float, scale: float, seed: int, steps: int) -> nn.Module:
+def _fit(clean_MP: Tensor, present_MV: Tensor, noise_std: float, scale: float, seed: int, steps: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(derive_seed(seed, "audit-reader"))
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "audit-reader-start") % 2**63)
-        network = nn.Sequential(nn.Linear(clean_MP.shape[1], _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, present_MV.shape[1]))
+        last = nn.Linear(_HIDDEN, present_MV.shape[1])
+        network = nn.Sequential(nn.Linear(clean_MP.shape[1], _HIDDEN), nn.GELU(), last)
     share_V = present_MV.mean(0).clamp(1e-3, 1 - 1e-3)
     with torch.no_grad():
-        network[2].bias.copy_(torch.log(share_V / (1 - share_V)))
+        last.bias.copy_(torch.log(share_V / (1 - share_V)))
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     for _ in range(steps):
         rows = torch.randint(len(clean_MP), (_BATCH,), generator=generator)

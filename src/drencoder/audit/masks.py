@@ -38,9 +38,7 @@ class _Server:
         self._revealed: dict[int, dict[int, bytes]] = defaultdict(dict)
         self._settings = settings
         on_nodes = [range(count) for count in settings.clients]
-        parties = [
-            secure_node(settings, node, key, on_nodes[node], vectors[node]) for node, key in enumerate(keys)
-        ]
+        parties = [secure_node(settings, node, key, on_nodes[node], vectors[node]) for node, key in enumerate(keys)]
 
         def exchange(step: ProtocolStep, requests: Mapping[int, bytes]) -> dict[int, bytes]:
             answers = {node: parties[node].answer(step, request) for node, request in requests.items()}
@@ -49,7 +47,9 @@ class _Server:
             return answers
 
         secure_sum(settings, on_nodes, exchange)
-        self.seeds = {owner: combine(dict(list(shares.items())[: settings.threshold])) for owner, shares in self._revealed.items()}
+        self.seeds = {
+            owner: combine(dict(list(shares.items())[: settings.threshold])) for owner, shares in self._revealed.items()
+        }
 
     def _keep(self, step: ProtocolStep, node: int, body: bytes) -> None:
         if step == ProtocolStep.ADVERTISE:
@@ -73,7 +73,11 @@ def check_masks(settings: RoundSettings, keys: Sequence[NodeKey], vectors: Seque
     first, second = (_Server(settings, keys, vectors) for _ in range(2))
     secrets = [*first.keys, *second.keys, *first.seeds.values(), *second.seeds.values()]
     fresh = len(set(secrets)) == len(secrets)
-    alike = "every key and seed of two rounds is another" if fresh else "a key or a seed of two rounds is the same, so that masks can be computed"
+    alike = (
+        "every key and seed of two rounds is another"
+        if fresh
+        else "a key or a seed of two rounds is the same, so that masks can be computed"
+    )
     checks = [Check("keys and seeds of masks are fresh", fresh, f"Of {len(secrets)} secrets {alike}.")]
     modulus = np.uint32((1 << settings.bits) - 1)
     hidden = {
@@ -89,7 +93,11 @@ def check_masks(settings: RoundSettings, keys: Sequence[NodeKey], vectors: Seque
         least = min(_chance_of_uniform(mask_V, settings.bits) for mask_V in masks)
         passed = least > _ALARM / (len(hidden) * len(masks))
         found = "uniform" if passed else "not uniform: whoever sees it learns something of what a node added up"
-        checks.append(Check(name, passed, f"What hides a node's vector is {found} ({settings.values:,} values, {len(masks)} nodes)."))
+        checks.append(
+            Check(
+                name, passed, f"What hides a node's vector is {found} ({settings.values:,} values, {len(masks)} nodes)."
+            )
+        )
     return checks
 
 

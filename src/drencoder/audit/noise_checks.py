@@ -9,11 +9,9 @@ one in a million.
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
 from drencoder.errors import EngineError
@@ -88,7 +86,9 @@ class RestartCheck:
     def __init__(self, noise_kind: str) -> None:
         self._noise_kind = noise_kind
         draw = [sys.executable, "-c", _DRAW]
-        self._processes = [subprocess.Popen(draw, stdout=subprocess.PIPE) for _ in range(2 if noise_kind == "secure" else 0)]
+        self._processes = [
+            subprocess.Popen(draw, stdout=subprocess.PIPE) for _ in range(2 if noise_kind == "secure" else 0)
+        ]
 
     def result(self) -> Check:
         """Waits for both."""
@@ -98,7 +98,9 @@ class RestartCheck:
             return Check(name, False, found)
         draws = [process.communicate()[0] for process in self._processes]
         if any(process.returncode for process in self._processes):
-            raise EngineError("A process that draws noise could not be started: see the message above, and audit again.")
+            raise EngineError(
+                "A process that draws noise could not be started: see the message above, and audit again."
+            )
         again = draws[0] == draws[1]
         return Check(name, not again, f"Two processes drew {'the same' if again else 'different'} noise.")
 
@@ -128,5 +130,3 @@ def _unlikely_correlation(size: int, tail: float) -> float:
 
     far = float(t.isf(tail / 2, size - 1))
     return far / math.sqrt(far * far + size - 1)
-
-

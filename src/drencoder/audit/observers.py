@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from drencoder.audit.canaries import Plant, Planted, crafted, draw_coins, num_directions
-from drencoder.audit.clopper_pearson_bound import epsilon_from_errors, gdp_mu_from_errors
+from drencoder.audit.clopper_pearson_bound import gdp_mu_from_errors
 from drencoder.audit.gaussian_bound import gaussian_mu
 from drencoder.audit.one_run_bound import one_run_mu
 from drencoder.audit.scores import CanaryScores
@@ -97,7 +97,15 @@ def _number(value: float) -> str:
 
 
 def measure(
-    scores: CanaryScores, *, observer: str, sees: str, canary: str, relation: Relation, mu: float, delta: float, note: str = ""
+    scores: CanaryScores,
+    *,
+    observer: str,
+    sees: str,
+    canary: str,
+    relation: Relation,
+    mu: float,
+    delta: float,
+    note: str = "",
 ) -> View:
     """The view of these scores where the promise is `mu`-Gaussian differential privacy."""
     bounds = {

@@ -38,7 +38,10 @@ def one_run_mu(scores: CanaryScores, significance: float) -> float:
     best = 0.0
     for share in GUESS_SHARES:
         guesses = max(1, round(share * right_N.size))
-        best = max(best, _largest_rejected(right_N.size, guesses, int(right_N[:guesses].sum()), significance / len(GUESS_SHARES)))
+        best = max(
+            best,
+            _largest_rejected(right_N.size, guesses, int(right_N[:guesses].sum()), significance / len(GUESS_SHARES)),
+        )
     return best
 
 

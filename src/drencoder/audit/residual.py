@@ -22,5 +22,5 @@ def score_by_residual(candidate_NV: Tensor, released_RV: Tensor) -> Tensor:
     basis_VR, _ = torch.linalg.qr(released_RV.double().T)
     inside_NR = own_NV @ basis_VR
     length_N = own_NV.square().sum(1).clamp(min=1e-30)
-    sign_N = torch.sign((own_NV @ released_RV.double().sum(0)))  # a pull, not a push
+    sign_N = torch.sign(own_NV @ released_RV.double().sum(0))  # a pull, not a push
     return sign_N * inside_NR.square().sum(1) / length_N - 1.0

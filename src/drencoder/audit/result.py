@@ -50,10 +50,12 @@ class RunAudit:
         """The outcome in one sentence."""
         if self.failures:
             return f"THE PROMISE DOES NOT HOLD: {len(self.failures)} of {len(self.views) + len(self.checks) + len(self.attacks)} tests failed."
-        best = max((view.bounds[name]["95"] for view in self.views for name in view.bounds), default=0.0)
+        near = max(self.views, key=lambda view: max(bound["95"] for bound in view.bounds.values()) / view.promised)
+        most = max(bound["95"] for bound in near.bounds.values())
         return (
-            f"No fault was found in {len(self.views) + len(self.checks) + len(self.attacks)} tests. The largest lower bound on epsilon (95 %) is {best:.2f}. "
-            "An audit can show that a promise is broken; it cannot prove that one holds."
+            f"No fault was found in {len(self.views) + len(self.checks) + len(self.attacks)} tests. Nearest to its promise came the {near.observer} with "
+            f"{near.sees}: epsilon is at least {most:.2f} (95 % confidence), {near.promised:.2f} was promised. An audit can show that a promise "
+            "is broken; it cannot prove that one holds."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def short_recipe(recipe: Recipe) -> Recipe:
         recipe,
         federation=replace(recipe.federation, rounds=min(2, recipe.federation.rounds)),
         privacy=replace(recipe.privacy, noise="replay", noise_multiplier=0.0),
-        evaluation=replace(recipe.evaluation, examples=8, questions=min(8, recipe.evaluation.questions), progress_examples=4, every=1),
+        evaluation=replace(
+            recipe.evaluation, examples=8, questions=min(8, recipe.evaluation.questions), progress_examples=4, every=1
+        ),
     )
 
 
@@ -92,7 +94,9 @@ def _told(components: Components, folder: Path, world: str) -> dict[str, bytes]:
         run_built(replace(components, engine=engine), folder, listener)
     told = {"the screen": screen.getvalue(), "the console": "\n".join(listener.said)}
     seen = {name: text.encode() for name, text in told.items()}
-    seen |= {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    seen |= {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     return {name: _CHANGING.sub(b"", data) for name, data in seen.items()}
 
 
@@ -167,11 +171,15 @@ class _BlindedEngine:
             return
         answering = [client for client in cohort if not (self.world == "absent" and client == cohort[0])]
         trainer = _CanaryWorld(self.trainer, cohort[0], self.world)
-        for answer in InProcessEngine(trainer, self.nodes, self.threshold).gather(query, adapter_D, answering, permit, noise):
+        for answer in InProcessEngine(trainer, self.nodes, self.threshold).gather(
+            query, adapter_D, answering, permit, noise
+        ):
             if isinstance(answer, SecureSum):
                 yield replace(answer, sum_V=np.zeros_like(answer.sum_V))
                 continue
-            blank = pack_rows(torch.zeros(len(answer.messages), query.spec.wire.code_size), query.spec.wire, query.spec.slot)
+            blank = pack_rows(
+                torch.zeros(len(answer.messages), query.spec.wire.code_size), query.spec.wire, query.spec.slot
+            )
             yield replace(answer, messages=blank)
 
 
@@ -184,7 +192,9 @@ def check_evaluation_text(components: Components) -> Check:
     if components.texts.evaluation is None:
         return Check(name, True, "The recipe measures on no text.")
     measured = components.texts.evaluation(components.recipe.evaluation.examples)
-    if isinstance(source, FileSource) and (both := set(source.server) & {one for owner in source.owned for one in owner}):
+    if isinstance(source, FileSource) and (
+        both := set(source.server) & {one for owner in source.owned for one in owner}
+    ):
         return Check(name, False, f"{len(both)} records that are set aside for evaluation are clients' records, too.")
     population = components.plan.population
     step = max(1, population * components.recipe.data.examples_per_client // _RECORDS)
@@ -192,7 +202,9 @@ def check_evaluation_text(components: Components) -> Check:
     shared = sum(_digest(record) in held for record in measured)
     found = f"{shared} of {len(measured)} evaluation texts are also a client's, word for word"
     if 2 * shared > len(measured):
-        return Check(name, False, f"{found}: the losses in outcomes.json and in the metrics would be theirs, without noise.")
+        return Check(
+            name, False, f"{found}: the losses in outcomes.json and in the metrics would be theirs, without noise."
+        )
     return Check(name, True, f"{found}{', which may be chance' if shared else ''}.")
 
 

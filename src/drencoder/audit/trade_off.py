@@ -27,7 +27,10 @@ def largest_power(events: tuple[Event, ...], relation: Relation, false_alarms: f
     bounds = []
     for delta in _DELTAS:
         epsilon = epsilon_pld(events, delta, relation)
-        bounds += [math.exp(min(700.0, epsilon)) * false_alarms + delta, 1 - math.exp(-epsilon) * (1 - delta - false_alarms)]
+        bounds += [
+            math.exp(min(700.0, epsilon)) * false_alarms + delta,
+            1 - math.exp(-epsilon) * (1 - delta - false_alarms),
+        ]
     return min(1.0, *bounds)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from drencoder.audit.canaries import CanaryEngine, Plant, Planted, contributions
-from drencoder.audit.scores import CanaryScores, Floats
+from drencoder.audit.scores import Floats
 from drencoder.encoders.wire import unpack_rows
 from drencoder.federated.query import Query
 from drencoder.federated.round import CohortRelease, SecureSum, Upload, released_update
@@ -35,7 +35,17 @@ from drencoder.privacy.plan import PrivacyPlan
 from drencoder.runs.asking import ask_cohort
 from drencoder.runs.build import Components
 
-__all__ = ["QueryMaker", "Seen", "Trial", "Trials", "known_cohort", "noise_left", "promised_std", "score_trial", "trial_values"]
+__all__ = [
+    "QueryMaker",
+    "Seen",
+    "Trial",
+    "Trials",
+    "known_cohort",
+    "noise_left",
+    "promised_std",
+    "score_trial",
+    "trial_values",
+]
 
 Seen = Literal["messages", "sum", "adapter"]
 
@@ -63,7 +73,10 @@ class Trial:
         """What each canary adds to what is seen when it is in, float32 (N, V)."""
         count, size = len(self.planted.clients), max(1, _ROWS // max(1, self.query.encoder.update_size))
         parts = [
-            _in_the_sum(self, contributions(self.query, self.planted.own_updates(self.query, range(start, min(count, start + size)))))
+            _in_the_sum(
+                self,
+                contributions(self.query, self.planted.own_updates(self.query, range(start, min(count, start + size)))),
+            )
             for start in range(0, count, size)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, self.released.release.value.numel())
@@ -92,7 +105,11 @@ class Trials:
             yield from self.of_one_run(queries, slots, plant)
 
     def of_one_run(
-        self, queries: QueryMaker, slots: Sequence[int], plant: Plant, begun: Callable[[Ledger], None] = lambda _ledger: None
+        self,
+        queries: QueryMaker,
+        slots: Sequence[int],
+        plant: Plant,
+        begun: Callable[[Ledger], None] = lambda _ledger: None,
     ) -> Iterator[Trial]:
         """These slots of one new ledger, which lies in a temporary folder; `begun` is shown it before the first."""
         recipe, plan = self._components.recipe, self._components.plan
@@ -136,7 +153,7 @@ def score_trial(trial: Trial, seen: Seen) -> Floats:
 def trial_values(trial: Trial, seen: Seen) -> Tensor:
     """What is seen, decoded from what left: messages (N, K) in the order of the canaries, a sum (V,), or the adapter's step as a sum (V,)."""
     if seen == "messages":
-        rows = {}
+        rows: dict[int, Tensor] = {}
         for upload in trial.received:
             assert isinstance(upload, Upload)
             got = unpack_rows(upload.messages, trial.query.spec.wire, trial.query.spec.slot)
@@ -145,7 +162,10 @@ def trial_values(trial: Trial, seen: Seen) -> Tensor:
     if seen == "sum":
         return trial.released.release.value
     assert trial.step_D is not None
-    step_D, mean_D = trial.step_D.double(), released_update(trial.query, trial.released.release, trial.permit, 1.0).double()
+    step_D, mean_D = (
+        trial.step_D.double(),
+        released_update(trial.query, trial.released.release, trial.permit, 1.0).double(),
+    )
     scale = float(step_D @ mean_D) / max(1e-300, float(mean_D @ mean_D))  # the optimiser is public
     sum_D = (step_D / (scale or 1.0)).float()
     return trial.query.encode(sum_D[None])[0] if trial.sums_codes else sum_D

@@ -33,11 +33,15 @@ class Victims:
     shadow_MD: Tensor
 
 
-def gather_victims(components: Components, adapter_D: Tensor, *, victims: int, shadows: int, seed: int) -> Victims | None:
+def gather_victims(
+    components: Components, adapter_D: Tensor, *, victims: int, shadows: int, seed: int
+) -> Victims | None:
     """None where the recipe has neither evaluation text nor public text that an attacker could learn from."""
     known = components.texts.held_out(shadows)
     if len(known) < _LEAST_SHADOWS and components.texts.public is not None:
-        known = [examples[0] for examples in components.texts.public_clients(shadows, 1, derive_seed(seed, "audit-shadows"))]
+        known = [
+            examples[0] for examples in components.texts.public_clients(shadows, 1, derive_seed(seed, "audit-shadows"))
+        ]
     if len(known) < _LEAST_SHADOWS:
         return None
     population = components.plan.population

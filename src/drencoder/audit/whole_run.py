@@ -35,7 +35,11 @@ from drencoder.rng import derive_seed
 
 __all__ = ["audit_run", "has_more_than_one_release"]
 
-_MOST_SLOTS = {"local": 1000, "central": 1500, "secure-aggregation": 60}  # of all runs; a secure one takes half a second
+_MOST_SLOTS = {
+    "local": 1000,
+    "central": 1500,
+    "secure-aggregation": 60,
+}  # of all runs; a secure one takes half a second
 _SIMULATED = 20_000
 _ADD_REMOVE: Relation = "add_remove"
 
@@ -60,9 +64,13 @@ def audit_run(
     if not events or plan.non_private:
         return None
     room = min(num_directions(queries(slot)) for slot in (plan.slots[0], plan.slots[-1]))
-    most = canaries if plan.trust == "local" else min(canaries, room)  # of a sum every canary needs a direction of its own
+    most = (
+        canaries if plan.trust == "local" else min(canaries, room)
+    )  # of a sum every canary needs a direction of its own
     most_runs = max(1, _MOST_SLOTS[plan.trust] // len(plan.slots))
-    score_parts, coin_parts, followed = [], [], 0
+    score_parts: list[Floats] = []
+    coin_parts: list[npt.NDArray[np.bool_]] = []
+    followed = 0
     while followed < canaries and len(score_parts) < most_runs:
         following = _Following(plan, min(most, canaries - followed), seed, len(score_parts))
         for trial in trials.of_one_run(queries, plan.slots, following.plant, following.choose):
@@ -77,11 +85,19 @@ def audit_run(
     words = {"observer": observer, "sees": f"all {len(plan.slots)} releases of the run", "canary": "worst case"}
     mu = gdp_mu(events, _ADD_REMOVE)
     if mu is not None:
-        return measure(CanaryScores.of(2 * score_N / mu**2, coin_N), relation=_ADD_REMOVE, mu=mu, delta=plan.gaussian_delta, **words)
+        return measure(
+            CanaryScores.of(2 * score_N / mu**2, coin_N),
+            relation=_ADD_REMOVE,
+            mu=mu,
+            delta=plan.gaussian_delta,
+            **words,
+        )
     threshold = _best_threshold(plan, canaries, seed)
     scores = CanaryScores.of(score_N - threshold, coin_N)
     promised = epsilon_pld(events, plan.gaussian_delta, _ADD_REMOVE)
-    bounds = {"any": {level: epsilon_from_errors(scores, plan.gaussian_delta, error) for level, error in LEVELS.items()}}
+    bounds = {
+        "any": {level: epsilon_from_errors(scores, plan.gaussian_delta, error) for level, error in LEVELS.items()}
+    }
     exceeded = ("any",) if epsilon_from_errors(scores, plan.gaussian_delta, ALARM) > promised else ()
     return View(
         relation=_ADD_REMOVE, inside=scores.inside.size, outside=scores.outside.size, promised=promised, delta=plan.gaussian_delta,
@@ -121,9 +137,7 @@ class _Following:
         self._places = [place for place, client in enumerate(self._clients) if client in asked]
         here = [self._clients[place] for place in self._places]
         answering = cohort if permit.shares is not None else here
-        return crafted(
-            here, self.coin_N[self._places], answering, directions=[place % room for place in self._places]
-        )
+        return crafted(here, self.coin_N[self._places], answering, directions=[place % room for place in self._places])
 
     def add(self, trial: Trial) -> None:
         """Adds what one release says about each followed client."""
