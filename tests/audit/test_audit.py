@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from torch import Tensor
-from torch.nn import functional
-
-from conftest import tiny_base, tiny_overrides
-from drencoder.audit import membership, subjects
 from drencoder.audit.arms import Arm, open_channel
-from drencoder.audit.auc import estimate_auc, estimate_clustered_auc, gaussian_max_auc, gaussian_mu_from_auc
 from drencoder.audit.findings import Auc, Audit, Finding
 from drencoder.audit.leakages import audit_leakages
 from drencoder.audit.membership import (
@@ -29,6 +22,13 @@ from drencoder.audit.membership import (
 from drencoder.audit.setup import AuditSetup, plan_under
 from drencoder.audit.tokens import SpanAttack, mark_present_tokens, score_by_shadow_clients, share_of_tokens_found
 from drencoder.audit.training_set import attack_training_set
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional
+
+from conftest import tiny_base, tiny_overrides
+from drencoder.audit import membership, subjects
+from drencoder.audit.auc import estimate_auc, estimate_clustered_auc, gaussian_max_auc, gaussian_mu_from_auc
 from drencoder.cli.audit_view import audit_tables
 from drencoder.data.tokenization import Example
 from drencoder.encoders.code_sizes import auto_ratio

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drencoder.audit.setup import plan_under
 from scipy import stats
 
 from conftest import tiny_overrides
-from drencoder.audit.setup import plan_under
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundError
 from drencoder.federated.in_process import InProcessEngine

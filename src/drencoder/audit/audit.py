@@ -139,7 +139,7 @@ def _audit(
     checks: list[Check],
 ) -> RunAudit:
     components, plan = subject.components, subject.components.plan
-    restart = RestartCheck(plan.noise)
+    restart = RestartCheck(components.noise)
     try:
         listener.say(_estimate(subject, canaries, records))
         views: list[View] = []

@@ -9,12 +9,14 @@ one in a million.
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from drencoder.errors import EngineError
+from drencoder.privacy.mechanism import NoiseSource
 
 __all__ = ["Check", "RestartCheck", "check_noise"]
 
@@ -80,41 +82,47 @@ def _check_pairs(rest_RK: Tensor, where: str, rows: int, size: int) -> Check:
 
 @final
 class RestartCheck:
-    """Starts two processes that draw the run's noise, at once, and compares what each drew first: a generator with a constant seed
-    gives both the same. They are read when the rest of an audit is done."""
+    """Whether the same noise comes again: from two sources of one process, and from two processes.
 
-    def __init__(self, noise_kind: str) -> None:
-        self._noise_kind = noise_kind
-        draw = [sys.executable, "-c", _DRAW]
+    A generator with a constant seed gives the same. The processes start at once and are read when the rest of an audit is done.
+    """
+
+    def __init__(self, make_noise: Callable[[], NoiseSource]) -> None:
+        first, second = make_noise(), make_noise()
+        self._kind = first.kind
+        self._twice = bool((first.words(1, 0)(32) == second.words(1, 0)(32)).all())
+        started = 2 if self._kind == "secure" and not self._twice else 0
         self._processes = [
-            subprocess.Popen(draw, stdout=subprocess.PIPE) for _ in range(2 if noise_kind == "secure" else 0)
+            subprocess.Popen([sys.executable, "-c", _DRAW], stdout=subprocess.PIPE) for _ in range(started)
         ]
 
     def result(self) -> Check:
         """Waits for both."""
         name = "noise cannot be computed again"
-        if not self._processes:
-            found = f"The recipe's noise is {self._noise_kind!r}: whoever knows the seed computes it again. Such a run is for tests."
+        if self._kind != "secure":
+            found = f"The recipe's noise is {self._kind!r}: whoever knows the seed computes it again. Such a run is for tests."
             return Check(name, False, found)
         draws = [process.communicate()[0] for process in self._processes]
         if any(process.returncode for process in self._processes):
             raise EngineError(
                 "A process that draws noise could not be started: see the message above, and audit again."
             )
-        again = draws[0] == draws[1]
-        return Check(name, not again, f"Two processes drew {'the same' if again else 'different'} noise.")
+        if self._twice or draws[0] == draws[1]:
+            where = "Two sources of one process" if self._twice else "Two processes"
+            return Check(name, False, f"{where} drew the same noise: whoever starts the program can take it off.")
+        return Check(name, True, "Two sources of one process, and two processes, drew different noise.")
 
     def stop(self) -> None:
         """Ends what still runs."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
-                process.wait()
+                process.communicate()
 
 
 _DRAW = (
-    "import sys; from drencoder.privacy.mechanism import SecureNoise as S; "
-    "sys.stdout.buffer.write(S().normal(32, 1, 0).numpy().tobytes() + S().words(1, 0)(32).tobytes())"
+    "import sys; from drencoder.privacy.mechanism import SecureNoise; "
+    "sys.stdout.buffer.write(SecureNoise().words(1, 0)(32).tobytes())"
 )
 
 

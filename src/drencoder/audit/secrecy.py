@@ -56,9 +56,7 @@ def short_recipe(recipe: Recipe) -> Recipe:
         recipe,
         federation=replace(recipe.federation, rounds=min(2, recipe.federation.rounds)),
         privacy=replace(recipe.privacy, noise="replay", noise_multiplier=0.0),
-        evaluation=replace(
-            recipe.evaluation, examples=8, questions=min(8, recipe.evaluation.questions), progress_examples=4, every=1
-        ),
+        evaluation=replace(recipe.evaluation, examples=8, every=1),
     )
 
 
