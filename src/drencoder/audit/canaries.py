@@ -30,7 +30,7 @@ from drencoder.rng import derive_seed
 
 __all__ = ["CanaryEngine", "Plant", "Planted", "contributions", "crafted", "draw_coins", "num_directions"]
 
-_LONGER = 4.0  # times the clip: a code that only just fills it could fall short by rounding
+_LONGER = 1e3  # times the clip: an encoder may shorten what it decoded, and the code must fill the clip all the same
 _BATCH_VALUES = 1 << 24  # 64 MiB of float32
 
 
@@ -55,9 +55,6 @@ def crafted_updates(query: Query, directions: Sequence[int]) -> Tensor:
     unit_NK = torch.zeros(len(directions), query.spec.wire.code_size)
     unit_NK[torch.arange(len(directions)), torch.tensor(directions, dtype=torch.long)] = 1.0
     update_ND = functional.normalize(query.decode(unit_NK), dim=1)
-    if query.spec.noise_in == "code":  # an encoder may shorten what it decoded
-        length_N = torch.linalg.vector_norm(query.encode(update_ND), dim=1).clamp(min=1e-6)
-        update_ND = update_ND / length_N[:, None]
     return update_ND * (_LONGER * query.spec.clip_l2)
 
 
