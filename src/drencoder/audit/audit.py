@@ -123,6 +123,11 @@ def audit_run_folder(
 
 def _require_promise(components: Components) -> None:
     plan = components.plan
+    if plan.curated:
+        raise PrivacyError(
+            f"privacy.unit = {plan.unit!r} cannot be audited yet, since canaries are clients and not units inside a site: audit the "
+            "recipe with privacy.unit = 'client', or rest on the neighbour tests (docs/audit.md)."
+        )
     if set(plan.non_private) >= {"round"}:
         raise PrivacyError(
             f"privacy.trust = {components.recipe.privacy.trust!r} promises nothing, so there is no promise to audit: choose another trust."

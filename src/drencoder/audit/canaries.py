@@ -161,6 +161,10 @@ class CanaryEngine:
     def sites(self) -> Sequence[SiteFacts]:
         return ()
 
+    def unasked(self) -> Sequence[int]:
+        """None: this process is always there."""
+        return ()
+
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
     ) -> Iterator[Upload | SecureSum]:

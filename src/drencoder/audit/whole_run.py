@@ -183,6 +183,8 @@ def _along_directions(trial: Trial, count: int) -> tuple[Floats, float]:
             return (values[np.arange(count) % room] / clip).numpy(), 1.0
     shown = Trial(trial.query, everybody, trial.permit, (), trial.released, trial.expected_cohort, None)
     own_NV = shown.own_NV.double()
+    if trial.query.spec.adaptive_clip is not None:
+        own_NV[:, -1] = 0.0  # common to all of a sum
     length_N = own_NV.norm(dim=1)
     return ((own_NV @ values) / length_N / clip).numpy(), float(length_N.mean()) / clip
 
