@@ -22,8 +22,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """One seed, in a process of its own with one thread."""
     seed, clients, trials, train_steps, overrides = cell
     os.environ["OMP_NUM_THREADS"] = "1"
+    from leakage_study.leakages import audit_leakages
+
     from drencoder import load_recipe  # torch is loaded in the worker, after the thread count is set
-    from drencoder.audit.leakages import audit_leakages
     from drencoder.runs.build import build
 
     quick = ["evaluation.examples=8"]

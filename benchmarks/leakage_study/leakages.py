@@ -8,15 +8,15 @@ recipe's epsilon. One audit is one seed: the clients that are drawn, one set of 
 
 from typing import Any, Literal, Protocol
 
-from drencoder.audit.findings import Audit
-from drencoder.audit.membership import release_findings
-from drencoder.audit.setup import AuditSetup, plan_under
-from drencoder.audit.subjects import gather_subjects
-from drencoder.audit.tokens import SpanAttack, token_findings
-from drencoder.audit.training_set import training_set_findings
 from drencoder.errors import DataError
 from drencoder.published.fitting import AutoencoderOptions
 from drencoder.runs.build import Components
+from leakage_study.findings import Audit
+from leakage_study.membership import release_findings
+from leakage_study.setup import AuditSetup, plan_under
+from leakage_study.subjects import gather_subjects
+from leakage_study.tokens import SpanAttack, token_findings
+from leakage_study.training_set import training_set_findings
 
 __all__ = ["audit_leakages"]
 

@@ -14,11 +14,10 @@ from typing import final
 
 from torch import Tensor
 
+from drencoder.audit.warm_start import warm_adapter
 from drencoder.data.tokenization import Example
 from drencoder.errors import DataError
-from drencoder.federated.server_optimizer import ServerState, server_step
 from drencoder.models.cohort_training import cohort_updates
-from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components
 
@@ -29,7 +28,6 @@ _WARM_STEPS = 4
 _WARM_EXAMPLES = 32  # of each step
 _SHADOWS = 1024
 _MIN_SHADOWS = 16
-_WARM_SERVER = config.Server(optimizer="fedadam", learning_rate=0.001)
 
 
 @final
@@ -66,7 +64,7 @@ def gather_subjects(components: Components, clients: int, seed: int) -> Subjects
             f"{population // 3:,} clients at most."
         )
     warm, shadow_texts = _split_server_texts(components)
-    adapter_D = _train_start(components, warm)
+    adapter_D = warm_adapter(components, warm)
     start = derive_seed(seed, "audit-clients") % (population - 3 * clients + 1)
     chosen = [components.texts.client(start + client, 1)[0] for client in range(3 * clients)]
     target_ND, collected_ND, reference_ND = _train_updates(components, adapter_D, chosen).split(clients)
@@ -92,20 +90,6 @@ def _split_server_texts(components: Components) -> tuple[list[Example], list[Exa
             "a file of so many that the server owns in evaluation.data, or raise data.held_out_share."
         )
     return held_out[:warm], held_out[warm:]
-
-
-def _train_start(components: Components, texts: Sequence[Example]) -> Tensor:
-    """Returns the adapter (D,) after a few non-private steps on the server's own text, as in a later round.
-
-    LoRA starts with B = 0, where A has no gradient and shows nothing of the input.
-    """
-    state = ServerState.start(components.lora.initial_D)
-    gradient = config.Local(upload="gradient", batch_size=_WARM_EXAMPLES)
-    size = -(-len(texts) // _WARM_STEPS)
-    for begin in range(0, len(texts), size):
-        update_1D = cohort_updates(components.lora, state.adapter_D, [texts[begin : begin + size]], gradient, [0])
-        state = server_step(state, update_1D[0].cpu(), _WARM_SERVER, _WARM_SERVER.learning_rate)
-    return state.adapter_D
 
 
 def _train_updates(components: Components, adapter_D: Tensor, texts: Sequence[Example]) -> Tensor:

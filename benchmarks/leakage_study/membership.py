@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drencoder.audit.arms import Arm, expected_messages, open_channel
-from drencoder.audit.auc import estimate_auc, estimate_clustered_auc, gaussian_max_auc, gaussian_mu_from_auc
-from drencoder.audit.findings import Auc, Finding
-from drencoder.audit.setup import AuditSetup
+from drencoder.audit.auc import Auc, estimate_auc, estimate_clustered_auc, gaussian_max_auc, gaussian_mu_from_auc
 from drencoder.federated.round import released_update
 from drencoder.privacy.accounting import epsilon_gaussian
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
+from leakage_study.arms import Arm, expected_messages, open_channel
+from leakage_study.findings import Finding
+from leakage_study.setup import AuditSetup
 
 __all__ = ["cohort_attack", "release_findings", "server_attack", "smallest_cohort"]
 

@@ -8,8 +8,6 @@ from typing import final
 
 from torch import Tensor
 
-from drencoder.audit.arms import Arm, audit_plan, open_channel
-from drencoder.audit.subjects import Subjects
 from drencoder.encoders.code_sizes import auto_ratio
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.identity import IdentityEncoder
@@ -25,6 +23,8 @@ from drencoder.published.fitting import AutoencoderOptions
 from drencoder.recipe.recipe import Encoder as EncoderKnobs
 from drencoder.runs.build import Components
 from drencoder.runs.plan_overview import privacy_plan
+from leakage_study.arms import Arm, audit_plan, open_channel
+from leakage_study.subjects import Subjects
 
 __all__ = ["AuditSetup", "plan_under"]
 

@@ -1,32 +1,17 @@
-"""This module holds what an audit found: measured attacks beside what the accounting allows. No torch here."""
+"""This module holds what an audit found: measured attacks beside what the accounting allows."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
-__all__ = ["LEAKAGES", "Auc", "Audit", "Finding"]
+from drencoder.audit.auc import Auc
+
+__all__ = ["LEAKAGES", "Audit", "Finding"]
 
 LEAKAGES = {
     "tokens": "Tokens of a client's text, from what it uploads",
     "training set": "Membership of a client's gradient in the encoder's training set",
     "release": "Membership of a client in a release",
 }
-
-
-@final
-@dataclass(frozen=True)
-class Auc:
-    """An estimate with its 95 % interval; `clusters` is None where all scores are independent.
-
-    `floor` is a lower limit that the truth is below with a chance of 1 in 2,000 only: what an alarm rests on.
-    """
-
-    value: float
-    low: float
-    high: float
-    floor: float
-    positives: int
-    negatives: int
-    clusters: int | None = None
 
 
 @final

@@ -22,11 +22,11 @@ from typing import final
 
 from torch import Tensor
 
-from drencoder.audit.auc import estimate_auc, gaussian_max_auc
-from drencoder.audit.findings import Auc, Finding
-from drencoder.audit.setup import AuditSetup
+from drencoder.audit.auc import Auc, estimate_auc, gaussian_max_auc
 from drencoder.encoders.contract import Encoder
 from drencoder.published.fitting import AutoencoderOptions
+from leakage_study.findings import Finding
+from leakage_study.setup import AuditSetup
 
 __all__ = ["TrainingSetScores", "attack_training_set", "training_set_findings"]
 
