@@ -105,7 +105,7 @@ def budget_table(
         relation=relation,
         observer=observer,
         assumption=plan.guarantee(observer, ()).assumption,
-        staircase=plan.capped,
+        staircase=plan.capped and not plan.curated,
         budgets=tuple(_budget(one, observer, relation) for one in plans),
     )
 
