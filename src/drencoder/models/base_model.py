@@ -45,6 +45,11 @@ class BaseModel:
     revision: str = ""
     licence: str = _UNKNOWN
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes tokens in; its layers may be spread further."""
+        return next(self.model.parameters()).device
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from drencoder.data.tokenization import Batch
@@ -27,12 +28,18 @@ from drencoder.errors import ModelError
 from drencoder.models.adapted_layers import AdaptedLayers, choose_layers, is_linear, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
+from drencoder.models.client_products import add_adapter, own_products
 from drencoder.models.loaded_size import free_memory_of, measure_size
 from drencoder.models.recomputation import recomputed
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
 __all__ = ["LoraModel", "orthonormal_rows"]
+
+_LOGITS = 1 << 26  # values that are made at a time: 256 MiB
+_LENGTH_STEP, _CARD_LENGTH_STEP = 8, 64  # tokens that a length is rounded up to
+# What another pass costs, in tokens: a core's calls, and a card's (benchmarks/cohort_training.py, benchmarks/gpu.py).
+_PASS_SHARE, _CARD_PASS = 1 / 64, 1024
 
 
 class LoraModel:
@@ -58,6 +65,10 @@ class LoraModel:
         # A core is busy with few tokens, and more only take memory; a graphics card wants as many as it holds.
         busy = self.fit_tokens if base.model.device.type == "cuda" else min(self.fit_tokens, self.size.busy_tokens)
         self.batch_tokens = batch_tokens or busy
+        card = base.device.type != "cpu"
+        self.fixed_slots, self.tried_shapes = card, dict[tuple[int, int, int], bool]()
+        self.length_step = _CARD_LENGTH_STEP if card else _LENGTH_STEP
+        self.pass_tokens = _CARD_PASS if card else max(_LENGTH_STEP, int(_PASS_SHARE * self.size.busy_tokens))
         self.dropout, self.rank = knobs.dropout, knobs.rank
         layers = choose_layers(base.model, knobs.targets, base.source)
         self.left_out, self._keeps_apart = layers.left_out, keeps_clients_apart(base.model)
@@ -144,11 +155,11 @@ class LoraModel:
             if inputs[0].shape[:-1].numel() != self._tokens:
                 raise ModelError(f"{names[0]} did not get every token once: clients could not be told apart there.")
             A_KrI, B_KOr = self._stack[names[0]], self._stack[names[1]]
-            x_KTI = inputs[0].reshape(A_KrI.shape[0], -1, A_KrI.shape[2]).to(A_KrI.dtype)
+            x = inputs[0]
             if self._generators:
-                x_KTI = x_KTI * self._dropout_mask(x_KTI)
-            delta_KTO = torch.bmm(torch.bmm(x_KTI, A_KrI.mT), B_KOr.mT) * scale
-            return output + delta_KTO.reshape(output.shape).to(output.dtype)
+                x_KTI = x.reshape(len(A_KrI), -1, x.shape[-1])
+                x = (x_KTI * self._dropout_mask(x_KTI)).view(x.shape)
+            return add_adapter(output, x, A_KrI, B_KOr, scale)
 
         return add_delta
 
@@ -166,22 +177,13 @@ class LoraModel:
                 layer.forward = self._product_of(layer.weight, layer.bias, transposed=transposed)
 
     def _product_of(self, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Any:
-        """A linear layer's forward. With isolated clients it is one product for each of them.
-
-        One product over the rows of all clients has another shape when one of them leaves, and a matrix library may
-        then add up in another order: others' updates would move by a rounding error. Of one client's own rows the shape is
-        its own. The library takes K products in one call, so this costs a fifth of a small model's time and nothing of
-        a large one's.
-        """
+        """A linear layer's forward: with isolated clients one product for each of them."""
         weight_IO = weight if transposed else weight.T
 
         def forward(x: Tensor) -> Tensor:
             if not self._isolated:
                 return functional.linear(x, weight_IO.T, bias)
-            y_KTO = torch.bmm(x.reshape(self._isolated, -1, x.shape[-1]), weight_IO.expand(self._isolated, -1, -1))
-            if bias is not None:
-                y_KTO = y_KTO + bias
-            return y_KTO.view(*x.shape[:-1], -1)
+            return own_products(x, self._isolated, weight_IO, bias)
 
         return forward
 
@@ -240,20 +242,35 @@ class LoraModel:
     def client_losses(self, batch: Batch, clients: int) -> Tensor:
         """Summed cross-entropy (nats) of each client's predicted tokens, (K,), inside `stacked(..., isolated=True)`.
 
+        `batch` is on the CPU, where it is known without waiting for the device which positions are predicted.
+
         The vocabulary projection and the sum are each client's own, too.
         """
-        rows = len(batch.input_ids) // clients
+        chosen_M = _positions_before(batch.predicted).flatten().nonzero()[:, 0]
+        counts = batch.predicted.view(clients, -1).sum(dim=1).tolist()
+        batch, target_M = batch.to(self.device), batch.input_ids[batch.predicted]
         states = self._states(batch.input_ids)
+        states_MH = states.flatten(0, 1).index_select(0, chosen_M.to(states.device))
         isolated, self._isolated = self._isolated, 0
-        losses = []
-        for k in range(clients):
-            own = slice(k * rows, (k + 1) * rows)
-            predicted = batch.predicted[own]
-            logits_MV = self._projected(states[own][_positions_before(predicted)])
-            targets = batch.input_ids[own][predicted]
-            losses.append(functional.cross_entropy(logits_MV.float(), targets, reduction="sum"))
+        losses = [
+            self._summed_loss(states_mH, target_m)
+            for states_mH, target_m in zip(states_MH.split(counts), target_M.split(counts), strict=True)
+        ]
         self._isolated = isolated
-        return torch.stack(losses)
+        return torch.stack(losses).to(self.device)
+
+    def _summed_loss(self, states_MH: Tensor, target_M: Tensor) -> Tensor:
+        """Summed cross-entropy of one client. Of many tokens the logits are made piece by piece, and again in the backward pass."""
+
+        def loss(states_mH: Tensor, target_m: Tensor) -> Tensor:
+            logits_mV = self._projected(states_mH).float()
+            return functional.cross_entropy(logits_mV, target_m.to(logits_mV.device), reduction="sum")
+
+        step = max(1, _LOGITS // self.base.vocabulary)
+        if len(states_MH) <= step:
+            return loss(states_MH, target_M)
+        parts = zip(states_MH.split(step), target_M.split(step), strict=True)
+        return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
     def logits_before(self, input_ids: Tensor, predicted: Tensor) -> Tensor:
         """Logits (M, V) that predict the tokens where `predicted` (rows, L) is true; position 0 has none."""
