@@ -37,9 +37,9 @@ from drencoder.rng import derive_seed
 __all__ = ["LoraModel", "orthonormal_rows"]
 
 _LOGITS = 1 << 26  # values that are made at a time: 256 MiB
-_LENGTH_STEP, _CARD_LENGTH_STEP = 8, 64  # tokens that a length is rounded up to
+_LENGTH_STEPS, _CARD_LENGTH_STEP = (4, 8), 64  # tokens that a length is rounded up to
 # What another pass costs, in tokens: a core's calls, and a card's (benchmarks/cohort_training.py, benchmarks/gpu.py).
-_PASS_SHARE, _CARD_PASS = 1 / 64, 1024
+_PASS_SHARE, _CARD_PASS = 1 / 128, 1024
 
 
 class LoraModel:
@@ -67,8 +67,7 @@ class LoraModel:
         self.batch_tokens = batch_tokens or busy
         card = base.device.type != "cpu"
         self.fixed_slots, self.tried_shapes = card, dict[tuple[int, int, int], bool]()
-        self.length_step = _CARD_LENGTH_STEP if card else _LENGTH_STEP
-        self.pass_tokens = _CARD_PASS if card else max(_LENGTH_STEP, int(_PASS_SHARE * self.size.busy_tokens))
+        self.pass_tokens = _CARD_PASS if card else max(_LENGTH_STEPS[-1], int(_PASS_SHARE * self.size.busy_tokens))
         self.dropout, self.rank = knobs.dropout, knobs.rank
         layers = choose_layers(base.model, knobs.targets, base.source)
         self.left_out, self._keeps_apart = layers.left_out, keeps_clients_apart(base.model)
@@ -87,6 +86,8 @@ class LoraModel:
         head = base.model.get_output_embeddings() if self._split_head else None  # its products are of one client anyway
         stacked = [layer for layer in base.model.modules() if is_linear(layer) and layer is not head]
         self._widths = {knobs.rank} | {size for layer in stacked for size in layer.weight.shape}
+        step = next((step for step in _LENGTH_STEPS if self.can_share(step)), _LENGTH_STEPS[-1])
+        self.length_step = _CARD_LENGTH_STEP if card else step
 
     @property
     def device(self) -> torch.device:
