@@ -61,10 +61,11 @@ class LoraModel:
     def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int, batch_tokens: int = 0) -> None:
         self.base = base
         self.size = measure_size(base.model)
-        self.fit_tokens = self.size.fit_tokens(free_memory_of(base.model.device))
+        # Layers that come from elsewhere would all stay until the backward pass, if it did not compute them again.
+        self.fit_tokens = 0 if base.is_offloaded else self.size.fit_tokens(free_memory_of(base.device))
         # A core is busy with few tokens, and more only take memory; a graphics card wants as many as it holds.
-        busy = self.fit_tokens if base.model.device.type == "cuda" else min(self.fit_tokens, self.size.busy_tokens)
-        self.batch_tokens = batch_tokens or busy
+        busy = self.fit_tokens if base.device.type == "cuda" else min(self.fit_tokens, self.size.busy_tokens)
+        self.batch_tokens = batch_tokens or max(1, busy)
         card = base.device.type != "cpu"
         self.fixed_slots, self.tried_shapes = card, dict[tuple[int, int, int], bool]()
         self.pass_tokens = _CARD_PASS if card else max(_LENGTH_STEPS[-1], int(_PASS_SHARE * self.size.busy_tokens))
@@ -91,7 +92,7 @@ class LoraModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.model.parameters()).device
+        return self.base.device
 
     def can_share(self, tokens: int) -> bool:
         """Whether clients with `tokens` tokens each may train in one batch; if not, each trains alone.
@@ -155,7 +156,7 @@ class LoraModel:
                 return None
             if inputs[0].shape[:-1].numel() != self._tokens:
                 raise ModelError(f"{names[0]} did not get every token once: clients could not be told apart there.")
-            A_KrI, B_KOr = self._stack[names[0]], self._stack[names[1]]
+            A_KrI, B_KOr = (self._stack[name].to(inputs[0].device) for name in names)
             x = inputs[0]
             if self._generators:
                 x_KTI = x.reshape(len(A_KrI), -1, x.shape[-1])
@@ -175,16 +176,18 @@ class LoraModel:
         for layer in self.base.model.modules():
             if is_linear(layer):
                 transposed = type(layer) is Conv1D
-                layer.forward = self._product_of(layer.weight, layer.bias, transposed=transposed)
+                # accelerate's hook brings the weights of a layer that is elsewhere, and then calls what was its forward.
+                name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+                setattr(layer, name, self._product_of(layer, transposed=transposed))
 
-    def _product_of(self, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Any:
+    def _product_of(self, layer: Any, *, transposed: bool) -> Any:
         """A linear layer's forward: with isolated clients one product for each of them."""
-        weight_IO = weight if transposed else weight.T
 
         def forward(x: Tensor) -> Tensor:
+            weight_IO = layer.weight if transposed else layer.weight.T
             if not self._isolated:
-                return functional.linear(x, weight_IO.T, bias)
-            return own_products(x, self._isolated, weight_IO, bias)
+                return functional.linear(x, weight_IO.T, layer.bias)
+            return own_products(x, self._isolated, weight_IO, layer.bias)
 
         return forward
 
@@ -321,11 +324,12 @@ def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed:
         target_modules=layers.peft_targets(base.model),
         bias="none",
     )
-    devices = [base.model.device] if base.model.device.type == "cuda" else []
+    devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says that GPT-2's layers are transposed, and takes care of it
         torch.manual_seed(derive_seed(seed, "adapter"))
-        attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+        with _standing_in(base.model):
+            attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
     if base.hub_id:  # rather than where this machine keeps it
         lora.base_model_name_or_path, lora.revision = base.hub_id, base.revision or None
     for name, parameter in attached.named_parameters():
@@ -334,6 +338,21 @@ def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed:
         if ".lora_A." in name and knobs.start == "orthonormal":
             parameter.data = orthonormal_rows(parameter.data, float(parameter.data.norm()))
     return attached
+
+
+@contextlib.contextmanager
+def _standing_in(model: nn.Module) -> Iterator[None]:
+    """Gives layers that are on the disk or in main memory a weight without memory, so that PEFT sees type and device of a real one."""
+    away = [layer for layer in model.modules() if is_linear(layer) and layer.weight.is_meta]
+    weights = [layer.weight for layer in away]
+    for layer, weight in zip(away, weights, strict=True):
+        one = torch.zeros((), dtype=weight.dtype, device=layer._hf_hook.execution_device)
+        layer.weight = nn.Parameter(one.expand(weight.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(away, weights, strict=True):
+            layer.weight = weight
 
 
 def orthonormal_rows(A_rI: Tensor, norm: float) -> Tensor:

@@ -16,7 +16,7 @@ _WORK = 80_000_000
 # What a token leaves for the backward pass, in outputs of the linear layers, and in outputs of the head if it is predicted.
 _SAVED, _SAVED_LOGITS = 3, 2
 _LIBRARIES = 600 << 20  # torch and transformers themselves
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.55}  # of a weight
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.55}  # of a weight
 _SHARE = 0.5  # of the free memory, for one batch
 
 
