@@ -122,7 +122,7 @@ def _train(
     lora: LoraModel, start_KD: Tensor, schedules: Sequence[Steps], local: config.Local, seeds: Sequence[int]
 ) -> Tensor:
     """Updates (K, D) of clients that have the same number of steps, one or more."""
-    generators = [torch.Generator(lora.device).manual_seed(derive_seed(seed, "dropout")) for seed in seeds]
+    generators = [_generator(lora, derive_seed(seed, "dropout")) for seed in seeds]
     if local.upload == "gradient":
         totals = [sum(example.targets for rows in steps for example in rows) for steps in schedules]
         pieces = [piece for k, steps in enumerate(schedules) for rows in steps for piece in _cut(lora, k, rows)]
@@ -135,6 +135,11 @@ def _train(
         position_KD.grad = _gradients(lora, position_KD.detach(), pieces, totals, generators)
         optimizer.step()
     return _as_update(local, start_KD, position_KD.detach(), len(schedules[0]))
+
+
+def _generator(lora: LoraModel, seed: int) -> torch.Generator:
+    """Of a client's dropout. Where there is none, a generator on the CPU stands for it and draws nothing."""
+    return torch.Generator(lora.device if lora.dropout else "cpu").manual_seed(seed)
 
 
 def _cut(lora: LoraModel, client: int, rows: Sequence[Example]) -> Iterator[_Piece]:
@@ -211,7 +216,7 @@ def _pass(
     if empty:
         blank = [Example((lora.base.pad_id,), 1)] * count
         pieces = [*pieces, *[_Piece(-1, blank, length)] * empty]
-        generators = [*generators, *(torch.Generator(lora.device).manual_seed(0) for _ in range(empty))]
+        generators = [*generators, *(_generator(lora, 0) for _ in range(empty))]
         adapter_KD = torch.cat([adapter_KD, adapter_KD.new_zeros(empty, adapter_KD.shape[1])])
         total_K = torch.cat([total_K, total_K.new_ones(empty)])
     stack = {
@@ -250,7 +255,7 @@ def _keeps_apart(lora: LoraModel, slots: int, count: int, length: int) -> bool:
         pieces.insert(place, own)
         adapters = adapter_KD[torch.tensor([int(piece is own) for piece in pieces], device=lora.device)]
         total_K = torch.ones(len(pieces), device=lora.device)
-        generators = [torch.Generator(lora.device).manual_seed(int(piece is own)) for piece in pieces]
+        generators = [_generator(lora, int(piece is own)) for piece in pieces]
         seen.append(_pass(lora, adapters, pieces, total_K, generators, slots - len(pieces))[place])
     return all(torch.equal(seen[0], other) for other in seen[1:])
 

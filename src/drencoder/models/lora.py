@@ -94,6 +94,20 @@ class LoraModel:
     def device(self) -> torch.device:
         return self.base.device
 
+    def save_memory(self) -> bool:
+        """After a device had too little memory: later passes take less. First their layers run again in the backward pass, which
+        changes no bit, then each client trains alone. False if neither is left to do.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.fit_tokens > 0:
+            self.fit_tokens = 0
+        elif self.batch_tokens > 1:
+            self.batch_tokens = 1
+        else:
+            return False
+        return True
+
     def can_share(self, tokens: int) -> bool:
         """Whether clients with `tokens` tokens each may train in one batch; if not, each trains alone.
 
