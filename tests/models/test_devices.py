@@ -35,14 +35,13 @@ def lora_on(device: str, dtype: torch.dtype = torch.float32, **knobs: object) ->
     lora = LoraModel(base, config.Adapter(**{"rank": 4, **knobs}), seed=5)  # type: ignore[arg-type]
     if device == "meta":  # whose shapes are tried on the CPU, before
         base.model.to("meta")
-        lora.fixed_slots, lora.length_step, lora.pass_tokens = True, 64, 1024
+        lora.fixed_slots, lora.batch_tokens, lora.length_step, lora.pass_tokens = True, 512, 64, 1024
     return lora
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("upload", ["gradient", "pseudo-gradient", "increment"])
-@pytest.mark.parametrize("frugal", [False, True])
+@pytest.mark.parametrize(("dtype", "frugal"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("upload", ["gradient", "increment"])
 def test_training(
     device: str, dtype: torch.dtype, upload: str, frugal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +79,7 @@ def test_full_passes_keep_clients_apart_and_give_the_same_updates(
     alone = cohort_updates(lora, adapter_D, [examples], local, [7])[0]
     assert alone.any()
     assert lora.tried_shapes
-    for count in (1, 4, 11):
+    for count in (1, 5):
         others = [random_examples(5, seed) for seed in range(count)]
         seeds = list(range(100, 100 + count))
         for place in (0, count):
@@ -96,7 +95,7 @@ def test_full_passes_keep_clients_apart_and_give_the_same_updates(
 
 def test_where_a_shape_rounds_otherwise_in_company_clients_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lora = lora_on("cpu")
-    lora.fixed_slots, lora.batch_tokens = True, 512
+    lora.fixed_slots, lora.batch_tokens, lora.length_step, lora.pass_tokens = True, 512, 64, 10**9
     rows: list[int] = []
     lora.base.model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
     honest = cohort_training._pass

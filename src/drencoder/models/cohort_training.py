@@ -226,7 +226,9 @@ def _pass(
     batch = collate([piece.examples for piece in pieces], lora.base.pad_id, length)
     frugal = batch.input_ids.numel() > lora.fit_tokens
     with lora.stacked(stack, isolated=True, generators=generators, frugal=frugal):
-        (lora.client_losses(batch, len(pieces)) / total_K).sum().backward()
+        loss = (lora.client_losses(batch, len(pieces)) / total_K).sum()
+        if loss.requires_grad:  # somebody has a token to predict
+            loss.backward()
     gradient_KD = lora.layout.flatten({name: _grad(tensor) for name, tensor in stack.items()})
     return gradient_KD[: len(pieces) - empty]
 

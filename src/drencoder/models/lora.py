@@ -270,12 +270,13 @@ class LoraModel:
         states = self._states(batch.input_ids)
         states_MH = states.flatten(0, 1).index_select(0, chosen_M.to(states.device))
         isolated, self._isolated = self._isolated, 0
+        nothing = torch.zeros((), device=self.device)
         losses = [
-            self._summed_loss(states_mH, target_m)
+            self._summed_loss(states_mH, target_m).to(self.device) if len(target_m) else nothing
             for states_mH, target_m in zip(states_MH.split(counts), target_M.split(counts), strict=True)
         ]
         self._isolated = isolated
-        return torch.stack(losses).to(self.device)
+        return torch.stack(losses)
 
     def _summed_loss(self, states_MH: Tensor, target_M: Tensor) -> Tensor:
         """Summed cross-entropy of one client. Of many tokens the logits are made piece by piece, and again in the backward pass."""
