@@ -15,12 +15,15 @@ round        a private round of 64 clients: seconds on the card, and off it
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,29 +174,29 @@ def training_flops(lora: LoraModel, tokens: int) -> float:
 
 def measure_correctness(bench: Bench) -> Iterator[dict[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        model = make_model("smoke", torch.device("cpu"), dtype)
-        tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
-        knobs, local = config.Adapter(rank=8), config.Local(batch_size=2)
-        lora = LoraModel(BaseModel(model, tokenizer, "smoke"), knobs, seed=0)
-        clients = make_clients(lora, 6, 2, 24) + make_clients(lora, 2, 1, 61)
-        adapter_D, seeds = lora.initial_D.cpu() + 0.01, list(range(8))
-        expected = cohort_updates(lora, adapter_D, clients, local, seeds)
-        fresh = make_model("smoke", torch.device("cpu"), dtype)
-        names = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-        fresh.load_state_dict(names)
-        card = LoraModel(BaseModel(fresh.to(bench.device), tokenizer, "smoke"), knobs, seed=0)
-        card.fixed_slots, card.length_step = True, 64
+        yield bench.cell("correctness", str(dtype), partial(_compare_with_cpu, bench, dtype))
 
-        def isolated(card: LoraModel = card, clients: list[list[Example]] = clients) -> dict[str, Any]:
-            card.batch_tokens = 1024
-            together = cohort_updates(card, adapter_D, clients, local, seeds)
-            alone = [cohort_updates(card, adapter_D, [one], local, [seed]) for one, seed in zip(clients, seeds, strict=True)]
-            difference = float((together.cpu() - expected).norm() / expected.norm())
-            shapes = {str(shape): apart for shape, apart in card.tried_shapes.items()}
-            return {"difference_from_cpu": difference, "bitwise_isolated": torch.equal(together, torch.cat(alone)), "shapes": shapes}
 
-        yield bench.cell("correctness", str(dtype), isolated)
+def _compare_with_cpu(bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
+    """The same tiny model on both: how far updates are apart, and whether the card's do not depend on company."""
+    torch.manual_seed(0)
+    model = make_model("smoke", torch.device("cpu"), dtype)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    knobs, local = config.Adapter(rank=8), config.Local(batch_size=2)
+    card_model = copy.deepcopy(model).to(bench.device)
+    here = LoraModel(BaseModel(model, tokenizer, "smoke"), knobs, seed=0)
+    card = LoraModel(BaseModel(card_model, tokenizer, "smoke"), knobs, seed=0)
+    card.fixed_slots, card.length_step, card.batch_tokens = True, 64, 1024
+    clients = make_clients(here, 6, 2, 24) + make_clients(here, 2, 1, 61)
+    adapter_D, seeds = here.initial_D + 0.01, list(range(8))
+    expected = cohort_updates(here, adapter_D, clients, local, seeds)
+    together = cohort_updates(card, adapter_D, clients, local, seeds)
+    alone = [cohort_updates(card, adapter_D, [one], local, [seed]) for one, seed in zip(clients, seeds, strict=True)]
+    return {
+        "difference_from_cpu": float((together.cpu() - expected).norm() / expected.norm()),
+        "bitwise_isolated": torch.equal(together, torch.cat(alone)),
+        "shapes": {str(shape): apart for shape, apart in card.tried_shapes.items()},
+    }
 
 
 def measure_training(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
@@ -204,10 +207,14 @@ def measure_training(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]
             for count in (1, 4, 16, 64):
                 clients = make_clients(lora, count, texts, bench.length)
 
-                def train(clients: list[list[Example]] = clients, lora: LoraModel = lora, texts: int = texts) -> dict[str, Any]:
+                def train(
+                    clients: list[list[Example]] = clients, lora: LoraModel = lora, texts: int = texts
+                ) -> dict[str, Any]:
                     local = config.Local(batch_size=texts)
                     tokens = sum(len(text.tokens) for client in clients for text in client)
-                    took = bench.seconds(lambda: cohort_updates(lora, lora.initial_D, clients, local, [0] * len(clients)))
+                    took = bench.seconds(
+                        lambda: cohort_updates(lora, lora.initial_D, clients, local, [0] * len(clients))
+                    )
                     share = training_flops(lora, tokens) / took / rate
                     return {"seconds": took, "tokens_per_second": tokens / took, "share_of_matrix_rate": share}
 
@@ -227,7 +234,11 @@ def measure_size(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
                 ) -> dict[str, Any]:
                     lora.batch_tokens, lora.fit_tokens = 10**9, 0 if recomputed else 10**9
                     lora.fixed_slots = False  # exactly these clients in one pass: memory is asked for, not isolation
-                    return {"seconds": bench.seconds(lambda: cohort_updates(lora, lora.initial_D, clients, config.Local(), [0] * len(clients)))}
+                    return {
+                        "seconds": bench.seconds(
+                            lambda: cohort_updates(lora, lora.initial_D, clients, config.Local(), [0] * len(clients))
+                        )
+                    }
 
                 row = bench.cell("size", f"{shape}, {count} clients, {'recomputed' if recomputed else 'kept'}", train)
                 yield row
@@ -241,7 +252,12 @@ def layout_of(bench: Bench) -> AdapterLayout:
     width, layers = (64, 2) if bench.smoke else (4096, 32)
     sides = {"A": (8, width), "B": (width, 8)}
     return AdapterLayout.from_shapes(
-        {f"layers.{n}.{part}_proj.lora_{side}.weight": size for n in range(layers) for part in "qkvo" for side, size in sides.items()}
+        {
+            f"layers.{n}.{part}_proj.lora_{side}.weight": size
+            for n in range(layers)
+            for part in "qkvo"
+            for side, size in sides.items()
+        }
     )
 
 
@@ -276,7 +292,9 @@ def measure_round(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
         clients = make_clients(lora, 4 if bench.smoke else 64, 1, bench.length)
         encoder = RandomSketch.build(lora.layout.segments, max(1, lora.layout.size // 64))
 
-        def one_round(lora: LoraModel = lora, clients: list[list[Example]] = clients, encoder: RandomSketch = encoder) -> dict[str, Any]:
+        def one_round(
+            lora: LoraModel = lora, clients: list[list[Example]] = clients, encoder: RandomSketch = encoder
+        ) -> dict[str, Any]:
             marks = [time.perf_counter()]
 
             def mark() -> None:
@@ -292,8 +310,13 @@ def measure_round(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
             noised = received.double().sum(0) + SecureNoise().normal(encoder.code_size)
             encoder.decode(noised[None].float(), 1)
             mark()
-            train, encode, rest = (b - a for a, b in zip(marks, marks[1:], strict=False))
-            return {"training_s": train, "encode_and_clip_s": encode, "off_the_card_s": rest, "share_off": rest / (train + encode + rest)}
+            train, encode, rest = (b - a for a, b in pairwise(marks))
+            return {
+                "training_s": train,
+                "encode_and_clip_s": encode,
+                "off_the_card_s": rest,
+                "share_off": rest / (train + encode + rest),
+            }
 
         yield bench.cell("round", shape, one_round)
         del lora
@@ -302,7 +325,9 @@ def measure_round(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shape", nargs="+", choices=[name for name in SHAPES if name != "smoke"], default=["0.5B", "8B", "32B"])
+    parser.add_argument(
+        "--shape", nargs="+", choices=[name for name in SHAPES if name != "smoke"], default=["0.5B", "8B", "32B"]
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no cell is begun")
     parser.add_argument("--repeats", type=int, default=5)

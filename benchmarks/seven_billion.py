@@ -28,8 +28,20 @@ from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.verify import verify_run
 
-SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
-SMOKE_SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+SHAPE = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+}
+SMOKE_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
 VOCABULARY, SMOKE_VOCABULARY = 32_000, 1_600
 
 
@@ -46,7 +58,10 @@ def make_folder(folder: Path, layers: int, shape: dict[str, int], vocabulary: in
     layer = {f"self_attn.{side}_proj": (width, width) for side in "qkvo"}
     layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
     layer |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
-    files = [ends, *({f"model.layers.{number}.{name}": size for name, size in layer.items()} for number in range(layers))]
+    files = [
+        ends,
+        *({f"model.layers.{number}.{name}": size for name, size in layer.items()} for number in range(layers)),
+    ]
     generator, places, values = torch.Generator().manual_seed(0), {}, 0
     for number, shapes in enumerate(files):
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
@@ -123,7 +138,9 @@ def main() -> None:
     clock.note("the run's last files")
     check = verify_run(place / "run")
     clock.note("verified")
-    table = Table("until", "wall s", "CPU s", "peak MiB", title=f"{values:,} weights, {torch.get_num_threads()} thread(s)")
+    table = Table(
+        "until", "wall s", "CPU s", "peak MiB", title=f"{values:,} weights, {torch.get_num_threads()} thread(s)"
+    )
     for row in clock.rows:
         table.add_row(row["until"][:60], f"{row['wall_s']:.0f}", f"{row['cpu_s']:.0f}", f"{row['peak_mib']:.0f}")
     Console().print(table)

@@ -19,6 +19,7 @@ from drencoder.recipe import recipe as config
 from encoder_toys import SEGMENTS
 from one_device import CUDA, OneDevice
 
+
 @pytest.fixture(autouse=True)
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # transformers looks, in every pass, whether texts are packed: it is the one wait for a value that is left.
@@ -42,9 +43,7 @@ def lora_on(device: str, dtype: torch.dtype = torch.float32, **knobs: object) ->
 @pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
 @pytest.mark.parametrize(("dtype", "frugal"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("upload", ["gradient", "increment"])
-def test_training(
-    device: str, dtype: torch.dtype, upload: str, frugal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training(device: str, dtype: torch.dtype, upload: str, frugal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = lora_on(device, dtype)
     if frugal:
         lora.fit_tokens = 0

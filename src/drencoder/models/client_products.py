@@ -50,7 +50,7 @@ def add_adapter(output: Tensor, x: Tensor, A_KrI: Tensor, B_KOr: Tensor, scale: 
       output: (K * R, ..., O), of the frozen layer.
       x: (K * R, ..., I), the layer's input, or what dropout left of it.
     """
-    return _AddAdapter.apply(output, x, A_KrI, B_KOr, scale)  # type: ignore[no-untyped-call, no-any-return]
+    return _AddAdapter.apply(output, x, A_KrI, B_KOr, scale)
 
 
 class _AddAdapter(torch.autograd.Function):

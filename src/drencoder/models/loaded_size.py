@@ -47,6 +47,7 @@ def free_memory_of(device: torch.device) -> int:
 def room_for_weights() -> dict[int | str, int]:
     """Bytes of weights for each graphics card and for main memory, as accelerate takes them; what is too much stays on the disk."""
     cards: dict[int | str, int] = {
-        index: int(_FOR_WEIGHTS * free_memory_of(torch.device("cuda", index))) for index in range(torch.cuda.device_count())
+        index: int(_FOR_WEIGHTS * free_memory_of(torch.device("cuda", index)))
+        for index in range(torch.cuda.device_count())
     }
     return cards | {"cpu": int(_FOR_WEIGHTS * free_memory_of(torch.device("cpu")))}

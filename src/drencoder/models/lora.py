@@ -358,7 +358,8 @@ def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed:
 @contextlib.contextmanager
 def _standing_in(model: nn.Module) -> Iterator[None]:
     """Gives layers that are on the disk or in main memory a weight without memory, so that PEFT sees type and device of a real one."""
-    away = [layer for layer in model.modules() if is_linear(layer) and layer.weight.is_meta]
+    linear: list[Any] = [layer for layer in model.modules() if is_linear(layer)]
+    away = [layer for layer in linear if layer.weight.is_meta]
     weights = [layer.weight for layer in away]
     for layer, weight in zip(away, weights, strict=True):
         one = torch.zeros((), dtype=weight.dtype, device=layer._hf_hook.execution_device)
