@@ -50,28 +50,28 @@ def add_adapter(output: Tensor, x: Tensor, A_KrI: Tensor, B_KOr: Tensor, scale: 
       output: (K * R, ..., O), of the frozen layer.
       x: (K * R, ..., I), the layer's input, or what dropout left of it.
     """
-    return _AddAdapter.apply(output, x, A_KrI, B_KOr, scale)
+    clients = len(A_KrI)
+    base_KTO, x_KTI = (values.reshape(clients, -1, values.shape[-1]) for values in (output, x))
+    # Not a view of the function's own, since some models add to a layer's output in place.
+    return _AddAdapter.apply(base_KTO, x_KTI, A_KrI, B_KOr, scale).view(output.shape)
 
 
 class _AddAdapter(torch.autograd.Function):
     """Keeps the layer's input in its own type, which several layers share, and makes float32 of it where it is needed."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, A_KrI: Tensor, B_KOr: Tensor, scale: float) -> Tensor:
-        x_KTI = x.reshape(len(A_KrI), -1, x.shape[-1])
+    def forward(ctx: Any, base_KTO: Tensor, x_KTI: Tensor, A_KrI: Tensor, B_KOr: Tensor, scale: float) -> Tensor:
         inner_KTr = torch.bmm(x_KTI.to(A_KrI.dtype), A_KrI.mT)
         ctx.save_for_backward(x_KTI, inner_KTr, A_KrI, B_KOr)
-        ctx.scale, ctx.shape = scale, x.shape
-        base_KTO = output.reshape(len(A_KrI), -1, output.shape[-1]).to(A_KrI.dtype)
-        return torch.baddbmm(base_KTO, inner_KTr, B_KOr.mT, alpha=scale).view(output.shape).to(output.dtype)
+        ctx.scale = scale
+        return torch.baddbmm(base_KTO.to(A_KrI.dtype), inner_KTr, B_KOr.mT, alpha=scale).to(base_KTO.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         x_KTI, inner_KTr, A_KrI, B_KOr = ctx.saved_tensors
-        grad_KTO = grad.reshape(len(A_KrI), -1, grad.shape[-1]).to(A_KrI.dtype)
+        grad_KTO = grads[0].to(A_KrI.dtype)
         inner_grad_KTr = torch.bmm(grad_KTO, B_KOr).mul_(ctx.scale)
-        x_grad = torch.bmm(inner_grad_KTr, A_KrI).view(ctx.shape).to(x_KTI.dtype) if ctx.needs_input_grad[1] else None
-        A_grad = torch.bmm(x_KTI.to(A_KrI.dtype).mT, inner_grad_KTr).mT
-        B_grad = torch.bmm(inner_KTr.mT, grad_KTO).mT.mul(ctx.scale)
-        return grad, x_grad, A_grad, B_grad, None
+        x_grad_KTI = torch.bmm(inner_grad_KTr, A_KrI).to(x_KTI.dtype) if ctx.needs_input_grad[1] else None
+        A_grad_KrI = torch.bmm(x_KTI.to(A_KrI.dtype).mT, inner_grad_KTr).mT
+        B_grad_KOr = torch.bmm(inner_KTr.mT, grad_KTO).mT.mul(ctx.scale)
+        return grads[0], x_grad_KTI, A_grad_KrI, B_grad_KOr, None
