@@ -1,6 +1,6 @@
 """Training of a cohort against plain PEFT, one client after the other: time and memory, with the same updates.
 
-    python benchmarks/cohort_training.py [--model FOLDER] [--clients 64] [--records 8] [--tokens 1 512] [--threads 1] [--repeats 5] [--json FILE]
+    python benchmarks/cohort_training.py [--model FOLDER] [--clients 64] [--records 8] [--tokens 1 512] [--threads 1] [--dtype float32] [--repeats 5] [--json FILE]
 
 Plain PEFT is `get_peft_model` on a model of its own and `loss.backward()`, without any code of drencoder. All ways take turns;
 printed are medians, the ratio of each repeat to plain PEFT's, and the memory that a way took beyond what was there before it.
@@ -114,11 +114,12 @@ def main() -> None:
         "--tokens", type=int, nargs="+", default=[1, 512, 2048, 8192], help="budgets; 1: each client alone"
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base, for all ways")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = [f"model.source={args.model}", f"data.examples_per_client={args.records}", "evaluation.data=none"]
+    settings = [f"model.source={args.model}", f"model.dtype={args.dtype}", f"data.examples_per_client={args.records}", "evaluation.data=none"]
     settings += [f"local.batch_size={args.records}", "evaluation.benchmarks=mmlu", "evaluation.examples=2"]
     recipe = load_recipe(None, [*settings, "prior.public=", "encoder.name=random", "adapter.start=peft"])
     components = build(recipe)
