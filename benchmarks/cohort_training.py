@@ -119,7 +119,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = [f"model.source={args.model}", f"model.dtype={args.dtype}", f"data.examples_per_client={args.records}", "evaluation.data=none"]
+    settings = [
+        f"model.source={args.model}",
+        f"model.dtype={args.dtype}",
+        f"data.examples_per_client={args.records}",
+        "evaluation.data=none",
+    ]
     settings += [f"local.batch_size={args.records}", "evaluation.benchmarks=mmlu", "evaluation.examples=2"]
     recipe = load_recipe(None, [*settings, "prior.public=", "encoder.name=random", "adapter.start=peft"])
     components = build(recipe)
