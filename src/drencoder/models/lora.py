@@ -38,7 +38,7 @@ __all__ = ["LoraModel", "orthonormal_rows"]
 
 _LOGITS = 1 << 26  # values that are made at a time: 256 MiB
 _LENGTH_STEPS, _CARD_LENGTH_STEP = (4, 8), 64  # tokens that a length is rounded up to
-# What another pass costs, in tokens: a core's calls, and a card's (benchmarks/cohort_training.py, benchmarks/gpu.py).
+# What another pass costs, in tokens: a core's calls, and a card's (benchmarks/speed.py, benchmarks/gpu.py).
 _PASS_SHARE, _CARD_PASS = 1 / 128, 1024
 
 
