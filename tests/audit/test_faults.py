@@ -2,16 +2,12 @@
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from audit_faults import FAULTS, Fault, audit_with, recipe_of
 
 from conftest import tiny_overrides
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from audit_faults import FAULTS, Fault, audit_with, recipe_of
 
 SMALL = [
     "prior.source=none", "federation.population=400", "federation.sampling_rate=0.5", "federation.rounds=1", "privacy.delta=1e-5",

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from leakage_study import membership, subjects
 from leakage_study.arms import Arm, open_channel
 from leakage_study.findings import Audit, Finding
 from leakage_study.leakages import audit_leakages
@@ -25,16 +25,10 @@ from leakage_study.training_set import attack_training_set
 from torch import Tensor
 from torch.nn import functional
 
-from drencoder.audit.auc import Auc
+from conftest import tiny_base, tiny_overrides
+from drencoder.audit.auc import Auc, estimate_auc, estimate_clustered_auc, gaussian_max_auc
 from drencoder.audit.inversion import present_tokens
 from drencoder.audit.span import SpanAttack
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from leakage_study import membership, subjects
-
-from conftest import tiny_base, tiny_overrides
-from drencoder.audit.auc import estimate_auc, estimate_clustered_auc, gaussian_max_auc
 from drencoder.data.tokenization import Example
 from drencoder.encoders.code_sizes import auto_ratio
 from drencoder.encoders.identity import IdentityEncoder
