@@ -157,12 +157,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calm", type=int, default=4, help="undisturbed runs, for the spread")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.rounds, arguments.nodes, arguments.calm = 1, 2, 1
     recipe = load_recipe(
         None,
         [
             f"federation.rounds={arguments.rounds}", "federation.population=3000", "federation.sampling_rate=0.025",
             "privacy.epsilon=30", "evaluation.examples=64",
+            *(["federation.population=60", "federation.sampling_rate=0.2", "privacy.delta=1e-3"] if arguments.smoke else []),
         ],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

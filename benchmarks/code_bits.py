@@ -158,14 +158,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     args = parser.parse_args()
+    if args.smoke:
+        args.repeats, args.runs = 1, False
     torch.set_num_threads(1)
     machine = {"platform": platform.platform(), "processor": platform.processor(), "torch": torch.__version__}
     report: dict[str, Any] = {"machine": machine, "threads": 1, "repeats": args.repeats, "clip_l2": CLIP_L2}
-    cells = [(size, dtype, noise) for size in SIZES for dtype in TYPES for noise in NOISE_MULTIPLIERS]
+    cells = [
+        (size, dtype, noise)
+        for size in SIZES[: 1 if args.smoke else None]
+        for dtype in TYPES
+        for noise in NOISE_MULTIPLIERS
+    ]
     report["distortion"] = [distortion(*cell) for cell in cells]
     print_distortion(report["distortion"])
-    report["timings"] = timings(SIZES[-1], args.repeats)
+    report["timings"] = timings(SIZES[0 if args.smoke else -1], args.repeats)
     print_timings(report["timings"])
     if args.runs:
         report |= {"overrides": RUN, "runs": []}

@@ -1,4 +1,4 @@
-"""How much of unseen clients' updates does a Kronecker basis of public text carry, and what does it cost at 7B?
+"""How much of unseen clients' updates does a Kronecker basis of public text carry?
 
     OMP_NUM_THREADS=1 python benchmarks/kronecker.py [--seeds 0 1 2] [--json FILE]
 
@@ -11,8 +11,6 @@ On the embedded model, at the adapter's start and after plain federated rounds. 
 
 Rows without a mark are of public text. Rows "(oracle)" need clients' updates that nobody has charged for: they show what a prior could win, not what one may use.
 
-With `--speed` it measures instead LLaMA-7B with r = 8 on q, k, v, o at 1/64, with bases of made-up updates.
-
 Legend: N clients, D adapter values, S tensors.
 """
 
@@ -20,7 +18,6 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -28,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encode_speed import peak_mib
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,7 +37,6 @@ from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior
 from drencoder.encoders.random_sketch import RandomSketch, allocate_code
 from drencoder.federated.server_optimizer import ServerState, server_step
-from drencoder.models.adapter_layout import Segment
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components, build
@@ -192,92 +187,20 @@ def print_capture(rows: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
-# --- speed ------------------------------------------------------------------------------------------------
-
-
-def large_segments() -> tuple[Segment, ...]:
-    """LLaMA-7B, r = 8, on q, k, v and o of 32 layers: 8,388,608 values in 256 tensors."""
-    segments: list[Segment] = []
-    for number in range(256):
-        shape = (4096, 8) if number % 2 else (8, 4096)
-        segments.append(Segment(f"tensor{number}", number * 32768, shape))
-    return tuple(segments)
-
-
-def made_up_updates(segments: tuple[Segment, ...], count: int) -> Tensor:
-    """Updates (N, D) with a falling spectrum along the long side and unequal energies, so that the staircases differ."""
-    generator = torch.Generator().manual_seed(0)
-    update_ND = torch.empty(count, segments[-1].stop)
-    for number, segment in enumerate(segments):
-        mixing = torch.randn(64, 4096, generator=generator) * (1.0 + torch.arange(64))[:, None] ** -0.7
-        values = torch.randn(count, 8, 64, generator=generator) @ mixing * (1.0 + number % 7)
-        values = values.transpose(1, 2) if number % 2 else values
-        update_ND[:, segment.start : segment.stop] = values.reshape(count, -1)
-    return update_ND
-
-
-def speed(repeats: int) -> list[dict[str, Any]]:
-    segments = large_segments()
-    code_size = segments[-1].stop // 64
-    update_ND = made_up_updates(segments, 8)
-    rows: list[dict[str, Any]] = []
-
-    def timed(name: str, operation: Callable[[], Any], times: int = 1) -> Any:
-        seconds, peak, result = [], 0.0, None
-        for _ in range(times):
-            result = None
-            start = time.perf_counter()
-            result = operation()
-            seconds.append(time.perf_counter() - start)
-        if times > 1:
-            peak = peak_mib(operation) or 0.0
-        rows.append({"operation": name, "median_s": statistics.median(seconds), "peak_mib": peak})
-        return result
-
-    held: list[Any] = []
-    start = time.perf_counter()
-    declared = "made-up updates"
-    peak = peak_mib(lambda: held.append(MatrixNormalPrior.from_updates(update_ND, segments, declared=declared)))
-    prior = held.pop()
-    rows.append({"operation": "prior of 8 updates", "median_s": time.perf_counter() - start, "peak_mib": peak})
-    encoder = timed("kronecker: build", lambda: KroneckerEncoder.build(prior, code_size))
-    directions = [moment.vectors_LQ.numel() for moment in (*prior.rows, *prior.columns)]
-    rows.append({"operation": "prior, its directions", "mib": 4 * sum(directions) / 2**20})
-    rows.append({"operation": "kronecker, its bases", "mib": encoder.basis_bytes / 2**20})
-    one_ND, sketch = update_ND[:1].clone(), RandomSketch.build(segments, code_size)
-    target_ND = torch.zeros_like(one_ND)
-    timed("copy of an update", lambda: target_ND.copy_(one_ND), repeats)
-    for made in (encoder, sketch):
-        code_NK = made.encode(one_ND, 0)
-        timed(f"{made.name}: encode", lambda e=made: e.encode(one_ND, 0), repeats)
-        timed(f"{made.name}: decode", lambda e=made, c=code_NK: e.decode(c, 0), repeats)
-    return rows
-
-
-def print_speed(rows: list[dict[str, Any]]) -> None:
-    table = Table("LLaMA-7B, r = 8, 1/64", "ms", "peak MiB", "MiB kept")
-    for row in rows:
-        seconds, peak = row.get("median_s"), row.get("peak_mib")
-        milliseconds = "" if seconds is None else f"{seconds * 1e3:.1f}"
-        table.add_row(row["operation"], milliseconds, f"{peak:.0f}" if peak else "", f"{row.get('mib', 0):.0f}")
-    Console(width=110).print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--speed", action="store_true", help="measure time and memory at 7B shapes instead")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.smoke:
+        args.seeds = [0]
+        globals().update(TESTED=16, OTHERS=16, PUBLIC=16, WARM_ROUNDS=1, WARM_COHORT=4)
     rows: list[dict[str, Any]] = []
-    if args.speed:
-        rows = speed(args.repeats)
-    else:
-        for seed in args.seeds:
-            rows += capture(seed)
-    (print_speed if args.speed else print_capture)(rows)
+    for seed in args.seeds:
+        rows += capture(seed)
+    print_capture(rows)
     if args.json:
         machine = {"platform": platform.platform(), "processor": platform.processor(), "torch": torch.__version__}
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

@@ -22,8 +22,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """One seed, in a process of its own with one thread."""
     seed, clients, trials, train_steps, overrides = cell
     os.environ["OMP_NUM_THREADS"] = "1"
+    from leakage_study.leakages import audit_leakages
+
     from drencoder import load_recipe  # torch is loaded in the worker, after the thread count is set
-    from drencoder.audit.leakages import audit_leakages
     from drencoder.runs.build import build
 
     quick = ["evaluation.examples=8"]
@@ -43,7 +44,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="the tables again, for a results page")
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     args = parser.parse_args()
+    if args.smoke:
+        args.seeds, args.clients, args.trials, args.train_steps = [0], 8, 8, 2
     cells = [(seed, args.clients, args.trials, args.train_steps, tuple(args.set)) for seed in args.seeds]
     audits = []
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
@@ -65,7 +69,7 @@ def print_table(audits: list[dict[str, Any]]) -> None:
         table = Table("arm", "the attacker sees", "attack", "AUC", "max AUC", "found", "exposed", title=leakage)
         for key, rows in rows_by_attack(audits, leakage).items():
             aucs, bounds = [row["auc"] for row in rows], [row["max_auc"] for row in rows]
-            mean, found = sum(auc["value"] for auc in aucs) / len(aucs), [row["found"] for row in rows]
+            mean, found = sum(auc["value"] for auc in aucs) / len(aucs), [row["tokens_found"] for row in rows]
             interval = f"{min(auc['low'] for auc in aucs):.3f}, {max(auc['high'] for auc in aucs):.3f}"
             table.add_row(
                 *key,
@@ -88,7 +92,7 @@ def markdown(audits: list[dict[str, Any]]) -> str:
         parts += ["", f"### {leakage}", "", "| arm | the attacker sees | attack | AUC (seeds) | max AUC | found |"]
         parts.append("|---|---|---|---|---|---|")
         for key, rows in rows_by_attack(audits, leakage).items():
-            aucs, found = [row["auc"]["value"] for row in rows], [row["found"] for row in rows]
+            aucs, found = [row["auc"]["value"] for row in rows], [row["tokens_found"] for row in rows]
             bounds = [row["max_auc"] for row in rows]
             cells = [*key, f"{sum(aucs) / len(aucs):.2f} ({' '.join(f'{auc:.2f}' for auc in aucs)})"]
             cells.append("-" if None in bounds else f"{max(bounds):.2f}")

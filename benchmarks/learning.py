@@ -54,7 +54,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     args = parser.parse_args()
+    if args.smoke:
+        args.seeds, args.arms, args.processes = [0], [list(ARMS)[-1]], 1
+        args.set += [
+            "federation.population=200", "federation.rounds=1", "evaluation.examples=8",
+ "privacy.delta=1e-3",
+        ]  # fmt: skip
     cells = [(arm, seed, tuple(args.set)) for seed in args.seeds for arm in args.arms]
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:

@@ -302,7 +302,10 @@ def main() -> None:
     parser.add_argument("--relation", help="add_remove or replace_one")
     parser.add_argument("--plot", type=Path, help="the trade-off functions of the plan's own noise")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     args = parser.parse_args()
+    if args.smoke:
+        args.set += ["federation.rounds=2"]
     plan, report = privacy_plan(load_recipe(args.recipe, args.set)), []
     for noised in with_noise(plan, args.sigmas):
         rows = analyses(noised, observer=args.observer, relation=args.relation)

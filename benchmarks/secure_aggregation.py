@@ -148,7 +148,10 @@ def main() -> None:
     parser.add_argument("--values", type=int, nargs="+", default=VALUES)
     parser.add_argument("--repeats", type=int, default=5, help="of sizes above a million: 3 at most")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     args = parser.parse_args()
+    if args.smoke:
+        args.nodes, args.values, args.repeats = [4], [64], 1
     torch.set_num_threads(1)
     rows = []
     for values in args.values:

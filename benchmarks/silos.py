@@ -85,7 +85,11 @@ def main() -> None:
     parser.add_argument("--held-out", default="embedded", help="evaluation.data")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     args = parser.parse_args()
+    if args.smoke:
+        args.sites, args.patients, args.records, args.rounds, args.arms = 10, 2, 2, 1, [list(ARMS)[2]]
+        args.set += ["evaluation.examples=8", "privacy.delta=1e-3"]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         data = args.data or Path(temporary) / "notes.jsonl"

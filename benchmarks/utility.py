@@ -4,11 +4,11 @@
     python benchmarks/utility.py --out DIR --page [--results docs/results]
     python benchmarks/utility.py --out DIR --from docs/results [--page]    (a new folder out of what a page keeps)
     python benchmarks/utility.py --out DIR --status
-    python benchmarks/utility.py --out DIR --rounds 2 --examples 32 --questions 8 --only ...    (a smoke test)
+    python benchmarks/utility.py --smoke
 
 Every cell is one whole run of the product with its ledger and certificate, whose facts become one line of DIR/cells.jsonl; the run
-folder is removed. Killed at any time, the same command goes on with the cells that have no line (`drencoder.study`). utility_grid.py
-declares what runs where and how it is tuned; utility_page.py makes the tables, figures and verdicts from the lines alone.
+folder is removed. Killed at any time, the same command goes on with the cells that have no line (`drencoder.study`).
+utility_study/grid.py declares what runs where and how it is tuned; utility_study/page.py makes the tables, figures and verdicts from the lines alone.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
-import utility_grid as grid
-from utility_archive import read_study, restore
-from utility_grid import Scale, setting_of
-from utility_page import write_page
+from utility_study import grid
+from utility_study.archive import read_study, restore
+from utility_study.grid import Scale, setting_of
+from utility_study.page import write_page
 
 from drencoder.errors import DrencoderError
 from drencoder.study.cell_run import federated
@@ -119,7 +119,10 @@ def print_status(folder: Path, tracks: Sequence[Track]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the study's folder; an old one is gone on with")
+    parser.add_argument("--out", type=Path, help="the study's folder; an old one is gone on with")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two short cells in a folder of their own, to see that the script works"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after this many")
     kinds = "trusts, tasks, adapters, cohorts, epsilons, arms"
@@ -130,7 +133,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--from", dest="origin", type=Path, help="begin with the cells kept beside a results page")
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--status", action="store_true", help="say what is done, and start nothing")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out is None and not args.smoke:
+        parser.error("name a folder for the study: --out DIR")
+    return args
 
 
 def filters(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -156,8 +162,22 @@ def scale_of(args: argparse.Namespace) -> Scale:
     return Scale(**known | {name: value for name, value in given.items() if value is not None})
 
 
+def smoke() -> None:
+    """Two cells of one track with one round each, and nothing kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        tracks = grid.tracks(
+            filters(["trusts=central", "adapters=small", "cohorts=8", "tasks=letters", "epsilons=4", "arms=dp-lora"])
+        )
+        setting, out = setting_of(tracks[0]), Path(folder)
+        cells = next_cells(tracks[0], setting.plan, {})[:2]
+        rows = [run_arm(cell, Scale(rounds=1, examples=4), out) for cell in cells]
+        print(*(f"{cell.key}: loss {loss_of(row):.4f}" for cell, row in zip(cells, rows, strict=True)), sep="\n")
+
+
 def main() -> None:
     args = arguments()
+    if args.smoke:
+        return smoke()
     tracks = grid.tracks(filters(args.only))
     try:
         if args.origin:

@@ -52,13 +52,25 @@ ASSUMPTIONS = {
 OWN_SITE = "The unit's own site keeps its records and its draw to itself, clips each unit's code, and "
 SITE_ASSUMPTIONS = {
     ("local", "server"): f"{OWN_SITE}adds its full noise. Nothing is assumed of other sites.",
-    ("local", "clients"): f"{OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer is one site, knows "
+    (
+        "local",
+        "clients",
+    ): f"{OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer is one site, knows "
     "its own noise, and colludes neither with the server nor with another site.",
-    ("local", "public"): f"{OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer sees only sums and the "
+    (
+        "local",
+        "public",
+    ): f"{OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer sees only sums and the "
     "model, and colludes neither with the server nor with a site.",
-    ("secure-aggregation", "server"): f"{OWN_SITE}adds its share of the noise. The stated share of a slot's sites add theirs and "
+    (
+        "secure-aggregation",
+        "server",
+    ): f"{OWN_SITE}adds its share of the noise. The stated share of a slot's sites add theirs and "
     "keep them to themselves; the others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
-    ("secure-aggregation", "clients"): f"{OWN_SITE}adds its share of the noise. The observer is one of the honest sites, which "
+    (
+        "secure-aggregation",
+        "clients",
+    ): f"{OWN_SITE}adds its share of the noise. The observer is one of the honest sites, which "
     "knows its own noise; the others are as against the server.",
     ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
 }
@@ -227,7 +239,11 @@ def certificate_troubles(records: list[dict], certificate: dict, recipe: dict) -
                 costs[observer] = float(stated["epsilon_pld"]) if not mark else numbers["epsilon_pld"]
         for name, value in (("observer", observer), ("delta", plan["delta"]), ("relation", plan["relation"])):
             check(f"{observer}, {name}", row[name], value)
-        check(f"{observer}, assumption", row["assumption"], prefix + (SITE_ASSUMPTIONS if is_curated(plan) else ASSUMPTIONS)[plan["trust"], observer])
+        check(
+            f"{observer}, assumption",
+            row["assumption"],
+            prefix + (SITE_ASSUMPTIONS if is_curated(plan) else ASSUMPTIONS)[plan["trust"], observer],
+        )
     sites = sites_of(records)
     private = plan["noise"] == "secure" and not plan["non_private"]
     for name, value in {

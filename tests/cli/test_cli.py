@@ -240,7 +240,8 @@ def test_curve_shows_and_draws_the_budget_per_round(tmp_path: Path, command: Com
         (["evaluate", "embedded", "--tasks", "mmlu", "--from", "mmlu=nofolder"], "nofolder"),
         (["evaluate", "embedded", "--tasks", "mmlu", "--limit", "0"], "--limit 0"),
         (["audit", "nowhere.toml"], "does not exist"),
-        (["audit", "--set", "federation.population=20", "--set", "privacy.delta=1e-3"], "population"),
+        (["audit", "--canaries", "3"], "--canaries"),
+        (["audit", "--set", "privacy.trust=non-private"], "no promise to audit"),
     ],
 )
 def test_wrong_input_of_the_newer_commands_is_one_sentence(

@@ -50,7 +50,7 @@ COMMANDS: list[list[str]] = [
     ["plan", "--set", "privacy.noise_multiplier=1e-300"], ["plan", "--set", "privacy.noise_multiplier=1e300"],
     ["plan", "--set", "privacy.epsilon=1e300"], ["plan", "--set", "federation.rounds=999999999"], [LONG], ["plan", f"--{LONG}"],
     ["run", "--out", LONG], ["run", "--resume", LONG], ["verify", LONG], ["report", LONG], ["evaluate", LONG], ["compare", "--out", LONG],
-    ["evaluate", "embedded", "--tasks", "mmlu", "--from", LONG], ["compare", "--processes", NINES], ["audit", "--clients", "9" * 19],
+    ["evaluate", "embedded", "--tasks", "mmlu", "--from", LONG], ["compare", "--processes", NINES], ["audit", "--canaries", "9" * 19],
     ["certs", LONG, "--nodes", "1"], ["certs", "made", "--nodes", NINES], ["certs", "made", "--nodes", "1", "--days", "9999999"],
     ["certs", "made", "--nodes", "1", "--host", LONG], ["certs", "made", "--nodes", "1", "--host", "münchen.de"],
     ["client", "--server", LONG, "--key", LONG, "--clients", "0"], ["client", "--server", "x:1", "--key", "null.json", "--root", "null.json"],

@@ -98,7 +98,7 @@ COMMANDS = {
     "plan --curve": (["plan", "--curve"], "drencoder.privacy.budget_table.budget_table"),
     "compare": (["compare"], "drencoder.study.compare.compare"),
     "evaluate": (["evaluate", "embedded"], "drencoder.runs.assess.assess"),
-    "audit": (["audit"], "drencoder.runs.build.build"),
+    "audit": (["audit"], "drencoder.audit.audit.audit_recipe"),
     "verify": (["verify", "x"], "drencoder.runs.verify.verify_run"),
     "report": (["report", "x"], "drencoder.runs.report.remake_report"),
     "knobs": (["knobs"], "drencoder.recipe.recipe.describe_knobs"),

@@ -9,7 +9,7 @@ import pytest
 
 from drencoder.data.evaluation_text import open_evaluation
 from drencoder.data.owners import owner_key
-from drencoder.data.sources import FileSource, open_source
+from drencoder.data.sources import FileSource, HostedSource, Record, open_source
 from drencoder.errors import DataError
 from drencoder.recipe import sections
 from drencoder.recipe.recipe import load_recipe
@@ -286,3 +286,17 @@ def test_an_owners_key_is_its_own_key() -> None:
     for wrong in (True, None, ["a"], float("inf")):
         with pytest.raises(DataError):
             owner_key(wrong)
+
+
+def test_a_site_finds_each_of_its_clients_by_its_number_in_the_population() -> None:
+    class Held:
+        provenance = "here"
+
+        def client(self, client: int) -> list[Record]:
+            return [{"response": str(client)}]
+
+    site = HostedSource(Held(), (3, 4, 9, 1_000_000))
+    assert [site.client(client)[0]["response"] for client in site.clients] == ["0", "1", "2", "3"]
+    for stranger in (0, 5, 10, 1_000_001):
+        with pytest.raises(DataError, match=f"client {stranger} is none of this site's"):
+            site.client(stranger)

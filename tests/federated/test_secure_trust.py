@@ -14,7 +14,6 @@ import torch
 from scipy import stats
 
 from conftest import tiny_overrides
-from drencoder.audit.setup import plan_under
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundError
 from drencoder.federated.in_process import InProcessEngine
@@ -342,13 +341,6 @@ def test_few_honest_contributors_are_warned_about():
     many = survey(load_recipe(None, ["privacy.trust=secure-aggregation"]))
     assert any("are sure and honest" in sentence for sentence in few.warnings())
     assert many.warnings() == []
-
-
-def test_an_audit_of_such_a_recipe_has_plans_of_the_trusts_it_attacks(tiny_folder):
-    live = build(recipe_of(tiny_folder))
-    for trust in ("local", "central"):
-        plan = plan_under(live, trust)
-        assert (plan.trust, plan.target_epsilon) == (trust, 8.0)
 
 
 # Whole runs

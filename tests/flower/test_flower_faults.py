@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from deployment import small_recipe
-from drencoder.errors import ArtifactError, EngineError, PrivacyError
+from drencoder.errors import ArtifactError, DataError, EngineError, PrivacyError
 from drencoder.federated.query import QuerySpec, moment_query
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction
@@ -435,5 +435,5 @@ def test_a_sites_own_file_belongs_to_its_clients_alone(tmp_path: Path) -> None:
     held = [record["instruction"] for client in (4, 17) for record in source.client(client)]
     assert sorted(held) == sorted(f"q{i}" for i in range(12))
     assert site._components.held_out == []
-    with pytest.raises(ValueError, match="not in"):
+    with pytest.raises(DataError, match="none of this site's"):
         source.client(5)

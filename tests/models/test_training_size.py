@@ -13,7 +13,9 @@ from drencoder.models.lora import LoraModel
 from drencoder.models.place import ModelPlace, locate
 from drencoder.models.planned_layers import planned_size
 from drencoder.models.training_size import ModelSize, free_memory
+from drencoder.recipe.recipe import load_recipe
 from drencoder.recipe.sections import Adapter, Model
+from drencoder.runs.plan_overview import survey
 from tiny_models import make_model
 
 LLAMA_8B = ModelSize.of(8_030_000_000, [(4096, 4096)] * 128 + [(14336, 4096)] * 96, 128_256)
@@ -86,3 +88,12 @@ def test_free_memory_is_a_part_of_what_the_machine_has() -> None:
 def test_bits_without_cuda_are_one_sentence(dtype: str, tiny_folder: Path) -> None:
     with pytest.raises(DeviceError, match=f"model.dtype = '{dtype}' needs a GPU with CUDA, and this run is on the cpu"):
         load_base(Model(source=str(tiny_folder), dtype=dtype, device="cpu"))
+
+
+def test_the_plan_says_how_clients_train() -> None:
+    assert LLAMA_8B.way_to_train().startswith("clients one by one: 2 tokens")
+    assert "up to 4,096 tokens a pass, as speed.tokens says" in LLAMA_8B.way_to_train(4096)
+    overview = survey(load_recipe(None, ["speed.tokens=0"]))
+    assert "clients together, up to 2," in overview.training_way
+    assert "which keep a core busy" in overview.to_dict()["training_way"]
+    assert survey(load_recipe(None, ["model.device=cuda"])).training_way == ""

@@ -24,12 +24,9 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The modules of the study: `archive`, `grid`, `results` and `page`."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import utility_archive
-    import utility_grid
-    import utility_page
-    import utility_results
+    from utility_study import archive, grid, page, results
 
-    yield SimpleNamespace(archive=utility_archive, grid=utility_grid, page=utility_page, results=utility_results)
+    yield SimpleNamespace(archive=archive, grid=grid, page=page, results=results)
     for name in [name for name in sys.modules if name.startswith("utility")]:
         del sys.modules[name]
 

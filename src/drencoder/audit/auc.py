@@ -14,21 +14,39 @@ Scores that separate perfectly have no variance to estimate; `_limits_without_va
 """
 
 import math
+from dataclasses import dataclass
 from statistics import NormalDist
+from typing import final
 
 import torch
 from torch import Tensor
 
-from drencoder.audit.findings import Auc
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
-__all__ = ["estimate_auc", "estimate_clustered_auc", "gaussian_max_auc", "gaussian_mu_from_auc"]
+__all__ = ["Auc", "estimate_auc", "estimate_clustered_auc", "gaussian_max_auc", "gaussian_mu_from_auc"]
 
 _TAIL = 0.025  # chance to lie beyond one end of the interval
 _ALARM_TAIL = 0.0005  # the same for `floor`
 _RESAMPLES = 2000
 _NORMAL = NormalDist()
+
+
+@final
+@dataclass(frozen=True)
+class Auc:
+    """An estimate with its 95 % interval; `clusters` is None where all scores are independent.
+
+    `floor` is a lower limit that the truth is below with a chance of 1 in 2,000 only: what an alarm rests on.
+    """
+
+    value: float
+    low: float
+    high: float
+    floor: float
+    positives: int
+    negatives: int
+    clusters: int | None = None
 
 
 def estimate_auc(positive_P: Tensor, negative_Q: Tensor) -> Auc:

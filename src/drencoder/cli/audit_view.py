@@ -1,72 +1,75 @@
-"""An audit in the terminal: one table per leakage."""
+"""An audit in the terminal: empirical epsilon beside the promise, checks, attacks, and a verdict. No torch here."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from drencoder.audit.findings import LEAKAGES, Audit, Finding
-from drencoder.reading import printable
+from drencoder.runs.audit_words import bound_cell, short_checks
 from drencoder.runs.display import make_table
 
 __all__ = ["audit_tables"]
 
 _CAPTION = (
-    "AUC with 95 % interval: 0.5 is guessing, 1 is certainty. max AUC: the most that the accounting allows for this release; "
-    "- where nothing is promised."
+    "Lower bounds with 95 % (99.9 %) confidence, each under its own assumption. Gaussian: scores are independent and Gaussian. GDP: scores are "
+    "independent, releases are Gaussian differentially private. one run: the coins are fair. any: any (epsilon, delta) mechanism."
 )
 
 
-def audit_tables(audit: Audit) -> list[Table]:
-    """Returns one table per leakage, one text that was read from an unprotected upload, and what to keep in mind."""
-    tables = [
-        _findings_table(title, [finding for finding in audit.findings if finding.leakage == leakage])
-        for leakage, title in LEAKAGES.items()
-    ]
-    return [*tables, _example_table(audit), _verdict_table(audit)]
+def audit_tables(audit: Mapping[str, Any]) -> list[Table]:
+    """Returns the tables of an audit, as `RunAudit.to_dict` gives it."""
+    tables = [_views_table(audit), _checks_table(audit)]
+    return [*tables, _attacks_table(audit)] if audit["attacks"] else tables
 
 
-def _findings_table(title: str, findings: list[Finding]) -> Table:
-    has_tokens = any(finding.tokens_found is not None for finding in findings)
-    table = make_table(title, caption=_CAPTION)
+def _views_table(audit: Mapping[str, Any]) -> Table:
+    names = list(dict.fromkeys(name for view in audit["views"] for name in view["bounds"]))
+    titles = {"gaussian": "Gaussian", "gdp": "GDP", "one_run": "one run", "any": "any"}
+    table = make_table("Empirical epsilon: canaries in the run's own releases", caption=_CAPTION)
     table.show_header = True
-    for heading in ("arm", "the attacker sees", "attack"):
+    for heading in ("observer", "sees", "canaries", "in / out"):
         table.add_column(heading)
-    for heading in ("AUC", "max AUC", *(("found",) if has_tokens else ()), "pos / neg"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if any(finding.note for finding in findings):
-        table.add_column("note")
-    for finding in findings:
-        style = "red" if finding.max_auc is None else "dim" if finding.sabotaged else ""
-        cells: list[str | Text] = [finding.arm, finding.sees, finding.attack, _auc_cell(finding)]
-        cells.append("-" if finding.max_auc is None else f"{finding.max_auc:.3f}")
-        if has_tokens:
-            cells.append("" if finding.tokens_found is None else f"{finding.tokens_found:.0%}")
-        cells += [f"{finding.auc.positives} / {finding.auc.negatives}", finding.note]
-        table.add_row(*cells[: len(table.columns)], style=style)
+    for heading in ("promised", *(titles[name] for name in names)):
+        table.add_column(heading, justify="right")
+    for view in audit["views"]:
+        relation = "replaced" if view["relation"] == "replace_one" else "in or out"
+        cells: list[str | Text] = [
+            view["observer"],
+            view["sees"],
+            f"{view['canary']}, {relation}",
+            f"{view['inside']} / {view['outside']}",
+        ]
+        cells.append(f"{view['promised']:.2f}")
+        for name in names:
+            text = bound_cell(view["bounds"].get(name))
+            cells.append(Text(text, "bold red") if name in view["exceeded"] else text)
+        table.add_row(*cells)
     return table
 
 
-def _auc_cell(finding: Finding) -> Text:
-    auc = finding.auc
-    return Text.assemble(f"{auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]", (" !" if finding.exposed else "", "bold"))
-
-
-def _example_table(audit: Audit) -> Table:
-    example = audit.example
-    table = make_table("One text, read from an unprotected upload")
-    table.add_row("the client's text", Text(printable(example["text"])))
-    best = " | ".join(token.strip() for token in example["recovered"])
-    table.add_row(f"{example['num_tokens']} best tokens", Text(printable(best)))
-    table.add_row("of them right", str(example["right"]))
+def _checks_table(audit: Mapping[str, Any]) -> Table:
+    table = make_table("What must hold")
+    for passed, name, found in short_checks(audit["checks"]):
+        table.add_row(Text("holds", "green") if passed else Text("FAILS", "bold red"), Text(name), Text(found))
     return table
 
 
-def _verdict_table(audit: Audit) -> Table:
-    table = make_table("What to keep in mind")
-    for finding in audit.broken:
-        where = f": {finding.arm}, {finding.sees}, {finding.attack}."
-        table.add_row(Text.assemble(("A promise was measured not to hold", "red"), where))
-    for finding in audit.unnoticed:
-        table.add_row(f"Sabotage went unnoticed ({finding.arm}, {finding.attack}): raise trials, or lower epsilon.")
-    for note in audit.notes:
-        table.add_row(note)
+def _attacks_table(audit: Mapping[str, Any]) -> Table:
+    table = make_table(
+        "Real records, attacked",
+        caption="AUC with 95 % interval: 0.5 is guessing. found: tokens of a text among as many best guesses.",
+    )
+    table.show_header = True
+    for heading in ("attack", "the attacker sees"):
+        table.add_column(heading)
+    for heading in ("AUC", "promised at most", "found", "found without a message"):
+        table.add_column(heading, justify="right")
+    for one in audit["attacks"]:
+        auc = one["auc"]
+        table.add_row(
+            one["name"], one["sees"], f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]",
+            "-" if one["max_auc"] is None else f"{one['max_auc']:.3f}",
+            *("" if one[key] is None else f"{one[key]:.0%}" for key in ("found", "blind")),
+        )  # fmt: skip
     return table

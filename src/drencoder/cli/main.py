@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from drencoder import __version__
+from drencoder.cli.audit import audit
 from drencoder.cli.endings import end, end_disk, end_usage, stop_writing
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.generate import generate
@@ -255,44 +256,7 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-@app.command()
-def audit(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE|RUN]", help="a recipe, or a run folder to take it from")
-    ] = None,
-    set_: SetOption = None,
-    clients: Annotated[int, typer.Option("--clients", min=8, max=100_000, help="clients under attack")] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="of the audit")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="write the findings as JSON")] = None,
-) -> None:
-    """Attacks on the three leakages: a client's text, the encoder's training set, who took part.
-
-    Each attack meets the same updates without protection, under FedCG, DR-Encoder and this project's random sketch. Exit code 1
-    if an attack beats its bound or misses a planted sabotage.
-    """
-    from drencoder.cli.audit_view import audit_tables
-    from drencoder.runs.display import make_console
-
-    console = make_console()
-    is_run = recipe is not None and (Path(recipe) / "recipe.resolved.toml").is_file()
-    config = load_checked_recipe(str(Path(recipe or "") / "recipe.resolved.toml") if is_run else recipe, set_ or ())
-    from drencoder.audit.leakages import audit_leakages
-    from drencoder.runs.build import build
-
-    class DimLines:
-        def say(self, text: str) -> None:
-            console.print(printable(text), style="dim")
-
-    findings = audit_leakages(build(config), clients=clients, seed=seed, listener=DimLines())
-    for table in audit_tables(findings):
-        console.print(table)
-    if out is not None:
-        from drencoder.runs.run_folder import storing
-
-        with storing(out):
-            out.write_text(json.dumps(findings.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    if findings.broken or findings.unnoticed:
-        raise SystemExit(1)
+app.command()(audit)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import heapq
 import json
 import math
 import random
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -251,7 +252,7 @@ class FileSource:
 @final
 @dataclass(frozen=True)
 class HostedSource:
-    """A site's own text under the numbers that its clients have in the whole population."""
+    """A site's own text under the numbers that its clients have in the whole population, in ascending order."""
 
     held: Source
     clients: Sequence[int]
@@ -261,7 +262,10 @@ class HostedSource:
         return self.held.provenance
 
     def client(self, client: int) -> list[Record]:
-        return self.held.client(self.clients.index(client))
+        place = bisect_left(self.clients, client)  # a site may have a million
+        if place == len(self.clients) or self.clients[place] != client:
+            raise DataError(f"client {client} is none of this site's.")
+        return self.held.client(place)
 
 
 @final

@@ -158,7 +158,7 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> str:
     """16 hexadecimal digits of an encoder's state: after a refresh, a code of the old map can be told from one of the new."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(state.items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -101,7 +101,7 @@ class HybridEncoder:
         update_ND = check_update(self, update_ND)
         head_NH = self.head.encode(update_ND, seed)
         rest_ND = update_ND - self.head.decode(head_NH, seed)
-        direction_JD = self.direction_JD.to(update_ND.device)
+        direction_JD = self._directions_on(update_ND.device)
         along_NJ = rest_ND @ direction_JD.T
         parts = [head_NH, along_NJ]
         if self.sketch is not None:
@@ -112,7 +112,7 @@ class HybridEncoder:
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
         code_NK = check_code(self, code_NK)
         head, directions = self.head.code_size, len(self.direction_JD)
-        direction_JD = self.direction_JD.to(code_NK.device)
+        direction_JD = self._directions_on(code_NK.device)
         known_ND = self.head.decode(code_NK[:, :head], seed) + code_NK[:, head : head + directions] @ direction_JD
         if self.sketch is None:
             return known_ND
@@ -120,6 +120,15 @@ class HybridEncoder:
         looked_ND = looked_ND - self.head.decode(self.head.encode(looked_ND, seed), seed)
         looked_ND = looked_ND - (looked_ND @ direction_JD.T) @ direction_JD
         return known_ND.add_(looked_ND)
+
+    def _directions_on(self, device: torch.device) -> Tensor:
+        if device not in self._copies:
+            self._copies[device] = self.direction_JD.to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def describe(self) -> dict[str, Fact]:
         head = self.head.describe()

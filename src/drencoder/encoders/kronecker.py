@@ -91,8 +91,16 @@ class _Basis:
         return values
 
     def _on(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        reflector = None if self.reflector is None else self.reflector.to(like.device)
-        return self.vectors_LQ.to(like.device), reflector
+        if like.device.type == "cpu":
+            return self.vectors_LQ, self.reflector
+        if like.device not in self._copies:
+            reflector = None if self.reflector is None else self.reflector.to(like.device)
+            self._copies[like.device] = self.vectors_LQ.to(like.device), reflector
+        return self._copies[like.device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor | None]]:
+        return {}  # on a graphics card: the bases are larger than what is encoded with them
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         kept = {f"{prefix}.vectors": self.vectors_LQ, f"{prefix}.count": torch.tensor(self.count)}
@@ -129,19 +137,28 @@ class _Part:
         staircase = torch.arange(self.long.count)[None, :] < self.count_A[: self.short.count, None]
         return staircase.flatten().nonzero()[:, 0]
 
+    def _index_on(self, device: torch.device) -> Tensor:
+        if device not in self._indices:
+            self._indices[device] = self.index_k.to(device)
+        return self._indices[device]
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Tensor]:
+        return {}
+
     def encode(self, update_ND: Tensor) -> Tensor:
         """(N, k): rotated, and the staircase taken out."""
         values = update_ND[:, self.segment.start : self.segment.stop].reshape(-1, *matrix_shape(self.segment))
         values_NAB = values.transpose(1, 2) if self.turned else values
         core_NCR = self.short.coordinates(self.long.coordinates(values_NAB).transpose(1, 2))
         core_NV = core_NCR.transpose(1, 2).flatten(1)
-        return core_NV.index_select(1, self.index_k.to(core_NV.device))
+        return core_NV.index_select(1, self._index_on(core_NV.device))
 
     def decode(self, code_Nk: Tensor) -> Tensor:
         """(N, d_l): the transpose."""
         count = len(code_Nk)
         core_NV = code_Nk.new_zeros(count, self.short.count * self.long.count)
-        core_NV.index_copy_(1, self.index_k.to(code_Nk.device), code_Nk)
+        core_NV.index_copy_(1, self._index_on(code_Nk.device), code_Nk)
         core_NCR = core_NV.view(count, self.short.count, self.long.count).transpose(1, 2)
         values_NAB = self.long.combine(self.short.combine(core_NCR).transpose(1, 2))
         return (values_NAB.transpose(1, 2) if self.turned else values_NAB).reshape(count, self.segment.size)

@@ -9,7 +9,7 @@ random signs, an orthonormal Hadamard transform of each block, k_l random coordi
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, final
 
 import torch
@@ -141,6 +141,7 @@ def _tile(segments: tuple[Segment, ...]) -> tuple[_Run, ...]:
     return tuple(runs)
 
 
+@lru_cache(maxsize=32)
 def _hadamard(log_size: int, device: torch.device) -> Tensor:
     """The orthonormal, symmetric Hadamard matrix of 2 ** log_size rows (Sylvester's), float32."""
     matrix = torch.ones(1, 1, device=device)
@@ -313,21 +314,32 @@ class RandomSketch:
 
     def _pieces(self, seed: int, device: torch.device) -> Iterator[_Piece]:
         """The round's map, piece by piece. Everything is drawn on the CPU, so that all devices agree."""
-        generator = torch.Generator().manual_seed(derive_seed(seed, "sketch"))
-        index_K = self._draw_index(generator)
-        # Eight signs from each random byte, by table: ten times faster than eight draws.
-        byte = torch.randint(256, (self.update_size // 8 + 1,), dtype=torch.uint8, generator=generator)
-        byte = byte.to(torch.int32)
-        table = 1.0 - 2.0 * ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)
-        stops = torch.tensor([stop for _, stop, _ in self._columns])
+        index_K, byte, lasts = self._drawn(seed, device)
+        table = (1.0 - 2.0 * ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)).to(device)
         first = 0
-        for (start, stop, log_size), last in zip(
-            self._columns, torch.searchsorted(index_K, stops).tolist(), strict=True
-        ):
-            sign = table.index_select(0, byte[start // 8 : (stop + 7) // 8]).view(-1)[start % 8 :][: stop - start]
-            index = (index_K[first:last] - start).to(device)
-            yield _Piece(start, stop, log_size, first, last, index, sign.to(device))
+        for (start, stop, log_size), last in zip(self._columns, lasts, strict=True):
+            packed = byte[start // 8 : (stop + 7) // 8].to(torch.int32)
+            sign = table.index_select(0, packed).view(-1)[start % 8 :][: stop - start]
+            yield _Piece(start, stop, log_size, first, last, index_K[first:last] - start, sign)
             first = last
+
+    def _drawn(self, seed: int, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+        """The round's coordinates (K,), its signs, eight to a byte, and where each piece's coordinates end; kept for one round."""
+        key = (seed, device)
+        if key not in self._rounds:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "sketch"))
+            index_K = self._draw_index(generator)
+            # Eight signs from each random byte, by table: ten times faster than eight draws.
+            byte = torch.randint(256, (self.update_size // 8 + 1,), dtype=torch.uint8, generator=generator)
+            stops = torch.tensor([stop for _, stop, _ in self._columns])
+            lasts: list[int] = torch.searchsorted(index_K, stops).tolist()
+            self._rounds.clear()
+            self._rounds[key] = index_K.to(device), byte.to(device), lasts
+        return self._rounds[key]
+
+    @cached_property
+    def _rounds(self) -> dict[tuple[int, torch.device], tuple[Tensor, Tensor, list[int]]]:
+        return {}
 
     def _draw_index(self, generator: torch.Generator) -> Tensor:
         """The round's coordinates (K,) int64, rising.

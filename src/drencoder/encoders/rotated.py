@@ -43,11 +43,11 @@ class Rotation:
 
     def turn(self, code_NK: Tensor) -> Tensor:
         first, second = self._seeds
-        return self._blocks.project(self._blocks.project(code_NK, first)[:, self._order_K], second)
+        return self._blocks.project(self._blocks.project(code_NK, first)[:, self._order_K.to(code_NK.device)], second)
 
     def turn_back(self, turned_NK: Tensor) -> Tensor:
         first, second = self._seeds
-        return self._blocks.lift(self._blocks.lift(turned_NK, second)[:, self._back_K], first)
+        return self._blocks.lift(self._blocks.lift(turned_NK, second)[:, self._back_K.to(turned_NK.device)], first)
 
 
 @cache
@@ -82,7 +82,7 @@ def quantise(code_NK: Tensor, bits: int, rotation: Rotation) -> tuple[Tensor, Te
 
     Finite codes of any size, float32; a length may be beyond float32's range.
     """
-    half, table = 2 ** (bits - 1), torch.tensor(levels(bits))
+    half, table = 2 ** (bits - 1), torch.tensor(levels(bits), device=code_NK.device)
     largest_N1 = code_NK.abs().amax(dim=1, keepdim=True)
     # Before anything is squared: squares of the smallest and largest floats are none.
     unit_NK = torch.where(largest_N1 > 0, code_NK / largest_N1, 0.0)

@@ -13,6 +13,7 @@ project's choice (docs/guarantee.md, docs/log.md).
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -25,6 +26,7 @@ from drencoder.encoders.wire import WireFormat
 from drencoder.errors import CodeError
 from drencoder.federated.adaptive_clip import AdaptiveClip, AdaptiveClipEncoder
 from drencoder.federated.query_encoders import MomentsEncoder, RelativeEncoder, UpdatesEncoder
+from drencoder.federated.row_encoding import encode_rows, rows_at_once
 from drencoder.models.adapter_layout import Segment
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
@@ -119,12 +121,16 @@ class Query:
     def encode(self, update_ND: Tensor) -> Tensor:
         """What clients computed, (N, epochs * D), as messages (N, K), neither clipped nor noised.
 
-        Each row is encoded by itself: products over many rows may round another way when there is one row less, and no bit
-        of a client's message may depend on who is encoded with it.
+        On the device of the updates, and so that no bit of a client's message depends on who is encoded with it.
         """
-        if not len(update_ND):
-            return self.encoder.encode(update_ND, self.spec.seed)
-        return torch.cat([self.encoder.encode(update_1D, self.spec.seed) for update_1D in update_ND.split(1)])
+        device = update_ND.device
+        if device not in self._rows:
+            self._rows[device] = rows_at_once(self.encoder, self.spec.seed, device)
+        return encode_rows(self.encoder, update_ND, self.spec.seed, self._rows[device])
+
+    @cached_property
+    def _rows(self) -> dict[torch.device, int]:
+        return {}  # device -> how many rows are encoded at a time
 
     def decode(self, code_NK: Tensor) -> Tensor:
         """Messages (N, K), or a sum of them, as updates (N, D)."""

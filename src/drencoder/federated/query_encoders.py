@@ -104,13 +104,14 @@ class RelativeEncoder:
         return self.encoder.code_size
 
     @cached_property
-    def _zeros(self) -> dict[int, Tensor]:
-        return {}  # seed -> the code (1, K) of a zero update
+    def _zeros(self) -> dict[tuple[int, torch.device], Tensor]:
+        return {}  # seed and device -> the code (1, K) of a zero update there, so that a client's zero gives zero to the last bit
 
     def _zero_1K(self, seed: int, device: torch.device) -> Tensor:
-        if seed not in self._zeros:
-            self._zeros[seed] = self.encoder.encode(torch.zeros(1, self.update_size), seed)
-        return self._zeros[seed].to(device)
+        if (seed, device) not in self._zeros:
+            zero_1D = torch.zeros(1, self.update_size, device=device)
+            self._zeros[seed, device] = self.encoder.encode(zero_1D, seed)
+        return self._zeros[seed, device]
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
         return self.encoder.encode(update_ND, seed) - self._zero_1K(seed, update_ND.device)

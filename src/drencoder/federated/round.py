@@ -117,7 +117,7 @@ def client_message(
     """
     if permit.shares is not None:
         raise PrivacyError("Under secure aggregation a client has no message of its own: its node sums shares.")
-    spec, update_ND = query.spec, update_ND.cpu()
+    spec = query.spec  # encoded and clipped where the updates are: what goes to the CPU is small
     clipped = clip_rows(query.encode(update_ND) if spec.noise_in == "code" else update_ND, spec.clip_l2)
     values, wire = clipped.values_NV, message_wire(query, permit)
     if permit.trust == "local":
@@ -141,7 +141,7 @@ def client_share(
     spec = query.spec
     if spec.noise_in != "code" or not spec.summable:
         raise PrivacyError("Secure aggregation sums codes: it needs noise_in = 'code' and a linear encoder.")
-    return release_shares(clip_rows(query.encode(update_ND.cpu()), spec.clip_l2), clients, permit, noise)
+    return release_shares(clip_rows(query.encode(update_ND), spec.clip_l2), clients, permit, noise)
 
 
 def message_wire(query: Query, permit: Permit) -> WireFormat:

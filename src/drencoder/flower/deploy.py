@@ -22,11 +22,12 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from drencoder.errors import EngineError
 from drencoder.federated.remote.roster import named_keys
 from drencoder.federated.remote.site import Site
+from drencoder.flower.backoff import shorten_backoff
 from drencoder.flower.client_app import make_client_app
 from drencoder.flower.endpoints import ServerEndpoint, SiteEndpoint, watch
 from drencoder.flower.processes import ChildProcess, find_free_port
 from drencoder.flower.server_app import ServerOptions, serve
-from drencoder.flower.superlink import COUNTS, check_version
+from drencoder.flower.superlink import COUNTS
 from drencoder.flower.supernode import POLL
 from drencoder.flower.tasks import TaskClient, build_app_bundle, digest_app
 from drencoder.runs import run as experiment
@@ -45,7 +46,7 @@ def run_server(options: ServerOptions, endpoint: ServerEndpoint) -> experiment.R
     Raises:
       DrencoderError: the port is taken, a file is missing, too few nodes come, or the run itself is refused.
     """
-    check_version()
+    shorten_backoff()
     options = replace(options, keys=named_keys(options.config, endpoint.nodes), clients=endpoint.clients)
     with _private_folder() as (work, secret), _run_superlink(endpoint, work, secret) as authority:
         run = _start_run(endpoint, authority)
@@ -153,7 +154,7 @@ def run_site(site: Site, endpoint: SiteEndpoint) -> None:
     Raises:
       EngineError: a SuperNode cannot be started at all.
     """
-    check_version()
+    shorten_backoff()
     app, allowed = make_client_app(lambda _: site), frozenset({digest_app(build_app_bundle())})
     with _private_folder() as (work, secret):
         port, starts, since = find_free_port(), 0, time.monotonic()

@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -47,6 +48,7 @@ def simulate_run(options: ServerOptions, nodes: int, *, cores: int | None = None
     recipe = sites / "recipe.toml"
     if options.recipe is not None:
         RunFolder(sites).write(recipe, options.recipe.to_toml().encode())
+    cards = 0 if options.config.model.device == "cpu" else torch.cuda.device_count()
     results: list[experiment.RunResult] = []
     refused: list[DrencoderError] = []
     server = ServerApp()
@@ -64,8 +66,9 @@ def simulate_run(options: ServerOptions, nodes: int, *, cores: int | None = None
         clients,
         nodes,
         backend_config={
-            "client_resources": {"num_cpus": 1},
-            "init_args": {"num_cpus": cores, "include_dashboard": False},
+            # Ray shows a card only to workers that ask for one, and each loads a base model of its own: one worker a card.
+            "client_resources": {"num_cpus": 1, "num_gpus": float(cards > 0)},
+            "init_args": {"num_cpus": cores, "num_gpus": cards, "include_dashboard": False},
         },
     )
     if refused:

@@ -1,6 +1,7 @@
 """`flower-supernode` that looks for messages more often: `python -m drencoder.flower.supernode`, with its own arguments.
 
-flwr 1.42 sleeps three seconds between two looks, in a literal. This caps its sleeps; other versions are refused.
+flwr 1.42 sleeps three seconds between two looks, in a literal. This caps its sleeps (and see `backoff`); other versions are
+refused.
 """
 
 import importlib
@@ -10,8 +11,8 @@ import time
 import types
 
 from drencoder.errors import hide_crash_messages
+from drencoder.flower.backoff import shorten_backoff
 from drencoder.flower.processes import die_with_parent
-from drencoder.flower.superlink import check_version
 
 __all__ = ["POLL"]
 
@@ -22,7 +23,7 @@ POLL = "DRENCODER_POLL"  # environment: seconds between two looks at most
 def main() -> None:
     """Starts the SuperNode."""
     die_with_parent(signal.SIGTERM)  # lets it sign off
-    check_version()
+    shorten_backoff()
     cap = float(os.environ.get(POLL, "0.5"))
     module = importlib.import_module("flwr.supernode.start_client_internal")
     module.time = types.SimpleNamespace(  # type: ignore[attr-defined]

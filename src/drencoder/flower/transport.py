@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from drencoder.federated.remote.refusal import refusal_frame
@@ -17,16 +17,27 @@ _RECORD, _ARRAY, _STYPE = "drencoder", "frame", "drencoder.frame"
 REFUSED = 1000  # Flower's error codes above it are a site's refusals
 _POLL = 0.1  # s between two looks for answers
 _GRACE = 5.0  # s that an answer of the last moment may still be on its way
+_SMALL = 1 << 18  # bytes that travel in one piece
 
 
 def wrap_payload(data: bytes) -> RecordDict:
-    """Returns a message's content: raw bytes, which Flower cuts into chunks and only `federated.remote.frames` parses."""
+    """Returns a message's content: raw bytes that only `federated.remote.frames` parses.
+
+    Flower uploads and fetches every part of a message by itself, three times on its way. A small payload therefore is one
+    setting (three parts a message); a large one is an array, which Flower cuts into chunks (five parts and more).
+    """
+    if len(data) <= _SMALL:
+        return RecordDict({_RECORD: ConfigRecord({_ARRAY: data})})
     array = Array(dtype="uint8", shape=(len(data),), stype=_STYPE, data=data)
     return RecordDict({_RECORD: ArrayRecord({_ARRAY: array})})
 
 
 def read_payload(content: RecordDict) -> bytes:
     """Returns the bytes that `wrap_payload` was given; b"" if the content is anything else."""
+    small = content.config_records.get(_RECORD)
+    if small is not None:
+        data = small.get(_ARRAY)
+        return data if isinstance(data, bytes) else b""
     record = content.array_records.get(_RECORD)
     array = record.get(_ARRAY) if record is not None else None
     if array is None or array.stype != _STYPE:

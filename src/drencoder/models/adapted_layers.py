@@ -120,7 +120,9 @@ def _get_whole_rows(model: Any, layers: dict[str, nn.Module]) -> set[str]:
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     vocabulary = model.config.get_text_config().vocab_size
-    first = torch.arange(_ROWS * _LENGTH, device=next(model.parameters()).device).view(_ROWS, _LENGTH)
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device  # hooks move what the layers get
+    first = torch.arange(_ROWS * _LENGTH, device=device).view(_ROWS, _LENGTH)
     other = first.clone()
     other[-1] += 1  # another last text: what the layers get of the texts before it stays where it is
     try:

@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from drencoder.data.tokenization import RecordTokenizer
 from drencoder.errors import DeviceError
 from drencoder.models.gguf_header import read_gguf_header
+from drencoder.models.loaded_size import room_for_weights
 from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
 from drencoder.models.place import ModelPlace, embedded_folder, locate
 from drencoder.models.quantised import quantised_weights
@@ -44,6 +45,18 @@ class BaseModel:
     hub_id: str = ""
     revision: str = ""
     licence: str = _UNKNOWN
+
+    @property
+    def device(self) -> torch.device:
+        """Where clients' adapters and updates are: the first graphics card that has layers of a model that is spread."""
+        places = getattr(self.model, "hf_device_map", {}).values()
+        cards = [torch.device(place) for place in places if place not in ("cpu", "disk")]
+        return cards[0] if cards else torch.device("cpu") if places else next(self.model.parameters()).device
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether layers come from main memory or from the disk whenever they are computed."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -89,7 +102,7 @@ class BaseModel:
           temperature: divides the logits before a draw.
           stop: another token that ends a text, such as that of a chat template's turn.
         """
-        device = next(self.model.parameters()).device
+        device = self.device
         tokens_NL = tokens_NL.to(device)
         done_N, cache = torch.zeros(len(tokens_NL), dtype=torch.bool), None
         while tokens_NL.shape[1] < length and not bool(done_N.all()):
@@ -141,14 +154,14 @@ def open_tokenizer(base: BaseModel, knobs: config.Data) -> RecordTokenizer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` -> a GPU when there is one.
+    """`auto` and `spread` -> a GPU when there is one.
 
     Raises:
       DeviceError: `cuda` was asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("model.device = 'cuda', but torch sees no GPU here: set model.device=cpu (or auto).")
-    if name == "auto":
+    if name in ("auto", "spread"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
@@ -168,6 +181,8 @@ def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
     device, place = resolve_device(knobs.device), locate(knobs)
     name, options = _arguments(place)
     weights = quantised_weights(knobs.dtype, device) or {"dtype": getattr(torch, knobs.dtype)}
+    if knobs.device == "spread":
+        weights |= {"device_map": "auto", "max_memory": room_for_weights()}
     with _quiet(place):
         with explained(knobs.source, "config"):
             settings = AutoConfig.from_pretrained(name, **options)

@@ -63,9 +63,13 @@ class CohortTrainer:
             return self._train(adapter_D, clients, slot, epochs)
         except Exception as error:
             failure = type(error).__name__  # its type only: the text of an exception may quote the client's
+            full = isinstance(error, torch.OutOfMemoryError)
         # Outside of the except clause, whose traceback would keep the failed batch's graph in memory.
-        if len(clients) > 1:
-            return torch.cat([self.train_clients(adapter_D, [client], slot, epochs) for client in clients])
+        if full and self.lora.save_memory():
+            return self.train_clients(adapter_D, clients, slot, epochs)
+        if len(clients) > 1:  # halves: to find one of 32 takes ten trainings more, and not 32
+            halves = clients[: len(clients) // 2], clients[len(clients) // 2 :]
+            return torch.cat([self.train_clients(adapter_D, half, slot, epochs) for half in halves])
         if self.reports_failures:
             print(f"a client's training failed ({failure}); it contributes zero", file=sys.stderr)
         return torch.full((1, epochs * adapter_D.numel()), torch.nan, device=self.lora.device)

@@ -2,14 +2,17 @@
 
 Legend: K clients trained together, D adapter values. An update is a *descent direction*: the server adds it.
 
-What a client sends must be a function of the adapter, the seeds and its own records, bit for bit (docs/guarantee.md). So
-only clients whose batches have the same shape share a batch, the shape follows from a client's own examples, its dropout masks
-come from a generator of its own, and every product is its own (`LoraModel.stacked`). Adapters and optimiser slots are per
-client, and the base is frozen and in eval mode.
+What a client sends must be a function of the adapter, the seeds and its own records, bit for bit (docs/guarantee.md). So only
+batches of the same shape share a pass, the shape follows from a client's own examples, its dropout masks come from a generator of its
+own, and every product is its own (`LoraModel.stacked`). Adapters and optimiser slots are per client, and the base is frozen and in
+eval mode. Where a library chooses how to add up by the number of clients (a graphics card), passes are always full: empty clients
+stand where there are too few (`LoraModel.fixed_slots`), and a shape is tried before clients share it (`_keeps_apart`).
 """
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -23,7 +26,22 @@ __all__ = ["adapter_after", "cohort_updates", "num_steps"]
 
 Steps = list[list[Example]]
 
-_LENGTH_STEP = 8
+# Values of all adapters of clients that go through their steps together: an optimiser has four of each.
+_MOST_VALUES = 1 << 26
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of one client's batch: examples of about the same length, which are padded to `length`."""
+
+    client: int
+    examples: list[Example]
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, padded length)."""
+        return len(self.examples), self.length
 
 
 def _schedule(examples: Sequence[Example], local: config.Local, seed: int) -> Steps:
@@ -84,74 +102,164 @@ def cohort_updates(
     Clients may differ in number and length of examples. `seeds` has one for each client: of its examples' order and its
     dropout. Row i does not depend on the other clients, bit for bit.
     """
-    update_KD = torch.zeros(len(clients), lora.layout.size, device=lora.device)
+    size = lora.layout.size
+    update_KD = torch.zeros(len(clients), size, device=lora.device)
     if local.upload == "zero":
         return update_KD
-    start_KD = adapter.to(lora.device).expand(len(clients), lora.layout.size)
+    start_KD = adapter.to(lora.device).expand(len(clients), size)
     schedules = [_schedule(examples, local, seed) for examples, seed in zip(clients, seeds, strict=True)]
-    for length, members in _batches(lora, schedules):
-        places = torch.tensor(members, device=lora.device)
-        trained = _train_alike(
-            lora, start_KD[places], [schedules[i] for i in members], length, local, [seeds[i] for i in members]
-        )
-        update_KD[places] = trained
+    by_steps = sorted(range(len(clients)), key=lambda client: len(schedules[client]))
+    for steps, alike in groupby(by_steps, key=lambda client: len(schedules[client])):
+        clients_of, fit = list(alike) if steps else [], max(1, _MOST_VALUES // size)
+        for members in (clients_of[start : start + fit] for start in range(0, len(clients_of), fit)):
+            places = torch.tensor(members, device=lora.device)
+            chosen = [schedules[client] for client in members]
+            update_KD[places] = _train(lora, start_KD[places], chosen, local, [seeds[client] for client in members])
     return update_KD
 
 
-def _batches(lora: LoraModel, schedules: Sequence[Steps]) -> Iterator[tuple[int, list[int]]]:
-    """Yields (padded length, the clients that train together): some whose batches have the same shape, or each alone.
-
-    Together they have at most `lora.batch_tokens` tokens in a step, but one client always trains as a whole. A length is rounded up
-    to a multiple of 8, so that there are few shapes, but not beyond the model's positions. It is a function of the client's own
-    examples.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for client, steps in enumerate(schedules):
-        longest = max((len(example.tokens) for step in steps for example in step), default=1)
-        rounded = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-        length = max(longest, min(rounded, lora.base.positions or rounded))
-        groups.setdefault((*map(len, steps), length), []).append(client)
-    for (*rows, length), members in groups.items():
-        share = all(lora.can_share(count * length) for count in rows)
-        fit = max(1, lora.batch_tokens // (max(rows, default=1) * length)) if share else 1
-        for start in range(0, len(members), fit):
-            yield length, members[start : start + fit]
-
-
-def _train_alike(
-    lora: LoraModel,
-    start_KD: Tensor,
-    schedules: Sequence[Steps],
-    length: int,
-    local: config.Local,
-    seeds: Sequence[int],
+def _train(
+    lora: LoraModel, start_KD: Tensor, schedules: Sequence[Steps], local: config.Local, seeds: Sequence[int]
 ) -> Tensor:
-    """Updates (K, D) of clients that have the same number of examples in each step; texts are padded to `length`."""
-    count = len(schedules)
-    stack = {name: tensor.clone().requires_grad_() for name, tensor in lora.layout.unflatten(start_KD).items()}
-    generators = [torch.Generator(lora.device).manual_seed(derive_seed(seed, "dropout")) for seed in seeds]
-    batches = [list(step) for step in zip(*schedules, strict=True)]
-    optimizer = None if local.upload == "gradient" else _optimizer(local, list(stack.values()))
-    total_K = _targets(lora, [[example for step in steps for example in step] for steps in schedules])
-    for rows in batches:
-        batch = collate(rows, lora.base.pad_id, length).to(lora.device)
-        if optimizer is not None:
-            optimizer.zero_grad()
-        frugal = batch.input_ids.numel() > lora.fit_tokens
-        with lora.stacked(stack, isolated=True, generators=generators, frugal=frugal):
-            loss_K = lora.client_losses(batch, count)
-            (loss_K / (total_K if optimizer is None else _targets(lora, rows))).sum().backward()
-        if optimizer is not None:
-            optimizer.step()
-    if optimizer is None:
-        return -lora.layout.flatten({name: _grad(tensor) for name, tensor in stack.items()})
-    end_KD = lora.layout.flatten({name: tensor.detach() for name, tensor in stack.items()})
-    return _as_update(local, start_KD, end_KD, len(batches))
+    """Updates (K, D) of clients that have the same number of steps, one or more."""
+    generators = [_generator(lora, derive_seed(seed, "dropout")) for seed in seeds]
+    if local.upload == "gradient":
+        totals = [sum(example.targets for rows in steps for example in rows) for steps in schedules]
+        pieces = [piece for k, steps in enumerate(schedules) for rows in steps for piece in _cut(lora, k, rows)]
+        return _gradients(lora, start_KD, pieces, totals, generators).neg_()
+    position_KD = start_KD.clone().requires_grad_()
+    optimizer = _optimizer(local, [position_KD])
+    for rows_of in zip(*schedules, strict=True):
+        totals = [sum(example.targets for example in rows) for rows in rows_of]
+        pieces = [piece for k, rows in enumerate(rows_of) for piece in _cut(lora, k, rows)]
+        position_KD.grad = _gradients(lora, position_KD.detach(), pieces, totals, generators)
+        optimizer.step()
+    return _as_update(local, start_KD, position_KD.detach(), len(schedules[0]))
 
 
-def _targets(lora: LoraModel, rows: Sequence[Sequence[Example]]) -> Tensor:
-    """Predicted tokens of each client, (K,), at least 1."""
-    return torch.tensor([max(1, sum(example.targets for example in row)) for row in rows], device=lora.device)
+def _generator(lora: LoraModel, seed: int) -> torch.Generator:
+    """Of a client's dropout. Where there is none, a generator on the CPU stands for it and draws nothing."""
+    return torch.Generator(lora.device if lora.dropout else "cpu").manual_seed(seed)
+
+
+def _cut(lora: LoraModel, client: int, rows: Sequence[Example]) -> Iterator[_Piece]:
+    """Cuts a batch into pieces of about the same length, where that spares more padding than another pass costs.
+
+    A length is rounded up, so that there are few shapes, but not beyond the model's positions. All follows from the client's own
+    examples and from the model.
+    """
+    step, most = lora.length_step, lora.base.positions
+    by_length = sorted(rows, key=lambda example: len(example.tokens))
+    lengths = []
+    for example in by_length:
+        longest = len(example.tokens)
+        rounded = -(-longest // step) * step
+        lengths.append(max(longest, min(rounded, most or rounded)))
+    piece: list[Example] = []
+    for place, (example, length) in enumerate(zip(by_length, lengths, strict=True)):
+        piece.append(example)
+        longer = lengths[place + 1] if place + 1 < len(lengths) else None
+        if longer is None or (longer - length) * len(piece) >= lora.pass_tokens:
+            yield _Piece(client, piece, length)
+            piece = []
+
+
+def _gradients(
+    lora: LoraModel,
+    adapter_KD: Tensor,
+    pieces: Sequence[_Piece],
+    totals: Sequence[int],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Gradients (K, D) of the clients' losses over their pieces, each divided by `totals`, at each one's adapter.
+
+    A client's pieces are added up in the order of their shapes. Two of the same shape go into two passes.
+    """
+    gradient_KD = torch.zeros_like(adapter_KD)
+    total_K = torch.tensor([max(1, total) for total in totals], device=adapter_KD.device)
+    rank: dict[tuple[int, tuple[int, int]], int] = {}
+    groups: dict[tuple[int, int, int], list[_Piece]] = {}
+    for piece in pieces:
+        nth = rank[piece.client, piece.shape] = rank.get((piece.client, piece.shape), -1) + 1
+        groups.setdefault((*piece.shape, nth), []).append(piece)
+    for (count, length, _), alike in sorted(groups.items()):
+        slots = _slots(lora, count, length)
+        for share in (alike[start : start + slots] for start in range(0, len(alike), slots)):
+            places = torch.tensor([piece.client for piece in share], device=adapter_KD.device)
+            own = [generators[piece.client] for piece in share]
+            empty = (slots if lora.fixed_slots else len(share)) - len(share)
+            gradient_KD[places] += _pass(lora, adapter_KD[places], share, total_K[places], own, empty)
+    return gradient_KD
+
+
+def _slots(lora: LoraModel, count: int, length: int) -> int:
+    """How many clients with `count` rows of `length` tokens share a pass: at most `lora.batch_tokens` tokens, but at least one."""
+    fit = max(1, lora.batch_tokens // (count * length)) if lora.can_share(count * length) else 1
+    if fit > 1 and lora.fixed_slots:
+        shape = (fit, count, length)
+        if shape not in lora.tried_shapes:
+            lora.tried_shapes[shape] = _keeps_apart(lora, *shape)
+        return fit if lora.tried_shapes[shape] else 1
+    return fit
+
+
+def _pass(
+    lora: LoraModel,
+    adapter_KD: Tensor,
+    pieces: Sequence[_Piece],
+    total_K: Tensor,
+    generators: Sequence[torch.Generator],
+    empty: int,
+) -> Tensor:
+    """Gradients (K, D) of pieces of one shape in one pass, beside `empty` clients that have no text."""
+    count, length = pieces[0].shape
+    if empty:
+        blank = [Example((lora.base.pad_id,), 1)] * count
+        pieces = [*pieces, *[_Piece(-1, blank, length)] * empty]
+        generators = [*generators, *(_generator(lora, 0) for _ in range(empty))]
+        adapter_KD = torch.cat([adapter_KD, adapter_KD.new_zeros(empty, adapter_KD.shape[1])])
+        total_K = torch.cat([total_K, total_K.new_ones(empty)])
+    stack = {
+        name: tensor.clone(memory_format=torch.contiguous_format).requires_grad_()
+        for name, tensor in lora.layout.unflatten(adapter_KD).items()
+    }
+    batch = collate([piece.examples for piece in pieces], lora.base.pad_id, length)
+    frugal = batch.input_ids.numel() > lora.fit_tokens
+    with lora.stacked(stack, isolated=True, generators=generators, frugal=frugal):
+        loss = (lora.client_losses(batch, len(pieces)) / total_K).sum()
+        if loss.requires_grad:  # somebody has a token to predict
+            loss.backward()
+    gradient_KD = lora.layout.flatten({name: _grad(tensor) for name, tensor in stack.items()})
+    return gradient_KD[: len(pieces) - empty]
+
+
+def _keeps_apart(lora: LoraModel, slots: int, count: int, length: int) -> bool:
+    """Whether a client's gradient has the same bits in the first and in the last of `slots`, beside other clients, beside none.
+
+    Tried with text and adapters at random, in the very shapes of the run. On a device whose library's way of adding up is
+    nobody's promise this is what tells whether clients may share a pass.
+    """
+    draw = random.Random(0)
+    vocabulary = lora.base.vocabulary
+
+    def texts() -> _Piece:
+        return _Piece(
+            0, [Example(tuple(draw.randrange(vocabulary) for _ in range(length)), 1) for _ in range(count)], length
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    scale = float(lora.initial_D.std())
+    adapter_KD = (scale * torch.randn(2, lora.layout.size, generator=generator)).to(lora.device)
+    own, others = texts(), [texts() for _ in range(slots - 1)]
+    seen = []
+    for company, place in (([], 0), (others, 0), (others, slots - 1)):
+        pieces: list[_Piece] = [*company]
+        pieces.insert(place, own)
+        adapters = adapter_KD[torch.tensor([int(piece is own) for piece in pieces], device=lora.device)]
+        total_K = torch.ones(len(pieces), device=lora.device)
+        generators = [_generator(lora, int(piece is own)) for piece in pieces]
+        seen.append(_pass(lora, adapters, pieces, total_K, generators, slots - len(pieces))[place])
+    return all(torch.equal(seen[0], other) for other in seen[1:])
 
 
 def _grad(tensor: Tensor) -> Tensor:

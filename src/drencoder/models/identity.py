@@ -42,17 +42,26 @@ def digest_model(model: Any) -> str:
     from torch import uint8
 
     digest = hashlib.sha256(_canonical(_plain(model.config.to_diff_dict())))
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    seen: dict[tuple[int | str, tuple[int, ...]], str] = {}
+    tied = getattr(model, "all_tied_weights_keys", {})
     for name, tensor in sorted(model.state_dict().items()):
-        place = (tensor.data_ptr(), tuple(tensor.shape))
+        place = (tied.get(name, name) if tensor.is_meta else tensor.data_ptr(), tuple(tensor.shape))
         if tensor.numel() and place in seen:
             digest.update(f"{name} is {seen[place]}".encode())
             continue
         seen[place] = name
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            tensor = _fetched(model, name).to(tensor.dtype)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()
+
+
+def _fetched(model: Any, name: str) -> Any:
+    """A tensor of a layer that is in main memory or on the disk until it is computed."""
+    layer, _, part = name.rpartition(".")
+    return model.get_submodule(layer)._hf_hook.weights_map[part]
 
 
 def digest_tokenizer(tokenizer: Any) -> str:

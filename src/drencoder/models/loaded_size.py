@@ -8,9 +8,10 @@ from drencoder.errors import ModelError
 from drencoder.models.adapted_layers import is_linear, is_quantised
 from drencoder.models.training_size import ModelSize, free_memory, gigabytes
 
-__all__ = ["check_memory", "free_memory_of", "measure_size"]
+__all__ = ["check_memory", "free_memory_of", "measure_size", "room_for_weights"]
 
 _UNKNOWN_FREE = 4 << 30  # where the system does not say
+_FOR_WEIGHTS = 0.6  # of free memory, where a model is spread; the rest is for training
 
 
 def measure_size(model: Any) -> ModelSize:
@@ -32,7 +33,7 @@ def check_memory(weight_bytes: int | None, device: torch.device) -> None:
     if weight_bytes is not None and weight_bytes > free:
         raise ModelError(
             f"the model's weights alone take {gigabytes(weight_bytes)} and {gigabytes(free)} of memory are free here: choose a smaller "
-            "model, set model.dtype = 'bfloat16', or use a machine with more memory."
+            "model, set model.dtype = 'bfloat16', set model.device = 'spread', or use a machine with more memory."
         )
 
 
@@ -41,3 +42,12 @@ def free_memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_memory() or _UNKNOWN_FREE
+
+
+def room_for_weights() -> dict[int | str, int]:
+    """Bytes of weights for each graphics card and for main memory, as accelerate takes them; what is too much stays on the disk."""
+    cards: dict[int | str, int] = {
+        index: int(_FOR_WEIGHTS * free_memory_of(torch.device("cuda", index)))
+        for index in range(torch.cuda.device_count())
+    }
+    return cards | {"cpu": int(_FOR_WEIGHTS * free_memory_of(torch.device("cpu")))}

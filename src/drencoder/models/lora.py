@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from drencoder.data.tokenization import Batch
@@ -27,12 +28,18 @@ from drencoder.errors import ModelError
 from drencoder.models.adapted_layers import AdaptedLayers, choose_layers, is_linear, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
+from drencoder.models.client_products import add_adapter, own_products
 from drencoder.models.loaded_size import free_memory_of, measure_size
 from drencoder.models.recomputation import recomputed
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
 __all__ = ["LoraModel", "orthonormal_rows"]
+
+_LOGITS = 1 << 26  # values that are made at a time: 256 MiB
+_LENGTH_STEPS, _CARD_LENGTH_STEP = (4, 8), 64  # tokens that a length is rounded up to
+# What another pass costs, in tokens: a core's calls, and a card's (benchmarks/speed.py, benchmarks/gpu.py).
+_PASS_SHARE, _CARD_PASS = 1 / 128, 1024
 
 
 class LoraModel:
@@ -54,10 +61,14 @@ class LoraModel:
     def __init__(self, base: BaseModel, knobs: config.Adapter, *, seed: int, batch_tokens: int = 0) -> None:
         self.base = base
         self.size = measure_size(base.model)
-        self.fit_tokens = self.size.fit_tokens(free_memory_of(base.model.device))
+        # Layers that come from elsewhere would all stay until the backward pass, if it did not compute them again.
+        self.fit_tokens = 0 if base.is_offloaded else self.size.fit_tokens(free_memory_of(base.device))
         # A core is busy with few tokens, and more only take memory; a graphics card wants as many as it holds.
-        busy = self.fit_tokens if base.model.device.type == "cuda" else min(self.fit_tokens, self.size.busy_tokens)
-        self.batch_tokens = batch_tokens or busy
+        busy = self.fit_tokens if base.device.type == "cuda" else min(self.fit_tokens, self.size.busy_tokens)
+        self.batch_tokens = batch_tokens or max(1, busy)
+        card = base.device.type != "cpu"
+        self.fixed_slots, self.tried_shapes = card, dict[tuple[int, int, int], bool]()
+        self.pass_tokens = _CARD_PASS if card else max(_LENGTH_STEPS[-1], int(_PASS_SHARE * self.size.busy_tokens))
         self.dropout, self.rank = knobs.dropout, knobs.rank
         layers = choose_layers(base.model, knobs.targets, base.source)
         self.left_out, self._keeps_apart = layers.left_out, keeps_clients_apart(base.model)
@@ -76,10 +87,26 @@ class LoraModel:
         head = base.model.get_output_embeddings() if self._split_head else None  # its products are of one client anyway
         stacked = [layer for layer in base.model.modules() if is_linear(layer) and layer is not head]
         self._widths = {knobs.rank} | {size for layer in stacked for size in layer.weight.shape}
+        step = next((step for step in _LENGTH_STEPS if self.can_share(step)), _LENGTH_STEPS[-1])
+        self.length_step = _CARD_LENGTH_STEP if card else step
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.model.parameters()).device
+        return self.base.device
+
+    def save_memory(self) -> bool:
+        """After a device had too little memory: later passes take less. First their layers run again in the backward pass, which
+        changes no bit, then each client trains alone. False if neither is left to do.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.fit_tokens > 0:
+            self.fit_tokens = 0
+        elif self.batch_tokens > 1:
+            self.batch_tokens = 1
+        else:
+            return False
+        return True
 
     def can_share(self, tokens: int) -> bool:
         """Whether clients with `tokens` tokens each may train in one batch; if not, each trains alone.
@@ -143,12 +170,12 @@ class LoraModel:
                 return None
             if inputs[0].shape[:-1].numel() != self._tokens:
                 raise ModelError(f"{names[0]} did not get every token once: clients could not be told apart there.")
-            A_KrI, B_KOr = self._stack[names[0]], self._stack[names[1]]
-            x_KTI = inputs[0].reshape(A_KrI.shape[0], -1, A_KrI.shape[2]).to(A_KrI.dtype)
+            A_KrI, B_KOr = (self._stack[name].to(inputs[0].device) for name in names)
+            x = inputs[0]
             if self._generators:
-                x_KTI = x_KTI * self._dropout_mask(x_KTI)
-            delta_KTO = torch.bmm(torch.bmm(x_KTI, A_KrI.mT), B_KOr.mT) * scale
-            return output + delta_KTO.reshape(output.shape).to(output.dtype)
+                x_KTI = x.reshape(len(A_KrI), -1, x.shape[-1])
+                x = (x_KTI * self._dropout_mask(x_KTI)).view(x.shape)
+            return add_adapter(output, x, A_KrI, B_KOr, scale)
 
         return add_delta
 
@@ -163,25 +190,18 @@ class LoraModel:
         for layer in self.base.model.modules():
             if is_linear(layer):
                 transposed = type(layer) is Conv1D
-                layer.forward = self._product_of(layer.weight, layer.bias, transposed=transposed)
+                # accelerate's hook brings the weights of a layer that is elsewhere, and then calls what was its forward.
+                name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+                setattr(layer, name, self._product_of(layer, transposed=transposed))
 
-    def _product_of(self, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Any:
-        """A linear layer's forward. With isolated clients it is one product for each of them.
-
-        One product over the rows of all clients has another shape when one of them leaves, and a matrix library may
-        then add up in another order: others' updates would move by a rounding error. Of one client's own rows the shape is
-        its own. The library takes K products in one call, so this costs a fifth of a small model's time and nothing of
-        a large one's.
-        """
-        weight_IO = weight if transposed else weight.T
+    def _product_of(self, layer: Any, *, transposed: bool) -> Any:
+        """A linear layer's forward: with isolated clients one product for each of them."""
 
         def forward(x: Tensor) -> Tensor:
+            weight_IO = layer.weight if transposed else layer.weight.T
             if not self._isolated:
-                return functional.linear(x, weight_IO.T, bias)
-            y_KTO = torch.bmm(x.reshape(self._isolated, -1, x.shape[-1]), weight_IO.expand(self._isolated, -1, -1))
-            if bias is not None:
-                y_KTO = y_KTO + bias
-            return y_KTO.view(*x.shape[:-1], -1)
+                return functional.linear(x, weight_IO.T, layer.bias)
+            return own_products(x, self._isolated, weight_IO, layer.bias)
 
         return forward
 
@@ -240,20 +260,36 @@ class LoraModel:
     def client_losses(self, batch: Batch, clients: int) -> Tensor:
         """Summed cross-entropy (nats) of each client's predicted tokens, (K,), inside `stacked(..., isolated=True)`.
 
+        `batch` is on the CPU, where it is known without waiting for the device which positions are predicted.
+
         The vocabulary projection and the sum are each client's own, too.
         """
-        rows = len(batch.input_ids) // clients
+        chosen_M = _positions_before(batch.predicted).flatten().nonzero()[:, 0]
+        counts = batch.predicted.view(clients, -1).sum(dim=1).tolist()
+        batch, target_M = batch.to(self.device), batch.input_ids[batch.predicted]
         states = self._states(batch.input_ids)
+        states_MH = states.flatten(0, 1).index_select(0, chosen_M.to(states.device))
         isolated, self._isolated = self._isolated, 0
-        losses = []
-        for k in range(clients):
-            own = slice(k * rows, (k + 1) * rows)
-            predicted = batch.predicted[own]
-            logits_MV = self._projected(states[own][_positions_before(predicted)])
-            targets = batch.input_ids[own][predicted]
-            losses.append(functional.cross_entropy(logits_MV.float(), targets, reduction="sum"))
+        nothing = torch.zeros((), device=self.device)
+        losses = [
+            self._summed_loss(states_mH, target_m).to(self.device) if len(target_m) else nothing
+            for states_mH, target_m in zip(states_MH.split(counts), target_M.split(counts), strict=True)
+        ]
         self._isolated = isolated
         return torch.stack(losses)
+
+    def _summed_loss(self, states_MH: Tensor, target_M: Tensor) -> Tensor:
+        """Summed cross-entropy of one client. Of many tokens the logits are made piece by piece, and again in the backward pass."""
+
+        def loss(states_mH: Tensor, target_m: Tensor) -> Tensor:
+            logits_mV = self._projected(states_mH).float()
+            return functional.cross_entropy(logits_mV, target_m.to(logits_mV.device), reduction="sum")
+
+        step = max(1, _LOGITS // self.base.vocabulary)
+        if len(states_MH) <= step:
+            return loss(states_MH, target_M)
+        parts = zip(states_MH.split(step), target_M.split(step), strict=True)
+        return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
     def logits_before(self, input_ids: Tensor, predicted: Tensor) -> Tensor:
         """Logits (M, V) that predict the tokens where `predicted` (rows, L) is true; position 0 has none."""
@@ -303,11 +339,12 @@ def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed:
         target_modules=layers.peft_targets(base.model),
         bias="none",
     )
-    devices = [base.model.device] if base.model.device.type == "cuda" else []
+    devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says that GPT-2's layers are transposed, and takes care of it
         torch.manual_seed(derive_seed(seed, "adapter"))
-        attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+        with _standing_in(base.model):
+            attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
     if base.hub_id:  # rather than where this machine keeps it
         lora.base_model_name_or_path, lora.revision = base.hub_id, base.revision or None
     for name, parameter in attached.named_parameters():
@@ -316,6 +353,22 @@ def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed:
         if ".lora_A." in name and knobs.start == "orthonormal":
             parameter.data = orthonormal_rows(parameter.data, float(parameter.data.norm()))
     return attached
+
+
+@contextlib.contextmanager
+def _standing_in(model: nn.Module) -> Iterator[None]:
+    """Gives layers that are on the disk or in main memory a weight without memory, so that PEFT sees type and device of a real one."""
+    linear: list[Any] = [layer for layer in model.modules() if is_linear(layer)]
+    away = [layer for layer in linear if layer.weight.is_meta]
+    weights = [layer.weight for layer in away]
+    for layer, weight in zip(away, weights, strict=True):
+        one = torch.zeros((), dtype=weight.dtype, device=layer._hf_hook.execution_device)
+        layer.weight = nn.Parameter(one.expand(weight.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(away, weights, strict=True):
+            layer.weight = weight
 
 
 def orthonormal_rows(A_rI: Tensor, norm: float) -> Tensor:

@@ -133,7 +133,7 @@ def _reachable_ids(tokenizer: Any) -> set[int]:
 
 def _check_causal(model: Any, source: str, rows: int) -> None:
     """A causal model's logits do not depend on later tokens: two texts that differ in the last token show it."""
-    device = next(model.parameters()).device
+    device = _input_device(model)
     text_RL = torch.arange(8, device=device).remainder(rows).repeat(2, 1)
     text_RL[1, -1] = rows - 1
     logits_RLV = model(input_ids=text_RL, use_cache=False).logits.float()
@@ -154,7 +154,7 @@ def _check_positions(model: Any, source: str, max_tokens: int) -> None:
     positions = num_positions(model.config)
     if not 0 < positions < max_tokens:
         return
-    device = next(model.parameters()).device
+    device = _input_device(model)
     try:
         model(input_ids=torch.zeros((1, max_tokens), dtype=torch.int64, device=device), use_cache=False)
     except (IndexError, RuntimeError, ValueError):
@@ -162,3 +162,9 @@ def _check_positions(model: Any, source: str, max_tokens: int) -> None:
             f"the model of {shown(source)} has {positions} positions and data.max_tokens = {max_tokens}: set data.max_tokens = "
             f"{positions} or less."
         ) from None
+
+
+def _input_device(model: Any) -> torch.device:
+    """Of a model that is spread, its hooks move the tokens."""
+    device: torch.device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

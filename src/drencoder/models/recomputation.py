@@ -25,6 +25,7 @@ def recomputed(model: Any, generators: Sequence[torch.Generator]) -> Iterator[No
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
+    before = [layer.__dict__.get("forward") for layer in layers]  # a hook of accelerate
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = partial(
             checkpoint,
@@ -36,8 +37,11 @@ def recomputed(model: Any, generators: Sequence[torch.Generator]) -> Iterator[No
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # the class's own again
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward  # the class's own again
+            else:
+                layer.forward = own
 
 
 def _same_draws(generators: Sequence[torch.Generator]) -> tuple[Any, Any]:

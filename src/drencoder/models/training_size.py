@@ -11,12 +11,13 @@ from pathlib import Path
 __all__ = ["ModelSize", "free_memory", "gigabytes"]
 
 # Multiplications of one matrix in one pass that keep a core busy: with less, the time goes into calling the operations, and with
-# much more a batch leaves the caches (benchmarks/cohort_training.py; docs/log.md has the measurement).
+# much more a batch leaves the caches (docs/log.md has the measurement; benchmarks/speed.py compares with other software).
 _WORK = 80_000_000
 # What a token leaves for the backward pass, in outputs of the linear layers, and in outputs of the head if it is predicted.
 _SAVED, _SAVED_LOGITS = 3, 2
 _LIBRARIES = 600 << 20  # torch and transformers themselves
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.55}  # of a weight
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.55}  # of a weight
+_SHORT = 16  # tokens: hardly any client has less
 _SHARE = 0.5  # of the free memory, for one batch
 
 
@@ -51,6 +52,14 @@ class ModelSize:
     def busy_tokens(self) -> int:
         """How many tokens keep a core busy."""
         return max(1, _WORK * self.num_linear // max(1, self.linear_values))
+
+    def way_to_train(self, tokens: int = 0) -> str:
+        """How a CPU takes a cohort's clients, in words; `tokens` as `speed.tokens`. On a GPU the free memory decides, when a run begins."""
+        together = tokens or self.busy_tokens
+        why = "as speed.tokens says" if tokens else "which keep a core busy with this model"
+        if together < _SHORT:
+            return f"clients one by one: {together:,} tokens, {why}, are less than one client has"
+        return f"clients together, up to {together:,} tokens a pass, {why}"
 
     def weight_bytes(self, dtype: str) -> int:
         """Memory of the weights in a type of `model.dtype`."""

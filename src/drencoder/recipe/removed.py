@@ -35,6 +35,7 @@ REMOVED: dict[str, str] = {
     "evaluation.max_tokens": "a question may have data.max_tokens tokens",
     "evaluation.split": "a run's quick score asks the questions that its benchmark is scored on; " + _LM_EVAL,
     "local.upload=state": "use increment",
+    "model.dtype=float16": "it loses small gradients; use bfloat16, or float32 where a processor has no products in bfloat16",
     "prior.collection": "clients always train by themselves in stage 1",
     "prior.d1_share": _FIXED.format("0.3"),
     "prior.noise_ratio": "stage 1 always has a round's noise multiplier",

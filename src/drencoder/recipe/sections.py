@@ -33,9 +33,14 @@ class Model(Checked):
     dtype: str = knob(
         "float32",
         "type of the frozen weights; int8 and nf4 (4 bits) need CUDA and bitsandbytes (extra quant); adapters are float32 with all",
-        choices=("float32", "bfloat16", "float16", "int8", "nf4"),
+        choices=("float32", "bfloat16", "int8", "nf4"),
     )
-    device: str = knob("auto", "`auto` takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
+    device: str = knob(
+        "auto",
+        "`auto` takes a GPU when there is one; `spread` spreads a model that does not fit one over all GPUs, then main memory, then "
+        "leaves it on the disk (accelerate)",
+        choices=("auto", "cpu", "cuda", "spread"),
+    )
 
 
 @dataclass(frozen=True)

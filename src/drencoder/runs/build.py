@@ -253,7 +253,8 @@ def build_site(recipe: Recipe, own: SiteText | None) -> Components:
 
 def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote: bool = False) -> Components:
     overview = survey(recipe)
-    check_memory(overview.weight_bytes, resolve_device(recipe.model.device))
+    if recipe.model.device != "spread":
+        check_memory(overview.weight_bytes, resolve_device(recipe.model.device))
     if recipe.speed.threads:  # process-wide; this is the one place that sets it
         torch.set_num_threads(recipe.speed.threads)
     source = _clients_text(recipe, own, remote)

@@ -134,6 +134,8 @@ def _add_size_rows(run: Table, overview: Overview, encoder: str) -> None:
     """Adds what the run sends: adapter, code and uploads."""
     if overview.training_bytes is not None:
         run.add_row("memory", memory_words(*overview.training_bytes))
+    if overview.training_way:
+        run.add_row("training", overview.training_way)
     if overview.adapter_size is None or overview.code_size is None:
         run.add_row("adapter", "size known once the model is on this machine")
         return

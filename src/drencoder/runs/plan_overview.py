@@ -57,6 +57,8 @@ class Overview:
         None  # memory of training with short records, and with the longest; None: not known
     )
 
+    training_way: str = ""  # how clients train together on a CPU; empty: not known
+
     @property
     def stage2_bytes(self) -> int | None:
         """Bytes of all expected uploads of the rounds."""
@@ -176,6 +178,7 @@ def survey(recipe: Recipe) -> Overview:
     matrices = adapted_matrices(place, recipe.adapter.targets)
     model = planned_size(place)
     memory = _training_bytes(recipe, model)
+    way = "" if model is None or recipe.model.device == "cuda" else model.way_to_train(recipe.speed.tokens)
     weights = None if model is None else model.weight_bytes(recipe.model.dtype)
     data, unit = recipe.data, recipe.privacy.unit
     owners = describe_owners([owner_kind(data, unit)], data.client_field, unit, data.owner_field)
@@ -191,6 +194,7 @@ def survey(recipe: Recipe) -> Overview:
             evaluation_rests_on=basis,
             weight_bytes=weights,
             training_bytes=memory,
+            training_way=way,
         )
     size = AdapterShape(matrices, recipe.adapter.rank).update_size
     prior, dtype = recipe.prior, wire_dtype(recipe)
@@ -221,6 +225,7 @@ def survey(recipe: Recipe) -> Overview:
         evaluation_rests_on=basis,
         weight_bytes=weights,
         training_bytes=memory,
+        training_way=way,
     )
 
 

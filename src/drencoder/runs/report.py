@@ -10,6 +10,7 @@ from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.site_epsilons import UNITS
 from drencoder.reading import cut, read_text
+from drencoder.runs.audit_words import AUDIT_FILE, bound_cell, short_checks
 from drencoder.runs.certificate import file_digests, lost_sentences
 from drencoder.runs.plots import plot_rounds, svg_text
 from drencoder.runs.run_folder import RunFolder
@@ -33,7 +34,7 @@ def write_report(path: Path) -> Path:
     folder = RunFolder.open(path)
     certificate = folder.read_json(folder.certificate)
     try:
-        page = _render_page(certificate, folder.read_metrics(), read_text(folder.recipe))
+        page = _render_page(certificate, folder.read_metrics(), read_text(folder.recipe), _read_audit(folder))
         data = page.encode()
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise ArtifactError(
@@ -66,7 +67,15 @@ def remake_report(path: Path) -> Path:
     return folder.report
 
 
-def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], recipe: str) -> str:
+def _read_audit(folder: RunFolder) -> dict[str, Any] | None:
+    """What `drencoder audit` left in the folder; None without one."""
+    path = folder.path / AUDIT_FILE
+    return folder.read_json(path) if path.exists() else None
+
+
+def _render_page(
+    certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], recipe: str, audit: Mapping[str, Any] | None
+) -> str:
     title = f"drencoder run {html.escape(certificate['name'])}"
     mark = "" if certificate["private"] else " class='red'"
     sent = certificate["bytes"]
@@ -79,6 +88,7 @@ def _render_page(certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, 
         f"<p class='dim'>{html.escape(certificate['evaluation_rests_on'])}</p>",
         "<h2>Epsilon for each observer</h2>",
         _render_observers(certificate),
+        *_render_audit(audit),
         *_render_sites(certificate["sites"]),
         *_render_units(certificate.get("unit_terms"), certificate["relation"]),
         "<h2>Uploads</h2>",
@@ -124,6 +134,33 @@ def _estimate_text(row: Mapping[str, float] | None) -> str:
     if row is None:
         return "-"
     return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _render_audit(audit: Mapping[str, Any] | None) -> list[str]:
+    """Returns what an audit measured; a hint where there was none."""
+    if audit is None:
+        return ["<p class='dim'>This run was not audited: drencoder audit RUN measures what an attacker can tell.</p>"]
+    names = list(dict.fromkeys(name for view in audit["views"] for name in view["bounds"]))
+    titles = [f"{name.replace('_', ' ')} bound, 95 % (99.9 %)" for name in names]
+    rows = [
+        [
+            view["observer"],
+            view["sees"],
+            f"{view['canary']}, {'replaced' if view['relation'] == 'replace_one' else 'in or out'}",
+            f"{view['promised']:.2f}",
+            *(bound_cell(view["bounds"].get(name)) for name in names),
+        ]
+        for view in audit["views"]
+    ]
+    checks = [["holds" if passed else "FAILS", name, found] for passed, name, found in short_checks(audit["checks"])]
+    mark = " class='red'" if audit["failures"] else ""
+    return [
+        "<h2>Audit: what an attacker can really tell</h2>",
+        f"<p{mark}>{html.escape(audit['verdict'])}</p><p>{html.escape(audit['sentence'])}</p>",
+        *(f"<p class='red'>{html.escape(failure)}</p>" for failure in audit["failures"]),
+        _render_table(["observer", "sees", "canaries", "promised", *titles], rows),
+        _render_table(["", "what must hold", "what was found"], checks),
+    ]
 
 
 def _render_sites(sites: Sequence[Mapping[str, str]]) -> list[str]:

@@ -36,7 +36,7 @@ from drencoder.runs.plan_overview import Overview
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
 
-__all__ = ["Listener", "RunResult", "resume", "run"]
+__all__ = ["Listener", "RunResult", "resume", "run", "run_built"]
 
 
 class Listener(Protocol):
@@ -78,7 +78,12 @@ def run(
     path = Path(folder)
     RunFolder.check_free(path)
     recipe = with_population(recipe) if engine is None else recipe
-    components = _prepare(recipe, listener, engine)
+    return run_built(_prepare(recipe, listener, engine), path, listener)
+
+
+def run_built(components: Components, path: Path, listener: Listener) -> RunResult:
+    """Runs what `build` made, into a new folder."""
+    recipe = components.recipe
     run_folder = RunFolder.create(path, recipe.to_toml())
     plan = components.plan
     key = hashlib.sha256(f"replay/{recipe.seed}".encode()).digest() if plan.noise == "replay" else None

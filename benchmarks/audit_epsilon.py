@@ -1,0 +1,123 @@
+"""Empirical epsilon against the promise: how near `drencoder audit` comes to an ideal white-box audit, and that it stays below.
+
+    python benchmarks/audit_epsilon.py [--seeds 20] [--canaries 1000] [--json FILE] [--markdown FILE]
+
+The embedded model with a small adapter. Local trust: the server's view of a client's message. Central trust, one round of all clients: the
+public's view of the released sum. Secure aggregation: the server's view of the sum. The noise is the run's own, new for every seed; a
+seed decides the canaries' coins. An ideal audit scores exact Gaussian noise of the promised size, with the same bounds.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from drencoder.audit.canaries import draw_coins
+from drencoder.audit.observers import Release, View, audit_releases, measure
+from drencoder.audit.scores import CanaryScores
+from drencoder.audit.trials import Trials
+from drencoder.encoders.planning import load_checked_recipe
+from drencoder.federated.query import update_query
+from drencoder.privacy.accounting import sigma_gaussian
+from drencoder.runs.build import build
+
+SMALL = [
+    "adapter.rank=2", "adapter.targets=['layers.0.self_attn.q_proj', 'layers.0.self_attn.v_proj']", "encoder.ratio=1",
+    "prior.source=none", "federation.population=2000", "federation.rounds=1", "federation.sampling_rate=1.0",
+]  # fmt: skip
+VIEWS = {"local": "a client's message", "central": "the released sum", "secure-aggregation": "the released sum"}
+BOUNDS = ("gaussian", "gdp", "one_run")
+
+
+def measured(trust: str, epsilon: float, canaries: int, seeds: int) -> list[View]:
+    """The view of each seed."""
+    components = build(load_checked_recipe(None, [*SMALL, f"privacy.trust={trust}", f"privacy.epsilon={epsilon}"]))
+    encoder, plan = components.encoder(None), components.plan
+    release = Release((1,), lambda slot: update_query(encoder, components.recipe, slot), "a round")
+    trials, found = Trials(components, components.lora.initial_D), []
+    for seed in range(seeds):
+        views, _ = audit_releases(trials, release, plan, canaries=canaries, seed=seed)
+        found.append(next(view for view in views if view.sees.startswith(VIEWS[trust])))
+    return found
+
+
+def ideal(epsilon: float, delta: float, canaries: int, seeds: int) -> list[View]:
+    """Scores of exact Gaussian noise."""
+    mu, found = 1 / sigma_gaussian(epsilon, delta), []
+    for seed in range(seeds):
+        coin_N = draw_coins(seed, canaries)
+        noise_N = np.random.default_rng([seed, 1]).standard_normal(canaries)
+        scores = CanaryScores.of(np.where(coin_N, 1.0, -1.0) + 2 / mu * noise_N, coin_N)
+        found.append(measure(scores, observer="server", sees="", canary="", relation="add_remove", mu=mu, delta=delta))
+    return found
+
+
+def row(name: str, epsilon: float, views: list[View], seconds: float) -> dict[str, Any]:
+    bounds = {bound: [view.bounds[bound] for view in views] for bound in BOUNDS}
+    return {
+        "what": name,
+        "epsilon": epsilon,
+        "promised": max(view.promised for view in views),
+        "mean_95": {bound: float(np.mean([one["95"] for one in values])) for bound, values in bounds.items()},
+        "largest_99.9": {bound: max(one["99.9"] for one in values) for bound, values in bounds.items()},
+        "above_at_99.9": sum(view.bounds[bound]["99.9"] > view.promised for view in views for bound in BOUNDS),
+        "alarms": sum(bool(view.exceeded) for view in views),
+        "seconds": round(seconds / len(views), 1),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| what is scored | promised | Gaussian | GDP | one run | largest bound at 99.9 % | above the promise |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in rows:
+        means = " | ".join(f"{one['mean_95'][bound]:.2f}" for bound in BOUNDS)
+        largest = max(one["largest_99.9"].values())
+        lines.append(f"| {one['what']} | {one['promised']:.2f} | {means} | {largest:.2f} | {one['above_at_99.9']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--canaries", type=int, default=1000)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for epsilon in (8.0, 1.0):
+        for trust in ("ideal", *VIEWS):
+            started = time.perf_counter()
+            if trust == "ideal":
+                views = ideal(epsilon, 1e-5, args.canaries, args.seeds)
+            else:
+                views = measured(trust, epsilon, args.canaries, args.seeds)
+            rows.append(
+                row(
+                    f"{VIEWS[trust]}, {trust} trust" if trust in VIEWS else "exact Gaussian noise",
+                    epsilon,
+                    views,
+                    time.perf_counter() - started,
+                )
+            )
+            print(json.dumps(rows[-1]), flush=True)
+            if args.json:
+                args.json.write_text(
+                    json.dumps({"seeds": args.seeds, "canaries": args.canaries, "rows": rows}, indent=1) + "\n", "utf-8"
+                )
+    print(markdown(rows))
+    if args.markdown:
+        args.markdown.write_text(markdown(rows), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/utility.py`. No file here is a command."""

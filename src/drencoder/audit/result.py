@@ -1,0 +1,83 @@
+"""What an audit of a recipe or a run found, as data for the screen, for JSON and for the run's report."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, final
+
+from drencoder.audit.content import Attack
+from drencoder.audit.noise_checks import Check
+from drencoder.audit.observers import BOUNDS, View
+
+__all__ = ["RunAudit"]
+
+
+@final
+@dataclass(frozen=True)
+class RunAudit:
+    """All that was measured.
+
+    Args:
+      facts: what was audited: recipe, run folder, promise, seed, canaries.
+      sentence: what the promise lets an attacker do, for a data protection officer.
+      views: empirical epsilon of each observer.
+      checks: facts that must hold.
+      attacks: on real records.
+      notes: what was not tried, and why.
+    """
+
+    facts: Mapping[str, Any]
+    sentence: str
+    views: tuple[View, ...]
+    checks: tuple[Check, ...]
+    attacks: tuple[Attack, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """One sentence for everything that does not hold; empty if the audit found no fault."""
+        found = [view.failure for view in self.views if view.failure]
+        found += [check.found for check in self.checks if not check.passed]
+        found += [
+            f"An attack on real records ({one.name}, {one.sees}) has an AUC of {one.auc.value:.3f}, and {one.max_auc:.3f} was promised at most."
+            for one in self.attacks
+            if one.exposed
+        ]
+        return tuple(found)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        if self.failures:
+            return f"THE PROMISE DOES NOT HOLD: {len(self.failures)} of {len(self.views) + len(self.checks) + len(self.attacks)} tests failed."
+        near = max(self.views, key=lambda view: max(bound["95"] for bound in view.bounds.values()) / view.promised)
+        most = max(bound["95"] for bound in near.bounds.values())
+        return (
+            f"No fault was found in {len(self.views) + len(self.checks) + len(self.attacks)} tests. Nearest to its promise came the {near.observer} with "
+            f"{near.sees}: epsilon is at least {most:.2f} (95 % confidence), {near.promised:.2f} was promised. An audit can show that a promise "
+            "is broken; it cannot prove that one holds."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; a number that is infinite is the string "inf"."""
+        data = {
+            "format": 1,
+            "facts": dict(self.facts),
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "failures": list(self.failures),
+            "assumptions": BOUNDS,
+            "views": [asdict(view) for view in self.views],
+            "checks": [asdict(check) for check in self.checks],
+            "attacks": [asdict(attack) | {"exposed": attack.exposed} for attack in self.attacks],
+            "notes": list(self.notes),
+        }
+        return _json_ready(data)
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value

@@ -1,0 +1,212 @@
+"""Releases with canaries in them, asked for as a run asks, and the scores of the canaries in each observer's view.
+
+Legend: N canaries, K values of a message, V values of a release.
+
+A trial is one slot of the recipe's own plan: charged to a ledger, asked of the cohort that was drawn, released. When a ledger's slots are
+used up the next one is opened, which is another run of the same recipe. A canary's score is the inner product of what the
+observer sees with the canary's own contribution b, scaled so that the noise has the same spread whatever b: (2 <x, b> / |b| - |b|) / C, and
+2 <x, b> / |b| C where a client is replaced. For Gaussian noise no score is better. Nothing is used that depends on the other canaries'
+coins: contributions are orthogonal, or nearly so.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drencoder.audit.canaries import CanaryEngine, Plant, Planted, contributions
+from drencoder.audit.scores import Floats
+from drencoder.encoders.wire import unpack_rows
+from drencoder.federated.query import Query
+from drencoder.federated.round import CohortRelease, SecureSum, Upload, released_update
+from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
+from drencoder.privacy.accounting import Event, GaussianEvent, NonPrivateEvent, PoissonGaussianEvent
+from drencoder.privacy.ledger import Ledger, Permit
+from drencoder.privacy.mechanism import clip_rows
+from drencoder.privacy.plan import PrivacyPlan
+from drencoder.runs.asking import ask_cohort
+from drencoder.runs.build import Components
+
+__all__ = [
+    "QueryMaker",
+    "Seen",
+    "Trial",
+    "Trials",
+    "known_cohort",
+    "noise_left",
+    "promised_std",
+    "score_trial",
+    "trial_values",
+]
+
+Seen = Literal["messages", "sum", "adapter"]
+
+QueryMaker = Callable[[int], Query]
+"""The query of a slot."""
+
+_ROWS = 1 << 22  # values of contributions at a time
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One slot with canaries: what was planted, what the server received, what it released, and what it did with that."""
+
+    query: Query
+    planted: Planted
+    permit: Permit
+    received: Sequence[Upload | SecureSum]
+    released: CohortRelease
+    expected_cohort: float
+    step_D: Tensor | None  # the adapter's change; None in stage 1
+
+    @cached_property
+    def own_NV(self) -> Tensor:
+        """What each canary adds to what is seen when it is in, float32 (N, V)."""
+        count, size = len(self.planted.clients), max(1, _ROWS // max(1, self.query.encoder.update_size))
+        parts = [
+            _in_the_sum(
+                self,
+                contributions(self.query, self.planted.own_updates(self.query, range(start, min(count, start + size)))),
+            )
+            for start in range(0, count, size)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, self.released.release.value.numel())
+
+    @property
+    def contributors(self) -> int:
+        """How many clients' messages are in the sum."""
+        return len(self.planted.answering)
+
+    @property
+    def sums_codes(self) -> bool:
+        """Whether what is released is a sum of messages, and not one of decoded messages."""
+        return self.released.release.value.numel() == self.query.spec.wire.code_size
+
+
+@final
+class Trials:
+    """Slots of a recipe's plan, one after the other, each with the canaries that a `Plant` puts into its cohort."""
+
+    def __init__(self, components: Components, adapter_D: Tensor) -> None:
+        self._components, self._adapter_D = components, adapter_D
+
+    def without_end(self, queries: QueryMaker, slots: Sequence[int], plant: Plant) -> Iterator[Trial]:
+        """These slots of one run, then of the next, and so on."""
+        while True:
+            yield from self.of_one_run(queries, slots, plant)
+
+    def of_one_run(
+        self,
+        queries: QueryMaker,
+        slots: Sequence[int],
+        plant: Plant,
+        begun: Callable[[Ledger], None] = lambda _ledger: None,
+    ) -> Iterator[Trial]:
+        """These slots of one new ledger, which lies in a temporary folder; `begun` is shown it before the first."""
+        recipe, plan = self._components.recipe, self._components.plan
+        replayed = plan.noise == "replay"
+        key = hashlib.sha256(f"replay/{recipe.seed}".encode()).digest() if replayed else None
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="drencoder-audit-"))
+            ledger = stack.enter_context(Ledger.create(Path(folder) / "ledger.jsonl", plan, run_id="audit", key=key))
+            begun(ledger)
+            for slot in slots:
+                yield self._ask(queries(slot), ledger, plant)
+
+    def _ask(self, query: Query, ledger: Ledger, plant: Plant) -> Trial:
+        recipe, plan = self._components.recipe, self._components.plan
+        engine = CanaryEngine(plant, recipe.federation.nodes, recipe.threshold)
+        components = replace(self._components, engine=engine)
+        released, permit = ask_cohort(components, ledger, query, self._adapter_D)
+        assert engine.planted is not None
+        slot, step_D = query.spec.slot, None
+        if query.spec.kind == "update":
+            direction_D = released_update(query, released.release, permit, plan.expected_cohort)
+            rate = learning_rate(recipe.server, slot, plan.rounds)
+            step_D = server_step(ServerState.start(self._adapter_D), direction_D, recipe.server, rate).adapter_D
+            step_D = step_D - self._adapter_D.cpu()
+        return Trial(query, engine.planted, permit, engine.seen, released, plan.denominator(slot), step_D)
+
+
+# --- what an observer sees, as values ----------------------------------------------------------------
+
+
+def score_trial(trial: Trial, seen: Seen) -> Floats:
+    """The score (N,) of each canary of a trial in what this observer sees, float64."""
+    values, own_NV = trial_values(trial, seen), trial.own_NV
+    if values.dim() == 1 and trial.query.spec.adaptive_clip is not None:
+        own_NV = own_NV.clone()
+        own_NV[:, -1] = (
+            0.0  # the value that tells of the norm is common to all canaries of a sum, and says nothing about one
+        )
+    length_N = torch.linalg.vector_norm(own_NV, dim=1, dtype=torch.float64).clamp(min=1e-30)
+    products_N = (values * own_NV).sum(1, dtype=torch.float64) if values.dim() == 2 else own_NV @ values
+    along_N = products_N.double() / length_N
+    score_N = 2 * along_N if trial.planted.replace_one else 2 * along_N - length_N
+    return np.asarray(score_N.numpy() / trial.query.spec.clip_l2)
+
+
+def trial_values(trial: Trial, seen: Seen) -> Tensor:
+    """What is seen, decoded from what left: messages (N, K) in the order of the canaries, a sum (V,), or the adapter's step as a sum (V,)."""
+    if seen == "messages":
+        rows: dict[int, Tensor] = {}
+        for upload in trial.received:
+            assert isinstance(upload, Upload)
+            got = unpack_rows(upload.messages, trial.query.spec.wire, trial.query.spec.slot)
+            rows |= {upload.clients[place]: row for place, row in zip(got.accepted, got.code_NK, strict=True)}
+        return torch.stack([rows[client] for client in trial.planted.clients])
+    if seen == "sum":
+        return trial.released.release.value
+    assert trial.step_D is not None
+    step_D, mean_D = (
+        trial.step_D.double(),
+        released_update(trial.query, trial.released.release, trial.permit, 1.0).double(),
+    )
+    scale = float(step_D @ mean_D) / max(1e-300, float(mean_D @ mean_D))  # the optimiser is public
+    sum_D = (step_D / (scale or 1.0)).float()
+    return trial.query.encode(sum_D[None])[0] if trial.sums_codes else sum_D
+
+
+def _in_the_sum(trial: Trial, code_NK: Tensor) -> Tensor:
+    if trial.sums_codes:
+        return code_NK
+    decoded_ND = trial.query.decode(code_NK)
+    return clip_rows(decoded_ND, trial.query.spec.clip_l2).values_NV if trial.permit.trust == "central" else decoded_ND
+
+
+def noise_left(trial: Trial, seen: Seen) -> Tensor:
+    """What is seen less what the canaries put into it, in units of the noise that was promised, float64: (N, K), or a sum as (1, V)."""
+    values, std = trial_values(trial, seen).double(), promised_std(trial, seen)
+    rest = (values if values.dim() == 2 else values[None]).clone()
+    sent_NV = trial.own_NV.double() * trial.planted.signs(range(len(trial.own_NV)))[:, None]
+    return (rest - (sent_NV if values.dim() == 2 else sent_NV.sum(0))) / std
+
+
+def promised_std(trial: Trial, seen: Seen) -> float:
+    """The least standard deviation of the noise on each value that is seen, as the permit has it."""
+    permit, clip = trial.permit, trial.query.spec.clip_l2
+    if permit.shares is not None:
+        return permit.shares.multiplier * clip * trial.contributors**0.5
+    many = trial.contributors if permit.trust == "local" and seen != "messages" else 1
+    return permit.noise_multiplier * clip * many**0.5
+
+
+def known_cohort(plan: PrivacyPlan, observer: str, slot: int, contributors: int) -> tuple[Event, ...] | None:
+    """The events of one release for an observer who knows who was asked; None where nothing is promised."""
+    event = plan.event(slot)
+    if plan.trust == "central":
+        if observer == "server" or isinstance(event, NonPrivateEvent):
+            return None
+        assert isinstance(event, PoissonGaussianEvent)
+        return (GaussianEvent(event.noise_multiplier),)
+    events = plan.composition(observer, {slot: (1, contributors)})
+    return None if not events or any(isinstance(one, NonPrivateEvent) for one in events) else events
