@@ -17,6 +17,7 @@ import torch
 from conftest import tiny_overrides
 from drencoder.encoders.wire import unpack_rows
 from drencoder.federated import site_round
+from drencoder.federated.round import message_wire
 from drencoder.privacy.mechanism import BoundedCodes, Release
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import asking
@@ -107,7 +108,7 @@ class Spy:
             assert upload.clients == (site,)
             assert upload.nonfinite == 0
             assert len(upload.messages) == 1
-            row = unpack_rows(upload.messages, query.spec.wire, query.spec.slot).code_NK[0]
+            row = unpack_rows(upload.messages, message_wire(query, rest[0]), query.spec.slot).code_NK[0]
             self.sent.setdefault(query.spec.slot, {})[site] = row
             return upload
 

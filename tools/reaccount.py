@@ -110,10 +110,8 @@ def plan_troubles(header: dict, recipe: dict) -> list[str]:
         wanted["participation_cap"] = federation["rounds"] + (wanted["stage1_rate"] > 0)
     if privacy["trust"] == "local":  # else it makes no difference
         encoder = recipe["encoder"]
-        wanted["nonlinear_decoding"] = encoder["name"] == "autoencoder" or encoder["wire_dtype"] not in (
-            "auto",
-            "float32",
-        )
+        one_by_one = encoder["name"] == "autoencoder" or privacy["noise_in"] == "update"
+        wanted["nonlinear_decoding"] = one_by_one or encoder["wire_dtype"] not in ("auto", "float32")
     if secure:
         wanted |= {"dropout_share": privacy["dropout_share"], "honest_share": privacy["honest_share"]}
     ratio = 0.0 if "stage1" in wanted["non_private"] or not wanted["stage1_rate"] else 1.0

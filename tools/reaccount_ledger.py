@@ -251,8 +251,8 @@ def honest_of(plan: dict, contributors: int) -> int:
 
 
 def composition_delta(plan: dict) -> float:
-    """Secure aggregation sets a millionth of delta aside: its noise is discrete and not Gaussian."""
-    return plan["delta"] * (1 - 1e-6) if plan["trust"] == "secure-aggregation" else plan["delta"]
+    """A millionth of delta is set aside: noise is discrete and not Gaussian."""
+    return plan["delta"] * (1 - 1e-6)
 
 
 def dp_event(event: dict) -> dp.DpEvent:

@@ -21,7 +21,7 @@ from drencoder.encoders.contract import Encoder
 from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.encoders.wire import unpack_rows
 from drencoder.federated.query import Query, update_query
-from drencoder.federated.round import client_message, server_release
+from drencoder.federated.round import client_message, code_values, message_wire, server_release
 from drencoder.privacy.accounting import NonPrivateEvent, Relation, gdp_mu
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import NoiseSource, Release, ReplayNoise, clip_rows
@@ -140,7 +140,8 @@ class Channel:
         """Returns what the server sees under local trust, (N, K): the messages of clients 0..N-1, unpacked from their bytes."""
         permit = self.ledger.charge(query.spec.slot)
         upload = client_message(query, update_ND, range(len(update_ND)), permit, self.noise)
-        return unpack_rows(upload.messages, query.spec.wire, query.spec.slot).code_NK
+        rows = unpack_rows(upload.messages, message_wire(query, permit), query.spec.slot)
+        return code_values(query, permit, rows.code_NK)
 
     def release(self, query: Query, update_ND: Tensor, cohort: list[int]) -> tuple[Release, Permit]:
         """Returns what leaves the server: the released sum over `cohort`; row i of `update_ND` is client i's."""

@@ -1,5 +1,6 @@
 """What a plan says about sizes without torch is what the live objects have."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,15 @@ def test_code_and_message_size(tiny_folder: Path, name: str, architecture: str, 
 def test_message_bytes_are_the_bytes_of_a_message(dtype: WireDtype) -> None:
     for size in range(1, 18):
         wire_format = WireFormat(size, 1, dtype)
-        assert message_bytes(size, dtype) == wire_format.message_size == len(pack(torch.ones(size), wire_format, 0))
+        assert (
+            message_bytes(size, dtype)
+            == wire_format.message_size
+            == len(pack(torch.ones(size).to(torch.int64 if wire_format.integers else torch.float32), wire_format, 0))
+        )
 
 
 def test_plain_lora_is_counted_at_sixteen_bits_or_more() -> None:
-    assert [plain_lora_bytes(2.5, 100, dtype) for dtype in DTYPES] == [1000] + 3 * [500]
+    assert [plain_lora_bytes(2.5, 100, dtype) for dtype in DTYPES] == [1000] + 3 * [500] + [500, 750, 1000]
 
 
 def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:
@@ -81,7 +86,8 @@ def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:
     overview = survey(recipe)
     lora = LoraModel(load_base(recipe.model), recipe.adapter, seed=0)
     assert overview.adapter_size == lora.layout.size
-    stage1 = moment_query(lora.layout.segments, recipe.prior).spec.wire.message_size
+    wire = moment_query(lora.layout.segments, recipe.prior).spec.wire
+    stage1 = replace(wire, dtype="integer16").message_size  # with noise of their own, as local trust sends them
     assert overview.stage1_bytes == 6 * stage1
     assert overview.message_bytes is not None
     assert overview.total_bytes == 4 * 6 * overview.message_bytes + 6 * stage1

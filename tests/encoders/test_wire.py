@@ -29,6 +29,7 @@ SKETCH = RandomSketch.build(SEGMENTS, 6)
 FLOAT32 = WireFormat.of(SKETCH, "float32")
 ROTATED = [WireFormat.of(SKETCH, dtype) for dtype in ("rotated4", "rotated2", "rotated1")]
 EVERY_FORMAT = pytest.mark.parametrize("wire_format", [FLOAT32, *ROTATED], ids=lambda f: f.dtype)
+INTEGERS = [WireFormat.of(SKETCH, dtype) for dtype in ("integer16", "integer24", "integer32")]
 CODE = torch.tensor([0.0, -1.5, 3.25, 1e-3, 0.1, -1234.5])
 
 finite_float32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -50,9 +51,25 @@ def test_float32_is_exact(values: list[float], round_index: int) -> None:
     assert torch.equal(received_K, code_K)
 
 
-@EVERY_FORMAT
+@pytest.mark.parametrize("wire_format", INTEGERS, ids=lambda f: f.dtype)
+def test_integers_are_exact_in_all_their_bits(wire_format: WireFormat) -> None:
+    half = 1 << (wire_format.bits - 1)
+    steps_K = torch.tensor([0, 1, -1, half - 1, -half, 258])
+    data = pack(steps_K, wire_format, 7)
+    assert len(data) == wire_format.message_size == 20 + 6 * wire_format.bits // 8
+    assert data[-wire_format.bits // 8 :][:3] == bytes([2, 1, 0])[: wire_format.bits // 8]  # the low byte first
+    received_K = unpack(data, wire_format, 7)
+    assert received_K is not None
+    assert received_K.dtype == torch.int64
+    assert torch.equal(received_K, steps_K)
+    for wrong in (torch.tensor([half, 0, 0, 0, 0, 0]), torch.tensor([-half - 1, 0, 0, 0, 0, 0]), CODE):
+        with pytest.raises(CodeError, match="whole numbers from"):
+            pack(wrong, wire_format, 7)
+
+
+@pytest.mark.parametrize("wire_format", [FLOAT32, *ROTATED, *INTEGERS], ids=lambda f: f.dtype)
 def test_each_header_field_is_checked(wire_format: WireFormat) -> None:
-    good = pack(CODE, wire_format, 7)
+    good = pack(CODE.to(torch.int64) if wire_format.integers else CODE, wire_format, 7)
     assert unpack(good, wire_format, 7) is not None
     for position in (0, 4, 5, 6, 8, 12, 16):  # magic, version, value type, reserved, encoder tag, round, length
         data = bytearray(good)
@@ -150,7 +167,7 @@ def test_tags_tell_encoders_apart() -> None:
 
 
 def test_impossible_formats_and_rounds() -> None:
-    with pytest.raises(CodeError, match="float32, rotated4, rotated2 or rotated1, not 'float64'"):
+    with pytest.raises(CodeError, match="integer16, integer24 or integer32, not 'float64'"):
         WireFormat(6, 1, "float64")  # type: ignore[arg-type]
     with pytest.raises(CodeError, match="code_size is 0, expected 1"):
         WireFormat(0, 1)

@@ -20,9 +20,10 @@ from drencoder.federated.adaptive_clip import NORM_BIT_WEIGHT, AdaptiveClip
 from drencoder.federated.query import Query, update_query
 from drencoder.federated.round import CohortRelease, client_message, released_update, server_release
 from drencoder.privacy.ledger import Ledger, Permit
-from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
+from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise, quantiser_for
 from drencoder.privacy.plan import make_plan
 from drencoder.recipe.recipe import load_recipe
+from drencoder.secure_aggregation.discrete import discrete_gaussian
 from encoder_toys import SEGMENTS, SIZE
 
 SIGMA, CLIP, POPULATION, RATE, SLOTS = 0.7, 1.3, 40, 0.3, 60
@@ -88,18 +89,29 @@ def release(query: Query, permit: Permit, noise: NoiseSource) -> CohortRelease:
 def test_a_release_is_the_bounded_sum_plus_the_noise_of_its_stream(
     permits: Permits, trust: str, adaptive: bool
 ) -> None:
-    noise, sizes = ReplayNoise(5), set()
+    noise, sizes, values = ReplayNoise(5), set(), SIZE + adaptive
     for charge in islice(permits(trust, "replay"), 6):
         query = query_of(adaptive, charge.slot)
         std = SIGMA * CLIP * (math.sqrt(1 + NORM_BIT_WEIGHT**2) if adaptive else 1.0)
         rows = bounded(updates_of(charge.cohort), adaptive)
+        # C' = C (1 + sqrt(V) / 2L): what a rounded code is at most, and a smoothing of four steps that is lost in it.
+        quantiser = quantiser_for(charge, values, query.spec.clip_l2)
+        steps = quantiser.clip_steps
+        assert steps >= 50 * math.sqrt(values)
+        scale = std / SIGMA / steps  # one step
+        noise_std = math.hypot(std * (1 + math.sqrt(values) / 2 / steps), 4 * scale)
+        assert quantiser.noise_std == pytest.approx(noise_std, rel=1e-9)
+        sampler = discrete_gaussian(noise_std / scale)
         streams = [(charge.slot,)] if trust == "central" else [(charge.slot, client) for client in charge.cohort]
-        expected = rows.sum(0) + std * sum(noise.normal(SIZE + adaptive, *stream).numpy() for stream in streams)
+        expected = rows.sum(0)
+        for words in (noise.words(*stream) for stream in streams):
+            expected += scale * sampler.sample(values, words)
         result = release(query, charge, noise)
-        np.testing.assert_allclose(result.release.value.numpy(), expected, rtol=1e-5, atol=2e-6)
+        atol = scale * len(charge.cohort) + 2e-6  # each row is rounded to a neighbouring step
+        np.testing.assert_allclose(result.release.value.numpy(), expected, rtol=1e-5, atol=atol)
         # Divided by q N, whoever came; central: nobody is told how many did.
         mean_D = released_update(query, result.release, charge, RATE * POPULATION).numpy()
-        np.testing.assert_allclose(mean_D, expected[:SIZE] / (RATE * POPULATION), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mean_D, result.release.value.numpy()[:SIZE] / (RATE * POPULATION), rtol=1e-6)
         assert result.release.contributors == (None if trust == "central" else len(charge.cohort))
         sizes.add(len(charge.cohort))
     assert len(sizes) > 1  # else a division by the realised cohort would not show

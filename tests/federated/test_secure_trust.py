@@ -19,9 +19,9 @@ from drencoder.errors import PrivacyError, RecipeError, SecureError, VoidRoundEr
 from drencoder.federated.in_process import InProcessEngine
 from drencoder.federated.query import Query, QuerySpec
 from drencoder.federated.query_encoders import UpdatesEncoder
-from drencoder.federated.round import client_message, client_share, modulus_bits, server_release
+from drencoder.federated.round import client_message, client_share, server_release
 from drencoder.federated.secure_round import clients_by_node, round_settings, secure_node, secure_sum
-from drencoder.privacy.accounting import GaussianEvent, epsilon_gaussian
+from drencoder.privacy.accounting import GaussianEvent, epsilon_gaussian, epsilon_pld
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.mechanism import (
     ReplayNoise,
@@ -31,6 +31,7 @@ from drencoder.privacy.mechanism import (
     release_shares,
     unmasked_sum,
 )
+from drencoder.privacy.noise_terms import noise_terms
 from drencoder.privacy.plan import PrivacyPlan, make_plan
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs import run as experiment
@@ -96,15 +97,20 @@ def test_the_target_binds_the_client_who_knows_its_own_share():
     assert seen["server"].epsilon_pld < 2.0
 
 
-def test_epsilon_is_stated_at_a_delta_that_leaves_room_for_discrete_noise():
-    plan, local = make_plan(**PLAN, noise_multiplier=1.0), make_plan(**{**PLAN, "trust": "local"}, noise_multiplier=1.0)
+@pytest.mark.parametrize("trust", ["secure-aggregation", "local", "central"])
+def test_epsilon_is_stated_at_a_delta_that_leaves_room_for_discrete_noise(trust):
+    plan = make_plan(**{**PLAN, "trust": trust}, noise_multiplier=1.0)
     assert plan.gaussian_delta == 1e-5 * (1 - 1e-6)
-    assert local.gaussian_delta == 1e-5
-    assert plan.epsilons()["server"].epsilon_pld > local.epsilons()["server"].epsilon_pld
-    assert plan.epsilons()["server"].delta == 1e-5
-    slack = plan.share_terms(1).slack
-    worst = plan.epsilons()["clients"].by_relation["replace_one"].epsilon_pld
-    assert slack * len(plan.slots) * (1 + math.exp(worst)) == pytest.approx(1e-6 * 1e-5, rel=1e-3)
+    observer = plan.budget_observer
+    events = plan.composition(observer, plan.schedule())
+    assert plan.epsilons()[observer].epsilon_pld == epsilon_pld(events, plan.gaussian_delta, "add_remove")
+    assert plan.epsilons()[observer].epsilon_pld > epsilon_pld(events, 1e-5, "add_remove")
+    assert plan.epsilons()[observer].delta == 1e-5
+    terms = noise_terms(plan, 1)
+    worst = plan.epsilons()[observer].by_relation["replace_one"].epsilon_pld
+    # A million releases, each this far from Gaussian noise, spend a millionth of delta at the largest epsilon that is stated.
+    spent = terms.log_slack + math.log(1e6) + math.log1p(math.exp(worst))
+    assert math.log(1e-6 * 1e-5) - 0.05 < spent <= math.log(1e-6 * 1e-5) + 1e-9
 
 
 def test_more_contributors_than_planned_make_every_epsilon_smaller_and_fewer_cannot_be():
@@ -164,14 +170,15 @@ def test_the_plan_survives_json_and_other_modes_look_as_before():
 
 
 def test_a_plan_whose_epsilon_is_too_large_for_discrete_noise_is_refused(ledger_fn):
-    permit = ledger_fn(noise_multiplier=0.05).charge(1)
+    permit = ledger_fn(noise_multiplier=0.03).charge(1)
     with pytest.raises(PrivacyError, match="smaller epsilon"):
         quantiser_for(permit, 64, 0.5)
 
 
-def test_such_a_recipe_is_refused_before_anything_is_charged():
+@pytest.mark.parametrize("trust", ["secure-aggregation", "local"])
+def test_such_a_recipe_is_refused_before_anything_is_charged(trust):
     with pytest.raises(PrivacyError, match="smaller epsilon"):
-        survey(load_recipe(None, ["privacy.trust=secure-aggregation", "privacy.epsilon=40"]))
+        survey(load_recipe(None, [f"privacy.trust={trust}", "privacy.epsilon=1000"]))
     survey(load_recipe(None, ["privacy.trust=secure-aggregation", "privacy.epsilon=20", "encoder.name=identity"]))
 
 
@@ -233,7 +240,7 @@ def test_a_lost_node_takes_its_clients_and_their_noise_with_it(ledger_fn):
     outcome = aggregate_rows(query, permit, cohort, torch.zeros(len(cohort), 64), drop=(ProtocolStep.MASK, 1))
     stayed = sum(client % 4 != 1 for client in cohort)
     assert outcome.release.contributors == stayed < len(cohort)
-    shares = quantiser_for(permit, 64, 0.5).share_std * math.sqrt(stayed)
+    shares = quantiser_for(permit, 64, 0.5).noise_std * math.sqrt(stayed)
     assert outcome.release.noise_std == pytest.approx(shares)
     ledger.record_contributors(1, stayed)
     assert ledger.spent()["server"] <= ledger.plan.epsilons()["server"].epsilon_pld
@@ -284,8 +291,10 @@ def test_no_client_has_a_message_of_its_own(ledger_fn):
     with pytest.raises(PrivacyError, match="linear encoder"):
         client_share(fixed, torch.zeros(1, 64), [0], permit, SecureNoise())
     local = ledger_fn(trust="local", dropout_share=0.0, honest_share=1.0).charge(1)
-    with pytest.raises(PrivacyError, match="not quantised"):
-        modulus_bits(query, local)
+    with pytest.raises(PrivacyError, match="no shares to add up"):
+        client_share(query, torch.zeros(1, 64), local.cohort[:1], local, SecureNoise())
+    with pytest.raises(PrivacyError, match="no modular sum"):
+        unmasked_sum(np.zeros(64, dtype=np.uint32), local.cohort, local, 0.5)
 
 
 def test_a_cohort_that_is_too_small_is_void_before_anybody_trains(ledger_fn):

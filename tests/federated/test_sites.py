@@ -14,7 +14,7 @@ from drencoder.errors import PrivacyError
 from drencoder.federated import site_round
 from drencoder.federated.in_process import InProcessEngine
 from drencoder.federated.query import Query, update_query
-from drencoder.federated.round import Upload, released_update, server_release
+from drencoder.federated.round import Upload, message_wire, released_update, server_release
 from drencoder.federated.site_round import SiteCurator
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
@@ -145,7 +145,8 @@ def test_a_message_looks_alike_whatever_a_site_holds(charge: Callable[..., Permi
     assert {field.name for field in fields(Upload)} == {"clients", "messages", "nonfinite"}
     assert (upload.clients, upload.nonfinite) == (usual.clients, usual.nonfinite) == ((1,), 0)
     assert [len(message) for message in upload.messages] == [len(message) for message in usual.messages]
-    prefix = len(usual.messages[0]) - 4 * SIZE
+    prefix = len(usual.messages[0]) - SIZE * message_wire(query_of(), charge()).bits // 8
+    assert 0 < prefix < 64
     assert upload.messages[0][:prefix] == usual.messages[0][:prefix]  # all but the noised values
 
 

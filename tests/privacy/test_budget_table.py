@@ -109,7 +109,7 @@ def test_full_participation_is_the_closed_form_in_every_round(relation, shift):
         assert [point.round for point in budget.points] == list(range(9))
         for point in budget.points:
             mu = shift * math.sqrt(1 / first**2 + point.round / sigma**2)
-            assert point.epsilon_pld == pytest.approx(epsilon_gaussian(mu, DELTA), rel=1e-9)
+            assert point.epsilon_pld == pytest.approx(epsilon_gaussian(mu, FULL.gaussian_delta), rel=1e-9)
             assert point.epsilon_pld <= point.epsilon_rdp
         assert budget.grid_error == 0
 

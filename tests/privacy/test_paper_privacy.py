@@ -67,7 +67,7 @@ def test_gaussian_dp_is_exact_where_all_take_part(relation, shift):
     for row in paper.analyses(FULL, relation=relation):
         mu = shift * math.sqrt(1 / 12.0**2 + row.budget.round / 6.0**2)  # squares add up
         assert row.mu == pytest.approx(mu, rel=1e-12)
-        assert row.epsilon_gdp == pytest.approx(epsilon_gaussian(mu, DELTA), rel=1e-9)
+        assert row.epsilon_gdp == pytest.approx(epsilon_gaussian(mu, FULL.gaussian_delta), rel=1e-9)
         assert row.budget.epsilon_pld == pytest.approx(row.epsilon_gdp, rel=1e-9)
         assert row.mu_clt is None
 

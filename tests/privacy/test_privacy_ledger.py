@@ -88,7 +88,7 @@ def test_a_repeated_central_round_is_charged_and_costs_a_later_one(path):
         second = ledger.charge(1)
         assert second.cohort != first.cohort  # a fresh draw, as the composition assumes
         assert second.attempt == 1
-        once = epsilon_pld([PoissonGaussianEvent(0.05, 1.5, 3)], 1e-4, "add_remove")
+        once = epsilon_pld([PoissonGaussianEvent(0.05, 1.5, 3)], ledger.plan.gaussian_delta, "add_remove")
         assert ledger.spent()["public"] == pytest.approx(once, abs=1e-9)
         ledger.charge(2)
         ledger.charge(3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import pickle
 
 import numpy as np
@@ -25,6 +26,7 @@ from drencoder.privacy.mechanism import (
     received_codes,
     release_codes,
     release_sum,
+    release_unnoised,
     sum_releases,
 )
 from drencoder.privacy.plan import make_plan
@@ -121,7 +123,7 @@ def test_rows_that_are_not_finite_become_zero_and_are_counted():
 def test_clip_works_on_nobody_and_in_chunks(monkeypatch):
     empty = clip_rows(torch.empty(0, 7), 1.0)
     assert empty.values_NV.shape == (0, 7)
-    assert bounded(torch.empty(0, 7)).sum_V.tolist() == [0.0] * 7
+    assert bounded(torch.empty(0, 7)).steps_V.tolist() == [0.0] * 7
     values = torch.randn(37, 11)
     whole = clip_rows(values, 1.0)
     monkeypatch.setattr(mechanism, "_CHUNK_VALUES", 50)
@@ -146,10 +148,10 @@ def test_codes_must_be_rows_of_floats():
 
 
 def test_outside_code_makes_none_of_the_types(ledger_fn):
-    values = torch.ones(1, 2)
+    values, total = torch.ones(1, 2), BoundedSum.zero(2, 1.0)
     for build in (
         lambda: BoundedCodes(values, 1.0, 0),
-        lambda: BoundedSum(values[0], 1.0, 1),
+        lambda: BoundedSum(values[0], total.quantiser, 1),
         lambda: Release(values[0], 0.0, 1, 1.0),
         lambda: Releases(values, (0,), 0.0, 1, 1.0),
         lambda: dataclasses.replace(clip_rows(values, 1.0), values_NV=100 * values),
@@ -163,12 +165,19 @@ def test_outside_code_makes_none_of_the_types(ledger_fn):
 def test_sums_are_bounded_counted_and_never_saved():
     rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)) * 10
     total = BoundedSum.zero(4, CLIP).add(clip_rows(rows[:4], CLIP)).add(clip_rows(rows[4:], CLIP))
-    torch.testing.assert_close(total.sum_V, clip_rows(rows, CLIP).values_NV.double().sum(0))
+    exact = clip_rows(rows, CLIP).values_NV.double().sum(0)
+    assert (total.sum_V - exact).abs().max() <= 9 * total.quantiser.step  # each row is rounded to the nearest integers
     assert total.contributors == 9
-    assert total.sensitivity("add_remove") == CLIP
-    assert total.sensitivity("replace_one") == 2 * CLIP
-    less = bounded(rows[1:])
-    assert torch.linalg.vector_norm(total.sum_V - less.sum_V) <= total.sensitivity("add_remove") * (1 + 1e-9)
+    assert total.steps_V.dtype == torch.int64
+    # No row is longer than the bound after rounding, and the sum is exact: in any order, and less one row by just that row.
+    bound = total.quantiser.bound_l2
+    assert CLIP < bound < CLIP * 1.001
+    assert total.sensitivity("add_remove") == bound
+    assert total.sensitivity("replace_one") == 2 * bound
+    assert torch.equal(bounded(rows.flip(0)).steps_V, total.steps_V)
+    moved_V = total.steps_V - bounded(rows[1:]).steps_V
+    assert torch.equal(moved_V, bounded(rows[:1]).steps_V)
+    assert int((moved_V**2).sum()) <= total.quantiser.bound_steps**2
     assert "9" not in repr(total)
     with pytest.raises(TypeError, match="never saved"):
         pickle.dumps(total)
@@ -182,10 +191,10 @@ def test_sums_are_bounded_counted_and_never_saved():
 
 
 @pytest.mark.parametrize("source", [SecureNoise(), ReplayNoise(3)], ids=["secure", "replay"])
-def test_noise_is_standard_normal_and_wrong_scales_are_not(source):
+def test_noise_has_the_law_of_its_quantiser_and_wrong_scales_do_not(source):
     # A false alarm once in 1e9 runs of the test; the wrong scales are off by more than 10 of its thresholds.
-    draws = source.normal(200_000, 1, 2).numpy()
-    assert draws.dtype == np.float64
+    quantiser = BoundedSum.zero(200_000, CLIP).quantiser
+    draws = quantiser.noise(source.words(1, 2)) / quantiser.std_steps
     assert stats.kstest(draws, "norm").pvalue > 1e-9
     for wrong in (2 / 3, 3 / 2, 1.05):
         assert stats.kstest(wrong * draws, "norm").pvalue < 1e-9
@@ -195,18 +204,20 @@ def test_noise_is_standard_normal_and_wrong_scales_are_not(source):
 
 def test_streams():
     replay = ReplayNoise(3)
-    assert torch.equal(replay.normal(50, 1, 2), ReplayNoise(3).normal(50, 1, 2))
-    for other in (replay.normal(50, 1, 3), replay.normal(50, 2, 2), ReplayNoise(4).normal(50, 1, 2)):
-        assert not torch.equal(replay.normal(50, 1, 2), other)
+    assert np.array_equal(replay.words(1, 2)(50), ReplayNoise(3).words(1, 2)(50))
+    for other in (replay.words(1, 3), replay.words(2, 2), ReplayNoise(4).words(1, 2)):
+        assert not np.array_equal(replay.words(1, 2)(50), other(50))
+    one = replay.words(1, 2)
+    assert not np.array_equal(one(50), one(50))  # a stream goes on
     secure = SecureNoise()
-    assert not torch.equal(secure.normal(50, 1, 2), secure.normal(50, 1, 2))
-    assert secure.normal(0).shape == (0,) == replay.normal(0).shape
+    assert not np.array_equal(secure.words(1, 2)(50), secure.words(1, 2)(50))
+    assert secure.words()(0).shape == (0,) == replay.words()(0).shape
 
 
-def test_secure_noise_comes_from_the_operating_system_and_is_finite(monkeypatch):
+def test_secure_words_are_the_operating_systems(monkeypatch):
     for word in (b"\x00", b"\xff"):
-        monkeypatch.setattr(mechanism.os, "urandom", lambda n, w=word: w * n)
-        assert 8 < SecureNoise().normal(3).abs().min() < 17
+        monkeypatch.setattr(os, "urandom", lambda n, w=word: w * n)
+        assert set(SecureNoise().words(1)(3).tolist()) == {int.from_bytes(8 * word, "little")}
 
 
 def assert_std(values, expected):
@@ -226,7 +237,7 @@ def test_central_release_has_the_charged_noise_and_no_bias(ledger_fn, noise):
     total = bounded(rows)
     source = SecureNoise() if noise == "secure" else ReplayNoise(1)
     release = release_sum(total, ledger.charge(1), source)
-    assert release.noise_std == SIGMA * CLIP
+    assert SIGMA * CLIP < release.noise_std < SIGMA * CLIP * 1.001
     assert release.value.dtype == torch.float32
     assert release.contributors is None  # the realised size of a secret cohort
     assert_std(release.value - total.sum_V, release.noise_std)
@@ -238,14 +249,18 @@ def test_local_releases_have_the_charged_noise_each(ledger_fn):
     clients = sorted(permit.cohort)
     codes = clip_rows(torch.randn(len(clients), 3000, generator=torch.Generator().manual_seed(2)), CLIP)
     parts = release_codes(codes, clients, permit, SecureNoise())
-    noise_NV = (parts.values_NV - codes.values_NV).double()
+    assert parts.values_NV.dtype == torch.int64  # what leaves is whole numbers of a public step
+    noise_NV = (parts.values_NV * parts.step - codes.values_NV).double()
     for row in noise_NV:
         assert_std(row, SIGMA * CLIP)
     assert (torch.corrcoef(noise_NV) - torch.eye(len(clients))).abs().max() < 8 / math.sqrt(
         3000
     )  # 780 pairs or so, each 1e-15
     total = sum_releases([parts])
-    assert total.noise_std == pytest.approx(SIGMA * CLIP * math.sqrt(len(clients)))
+    assert total.noise_std == pytest.approx(SIGMA * CLIP * math.sqrt(len(clients)), rel=0.01)
+    assert torch.equal(
+        total.value, (parts.values_NV.sum(0).double() * parts.step).float()
+    )  # exact: a function of the sum alone
     assert total.contributors == len(clients)
     assert_std(total.value - codes.values_NV.double().sum(0), total.noise_std)
 
@@ -263,7 +278,7 @@ def test_local_replay_does_not_depend_on_chunks(ledger_fn):
             parts.append(release_codes(clip_rows(rows[chunk], CLIP), chunk, permit, ReplayNoise(5)))
         made.append((torch.cat([p.values_NV for p in parts]), sum_releases(iter(parts))))
     assert torch.equal(made[0][0], made[1][0])
-    torch.testing.assert_close(made[0][1].value, made[1][1].value)
+    assert torch.equal(made[0][1].value, made[1][1].value)
     assert made[0][1].noise_std == made[1][1].noise_std
 
 
@@ -336,22 +351,30 @@ def test_replayable_noise_is_refused_in_a_private_run(ledger_fn):
 
 def test_a_release_without_noise_needs_the_named_event(ledger_fn):
     ledger = ledger_fn("central", noise_multiplier=None, non_private=["round"])
-    total = bounded(torch.ones(2, 3))
-    release = release_sum(total, ledger.charge(1), SecureNoise())
+    permit, rows = ledger.charge(1), torch.tensor([[0.1, 1e-12, -0.2], [0.0, 1e-12, 0.1]])
+    with pytest.raises(PrivacyError, match="no noise"):
+        release_sum(bounded(rows), permit, SecureNoise())
+    release = release_unnoised([clip_rows(rows[:0], CLIP), clip_rows(rows, CLIP)], permit)
     assert release.noise_std == 0
-    torch.testing.assert_close(release.value, total.sum_V.float())
+    torch.testing.assert_close(release.value, rows.sum(0), rtol=1e-6, atol=0)  # floats as they are, on no lattice
+    with pytest.raises(PrivacyError, match="charge again"):
+        release_unnoised([clip_rows(rows, CLIP)], permit)
+    with pytest.raises(PrivacyError, match="charged for noise"):
+        release_unnoised([clip_rows(rows, CLIP)], ledger_fn("central").charge(1))
+    with pytest.raises(PrivacyError, match="nothing to sum"):
+        release_unnoised([], ledger.charge(2))
     assert ledger.spent()["public"] == math.inf
 
 
 def test_nothing_leaves_when_the_ledger_cannot_be_written(ledger_fn, monkeypatch):
     ledger = ledger_fn("central")
     drawn = []
-    monkeypatch.setattr(SecureNoise, "normal", lambda self, size, *i: drawn.append(size) or torch.zeros(size))
+    monkeypatch.setattr(SecureNoise, "words", lambda self, *indices: drawn.append(indices))
 
     def fails(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(mechanism.os, "fsync", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(ArtifactError):
         release_sum(bounded(torch.ones(2, 3)), ledger.charge(1), SecureNoise())
     assert drawn == []
@@ -367,4 +390,4 @@ def test_the_realised_cohort_size_is_not_to_be_had(ledger_fn):
     assert release.contributors is None
     assert "37" not in repr(release)
     # Every client weighs one: twice the clients are exactly twice the sum.
-    torch.testing.assert_close(bounded(torch.ones(8, 3)).sum_V, 2 * bounded(torch.ones(4, 3)).sum_V)
+    torch.testing.assert_close(bounded(torch.ones(8, 3)).steps_V, 2 * bounded(torch.ones(4, 3)).steps_V)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def rows(count, size, clip, seed=0, length=1 - 1e-6):
 
 
 def made(values=256, clip=0.7, share=0.2, clients=20):
-    return Quantiser.plan(values=values, clip_l2=clip, share_multiplier=share, most_clients=clients)
+    return Quantiser.shared(values=values, clip_l2=clip, share_multiplier=share, most_clients=clients)
 
 
 @settings(max_examples=60, deadline=None)
@@ -138,17 +139,62 @@ def test_the_sum_is_the_codes_plus_noise_of_the_stated_deviation(scale):
         total += quantiser.round_and_noise(code, system_words)
     released = quantiser.to_values(total & np.uint32(2**quantiser.bits - 1))
     noise = released - codes.sum(axis=0, dtype=np.float64)
-    promised = scale * quantiser.share_std * math.sqrt(clients)
+    promised = scale * quantiser.noise_std * math.sqrt(clients)
     p_value = stats.kstest(noise / promised, "norm").pvalue
     assert (p_value > 1e-10) if scale == 1.0 else (p_value < 1e-20)  # a false alarm once in 1e10 runs
     # The promise is the plan's multiplier times the bound after rounding, and a little more.
-    assert quantiser.share_std > 0.25 * quantiser.bound_l2
+    assert quantiser.noise_std > 0.25 * quantiser.bound_l2
     assert quantiser.std_steps == pytest.approx(math.hypot(0.25 * quantiser.bound_steps, SMOOTHING_STD))
 
 
 def test_the_distance_is_far_below_any_delta():
     for quantiser, shares in ((made(8_388_608, clients=1000), 1000), (made(64, share=0.01), 5)):
-        assert 0 < quantiser.distance(shares) < 1e-40
+        assert quantiser.log_distance(shares) < -1100  # so it fits under an epsilon of 1000, too
+        assert quantiser.log_distance(2 * shares) == pytest.approx(quantiser.log_distance(shares) + math.log(2))
+        assert 0 < quantiser.log_ratio(shares) < 1e-50
+
+
+# One code with all of its noise (local trust), and a sum that one machine makes (central trust)
+
+
+@pytest.mark.parametrize(
+    ("values", "noise", "bits"),
+    [(1, 0.7, 16), (512, 0.7, 16), (512, 4.0, 24), (131_072, 0.7, 24), (8_388_608, 100.0, 32)],
+)
+def test_one_code_takes_the_fewest_bits_and_their_finest_step(values, noise, bits):
+    quantiser = Quantiser.alone(values=values, clip_l2=0.3, noise_multiplier=noise, log_wrap_risk=-70.0)
+    assert quantiser.bits == bits
+    assert quantiser.growth <= 0.01
+    assert 0.9 * 2 ** (bits - 1) < quantiser._reach < 2 ** (bits - 1)
+    assert quantiser.noise_std == pytest.approx(noise * quantiser.bound_l2, rel=1e-3)
+    if bits > 16:  # fewer would need steps that lengthen codes by more than 1 %
+        narrow = Quantiser(values, 0.3, 2.0 ** (bits - 9), noise, 1, bits - 8, -70.0)._finest()
+        assert narrow.growth > 0.01
+    # The risk is that of a value beyond the modulus: sub-Gaussian tails of all values, both signs.
+    left = (2 ** (bits - 1) - quantiser.clip_steps - 2) / quantiser.std_steps
+    assert math.log(2 * values) - left**2 / 2 <= -70.0
+
+
+def test_a_code_that_no_bits_hold_is_refused():
+    with pytest.raises(PrivacyError, match="do not fit into 32 bits"):
+        Quantiser.alone(values=8_388_608, clip_l2=1.0, noise_multiplier=1e5, log_wrap_risk=-70.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.integers(1, 400), clip=st.floats(1e-6, 1e6), seed=st.integers(0, 2**32 - 1), half=st.booleans())
+def test_no_code_is_longer_than_the_bound_when_rounded_to_the_nearest(values, clip, seed, half):
+    quantiser = Quantiser.fine(values=values, clip_l2=clip, noise_multiplier=1.0)
+    assert quantiser == Quantiser.fine(values=values, clip_l2=clip, noise_multiplier=1.0)
+    assert quantiser.growth <= 2.0**-12
+    assert replace(quantiser, noise_multiplier=9.0) == Quantiser.fine(values=values, clip_l2=clip, noise_multiplier=9.0)
+    coarse = replace(quantiser, clip_steps=math.sqrt(values) * 3)  # where rounding matters
+    for one in (quantiser, coarse):
+        code = rows(1, values, clip, seed)[0]
+        if half:  # all fractions a half: the worst there is
+            code = (np.floor(code / one.step) + 0.5) * one.step
+            code = (code * min(1.0, clip / np.linalg.norm(code))).astype(np.float32)
+        rounded = np.rint(code.astype(np.float64) * one.nearest_scale)
+        assert sum(int(v) ** 2 for v in rounded) <= one.bound_steps**2
 
 
 def test_residues_and_values_are_inverse():

@@ -36,6 +36,7 @@ from drencoder.federated.round import released_update
 from drencoder.federated.server_optimizer import ServerState
 from drencoder.privacy.accounting import epsilon_pld
 from drencoder.privacy.ledger import Ledger, Permit
+from drencoder.privacy.noise_terms import noise_terms
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components, build
@@ -234,7 +235,9 @@ def _masks(subject: _Subject, seed: int) -> list[Check]:
     slot = next(slot for slot in components.plan.slots if slot > 0)
     terms = components.plan.share_terms(slot)
     values = min(_MASKED_VALUES, subject.query(slot).spec.wire.code_size)
-    bits = terms.quantiser(values, recipe.privacy.clip_l2).bits
+    noises = noise_terms(components.plan, slot)
+    assert noises is not None  # secure aggregation has no stage without noise
+    bits = noises.quantiser(values, recipe.privacy.clip_l2).bits
     keys = [NodeKey.generate() for _ in range(recipe.federation.nodes)]
     each = -(-terms.least_contributors // len(keys))
     settings = RoundSettings(

@@ -39,7 +39,9 @@ __all__ = [
     "stage1_values",
 ]
 
-BITS_PER_VALUE = {"float32": 32, "rotated4": 4, "rotated2": 2, "rotated1": 1}
+BITS_PER_VALUE = {
+    "float32": 32, "rotated4": 4, "rotated2": 2, "rotated1": 1, "integer16": 16, "integer24": 24, "integer32": 32
+}  # fmt: skip
 NOISY_RATIO = 64.0  # noise dominates where k* < D / 64
 SMALL_RATIO = 10.0  # of a code in four bits: fewer bytes than 1/64 of the values take in 32, header included
 FEW_COORDINATES = 512.0
@@ -205,7 +207,7 @@ def stage1_values(source: str, update_size: int, num_matrices: int, epochs: int)
 
 def message_bytes(size: int, wire_dtype: str) -> int:
     """Bytes of one message of `size` values, header and scale included."""
-    scale = 0 if wire_dtype.startswith("float") else _SCALE_BYTES
+    scale = _SCALE_BYTES if wire_dtype.startswith("rotated") else 0
     return HEADER_BYTES + scale + -(-size * BITS_PER_VALUE[wire_dtype] // 8)
 
 

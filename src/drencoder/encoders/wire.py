@@ -1,4 +1,4 @@
-"""Codes as bytes: a versioned header of 20 bytes, then float32 values, or a length and levels of a few bits.
+"""Codes as bytes: a versioned header of 20 bytes, then float32 values, integers, or a length and levels of a few bits.
 
 Legend: N messages, K code values, b bits of a level.
 
@@ -7,18 +7,21 @@ Legend: N messages, K code values, b bits of a level.
     offset  bytes  field
     0       4      magic b"DREC"
     4       1      version, 1
-    5       1      value type: 2 float32, 6 rotated4, 7 rotated2, 8 rotated1
+    5       1      value type: 2 float32, 6 rotated4, 7 rotated2, 8 rotated1, 9 integer16, 10 integer24, 11 integer32
     6       2      zero
     8       4      encoder tag (which encoder and shape the code is of), unsigned little-endian like all below
     12      4      round
     16      4      K, the number of values
-    20      ...    float32: K values
+    20      ...    float32: K values; integers: K values of b bits in two's complement
     20      4      rotated: the code's length, float32
     24      ...    rotated: K levels of b bits in two's complement, the first in a byte's low bits; zero bits at the end
 
 There is no client name in a message; who sent it is the transport's business.
 
 *float32* is exact, so that a clip norm that held before packing holds after it.
+
+*Integers* are a code with all of its noise, as local trust sends them: numbers of steps modulo 2^b. What a step is, and b, follow from
+the plan (`secure_aggregation.quantise`), and are in no message.
 
 *Rotated* codes (`encoders.rotated`) are turned at random, in each round anew and for all clients alike; the levels are numbers of
 the best values of a standard normal. They keep their length, so that no clip cuts them again, and the more of their direction
@@ -29,7 +32,7 @@ noise of others, and the public's epsilon is the server's.
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, final, get_args
@@ -53,17 +56,20 @@ __all__ = [
     "unpack_rows",
 ]
 
-WireDtype = Literal["float32", "rotated4", "rotated2", "rotated1"]
+WireDtype = Literal["float32", "rotated4", "rotated2", "rotated1", "integer16", "integer24", "integer32"]
 
 _MAGIC = b"DREC"
 _VERSION = 1
 _HEADER = struct.Struct("<4sBBHIII")
-_VALUE_TYPE = {"float32": 2, "rotated4": 6, "rotated2": 7, "rotated1": 8}
+_VALUE_TYPE = {
+    "float32": 2, "rotated4": 6, "rotated2": 7, "rotated1": 8, "integer16": 9, "integer24": 10, "integer32": 11
+}  # fmt: skip
 _FLOAT = np.dtype("<f4")
 _LARGEST_LENGTH = float(np.finfo(np.float32).max) / 2**12  # of a rotated code: turning it back adds up as many values
 _MAX_UINT32 = 2**32 - 1
 
 _Floats = npt.NDArray[np.float32]
+_Steps = npt.NDArray[np.int64]
 _Levels = npt.NDArray[np.int8]
 
 
@@ -109,6 +115,11 @@ class WireFormat:
         """Whether codes are turned before they are rounded."""
         return self.dtype.startswith("rotated")
 
+    @property
+    def integers(self) -> bool:
+        """Whether values are numbers of steps, in int64 on both sides of the wire."""
+        return self.dtype.startswith("integer")
+
     def rotation(self, round_index: int) -> Rotation:
         """How all codes of a round are turned. Public."""
         return _rotation(self.code_size, derive_seed(self.encoder_tag, "rotation", round_index))
@@ -128,7 +139,7 @@ def _rotation(code_size: int, seed: int) -> Rotation:
 
 
 class UnpackedRows(NamedTuple):
-    """The good messages' codes, in order: code_NK float32, their positions, and how many were rejected."""
+    """The good messages' codes, in order: code_NK float32 (int64 of integers), their positions, and how many were rejected."""
 
     code_NK: Tensor
     accepted: list[int]
@@ -136,9 +147,11 @@ class UnpackedRows(NamedTuple):
 
 
 def pack_rows(code_NK: Tensor, wire_format: WireFormat, round_index: int) -> list[bytes]:
-    """One message per row; CodeError if the rows have another size or any value is not finite."""
+    """One message per row; CodeError if the rows have another size or type, or any value is not finite or too large."""
     if code_NK.dim() != 2 or code_NK.shape[1] != wire_format.code_size:
         raise CodeError(f"codes of shape {tuple(code_NK.shape)} do not fit a format of {wire_format.code_size} values")
+    if wire_format.integers:
+        return _packed_integers(code_NK, wire_format, round_index)
     values_NK = code_NK.detach().to("cpu", torch.float32)
     bad = int((~values_NK.isfinite()).any(dim=1).sum())
     if bad:
@@ -151,6 +164,16 @@ def pack_rows(code_NK: Tensor, wire_format: WireFormat, round_index: int) -> lis
         return [header + _packed(*row, bits) for row in zip(lengths, level_NK.numpy(), strict=True)]
     array = values_NK.contiguous().numpy().astype(_FLOAT, copy=False)
     return [header + row.tobytes() for row in array]
+
+
+def _packed_integers(steps_NK: Tensor, wire_format: WireFormat, round_index: int) -> list[bytes]:
+    """The low bytes of each value, the lowest first."""
+    half = 1 << (wire_format.bits - 1)
+    if steps_NK.dtype != torch.int64 or bool(((steps_NK < -half) | (steps_NK >= half)).any()):
+        raise CodeError(f"codes of {wire_format.bits} bits are whole numbers from {-half} to {half - 1}")
+    header, array = wire_format.header(round_index), steps_NK.cpu().contiguous().numpy().astype("<i8", copy=False)
+    low_NKb = array.view(np.uint8).reshape(*array.shape, 8)[..., : wire_format.bits // 8]
+    return [header + row.tobytes() for row in low_NKb]
 
 
 def _packed(length: float, level_K: _Levels, bits: int) -> bytes:
@@ -176,13 +199,17 @@ def unpack_rows(messages: Sequence[bytes], wire_format: WireFormat, round_index:
     its length is in range and the bits after the last level are zero. The size is checked first; nothing in an unexpected
     message is parsed or allocated.
     """
-    expected, read = wire_format.header(round_index), _rotated_values if wire_format.rotated else _float_values
+    expected = wire_format.header(round_index)
+    read: Callable[[bytes, WireFormat], _Floats | _Steps | None] = _float_values
+    if wire_format.rotated or wire_format.integers:
+        read = _rotated_values if wire_format.rotated else _integer_values
     candidates = [
         position
         for position, data in enumerate(messages)
         if len(data) == wire_format.message_size and data[: _HEADER.size] == expected
     ]
-    code_NK = np.empty((len(candidates), wire_format.code_size), dtype=np.float32)
+    dtype = np.int64 if wire_format.integers else np.float32
+    code_NK = np.empty((len(candidates), wire_format.code_size), dtype=dtype)
     accepted: list[int] = []
     for position in candidates:
         code_K = read(messages[position], wire_format)
@@ -199,6 +226,14 @@ def _float_values(data: bytes, wire_format: WireFormat) -> _Floats | None:
     """code_K of a message whose size and header were checked; None if a value is not finite."""
     code_K = np.frombuffer(data, dtype=_FLOAT, offset=_HEADER.size).astype(np.float32)
     return code_K if np.isfinite(code_K).all() else None
+
+
+def _integer_values(data: bytes, wire_format: WireFormat) -> _Steps:
+    """steps_K of a message whose size and header were checked: all are good."""
+    width = wire_format.bits // 8
+    cells = np.zeros((wire_format.code_size, 4), dtype=np.uint8)
+    cells[:, 4 - width :] = np.frombuffer(data, dtype=np.uint8, offset=_HEADER.size).reshape(-1, width)
+    return (cells.view("<i4").ravel() >> (32 - wire_format.bits)).astype(np.int64)  # the shift keeps the sign
 
 
 def _rotated_values(data: bytes, wire_format: WireFormat) -> _Floats | None:

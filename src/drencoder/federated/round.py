@@ -3,10 +3,10 @@
 Legend: N clients, D adapter values, K values of a message, V values of a bounded sum.
 
     client   update = train(adapter, own text)
-             message = noise(clip(encode(update)))      local trust, noise in the code
-             message = encode(noise(clip(update)))      local trust, noise in the update (as published)
-             message = clip(encode(update))             central trust: the server adds the noise
-             share = round(clip(encode(update))) + noise share, modulo 2^b      secure aggregation: only sums leave
+             message = round(clip(encode(update))) + noise, modulo 2^b      local trust, noise in the code
+             message = encode(round(clip(update)) + noise)                  local trust, noise in the update (as published)
+             message = clip(encode(update))                                 central trust: the server rounds and adds the noise
+             share = round(clip(encode(update))) + noise share, modulo 2^b  secure aggregation: only sums leave
     server   release = sum of messages (+ noise)        nothing un-noised goes beyond this line
              direction = decode(release) / (q N)        post-processing
              adapter, slots = optimiser(adapter, direction)      `server_optimizer`
@@ -17,7 +17,7 @@ project's choice (docs/guarantee.md, docs/log.md).
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from drencoder.encoders.wire import pack_rows, unpack_rows
+from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.errors import PrivacyError
 from drencoder.federated.query import Query
 from drencoder.privacy.accounting import NonPrivateEvent
@@ -40,6 +40,7 @@ from drencoder.privacy.mechanism import (
     release_codes,
     release_shares,
     release_sum,
+    release_unnoised,
     sum_releases,
     unmasked_sum,
 )
@@ -50,7 +51,9 @@ __all__ = [
     "Upload",
     "client_message",
     "client_share",
+    "code_values",
     "message_rows",
+    "message_wire",
     "modulus_bits",
     "released_update",
     "server_release",
@@ -116,14 +119,15 @@ def client_message(
         raise PrivacyError("Under secure aggregation a client has no message of its own: its node sums shares.")
     spec = query.spec  # encoded and clipped where the updates are: what goes to the CPU is small
     clipped = clip_rows(query.encode(update_ND) if spec.noise_in == "code" else update_ND, spec.clip_l2)
-    values = clipped.values_NV
+    values, wire = clipped.values_NV, message_wire(query, permit)
     if permit.trust == "local":
-        values = release_codes(clipped, clients, permit, noise).values_NV
+        released = release_codes(clipped, clients, permit, noise)
+        values = released.values_NV if wire.integers else released.codes_NV
     if spec.noise_in == "update":
         values = query.encode(values)
     # Under local trust a count of broken updates would be an uncharged answer about the clients' data.
     nonfinite = 0 if permit.trust == "local" else clipped.nonfinite
-    return Upload(tuple(clients), pack_rows(values, spec.wire, spec.slot), nonfinite)
+    return Upload(tuple(clients), pack_rows(values, wire, spec.slot), nonfinite)
 
 
 def client_share(
@@ -138,6 +142,18 @@ def client_share(
     if spec.noise_in != "code" or not spec.summable:
         raise PrivacyError("Secure aggregation sums codes: it needs noise_in = 'code' and a linear encoder.")
     return release_shares(clip_rows(query.encode(update_ND), spec.clip_l2), clients, permit, noise)
+
+
+def message_wire(query: Query, permit: Permit) -> WireFormat:
+    """How one client's message travels: under local trust codes that carry their noise are integers, in the bits that the plan needs.
+
+    Elsewhere, and where `encoder.wire_dtype` asks for fewer bits, as the spec says.
+    """
+    wire = query.spec.wire
+    if permit.trust != "local" or permit.terms is None or query.spec.noise_in != "code" or wire.rotated:
+        return wire
+    bits = quantiser_for(permit, wire.code_size, query.spec.clip_l2).bits
+    return replace(wire, dtype=f"integer{bits}")  # type: ignore[arg-type]  # 16, 24 or 32
 
 
 def modulus_bits(query: Query, permit: Permit) -> int:
@@ -162,12 +178,14 @@ def server_release(
         released = unmasked_sum(masked.sum_V, masked.clients, permit, clip_l2)
         return CohortRelease(released, masked.bytes_up, masked.rejected, 0, masked.bytes_down)
     if permit.trust == "local":
-        noise_std = permit.noise_multiplier * clip_l2
-        same_space = _adds_messages(query, permit) and query.spec.noise_in == "code"
+        noise_std, step = _local_noise(query, permit)
         released = sum_releases(
-            received_codes(values, senders, permit, clip_l2=clip_l2, noise_std=noise_std if same_space else math.nan)
+            received_codes(values, senders, permit, clip_l2=clip_l2, noise_std=noise_std, step=step)
             for values, senders in _received(query, answers, permit, counts)
         )
+    elif permit.terms is None:
+        received = _received(query, answers, permit, counts)
+        released = release_unnoised((clip_rows(values, clip_l2) for values, _ in received), permit)
     else:
         total = BoundedSum.zero(_sum_size(query, permit), clip_l2)
         for values, _ in _received(query, answers, permit, counts):
@@ -175,6 +193,14 @@ def server_release(
             total = total.add(clip_rows(values, clip_l2))
         released = release_sum(total, permit, noise)
     return CohortRelease(released, counts.bytes_up, counts.rejected, counts.nonfinite)
+
+
+def code_values(query: Query, permit: Permit, code_NK: Tensor) -> Tensor:
+    """Unpacked messages (N, K) in units of the code, float32: integers count the step of the plan."""
+    if code_NK.dtype.is_floating_point:
+        return code_NK
+    step = quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2).step
+    return (code_NK.to(torch.float64) * step).to(torch.float32)
 
 
 def message_rows(query: Query, answers: Iterable[Upload | SecureSum], permit: Permit) -> tuple[Tensor, int]:
@@ -210,6 +236,17 @@ def _sum_size(query: Query, permit: Permit) -> int:
     return query.spec.wire.code_size if _adds_messages(query, permit) else query.spec.update_size
 
 
+def _local_noise(query: Query, permit: Permit) -> tuple[float, float]:
+    """The noise of a value as it is summed, nan where a decoder or another space made it unknown, and what integers count."""
+    wire = message_wire(query, permit)
+    if permit.terms is None or query.spec.noise_in != "code":
+        return 0.0 if permit.terms is None else math.nan, 1.0
+    quantiser = quantiser_for(permit, wire.code_size, query.spec.clip_l2)
+    if not _adds_messages(query, permit):
+        return math.nan, 1.0
+    return quantiser.noise_std, quantiser.step if wire.integers else 1.0
+
+
 @final
 @dataclass
 class _Counts:
@@ -222,15 +259,17 @@ def _received(
     query: Query, answers: Iterable[Upload | SecureSum], permit: Permit, counts: _Counts
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """The values that are summed and who sent them, batch by batch; an empty batch first."""
-    spec = query.spec
-    yield torch.zeros(0, _sum_size(query, permit)), []
+    spec, wire = query.spec, message_wire(query, permit)
+    summed = _adds_messages(query, permit)
+    dtype = torch.int64 if wire.integers and summed else torch.float32
+    yield torch.zeros(0, _sum_size(query, permit), dtype=dtype), []
     for upload in answers:
         assert isinstance(upload, Upload)
-        received = unpack_rows(upload.messages, spec.wire, spec.slot)
+        received = unpack_rows(upload.messages, wire, spec.slot)
         counts.bytes_up += sum(map(len, upload.messages))
         counts.rejected += received.rejected
         counts.nonfinite += upload.nonfinite
         values = received.code_NK
-        if not _adds_messages(query, permit):
-            values = query.decode(values)
+        if not summed:
+            values = query.decode(code_values(query, permit, values))
         yield values, [upload.clients[position] for position in received.accepted]

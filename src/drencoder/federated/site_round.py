@@ -4,7 +4,7 @@ Legend: N units, D adapter values, K values of a message.
 
     units    = those of the site that a secret draw puts into the slot, each with the sampling rate
     code     = clip(encode(train(adapter, the unit's own records)))
-    message  = sum of codes + noise                        local trust
+    message  = sum of rounded codes + noise, modulo 2^b                local trust
     share    = sum of rounded codes + share of noise, modulo 2^b       secure aggregation
 
 A unit is trained as a client of few records, so its update is a function of the adapter, the seeds, its number and its own records.
@@ -19,19 +19,20 @@ from typing import final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from drencoder.data.units import SiteUnits
 from drencoder.encoders.wire import pack_rows
 from drencoder.errors import PrivacyError
 from drencoder.federated.query import Query
-from drencoder.federated.round import Upload, modulus_bits
+from drencoder.federated.round import Upload, code_values, message_wire, modulus_bits
 from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.accounting import PoissonGaussianEvent
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.mechanism import BoundedCodes, BoundedSum, NoiseSource, clip_rows
+from drencoder.privacy.mechanism import BoundedCodes, NoiseSource, clip_rows, quantiser_for
 from drencoder.privacy.sampling import KEY_BYTES, UnitSampler
-from drencoder.privacy.site_mechanism import release_site_share, release_site_sum
+from drencoder.privacy.site_mechanism import release_site_sum
 
 __all__ = ["SiteCurator"]
 
@@ -47,12 +48,12 @@ class SiteCurator:
 
     def message(self, query: Query, adapter_D: Tensor, site: int, permit: Permit, noise: NoiseSource) -> Upload:
         """The one message of a site: local trust. Raises PrivacyError if the permit does not cover it."""
-        spec = query.spec
-        total = BoundedSum.zero(spec.wire.code_size, spec.clip_l2)
-        for _, codes in self._codes(query, adapter_D, site, permit):
-            total = total.add(codes)
-        released = release_site_sum(total, site, permit, noise)
-        return Upload((site,), pack_rows(released.values_NV, spec.wire, spec.slot), 0)
+        spec, wire = query.spec, message_wire(query, permit)
+        codes = self._codes(query, adapter_D, site, permit)
+        sum_K = release_site_sum(codes, spec.wire.code_size, spec.clip_l2, site, permit, noise)
+        steps_1K = torch.from_numpy(quantiser_for(permit, len(sum_K), spec.clip_l2).to_steps(sum_K))[None]
+        values_1K = steps_1K if wire.integers else code_values(query, permit, steps_1K)
+        return Upload((site,), pack_rows(values_1K, wire, spec.slot), 0)
 
     def node_share(
         self, query: Query, adapter_D: Tensor, sites: Sequence[int], permit: Permit, noise: NoiseSource
@@ -62,7 +63,7 @@ class SiteCurator:
         total_K = np.zeros(spec.wire.code_size, dtype=np.uint32)
         for site in sites:
             codes = self._codes(query, adapter_D, site, permit)
-            total_K += release_site_share(codes, spec.wire.code_size, spec.clip_l2, site, permit, noise)
+            total_K += release_site_sum(codes, spec.wire.code_size, spec.clip_l2, site, permit, noise)
         return total_K & np.uint32((1 << modulus_bits(query, permit)) - 1)
 
     def _codes(

@@ -35,8 +35,9 @@ from drencoder.privacy.accounting import (
     event_to_dict,
 )
 from drencoder.privacy.ledger_file import FORMAT, LedgerFile
+from drencoder.privacy.noise_terms import NoiseTerms, ShareTerms, noise_terms
 from drencoder.privacy.observers import OBSERVERS, ObserverGuarantee, epsilons_by_observer
-from drencoder.privacy.plan import Noise, PrivacyPlan, ShareTerms, Stage, Trust
+from drencoder.privacy.plan import Noise, PrivacyPlan, Stage, Trust
 from drencoder.privacy.sampling import KEY_BYTES, Sampler
 
 __all__ = ["ROUNDING", "Ledger", "Permit"]
@@ -66,6 +67,7 @@ class Permit:
     cohort: tuple[int, ...] = field(repr=False)
     run_id: str = ""  # of the ledger: other machines tell this run's questions from another's by it
     shares: ShareTerms | None = None
+    terms: NoiseTerms | None = None  # None for a stage without noise
     token: InitVar[object] = None
     _spent: set[int] = field(default_factory=set, init=False, repr=False)
 
@@ -124,9 +126,8 @@ class Ledger:
     ) -> "Ledger":
         """Starts a ledger at `path`, which must not exist.
 
-        `key` seeds the cohorts. Central trust with secure noise takes none (it is secret, fresh in
-        each process and never written). Local trust draws one if none is given; it is kept in the
-        header, since the cap must survive a resume. Replayed runs must give one.
+        `key` seeds the cohorts. Central trust with secure noise takes none (it is secret, fresh in each process and never written).
+        Local trust draws one if none is given; it is kept in the header, since the cap must survive a resume. Replayed runs must give one.
         `recipe`: digest of what the run does, which binds a resumed run to it.
         Raises ArtifactError when the file exists or cannot be written.
         """
@@ -397,5 +398,5 @@ def _permit(plan: PrivacyPlan, slot: int, attempt: int, cohort: tuple[int, ...],
     return Permit(
         trust=plan.trust, stage=plan.stage(slot), slot=slot, attempt=attempt, event=plan.event(slot),
         relation=plan.relation, noise=plan.noise, cohort=cohort, run_id=run_id,
-        shares=plan.share_terms(slot) if plan.trust == "secure-aggregation" else None, token=_TOKEN,
+        shares=plan.share_terms(slot) if plan.trust == "secure-aggregation" else None, terms=noise_terms(plan, slot), token=_TOKEN,
     )  # fmt: skip

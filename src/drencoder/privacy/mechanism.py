@@ -4,15 +4,15 @@ Shapes: N clients (rows), V values of the joint vector. The types carry trust, a
 make one: `clip_rows` makes `BoundedCodes`, these make a `BoundedSum`, and `release_sum`, `release_codes` or
 `release_shares` with `unmasked_sum` make a `Release` against a `Permit`, which the ledger wrote down before.
 
-The noise's standard deviation is `permit.noise_multiplier * clip_l2`, both read from the objects that
-guarantee them. It is one scale for the joint vector.
+Under every trust codes become integers (`secure_aggregation.quantise`) and the noise is a discrete Gaussian on them. Its
+standard deviation is `permit.noise_multiplier` times the bound of a rounded code, both read from the objects that guarantee
+them, and a little more. It is one scale for the joint vector. docs/guarantee.md has the theorem.
 """
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,7 @@ import torch
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import Relation
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.plan import Noise
-from drencoder.rng import derive_seed
-from drencoder.secure_aggregation.discrete import Words
+from drencoder.privacy.noise_source import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.secure_aggregation.quantise import Quantiser
 
 __all__ = [
@@ -40,6 +38,7 @@ __all__ = [
     "release_codes",
     "release_shares",
     "release_sum",
+    "release_unnoised",
     "sum_releases",
     "unmasked_sum",
 ]
@@ -69,10 +68,13 @@ class BoundedCodes:
 
 @dataclass(frozen=True, eq=False)
 class BoundedSum:
-    """The un-noised sum (float64) of clipped rows: private, refuses to be pickled, prints no values."""
+    """The un-noised sum of clipped rows, rounded to integers: private, refuses to be pickled, prints no values.
 
-    sum_V: torch.Tensor = field(repr=False)
-    clip_l2: float
+    `steps_V` (V,) int64 is exact: it depends neither on the order of the rows nor on their batches.
+    """
+
+    steps_V: torch.Tensor = field(repr=False)
+    quantiser: Quantiser = field(repr=False)
     contributors: int = field(repr=False)
     token: InitVar[object] = None
 
@@ -83,18 +85,31 @@ class BoundedSum:
     def zero(cls, size: int, clip_l2: float) -> "BoundedSum":
         """The sum over nobody, of `size` values, for rows of norm at most `clip_l2`."""
         _check_clip(clip_l2)
-        return cls(torch.zeros(size, dtype=torch.float64), clip_l2, 0, token=_TOKEN)
+        quantiser = Quantiser.fine(values=size, clip_l2=clip_l2, noise_multiplier=1.0)
+        return cls(torch.zeros(size, dtype=torch.int64), quantiser, 0, token=_TOKEN)
 
     def add(self, codes: BoundedCodes) -> "BoundedSum":
         """This sum plus all rows of `codes`, each with weight one. Raises PrivacyError on another clip or size."""
         _check_same("clip norm", self.clip_l2, codes.clip_l2)
-        _check_same("size", self.sum_V.numel(), codes.values_NV.shape[1])
-        total_V = _add_rows(self.sum_V, codes.values_NV)
-        return BoundedSum(total_V, self.clip_l2, self.contributors + codes.values_NV.shape[0], token=_TOKEN)
+        _check_same("size", self.steps_V.numel(), codes.values_NV.shape[1])
+        total_V, scale = self.steps_V.to(codes.values_NV.device, copy=True), self.quantiser.nearest_scale
+        for values_V in codes.values_NV:
+            total_V += torch.round(values_V.to(torch.float64) * scale).to(torch.int64)
+        return BoundedSum(total_V, self.quantiser, self.contributors + codes.values_NV.shape[0], token=_TOKEN)
+
+    @property
+    def clip_l2(self) -> float:
+        """The L2 bound of a row before it was rounded."""
+        return self.quantiser.clip_l2
+
+    @property
+    def sum_V(self) -> torch.Tensor:
+        """The sum in units of the codes, (V,) float64."""
+        return self.steps_V.to(torch.float64) * self.quantiser.step
 
     def sensitivity(self, relation: Relation) -> float:
-        """The most that one client can move the sum, in L2: C for `add_remove`, 2C for `replace_one`."""
-        return self.clip_l2 if relation == "add_remove" else 2 * self.clip_l2
+        """The most that one client can move the sum, in L2: the bound of a rounded row, or twice that for `replace_one`."""
+        return self.quantiser.bound_l2 * (1 if relation == "add_remove" else 2)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an un-noised sum is never saved or sent")
@@ -120,17 +135,26 @@ class Release:
 
 @dataclass(frozen=True, eq=False)
 class Releases:
-    """Local trust: row i is the release of client `client_ids[i]`, with noise `noise_std` of its own."""
+    """Local trust: row i is the release of client `client_ids[i]`, with noise `noise_std` of its own.
+
+    Rows are integers (N, V) int64 that count `step`; floats with a step of 1 where there was no noise, or they were decoded.
+    """
 
     values_NV: torch.Tensor = field(repr=False)
     client_ids: tuple[int, ...]
     noise_std: float
     slot: int
     clip_l2: float
+    step: float = 1.0
     token: InitVar[object] = None
 
     def __post_init__(self, token: object) -> None:
         _guard(token, "release_codes")
+
+    @property
+    def codes_NV(self) -> torch.Tensor:
+        """The rows in units of the codes, float32."""
+        return (self.values_NV.to(torch.float64) * self.step).to(torch.float32)
 
 
 def clip_rows(values_NV: torch.Tensor, clip_l2: float) -> BoundedCodes:
@@ -163,128 +187,107 @@ def clip_rows(values_NV: torch.Tensor, clip_l2: float) -> BoundedCodes:
 
 
 def _add_rows(total_V: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
-    """A new sum, float64: one row after the other, so that it does not depend on the batches that the rows came in."""
+    """A new sum, one row after the other, so that a sum of floats does not depend on the batches that the rows came in."""
     total_V = total_V.to(values_NV.device, copy=True)
     for values_V in values_NV:
-        total_V += values_V.to(torch.float64)
+        total_V += values_V.to(total_V.dtype)
     return total_V
 
 
-class NoiseSource(Protocol):
-    """Standard normal numbers; `kind` says whether anybody could compute them again."""
-
-    kind: Noise
-
-    def normal(self, size: int, *indices: int) -> torch.Tensor:
-        """`size` float64 values. `indices` (slot, client) name the stream of a replayable source."""
-        ...
-
-    def words(self, *indices: int) -> Words:
-        """A stream of uniform 64-bit words, for noise on integers."""
-        ...
+def _sum_dtype(values_NV: torch.Tensor) -> torch.dtype:
+    return torch.float64 if values_NV.dtype.is_floating_point else torch.int64
 
 
-class SecureNoise:
-    """Noise from the operating system's generator, never the same twice.
+def quantiser_for(permit: Permit, size: int, clip_l2: float) -> Quantiser:
+    """How codes of `size` values and this clip become integers under a permit: `NoiseTerms.quantiser`.
 
-    Each value is the sum of four independent normals, halved: after that the gaps of floating point
-    numbers, from which the least digits of a single draw give the noise away (Mironov 2012,
-    doi 10.1145/2382196.2382264), cannot be searched any more (Holohan & Braghin 2021, arXiv 2107.10138).
+    Raises PrivacyError for a slot without noise.
     """
-
-    kind: Noise = "secure"
-
-    def normal(self, size: int, *indices: int) -> torch.Tensor:
-        out = np.empty(size)
-        step = _CHUNK_VALUES // 4
-        for start in range(0, size, step):
-            count = min(step, size - start)
-            words = np.frombuffer(os.urandom(32 * count), dtype="<u8").reshape(4, count)
-            out[start : start + count] = _normal(words).sum(0) / 2
-        return torch.from_numpy(out)
-
-    def words(self, *indices: int) -> Words:
-        return lambda count: np.frombuffer(os.urandom(8 * count), dtype="<u8").astype(np.uint64, copy=False)
-
-
-class ReplayNoise:
-    """Noise that the seed gives again, stream by stream: for tests. A run with it has NO guarantee."""
-
-    kind: Noise = "replay"
-
-    def __init__(self, run_seed: int | str) -> None:
-        self._run_seed = run_seed
-
-    def normal(self, size: int, *indices: int) -> torch.Tensor:
-        generator = np.random.Philox(derive_seed(self._run_seed, "release-noise", *indices))
-        return torch.from_numpy(_normal(np.atleast_1d(generator.random_raw(size))))
-
-    def words(self, *indices: int) -> Words:
-        generator = np.random.Philox(derive_seed(self._run_seed, "discrete-noise", *indices))
-        return lambda count: np.atleast_1d(generator.random_raw(count))
-
-
-def _normal(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    from scipy.special import ndtri
-
-    # 52 bits and a half are exact in float64 and lie strictly inside (0, 1); 53 could round up to 1.
-    return ndtri(((words >> np.uint64(12)) + 0.5) * 2.0**-52)
+    _check_clip(clip_l2)
+    if permit.terms is None:
+        raise PrivacyError(f"Slot {permit.slot} has no noise, so its codes stay floats: drop this call.")
+    return permit.terms.quantiser(size, clip_l2)
 
 
 def release_sum(bounded: BoundedSum, permit: Permit, noise: NoiseSource) -> Release:
-    """Central trust: the sum plus N(0, (permit.noise_multiplier * clip)^2) on every value.
+    """Whoever is trusted with codes (central trust: the server): the integer sum plus discrete Gaussian noise on every value.
 
-    Raises PrivacyError when the permit is used up, is for local trust, or for another kind of noise.
+    Raises PrivacyError when the permit is used up, is for local trust or without noise, or for another kind of noise.
     """
     _check_noise(permit, noise)
+    quantiser = quantiser_for(permit, bounded.steps_V.numel(), bounded.clip_l2)
     permit.spend_sum()
-    noise_std = permit.noise_multiplier * bounded.clip_l2
-    value_V = bounded.sum_V
-    if noise_std:
-        value_V = value_V + noise_std * noise.normal(value_V.numel(), permit.slot).to(value_V.device)
-    return Release(value_V.to(torch.float32), noise_std, permit.slot, bounded.clip_l2, token=_TOKEN)
+    noise_V = torch.from_numpy(quantiser.noise(noise.words(permit.slot)))
+    value_V = (bounded.steps_V + noise_V.to(bounded.steps_V.device)).to(torch.float64) * quantiser.step
+    return Release(value_V.to(torch.float32), quantiser.noise_std, permit.slot, bounded.clip_l2, token=_TOKEN)
+
+
+def release_unnoised(parts: Iterable[BoundedCodes], permit: Permit) -> Release:
+    """A baseline under central trust: the sum of all rows as they are, in floats; `parts` may be empty batches, not nothing.
+
+    Raises PrivacyError when the slot was charged for noise, or the permit is used up.
+    """
+    if permit.terms is not None:
+        raise PrivacyError(f"Slot {permit.slot} was charged for noise: release its sum with noise.")
+    permit.spend_sum()
+    total_V: torch.Tensor | None = None
+    for part in parts:
+        size, clip_l2 = part.values_NV.shape[1], part.clip_l2
+        total_V = _add_rows(torch.zeros(size, dtype=torch.float64) if total_V is None else total_V, part.values_NV)
+    if total_V is None:
+        raise PrivacyError("There is nothing to sum: give at least one part, which may have zero rows.")
+    return Release(total_V.to(torch.float32), 0.0, permit.slot, clip_l2, token=_TOKEN)
 
 
 def release_codes(codes: BoundedCodes, client_ids: Sequence[int], permit: Permit, noise: NoiseSource) -> Releases:
-    """Local trust: every row plus N(0, (permit.noise_multiplier * clip)^2) of its own.
+    """Local trust: every row as integers, with all of its noise.
 
     Row i is client `client_ids[i]`, which must be in the permit's cohort and not have released in it before.
-    A replayable source is asked by (slot, client), so the split into chunks changes no value.
+    A replayable source is asked by (slot, client), so the split into chunks changes no value. A slot that was charged as
+    non-private keeps its rows as they are.
     """
     _check_noise(permit, noise)
     clients = [int(client) for client in client_ids]
     _check_same("number of clients", len(clients), codes.values_NV.shape[0])
+    size, facts = codes.values_NV.shape[1], (permit.slot, codes.clip_l2)
+    if permit.terms is None:
+        permit.spend_clients(clients)
+        return Releases(codes.values_NV.clone(), tuple(clients), 0.0, *facts, token=_TOKEN)
+    quantiser = quantiser_for(permit, size, codes.clip_l2)
     permit.spend_clients(clients)
-    noise_std = permit.noise_multiplier * codes.clip_l2
-    values_NV = codes.values_NV.clone()
-    if noise_std:
-        size = values_NV.shape[1]
-        for row, client in enumerate(clients):
-            noise_V = noise.normal(size, permit.slot, client).to(values_NV.device)
-            values_NV[row] = (codes.values_NV[row].to(torch.float64) + noise_std * noise_V).to(torch.float32)
-    return Releases(values_NV, tuple(clients), noise_std, permit.slot, codes.clip_l2, token=_TOKEN)
+    steps_NV = np.zeros((len(clients), size), dtype=np.int64)
+    for steps_V, code_V, client in zip(steps_NV, codes.values_NV.cpu().numpy(), clients, strict=True):
+        steps_V[:] = quantiser.to_steps(quantiser.round_and_noise(code_V, noise.words(permit.slot, client)))
+    rows_NV = torch.from_numpy(steps_NV)
+    return Releases(rows_NV, tuple(clients), quantiser.noise_std, *facts, quantiser.step, token=_TOKEN)
 
 
 def received_codes(
-    values_NV: torch.Tensor, client_ids: Sequence[int], permit: Permit, *, clip_l2: float, noise_std: float
+    values_NV: torch.Tensor,
+    client_ids: Sequence[int],
+    permit: Permit,
+    *,
+    clip_l2: float,
+    noise_std: float,
+    step: float = 1.0,
 ) -> Releases:
     """Local trust, the server's side: rows that arrived from `client_ids`, perhaps decoded: post-processing, free.
 
     Nothing is made private here. Each row left its client as a release of `release_codes`, under this permit;
-    `noise_std` is the noise of a value as it stands now, nan where a decoder made it unknown.
+    `noise_std` is the noise of a value as it stands now, nan where a decoder made it unknown; `step` is what integers count.
     Raises PrivacyError for a client that is not in the permit's cohort.
     """
     if permit.trust == "central":
         raise PrivacyError("Under central trust what arrives is not a release: add it up as BoundedCodes.")
     if strangers := set(client_ids) - set(permit.cohort):
         raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {permit.slot}.")
-    return Releases(values_NV, tuple(client_ids), noise_std, permit.slot, clip_l2, token=_TOKEN)
+    return Releases(values_NV, tuple(client_ids), noise_std, permit.slot, clip_l2, step, token=_TOKEN)
 
 
 def sum_releases(parts: Iterable[Releases]) -> Release:
     """The sum of local releases of one slot, n rows in all: noise of std * sqrt(n). Post-processing, free.
 
-    Takes a generator, so that a cohort need not be held at once. Raises PrivacyError when there is no part,
+    A sum of integers is exact, and so a function of nothing but the sum: those who see only it see no more. Takes a generator, so that a cohort need not be held at once. Raises PrivacyError when there is no part,
     when parts of different slots or clips meet, or a client comes twice.
     """
     total_V: torch.Tensor | None = None
@@ -292,10 +295,11 @@ def sum_releases(parts: Iterable[Releases]) -> Release:
     seen: set[int] = set()
     for part in parts:
         if first is None or total_V is None:
-            first, total_V = part, torch.zeros(part.values_NV.shape[1], dtype=torch.float64)
+            first, total_V = part, torch.zeros(part.values_NV.shape[1], dtype=_sum_dtype(part.values_NV))
         _check_same("slot", first.slot, part.slot)
         _check_same("clip norm", first.clip_l2, part.clip_l2)
         _check_same("noise", first.noise_std, part.noise_std)
+        _check_same("step", first.step, part.step)
         if twice := seen & set(part.client_ids):
             raise PrivacyError(f"Client {min(twice)} is in the sum of slot {part.slot} twice.")
         seen |= set(part.client_ids)
@@ -303,22 +307,11 @@ def sum_releases(parts: Iterable[Releases]) -> Release:
     if first is None or total_V is None:
         raise PrivacyError("There are no releases to sum: give at least one part, which may have zero rows.")
     noise_std = first.noise_std * len(seen) ** 0.5
-    return Release(total_V.to(torch.float32), noise_std, first.slot, first.clip_l2, len(seen), token=_TOKEN)
+    value_V = (total_V.to(torch.float64) * first.step).to(torch.float32)
+    return Release(value_V, noise_std, first.slot, first.clip_l2, len(seen), token=_TOKEN)
 
 
 # Secure aggregation: clients make shares, an engine adds them up under masks, the server gets the sum.
-
-
-def quantiser_for(permit: Permit, size: int, clip_l2: float) -> Quantiser:
-    """How codes of `size` values and this clip become integers under a permit: `ShareTerms.quantiser`.
-
-    Raises PrivacyError under another trust.
-    """
-    _check_clip(clip_l2)
-    terms = permit.shares
-    if terms is None:
-        raise PrivacyError(f"Under {permit.trust} trust codes are not quantised for a modular sum: drop this call.")
-    return terms.quantiser(size, clip_l2)
 
 
 def release_shares(
@@ -328,8 +321,11 @@ def release_shares(
 
     It is private only inside the sum over enough nodes, so it leaves its node under masks and never as it is. Row i is
     client `client_ids[i]`, which must be in the permit's cohort and not have contributed in it before.
+    Raises PrivacyError under another trust.
     """
     _check_noise(permit, noise)
+    if permit.shares is None:
+        raise PrivacyError(f"Under {permit.trust} trust there are no shares to add up: drop this call.")
     clients = [int(client) for client in client_ids]
     _check_same("number of clients", len(clients), codes.values_NV.shape[0])
     quantiser = quantiser_for(permit, codes.values_NV.shape[1], codes.clip_l2)
@@ -346,8 +342,10 @@ def unmasked_sum(sum_V: npt.NDArray[np.uint32], client_ids: Sequence[int], permi
     Nothing is made private here: each contributor has added its share. Raises PrivacyError when there are fewer of them
     than the plan's least, for one who is not in the cohort or comes twice, and when the permit's sum was taken before.
     """
-    quantiser, terms = quantiser_for(permit, sum_V.size, clip_l2), permit.shares
-    assert terms is not None
+    terms = permit.shares
+    if terms is None:
+        raise PrivacyError(f"Under {permit.trust} trust there is no modular sum: drop this call.")
+    quantiser = quantiser_for(permit, sum_V.size, clip_l2)
     if strangers := set(client_ids) - set(permit.cohort):
         raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {permit.slot}.")
     count = len(set(client_ids))
@@ -358,7 +356,7 @@ def unmasked_sum(sum_V: npt.NDArray[np.uint32], client_ids: Sequence[int], permi
         )
     permit.spend_sum()
     value_V = torch.from_numpy(quantiser.to_values(sum_V)).to(torch.float32)
-    noise_std = quantiser.share_std * count**0.5
+    noise_std = quantiser.noise_std * count**0.5
     return Release(value_V, noise_std, permit.slot, clip_l2, count, token=_TOKEN)
 
 

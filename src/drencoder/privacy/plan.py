@@ -27,6 +27,7 @@ from typing import Any, get_args
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
+    COARSE_INTERVAL,
     RELATIONS,
     Event,
     GaussianEvent,
@@ -37,10 +38,10 @@ from drencoder.privacy.accounting import (
     merge,
 )
 from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE, calibrate
+from drencoder.privacy.noise_terms import DISCRETE_SHARE, ShareTerms
 from drencoder.privacy.observers import ASSUMPTIONS, SITE_ASSUMPTIONS, ObserverGuarantee, report
 from drencoder.privacy.plan_checks import Noise, Stage, Trust, Unit, check_facts, check_noise, refuse, unused_fields
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, binomial_quantile, split_blocks
-from drencoder.privacy.share_terms import ShareTerms
 
 __all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "Unit", "make_plan"]
 
@@ -48,7 +49,6 @@ ALIGNMENT = 0.5  # |mean clipped update|^2 / C^2, as plans assume it
 
 _COHORT_RISK = 1e-6  # chance that one round's cohort is smaller than the plan says
 _CROWD_RISK = 1e-12  # and that it is larger than what the modulus of secure aggregation was made for
-_DISCRETE_SHARE = 1e-6  # of delta, set aside for all that keeps discrete shares from being Gaussian noise
 _SURE = 1e-9  # shares of whole numbers: 0.7 of 10 is 7, whatever floating point says
 _FULLER = 4  # times the units that everybody expects in a sum, the modulus of secure aggregation holds
 
@@ -131,8 +131,8 @@ class PrivacyPlan:
 
     @property
     def gaussian_delta(self) -> float:
-        """The delta that epsilons are computed at; secure aggregation sets a millionth aside for its discrete noise."""
-        return self.delta * (1 - _DISCRETE_SHARE) if self.trust == "secure-aggregation" else self.delta
+        """The delta that epsilons are computed at: a millionth is set aside for noise that is discrete."""
+        return self.delta * (1 - DISCRETE_SHARE)
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
@@ -184,7 +184,7 @@ class PrivacyPlan:
             raise PrivacyError(f"Slot {slot} is not in the plan, which has slots {self.slots[0]} to {self.rounds}.")
         if self.stage(slot) in self.non_private:
             return NonPrivateEvent()
-        sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
+        sigma = self.sigma(slot)
         return PoissonGaussianEvent(self.rate(slot), sigma) if self.secret_draw else GaussianEvent(sigma)
 
     def cohort_bound(self, slot: int) -> int:
@@ -207,28 +207,35 @@ class PrivacyPlan:
         return max(1, math.floor(self.honest_share * contributors + _SURE))
 
     def share_terms(self, slot: int) -> ShareTerms:
-        """The bounds of `slot`: m honest shares of sigma / sqrt(m) add up to sigma (Kairouz, Liu and Steinke 2021).
-
-        The slack is what (1 + e^epsilon) TV <= a millionth of delta leaves to one of all slots, at the largest epsilon
-        that this plan states.
-        """
+        """The bounds of `slot`: m honest shares of sigma / sqrt(m) add up to sigma (Kairouz, Liu and Steinke 2021)."""
         if self.trust != "secure-aggregation":
             raise PrivacyError(
                 f"Under {self.trust} trust there are no shares of noise: each release has all of its own."
             )
         least = self.least_contributors(slot)
         honest = self.honest(least)
-        sigma = self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
-        most = 1 + binomial_quantile(1 - _CROWD_RISK, self.units, self.rate(slot))
-        slack = _DISCRETE_SHARE * self.delta / len(self.slots) / (1 + math.exp(min(700.0, self._largest_epsilon)))
-        codes = _FULLER * most if self.curated else min(self.population, most)
-        contributors = self.population if self.curated else codes
-        return ShareTerms(sigma / math.sqrt(honest), least, contributors, honest, slack, codes)
+        return ShareTerms(self.sigma(slot) / math.sqrt(honest), least, self.most_contributors(slot), honest)
+
+    def sigma(self, slot: int) -> float:
+        """Noise std / clip of one release of `slot`; 0 for a stage without noise."""
+        return self.stage1_noise_multiplier if slot == 0 else self.noise_multiplier
+
+    def most_contributors(self, slot: int) -> int:
+        """Of all sites, or of clients: more than so many are drawn with a chance of 1e-12 only, and none above the population."""
+        return self.population if self.curated else min(self.population, self._most_drawn(slot))
+
+    def most_codes(self, slot: int) -> int:
+        """How many codes a modular sum holds. A sum of more, which only sites can have, may wrap around and tells nothing more."""
+        return _FULLER * self._most_drawn(slot) if self.curated else self.most_contributors(slot)
+
+    def _most_drawn(self, slot: int) -> int:
+        return 1 + binomial_quantile(1 - _CROWD_RISK, self.units, self.rate(slot))
 
     @cached_property
-    def _largest_epsilon(self) -> float:
-        """Of the whole plan, any observer and either adjacency: other clients, replace-one."""
-        return epsilon_pld(self.composition("clients", self.schedule()) or (), self.gaussian_delta, "replace_one")
+    def largest_epsilon(self) -> float:
+        """Of the whole plan's private stages: the strongest observer's, under replace-one."""
+        events = self.budget_events(dict.fromkeys(self.slots, 1))
+        return epsilon_pld(events, self.gaussian_delta, "replace_one", COARSE_INTERVAL)
 
     def composition(self, observer: str, charged: Mapping[int, tuple[int, int]]) -> tuple[Event, ...] | None:
         """The worst client's events in the view of `observer`; None where there is no guarantee.

@@ -8,37 +8,15 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.mechanism import (
-    _TOKEN,
-    BoundedCodes,
-    BoundedSum,
-    NoiseSource,
-    Releases,
-    _check_noise,
-    quantiser_for,
-)
+from drencoder.privacy.mechanism import BoundedCodes, _check_noise, quantiser_for
+from drencoder.privacy.noise_source import NoiseSource
 
-__all__ = ["release_site_share", "release_site_sum"]
+__all__ = ["release_site_sum"]
 
 
-def release_site_sum(bounded: BoundedSum, site: int, permit: Permit, noise: NoiseSource) -> Releases:
-    """Local trust: the sum over a site's units plus N(0, (permit.noise_multiplier * clip)^2) on every value, as one row (1, V).
-
-    How many units are in the sum is not told: neither the row's size nor anything beside it depends on that.
-    Raises PrivacyError when the permit does not cover the site, or has, and for another kind of noise.
-    """
-    _check_noise(permit, noise)
-    permit.spend_clients([site])
-    noise_std = permit.noise_multiplier * bounded.clip_l2
-    noise_V = noise.normal(bounded.sum_V.numel(), permit.slot, site).to(bounded.sum_V.device)
-    value_1V = (bounded.sum_V + noise_std * noise_V).to(torch.float32)[None]
-    return Releases(value_1V, (site,), noise_std, permit.slot, bounded.clip_l2, token=_TOKEN)
-
-
-def release_site_share(
+def release_site_sum(
     batches: Iterable[tuple[list[int], BoundedCodes]],
     size: int,
     clip_l2: float,
@@ -46,10 +24,11 @@ def release_site_share(
     permit: Permit,
     noise: NoiseSource,
 ) -> npt.NDArray[np.uint32]:
-    """Secure aggregation: (V,) the sum modulo 2^b of a site's rounded codes and one share of noise. It must not leave unmasked.
+    """(V,) the sum modulo 2^b of a site's rounded codes and of its noise: all that was charged (local trust), or a share of it.
 
-    `batches` yields units with their codes, `size` values each, of clip `clip_l2`. Each code is rounded by itself, so that a unit
-    moves the sum by no more than `Quantiser.bound_l2`. Raises PrivacyError as `release_site_sum`.
+    A share (secure aggregation) must not leave unmasked. `batches` yields units with their codes, `size` values each, of clip
+    `clip_l2`. Each code is rounded by itself, so that a unit moves the sum by no more than `Quantiser.bound_l2`. How many units
+    are in it is not told. Raises PrivacyError when the permit does not cover the site, or has, and for another kind of noise.
     """
     _check_noise(permit, noise)
     quantiser = quantiser_for(permit, size, clip_l2)

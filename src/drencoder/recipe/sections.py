@@ -198,7 +198,8 @@ class Encoder(Checked):
     )
     wire_dtype: str = knob(
         "auto",
-        "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32; rotated4, rotated2 and "
+        "type of a code on the wire; auto: rotated4 for hybrid with a trusted server, else float32, where a code that carries its "
+        "own noise is integers of 16, 24 or 32 bits, as the plan needs; rotated4, rotated2 and "
         "rotated1 turn a code at random and send 4, 2 or 1 bits a value; under local trust they leave the public no better "
         "epsilon than the server",
         choices=("auto", "float32", "rotated4", "rotated2", "rotated1"),

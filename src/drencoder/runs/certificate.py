@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from drencoder import __version__
 from drencoder.data.evaluation_text import describe_owners, evaluation_rests_on, owner_kind
-from drencoder.encoders.code_sizes import plain_lora_bytes
+from drencoder.encoders.code_sizes import BITS_PER_VALUE, plain_lora_bytes
 from drencoder.encoders.planning import wire_dtype
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
@@ -20,7 +20,7 @@ from drencoder.privacy.ledger_check import plan_differences
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.site_epsilons import SITE_TRUST, UNITS, unit_terms
 from drencoder.recipe.recipe import Recipe
-from drencoder.runs.plan_overview import modular_bits, privacy_plan
+from drencoder.runs.plan_overview import integer_bits, privacy_plan, sent_dtype
 from drencoder.runs.run_folder import RunFolder, storing
 
 if TYPE_CHECKING:  # these import torch
@@ -119,13 +119,12 @@ def make_certificate(
     components: "Components", ledger: Ledger, progress: "Progress", encoder: "Encoder"
 ) -> dict[str, Any]:
     """The certificate of a finished run, but for its results."""
-    from drencoder.encoders.wire import WireFormat
-
     recipe, plan, layout = components.recipe, components.plan, components.lora.layout
     secure, base = plan.trust == "secure-aggregation", components.lora.base
     senders = recipe.federation.nodes if secure else plan.senders(1)
     uploads = senders * sum(1 for slot in ledger.charges() if slot > 0)
-    wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
+    values = encoder.code_size + (recipe.privacy.clip == "adaptive")
+    bits = integer_bits(plan, 1, values) if secure else BITS_PER_VALUE[sent_dtype(recipe, plan, 1, values)]
     return {
         "drencoder": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,8 +135,8 @@ def make_certificate(
             "downloaded": progress.bytes_down,
             "stage1": (progress.stage1 or {}).get("bytes", 0),
             "counted": BYTES_COUNTED[plan.capped],
-            "plain_lora": plain_lora_bytes(uploads, layout.size, wire.dtype),
-            "bits_per_value": modular_bits(plan, 1, encoder.code_size) if secure else wire.bits,
+            "plain_lora": plain_lora_bytes(uploads, layout.size, wire_dtype(recipe)),
+            "bits_per_value": bits,
         },
         "encoder": encoder.describe() | flat_gate(progress.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(progress.stage1 or {})},

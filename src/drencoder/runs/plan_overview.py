@@ -24,11 +24,12 @@ from drencoder.errors import RecipeError
 from drencoder.models.place import locate
 from drencoder.models.planned_layers import adapted_matrices, planned_size
 from drencoder.models.training_size import ModelSize, free_memory, gigabytes
+from drencoder.privacy.noise_terms import noise_terms
 from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
 
-__all__ = ["Overview", "modular_bits", "privacy_plan", "survey"]
+__all__ = ["Overview", "integer_bits", "privacy_plan", "sent_dtype", "survey"]
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,12 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         noise=privacy.noise,  # type: ignore[arg-type]
         non_private=_non_private(recipe),
         # The public's epsilon rests on seeing nothing but a sum of noised codes. A decoder that takes each code by
-        # itself, and rounding each to fewer bits, put something else in its place.
+        # itself, encoding each after its noise, and rounding each to fewer bits, put something else in its place.
         dropout_share=privacy.dropout_share if privacy.trust == "secure-aggregation" else 0.0,
         honest_share=privacy.honest_share if privacy.trust == "secure-aggregation" else 1.0,
-        nonlinear_decoding=not declared(recipe).linear or wire_dtype(recipe) != "float32",
+        nonlinear_decoding=not declared(recipe).linear
+        or wire_dtype(recipe) != "float32"
+        or (privacy.trust, privacy.noise_in) == ("local", "update"),
         unit=privacy.unit,  # type: ignore[arg-type]  # checked by the recipe
         site_units=0 if privacy.unit == "client" else federation.units_per_site,
     )
@@ -196,17 +199,18 @@ def survey(recipe: Recipe) -> Overview:
     size = AdapterShape(matrices, recipe.adapter.rank).update_size
     prior, dtype = recipe.prior, wire_dtype(recipe)
     code = planned_code_size(recipe, plan, matrices)
-    message = message_bytes(code + (recipe.privacy.clip == "adaptive"), dtype)
+    values = code + (recipe.privacy.clip == "adaptive")
+    message = message_bytes(values, sent_dtype(recipe, plan, 1, values))
     rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
     uploads = plan.senders(1) * rounds
     asked = stage1_values(prior.source, size, len(matrices), prior.epochs)
-    stage1 = round(plan.senders(0) * message_bytes(asked, "float32")) if asked else 0
+    stage1 = round(plan.senders(0) * message_bytes(asked, sent_dtype(recipe, plan, 0, asked))) if asked else 0
     stage2, senders = round(uploads * message), uploads
     if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
-        message = round_bytes(nodes, code + (recipe.privacy.clip == "adaptive"), modular_bits(plan, 1, code))[0]
+        message = round_bytes(nodes, values, integer_bits(plan, 1, values))[0]
         senders = rounds * nodes
         stage2 = senders * message
-        stage1 = nodes * round_bytes(nodes, asked, modular_bits(plan, 0, asked))[0] if asked else 0
+        stage1 = nodes * round_bytes(nodes, asked, integer_bits(plan, 0, asked))[0] if asked else 0
     return Overview(
         privacy=plan,
         adapter_size=size,
@@ -266,6 +270,16 @@ def _size_reason(size: int, k_star: float, wire_dtype: str) -> str:
     )
 
 
-def modular_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
-    """Returns how many bits a value of a slot's sum has under secure aggregation."""
-    return plan.share_terms(slot).quantiser(values, 1.0).bits  # the clip is their unit
+def integer_bits(plan: PrivacyPlan, slot: int, values: int) -> int:
+    """Returns how many bits a value of a slot's codes (local trust) or of their sum (secure aggregation) has as an integer."""
+    terms = noise_terms(plan, slot)
+    assert terms is not None
+    return terms.quantiser(values, 1.0).bits  # the clip is their unit
+
+
+def sent_dtype(recipe: Recipe, plan: PrivacyPlan, slot: int, values: int) -> str:
+    """Returns the wire type of one client's message: what `federated.round.message_wire` finds with a permit."""
+    asked = wire_dtype(recipe) if slot else "float32"
+    noised = plan.trust == "local" and plan.stage(slot) not in plan.non_private
+    in_code = slot == 0 or recipe.privacy.noise_in == "code"
+    return f"integer{integer_bits(plan, slot, values)}" if noised and in_code and asked == "float32" else asked

@@ -18,7 +18,7 @@ from drencoder.encoders.request import TrainingGradients
 from drencoder.encoders.viability import GateResult, measure_viability, require_viable
 from drencoder.errors import LostError, QuorumError, RefusedError
 from drencoder.federated.query import gradient_query, moment_query
-from drencoder.federated.round import message_rows
+from drencoder.federated.round import message_rows, message_wire
 from drencoder.privacy.ledger import Ledger
 from drencoder.rng import derive_seed
 from drencoder.runs.asking import ask_cohort, uploaded_bytes
@@ -73,12 +73,12 @@ def _moments(components: Components, ledger: Ledger, progress: Progress, say: Sa
     whom = f"{plan.population} sites" if plan.curated else f"about {plan.stage1_cohort:.0f} clients"
     say(f"stage 1: asking {whom} for two moments per tensor{epochs}")
     query = moment_query(segments, recipe.prior)
-    result, _ = ask_cohort(components, ledger, query, progress.state.adapter_D)
+    result, permit = ask_cohort(components, ledger, query, progress.state.adapter_D)
     release = result.release
     ledger.record_release(0, float32_bytes(release.value), "statistics")
     mean_V = release.value / plan.stage1_cohort
     prior = GaussianPrior.from_statistics(mean_V, segments, release.noise_std / plan.stage1_cohort)
-    facts = {"statistics": query.spec.wire.code_size, "message_bytes": query.spec.wire.message_size}
+    facts = {"statistics": query.spec.wire.code_size, "message_bytes": message_wire(query, permit).message_size}
     say(f"stage 1: {facts['statistics']} noised statistics, prior rms {prior.rms:.2e}")
     sent = uploaded_bytes(result, plan.senders(0), query)
     return replace(progress, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=progress.bytes_up + sent)

@@ -1,18 +1,22 @@
-"""This module turns clipped float codes into integers modulo 2^b with noise, and the sum of many such codes back to floats.
+"""This module turns clipped float codes into integers with noise, and integers back to floats: under every trust.
 
 Legend: N codes, V values of a code. A *step* is the distance between two neighbouring integers, in units of the code.
 
-The step is chosen from the plan: fine enough that rounding lengthens no code by more than 1 % of the clip, coarse enough
-that the sum of all clients' codes and of their noise stays below 2^(b-1) with b = 16, 24 or 32. So the modulus never
-wraps around for the codes; for the noise it does with a chance below 1e-12 a release, which would spoil that release and
-tell nobody anything.
+- secure aggregation (`Quantiser.shared`): integers modulo 2^b with a share of the noise. The step is fine enough that rounding
+  lengthens no code by more than 1 % of the clip, coarse enough that the sum of all clients' codes and of their noise stays below
+  2^(b-1), b = 16, 24 or 32. So the modulus never wraps around for the codes; for the noise it does with a chance below 1e-12 a
+  release, which would spoil that release and tell nobody anything.
+- local trust (`Quantiser.alone`): each code is noised and sent by itself, in the fewest of these bits that keep rounding below 1 %,
+  and with the finest step that they hold.
+- central trust (`Quantiser.fine`): the machine that adds codes up adds the noise too, so nothing travels and the step is so fine
+  that rounding adds 1/4096 of the clip at most.
 
 Source: Kairouz, Liu and Steinke 2021 (https://arxiv.org/abs/2102.06387), section 4, without the random rotation: the encoder
 has spread a code already, and b is large enough.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -31,61 +35,98 @@ from drencoder.secure_aggregation.discrete import (
 __all__ = ["Quantiser"]
 
 _GROWTH = 0.01  # rounding may lengthen a code by this share of the clip
+_FINE_GROWTH, _FINE_STEPS = 2.0**-12, 2.0**20  # where nothing travels: at most so much, and at least so many
 _MOST_GROWTH = 0.25
-_MOST_STEPS = 1 << 17  # of a share's standard deviation: the sampler's table
 _BITS = (16, 24, 32)
-_WRAP_RISK = 1e-12  # of one release, all values together
+_NOTHING_TRAVELS = 63
+_LOG_WRAP_RISK = math.log(1e-12)  # of one release, all values together
+_INEXACT = 1e-12  # the code is scaled by this share less than the clip, for the rounding of that product
 _TRIES = 8
 
 
 @final
 @dataclass(frozen=True)
 class Quantiser:
-    """How codes of one query become integers. Public; both sides make the same one with `plan`.
+    """How codes of one query become integers. Public; whoever needs it makes the same one.
 
     Args:
       values: V.
       clip_l2: L2 bound of a code before rounding.
       clip_steps: the same bound in steps.
-      share_multiplier: noise std of one client's share, over the bound after rounding.
-      most_clients: how many codes a sum has at most.
+      noise_multiplier: std of the noise that is added at once (one client's share, or all), over the bound after rounding.
+      most_clients: how many codes a sum has at most before it is taken modulo 2^b.
       bits: b; integers are taken modulo 2^b.
+      log_wrap_risk: natural logarithm of the chance that the noise of one release makes the modulus wrap around.
     """
 
     values: int
     clip_l2: float
     clip_steps: float
-    share_multiplier: float
+    noise_multiplier: float
     most_clients: int
     bits: int
+    log_wrap_risk: float = _LOG_WRAP_RISK
+
+    def __post_init__(self) -> None:
+        if (
+            self.values < 1
+            or self.most_clients < 1
+            or not 0 < self.noise_multiplier < math.inf
+            or not 0 < self.clip_l2 < math.inf
+        ):
+            raise PrivacyError(
+                f"A code of {self.values} values, clip {self.clip_l2}, noise {self.noise_multiplier} and {self.most_clients} "
+                "clients cannot be quantised; all must be positive and finite: check the plan."
+            )
 
     @classmethod
-    def plan(cls, *, values: int, clip_l2: float, share_multiplier: float, most_clients: int) -> "Quantiser":
-        """Chooses the finest step that `bits` = 32 allows, up to 1 % of growth, and then the fewest bits that hold the sum.
+    def shared(cls, *, values: int, clip_l2: float, share_multiplier: float, most_clients: int) -> "Quantiser":
+        """Secure aggregation: 1 % of growth, or the least that 32 bits allow, and then the fewest bits that hold the sum.
 
         Raises PrivacyError when even 32 bits would need steps so coarse that rounding lengthens codes by a quarter.
         """
-        if values < 1 or most_clients < 1 or not 0 < share_multiplier < math.inf or not 0 < clip_l2 < math.inf:
+        usual = cls(values, float(clip_l2), _slack(values) / _GROWTH, share_multiplier, most_clients, _BITS[-1])
+        fitted = usual._fitted()
+        return replace(fitted, bits=next(bits for bits in _BITS if fitted._reach < 2 ** (bits - 1)))
+
+    @classmethod
+    def alone(cls, *, values: int, clip_l2: float, noise_multiplier: float, log_wrap_risk: float) -> "Quantiser":
+        """Local trust: one code with all of its noise, in the fewest bits that keep growth within 1 %, with their finest step.
+
+        Raises PrivacyError as `shared` does.
+        """
+        for bits in _BITS:
+            whole = cls(values, float(clip_l2), 2.0 ** (bits - 1), noise_multiplier, 1, bits, log_wrap_risk)
+            finest = whole._finest()
+            if finest.growth <= _GROWTH:
+                return finest
+        return finest._fitted()
+
+    @classmethod
+    def fine(cls, *, values: int, clip_l2: float, noise_multiplier: float) -> "Quantiser":
+        """Central trust: the step depends on `values` and `clip_l2` alone, so that a sum needs no noise to begin with."""
+        steps = max(_FINE_STEPS, _slack(values) / _FINE_GROWTH)
+        return cls(values, float(clip_l2), steps, noise_multiplier, 1, _NOTHING_TRAVELS)
+
+    def _finest(self) -> "Quantiser":
+        """The same with steps so coarse that the bits hold what is added up."""
+        finest = self
+        while (
+            finest._reach >= 2 ** (self.bits - 1) and finest.clip_steps > 1e-3
+        ):  # the reach is nearly proportional to the steps
+            finest = replace(finest, clip_steps=finest.clip_steps * 0.99 * 2 ** (self.bits - 1) / finest._reach)
+        return finest
+
+    def _fitted(self) -> "Quantiser":
+        """The same as `_finest`. Raises PrivacyError where rounding would lengthen codes by a quarter."""
+        finest = self._finest()
+        if finest.growth > _MOST_GROWTH:
             raise PrivacyError(
-                f"A code of {values} values, clip {clip_l2}, noise share {share_multiplier} and {most_clients} clients cannot "
-                "be quantised; all must be positive and finite: check the plan."
+                f"Codes of {self.values:,} values of {self.most_clients:,} clients with a noise share of "
+                f"{self.noise_multiplier:.3g} do not fit into 32 bits with small enough steps: choose a smaller code, fewer "
+                "clients a round or a larger epsilon."
             )
-        slack = math.sqrt(values) / 2
-        steps = slack / _GROWTH
-        if share_multiplier * (steps + slack) > _MOST_STEPS:  # a very noisy plan, or a very long code
-            steps = _MOST_STEPS / share_multiplier - slack
-        while True:
-            candidate = cls(values, float(clip_l2), steps, share_multiplier, most_clients, _BITS[-1])
-            if candidate._reach < 2 ** (_BITS[-1] - 1) or steps < slack:
-                break
-            steps *= 0.99 * 2 ** (_BITS[-1] - 1) / candidate._reach  # the reach is nearly proportional to the steps
-        if slack > _MOST_GROWTH * steps:
-            raise PrivacyError(
-                f"Codes of {values:,} values of {most_clients:,} clients with a noise share of {share_multiplier:.3g} do not fit "
-                "into 32 bits with small enough steps: choose a smaller code, fewer clients a round or a larger epsilon."
-            )
-        bits = next(bits for bits in _BITS if candidate._reach < 2 ** (bits - 1))
-        return cls(values, float(clip_l2), steps, share_multiplier, most_clients, bits)
+        return finest
 
     # Facts
 
@@ -97,7 +138,7 @@ class Quantiser:
     @property
     def bound_steps(self) -> float:
         """L2 bound of a rounded code, in steps: the sensitivity. Enforced by `round_code` in exact integer arithmetic."""
-        return self.clip_steps + math.sqrt(self.values) / 2
+        return self.clip_steps + _slack(self.values)
 
     @property
     def bound_l2(self) -> float:
@@ -111,36 +152,50 @@ class Quantiser:
 
     @property
     def std_steps(self) -> float:
-        """Standard deviation of one share, in steps: what was asked for, and a little that makes it discrete.
+        """Standard deviation of the noise that is added at once, in steps: what was asked for, and a little that makes it discrete.
 
-        The sum of m shares tells no more than Gaussian noise of `share_multiplier` sqrt(m) times `bound_l2`, up to
-        `distance`, since it has at least SMOOTHING_STD^2 more variance than that.
+        The sum of m such noises tells no more than Gaussian noise of `noise_multiplier` sqrt(m) times `bound_l2`, up to
+        `log_distance` and `log_ratio`, since it has at least SMOOTHING_STD^2 more variance than that.
         """
-        return math.hypot(self.share_multiplier * self.bound_steps, SMOOTHING_STD)
+        return math.hypot(self.noise_multiplier * self.bound_steps, SMOOTHING_STD)
 
     @property
-    def share_std(self) -> float:
-        """Standard deviation of one share, in units of the code."""
+    def noise_std(self) -> float:
+        """Standard deviation of the noise that is added at once, in units of the code."""
         return self.std_steps * self.step
 
     @cached_property
     def _reach(self) -> float:
-        """No value of the modular sum is larger, but for the noise's chance of `_WRAP_RISK`.
+        """No value of the modular sum is larger, but for the noise's chance of `log_wrap_risk`.
 
-        Codes: every value is at most one step longer than the clip. Noise: a sum of n shares is sub-Gaussian with
+        Codes: every value is at most one step longer than the clip. Noise: a sum of n noises is sub-Gaussian with
         variance n std^2 (Canonne, Kamath and Steinke 2020, https://arxiv.org/abs/2004.00010), and there are V values with two tails each.
         """
-        tail = math.sqrt(2 * math.log(2 * self.values / _WRAP_RISK))
+        tail = math.sqrt(2 * (math.log(2 * self.values) - self.log_wrap_risk))
         n = self.most_clients
         return n * (self.clip_steps + 1) + math.sqrt(n) * self.std_steps * tail + 1
 
-    def distance(self, shares: int) -> float:
-        """Returns a bound on the total variation distance between a noised sum with `shares` honest shares and a function of the
-        same sum with Gaussian noise of `share_multiplier` sqrt(shares) `bound_l2`: sampling, summing, being discrete."""
-        one = discrete_gaussian(self.std_steps).distance * shares
-        return self.values * (one + sum_distance(self.std_steps, shares) + continuous_distance(SMOOTHING_STD))
+    def log_distance(self, noises: int) -> float:
+        """Returns a bound on the total variation distance between a sum with `noises` noises as they are sampled and one with exact
+        ones, as a natural logarithm."""
+        return math.log(self.values * noises) + discrete_gaussian(self.std_steps).log_distance
+
+    def log_ratio(self, noises: int) -> float:
+        """Returns a bound on how far the log probabilities of a sum with `noises` exact noises are from those of a function of the
+        same sum with Gaussian noise of `noise_multiplier` sqrt(noises) `bound_l2`: splitting, summing, being discrete."""
+        splitting = discrete_gaussian(self.std_steps).log_ratio * noises
+        summing = sum_distance(self.std_steps, noises)
+        return self.values * (splitting + summing + continuous_distance(SMOOTHING_STD))
 
     # Codes
+
+    @property
+    def nearest_scale(self) -> float:
+        """The factor that turns a code into steps before it is rounded to the nearest integers.
+
+        A value moves by half a step at most, and the norm by sqrt(V) / 2, so no code is longer than `bound_steps` then.
+        """
+        return self.clip_steps * (1 - _INEXACT) / self.clip_l2
 
     def round_code(self, code_V: npt.NDArray[np.float32], words: Words) -> npt.NDArray[np.int64]:
         """Returns one code in steps, (V,) int64, rounded at random so that its mean is the code; never longer than `bound_steps`.
@@ -166,9 +221,9 @@ class Quantiser:
         return short_V
 
     def round_and_noise(self, code_V: npt.NDArray[np.float32], words: Words) -> npt.NDArray[np.uint32]:
-        """Returns one client's rounded code plus its share of noise, (V,) uint32 modulo 2^b.
+        """Returns one client's rounded code plus noise, (V,) uint32 modulo 2^b.
 
-        A share alone is too little noise: the result is private only inside the sum with the other clients' results.
+        A share alone is too little noise: such a result is private only inside the sum with the other clients' results.
         """
         noise_V = self.noise(words)
         return self.to_residues(self.round_code(code_V, words) + noise_V)
@@ -181,12 +236,21 @@ class Quantiser:
         """Returns integers (V,) int64 modulo 2^b, as (V,) uint32."""
         return (steps_V & ((1 << self.bits) - 1)).astype(np.uint32)
 
-    def to_values(self, residue_V: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
-        """Returns a modular sum in units of the code, (V,) float64: the representatives in [-2^(b-1), 2^(b-1)) times the step.
+    def to_steps(self, residue_V: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """Returns residues, or a modular sum, as integers (V,) int64 in [-2^(b-1), 2^(b-1)).
 
         Raises PrivacyError for another size or a value that is no residue.
         """
         if residue_V.shape != (self.values,) or int(residue_V.max()) >> self.bits:
             raise PrivacyError(f"A modular sum of {self.values} values of {self.bits} bits was expected; another came.")
         half = 1 << (self.bits - 1)
-        return ((residue_V.astype(np.int64) ^ half) - half) * np.float64(self.step)
+        return (residue_V.astype(np.int64) ^ half) - half
+
+    def to_values(self, residue_V: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+        """Returns a modular sum in units of the code, (V,) float64; raises as `to_steps` does."""
+        return self.to_steps(residue_V) * np.float64(self.step)
+
+
+def _slack(values: int) -> float:
+    """The most that rounding to the nearest integers adds to the norm of so many values; a random rounding is held to it."""
+    return math.sqrt(values) / 2

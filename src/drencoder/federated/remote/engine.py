@@ -27,12 +27,12 @@ from drencoder.federated.remote.refusal import Refusal
 from drencoder.federated.remote.roster import is_secure
 from drencoder.federated.remote.rounds import NodeDirectory, ProtocolMessages, parse_answer
 from drencoder.federated.remote.transport import Traffic, Transport
-from drencoder.federated.round import SecureSum, Upload
+from drencoder.federated.round import SecureSum, Upload, code_values, message_wire
 from drencoder.federated.secure_round import round_settings, secure_sum
 from drencoder.models.identity import BaseDigests
 from drencoder.privacy.accounting import PoissonGaussianEvent
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.mechanism import NoiseSource
+from drencoder.privacy.mechanism import NoiseSource, quantiser_for
 from drencoder.secure_aggregation.messages import ProtocolStep, round_bytes
 
 __all__ = ["RemoteEngine", "RoundTimeouts", "make_remote_engine"]
@@ -181,7 +181,9 @@ class RemoteEngine:
             self._check_quorum(present, self._population, None, "of the population's clients have nodes that answered")
         else:
             present = sum(len(upload.clients) for upload in uploads.values())
-            self._say_bytes(query, before, self._plan.denominator(query.spec.slot) * query.spec.wire.message_size)
+            self._say_bytes(
+                query, before, self._plan.denominator(query.spec.slot) * message_wire(query, permit).message_size
+            )
             self._check_quorum(present, len(cohort), present, "of the cohort's clients answered")
         yield from _in_order(uploads.values())
 
@@ -207,7 +209,8 @@ class RemoteEngine:
     ) -> dict[int, Upload]:
         """Node -> what it sent, for the nodes that answered well."""
         questions = {node: _instruction(query, permit, clients, self._base) for node, clients in asked.items()}
-        limits = {node: len(clients) * query.spec.wire.message_size for node, clients in asked.items()}
+        size = message_wire(query, permit).message_size
+        limits = {node: len(clients) * size for node, clients in asked.items()}
         answers = self._ask(query, adapter_D, questions, limits)
         uploads = {}
         for node, (answer, messages) in answers.items():
@@ -317,14 +320,17 @@ def _instruction(query: Query, permit: Permit, clients: Sequence[int], base: Bas
 
 def _checked(answer: Answer, data: bytes, query: Query, permit: Permit) -> Upload:
     """A node's messages. CodeError if one of them is bad: it spoils the whole answer of its node."""
-    size = query.spec.wire.message_size
+    wire = message_wire(query, permit)
+    size = wire.message_size
     if len(data) != len(answer.clients) * size:
         raise CodeError("messages of another size")
     messages = [data[start : start + size] for start in range(0, len(data), size)]
-    rows = unpack_rows(messages, query.spec.wire, query.spec.slot)
+    rows = unpack_rows(messages, wire, query.spec.slot)
     if rows.rejected:
         raise CodeError("a message of another encoder or round, or one that is not finite")
-    if permit.trust == "local" and bool((_norms(rows.code_NK) > _longest(query, permit)).any()):
+    if permit.trust == "local" and bool(
+        (_norms(code_values(query, permit, rows.code_NK)) > _longest(query, permit)).any()
+    ):
         raise CodeError("messages longer than clip and noise can make them")
     nonfinite = 0 if permit.trust == "local" else min(answer.nonfinite, len(answer.clients))
     return Upload(answer.clients, messages, nonfinite)
@@ -345,12 +351,14 @@ def _norms(code_NK: Tensor) -> Tensor:
 
 
 def _longest(query: Query, permit: Permit) -> float:
-    """The length that a message of an honest client has at most, save with a chance of 1e-14 (Laurent and Massart 2000,
-    https://doi.org/10.1214/aos/1015957395); infinite where the noise is in another space than the message, and of a site's sum,
-    whose length follows the secret number of its units."""
+    """The length that a message of an honest client has at most, save with a chance of 1e-14 (Hsu, Kakade and Zhang 2012,
+    https://arxiv.org/abs/1110.2842, for the sub-Gaussian noise); infinite where the noise is in another space than the message, and
+    of a site's sum, whose length follows the secret number of its units."""
     if query.spec.noise_in != "code" or isinstance(permit.event, PoissonGaussianEvent):
         return math.inf
-    noise_std = permit.noise_multiplier * query.spec.clip_l2
-    longest = query.spec.clip_l2 + noise_std * (math.sqrt(query.spec.wire.code_size) + _TAIL)
+    longest = query.spec.clip_l2
+    if permit.terms is not None:
+        quantiser = quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2)
+        longest = quantiser.bound_l2 + quantiser.noise_std * (math.sqrt(quantiser.values) + _TAIL)
     # A rotated code keeps its length, but for the float32 rounding of turning it back.
     return longest * (1 + (1e-4 if query.spec.wire.rotated else 1e-6))
