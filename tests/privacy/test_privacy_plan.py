@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
@@ -16,6 +17,7 @@ from drencoder.privacy.accounting import (
     epsilon_gaussian,
     epsilon_pld,
 )
+from drencoder.privacy.mechanism import BoundedSum, clip_rows
 from drencoder.privacy.plan import PrivacyPlan, make_plan
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler
 
@@ -129,6 +131,30 @@ def test_k_star_reproduces_the_method():
     assert plan.k_star() == pytest.approx(13, abs=1)  # METHOD 2.5
     local = make_plan(**LOCAL)
     assert local.k_star(1.0) == pytest.approx(200 / local.noise_multiplier**2)
+
+
+def test_the_denominator_is_the_same_for_both_neighbours_and_one_that_is_not_doubles_what_a_client_moves():
+    """N in qN is public: the client that is removed leaves a registered client without text (arXiv 2605.15648)."""
+    clip, rate, population = 0.5, 0.2, 200
+    plan = make_plan(
+        trust="central", population=population, sampling_rate=rate, rounds=1, delta=1e-5, noise_multiplier=1.0
+    )
+    rows = torch.zeros(population, 4)
+    rows[:, 0] = clip * (1 - 1e-6)
+    rows[0] *= -1  # the client that is removed stands against all others
+    whole = BoundedSum.zero(4, clip).add(clip_rows(rows, clip))
+    less = BoundedSum.zero(4, clip).add(clip_rows(rows[1:], clip))
+    silent = BoundedSum.zero(4, clip).add(clip_rows(torch.cat([torch.zeros(1, 4), rows[1:]]), clip))
+    assert torch.equal(less.steps_V, silent.steps_V)  # without text is as good as not there
+    bound = whole.sensitivity("add_remove") / (rate * population)
+    assert (
+        plan.denominator(1) == plan.expected_cohort == rate * population
+    )  # of the plan, which has no cohort and no data
+    moved = (whole.sum_V - less.sum_V) / plan.denominator(1)
+    assert bound * (1 - 1e-3) < moved.norm() <= bound
+    # An expected size that is counted from the data, as it is without the client, breaks the bound that noise is scaled to.
+    counted = whole.sum_V / (rate * population) - less.sum_V / (rate * (population - 1))
+    assert counted.norm() > 1.9 * bound
 
 
 def test_samplers_and_denominators_come_from_the_plan():
