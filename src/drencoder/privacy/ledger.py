@@ -26,14 +26,7 @@ from typing import Any, Literal
 
 from drencoder import __version__
 from drencoder.errors import ArtifactError, BudgetError, PrivacyError
-from drencoder.privacy.accounting import (
-    REPORT_INTERVAL,
-    Event,
-    NonPrivateEvent,
-    Relation,
-    epsilon_pld,
-    event_to_dict,
-)
+from drencoder.privacy.accounting import REPORT_INTERVAL, Event, NonPrivateEvent, Relation, epsilon_pld, event_to_dict
 from drencoder.privacy.ledger_file import FORMAT, LedgerFile
 from drencoder.privacy.noise_terms import NoiseTerms, ShareTerms, noise_terms
 from drencoder.privacy.observers import OBSERVERS, ObserverGuarantee, epsilons_by_observer

@@ -39,7 +39,7 @@ from drencoder.privacy.accounting import (
 )
 from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE, calibrate
 from drencoder.privacy.noise_terms import DISCRETE_SHARE, ShareTerms
-from drencoder.privacy.observers import ASSUMPTIONS, SITE_ASSUMPTIONS, ObserverGuarantee, report
+from drencoder.privacy.observers import ASSUMPTIONS, OBSERVERS, SITE_ASSUMPTIONS, ObserverGuarantee, report
 from drencoder.privacy.plan_checks import Noise, Stage, Trust, Unit, check_facts, check_noise, refuse, unused_fields
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, binomial_quantile, split_blocks
 
@@ -222,14 +222,12 @@ class PrivacyPlan:
 
     def most_contributors(self, slot: int) -> int:
         """Of all sites, or of clients: more than so many are drawn with a chance of 1e-12 only, and none above the population."""
-        return self.population if self.curated else min(self.population, self._most_drawn(slot))
+        return self.population if self.curated else self.most_codes(slot)
 
     def most_codes(self, slot: int) -> int:
         """How many codes a modular sum holds. A sum of more, which only sites can have, may wrap around and tells nothing more."""
-        return _FULLER * self._most_drawn(slot) if self.curated else self.most_contributors(slot)
-
-    def _most_drawn(self, slot: int) -> int:
-        return 1 + binomial_quantile(1 - _CROWD_RISK, self.units, self.rate(slot))
+        drawn = 1 + binomial_quantile(1 - _CROWD_RISK, self.units, self.rate(slot))
+        return _FULLER * drawn if self.curated else min(self.population, drawn)
 
     @cached_property
     def largest_epsilon(self) -> float:
@@ -294,14 +292,13 @@ class PrivacyPlan:
         return {slot: (1, bounds[self.stage(slot)]) for slot in self.slots}
 
     def epsilons(self, interval: float | None = None) -> dict[str, ObserverGuarantee]:
-        """The whole plan's guarantee for "server", "clients" and "public".
+        """The whole plan's guarantee for every observer.
 
-        Under local trust the last two rest on each cohort being no smaller than `cohort_bound`;
-        the certificate counts the realised contributors instead.
+        Under local trust those of clients and public rest on each cohort being no smaller than `cohort_bound`; the certificate
+        counts the realised contributors instead.
         """
         schedule = self.schedule()
-        observers = ("server", "clients", "public")
-        return {name: self.guarantee(name, self.composition(name, schedule), interval) for name in observers}
+        return {name: self.guarantee(name, self.composition(name, schedule), interval) for name in OBSERVERS}
 
     @property
     def budget_observer(self) -> str:
@@ -323,9 +320,7 @@ class PrivacyPlan:
     @cached_property
     def budget(self) -> float:
         """The epsilon no charge may pass: the target, or without one what the schedule costs."""
-        if self.target_epsilon is not None:
-            return self.target_epsilon
-        return epsilon_pld(self.budget_events(dict.fromkeys(self.slots, 1)), self.gaussian_delta, self.relation)
+        return self.target_epsilon or epsilon_pld(self.budget_events(dict.fromkeys(self.slots, 1)), self.gaussian_delta, self.relation)
 
     def k_star(self, alignment: float = ALIGNMENT) -> float:
         """Coordinates that one round can learn, n^2 |g|^2 / (noise variance of the sum) (METHOD 2.5).
