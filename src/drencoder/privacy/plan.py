@@ -320,7 +320,9 @@ class PrivacyPlan:
     @cached_property
     def budget(self) -> float:
         """The epsilon no charge may pass: the target, or without one what the schedule costs."""
-        return self.target_epsilon or epsilon_pld(self.budget_events(dict.fromkeys(self.slots, 1)), self.gaussian_delta, self.relation)
+        return self.target_epsilon or epsilon_pld(
+            self.budget_events(dict.fromkeys(self.slots, 1)), self.gaussian_delta, self.relation
+        )
 
     def k_star(self, alignment: float = ALIGNMENT) -> float:
         """Coordinates that one round can learn, n^2 |g|^2 / (noise variance of the sum) (METHOD 2.5).
