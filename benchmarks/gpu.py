@@ -40,6 +40,7 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import SecureNoise, clip_rows
 from drencoder.recipe import recipe as config
+from drencoder.secure_aggregation.quantise import Quantiser
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: of Qwen2.5-0.5B, Llama-3-8B and Qwen2.5-32B.
 SHAPES = {
@@ -276,13 +277,19 @@ def measure_encoding(bench: Bench) -> Iterator[dict[str, Any]]:
             "values": layout.size, "clients": count, "rows_at_once": rows,
             "encode_s": bench.seconds(lambda: encode_rows(encoder, update_ND, 1, rows)),
             "clip_s": bench.seconds(lambda: clip_rows(code_NK, 1.0)),
-            "noise_of_one_s": bench.seconds(lambda: SecureNoise().normal(encoder.code_size)),
+            "noise_of_one_s": bench.seconds(lambda: noise_of(encoder.code_size)),
             "pack_s": bench.seconds(lambda: pack_rows(bounded, wire, 1)),
             "unpack_s": bench.seconds(lambda: unpack_rows(messages, wire, 1)),
             "decode_one_s": bench.seconds(lambda: encoder.decode(code_NK[:1], 1)),
         }  # fmt: skip
 
     yield bench.cell("encoding", "random sketch, 1/64", times)
+
+
+def noise_of(values: int) -> torch.Tensor:
+    """(values,) float64: discrete Gaussian noise of a central sum of clip 1 and noise multiplier 1."""
+    quantiser = Quantiser.fine(values=values, clip_l2=1.0, noise_multiplier=1.0)
+    return torch.from_numpy(quantiser.noise(SecureNoise().words())) * quantiser.step
 
 
 def measure_round(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
@@ -307,7 +314,7 @@ def measure_round(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
             bounded = clip_rows(encode_rows(encoder, update_ND, 1, rows), 1.0).values_NV
             mark()
             received = unpack_rows(pack_rows(bounded, wire, 1), wire, 1).code_NK
-            noised = received.double().sum(0) + SecureNoise().normal(encoder.code_size)
+            noised = received.double().sum(0) + noise_of(encoder.code_size)
             encoder.decode(noised[None].float(), 1)
             mark()
             train, encode, rest = (b - a for a, b in pairwise(marks))

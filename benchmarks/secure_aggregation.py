@@ -107,7 +107,7 @@ def noising(quantiser: Quantiser, code_V: np.ndarray) -> dict[str, float]:
 
 def measured(nodes: int, values: int, repeats: int) -> dict[str, Any]:
     code_V = clipped_code(values)
-    quantiser = Quantiser.plan(values=values, clip_l2=1.0, share_multiplier=SHARE, most_clients=nodes)
+    quantiser = Quantiser.shared(values=values, clip_l2=1.0, share_multiplier=SHARE, most_clients=nodes)
     started = time.perf_counter()
     discrete_gaussian(quantiser.std_steps)
     table = time.perf_counter() - started

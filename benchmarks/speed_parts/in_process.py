@@ -86,6 +86,7 @@ def encoders(size: int, repeats: int = 7) -> dict[str, Any]:
     from drencoder.privacy.mechanism import SecureNoise
     from drencoder.published.architectures import fresh_network
     from drencoder.published.autoencoder import Autoencoder
+    from drencoder.secure_aggregation.quantise import Quantiser
 
     torch.set_num_threads(1)
     step = _TENSOR[0] * _TENSOR[1]
@@ -96,12 +97,16 @@ def encoders(size: int, repeats: int = 7) -> dict[str, Any]:
     network = fresh_network("resnet", generator)
     learned = Autoencoder(segments, network, torch.ones(len(segments)), "resnet")
     code_1K, learned_1K = sketch.encode(update_1D, 0), learned.encode(update_1D, 0)
+
+    def noise_of(values: int) -> Any:
+        return Quantiser.fine(values=values, clip_l2=1.0, noise_multiplier=1.0).noise(SecureNoise().words())
+
     operations: dict[str, Callable[[], Any]] = {
         "copy": lambda: target_1D.copy_(update_1D),
         "random encode": lambda: sketch.encode(update_1D, 1),
         "random decode": lambda: sketch.decode(code_1K, 1),
-        "noise of a code": lambda: SecureNoise().normal(size // 64),
-        "noise of an update": lambda: SecureNoise().normal(size),
+        "noise of a code": lambda: noise_of(size // 64),
+        "noise of an update": lambda: noise_of(size),
         "autoencoder encode": lambda: learned.encode(update_1D, 1),
         "autoencoder decode": lambda: learned.decode(learned_1K, 1),
     }

@@ -7,7 +7,11 @@ import pytest
 import torch
 from scipy.stats import chi2
 
+from drencoder.encoders.wire import WireFormat, pack_rows
 from drencoder.errors import PrivacyError
+from drencoder.federated.query import Query, QuerySpec
+from drencoder.federated.query_encoders import UpdatesEncoder
+from drencoder.federated.round import Upload, message_wire, server_release
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import ReplayNoise, SecureNoise, clip_rows, quantiser_for
 from drencoder.privacy.noise_source import NoiseSource
@@ -103,6 +107,27 @@ def test_a_unit_moves_a_sum_by_its_rounded_code_and_no_more(
     moved = np.linalg.norm(sums[0] - sums[1])
     assert least <= moved <= quantiser.bound_l2 * (1 + 1e-12)
     assert moved > 0
+
+
+def test_sites_sums_that_wrapped_around_add_up_to_the_sum_before(tmp_path: Path) -> None:
+    """The public sees the sum: it must be a function of the sum of codes and noises, whatever happened to a single message."""
+    permit = permit_of(tmp_path, "local")
+    query = Query(QuerySpec("update", 1, "code", CLIP, 0, 1, True, 3, WireFormat(3, 7)), UpdatesEncoder(3))
+    wire, quantiser = message_wire(query, permit), quantiser_for(permit, 3, CLIP)
+    half = 1 << (quantiser.bits - 1)
+    sent_S3 = [
+        [half - 1, 5, -half],
+        [9, -6, -4],
+        [half - 2, 0, 1],
+        [-half, 2, 0],
+    ]  # within one modulus only as they were sent
+    uploads = [
+        Upload((site,), pack_rows(torch.tensor([row]), wire, 1), 0)
+        for site, row in zip(permit.cohort, sent_S3, strict=True)
+    ]
+    released = server_release(query, uploads, permit, SecureNoise()).release.value
+    total_3 = (np.sum(sent_S3, axis=0) + half) % (2 * half) - half
+    np.testing.assert_allclose(released.numpy(), total_3 * quantiser.step, rtol=1e-6)
 
 
 def test_the_modulus_holds_more_units_than_everybody_expects(tmp_path: Path) -> None:

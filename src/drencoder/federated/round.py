@@ -178,9 +178,9 @@ def server_release(
         released = unmasked_sum(masked.sum_V, masked.clients, permit, clip_l2)
         return CohortRelease(released, masked.bytes_up, masked.rejected, 0, masked.bytes_down)
     if permit.trust == "local":
-        noise_std, step = _local_noise(query, permit)
+        noise_std, step, modulus = _local_noise(query, permit)
         released = sum_releases(
-            received_codes(values, senders, permit, clip_l2=clip_l2, noise_std=noise_std, step=step)
+            received_codes(values, senders, permit, clip_l2=clip_l2, noise_std=noise_std, step=step, modulus=modulus)
             for values, senders in _received(query, answers, permit, counts)
         )
     elif permit.terms is None:
@@ -236,15 +236,18 @@ def _sum_size(query: Query, permit: Permit) -> int:
     return query.spec.wire.code_size if _adds_messages(query, permit) else query.spec.update_size
 
 
-def _local_noise(query: Query, permit: Permit) -> tuple[float, float]:
-    """The noise of a value as it is summed, nan where a decoder or another space made it unknown, and what integers count."""
+def _local_noise(query: Query, permit: Permit) -> tuple[float, float, int]:
+    """The noise of a value as it is summed, nan where a decoder or another space made it unknown; what integers count; and what their
+    sum is taken by: sites' sums by the modulus that each was sent under, which holds all of them, else by none (0)."""
     wire = message_wire(query, permit)
     if permit.terms is None or query.spec.noise_in != "code":
-        return 0.0 if permit.terms is None else math.nan, 1.0
+        return 0.0 if permit.terms is None else math.nan, 1.0, 0
     quantiser = quantiser_for(permit, wire.code_size, query.spec.clip_l2)
     if not _adds_messages(query, permit):
-        return math.nan, 1.0
-    return quantiser.noise_std, quantiser.step if wire.integers else 1.0
+        return math.nan, 1.0, 0
+    if not wire.integers:
+        return quantiser.noise_std, 1.0, 0
+    return quantiser.noise_std, quantiser.step, 1 << quantiser.bits if permit.terms.site_sums else 0
 
 
 @final

@@ -138,6 +138,7 @@ class Releases:
     """Local trust: row i is the release of client `client_ids[i]`, with noise `noise_std` of its own.
 
     Rows are integers (N, V) int64 that count `step`; floats with a step of 1 where there was no noise, or they were decoded.
+    `modulus`: what a sum of the rows is taken by, so that it is a function of the sum before any of them wrapped around; 0: by none.
     """
 
     values_NV: torch.Tensor = field(repr=False)
@@ -146,6 +147,7 @@ class Releases:
     slot: int
     clip_l2: float
     step: float = 1.0
+    modulus: int = 0
     token: InitVar[object] = None
 
     def __post_init__(self, token: object) -> None:
@@ -270,25 +272,28 @@ def received_codes(
     clip_l2: float,
     noise_std: float,
     step: float = 1.0,
+    modulus: int = 0,
 ) -> Releases:
     """Local trust, the server's side: rows that arrived from `client_ids`, perhaps decoded: post-processing, free.
 
     Nothing is made private here. Each row left its client as a release of `release_codes`, under this permit;
-    `noise_std` is the noise of a value as it stands now, nan where a decoder made it unknown; `step` is what integers count.
+    `noise_std` is the noise of a value as it stands now, nan where a decoder made it unknown; `step` is what integers count,
+    `modulus` what their sum is taken by.
     Raises PrivacyError for a client that is not in the permit's cohort.
     """
     if permit.trust == "central":
         raise PrivacyError("Under central trust what arrives is not a release: add it up as BoundedCodes.")
     if strangers := set(client_ids) - set(permit.cohort):
         raise PrivacyError(f"Client {min(strangers)} is not in the cohort of slot {permit.slot}.")
-    return Releases(values_NV, tuple(client_ids), noise_std, permit.slot, clip_l2, step, token=_TOKEN)
+    return Releases(values_NV, tuple(client_ids), noise_std, permit.slot, clip_l2, step, modulus, token=_TOKEN)
 
 
 def sum_releases(parts: Iterable[Releases]) -> Release:
     """The sum of local releases of one slot, n rows in all: noise of std * sqrt(n). Post-processing, free.
 
-    A sum of integers is exact, and so a function of nothing but the sum: those who see only it see no more. Takes a generator, so that a cohort need not be held at once. Raises PrivacyError when there is no part,
-    when parts of different slots or clips meet, or a client comes twice.
+    A sum of integers is exact, and so a function of nothing but the sum: those who see only it see no more. Takes a generator,
+    so that a cohort need not be held at once. Raises PrivacyError when there is no part, when parts of different slots or clips
+    meet, or a client comes twice.
     """
     total_V: torch.Tensor | None = None
     first: Releases | None = None
@@ -307,6 +312,9 @@ def sum_releases(parts: Iterable[Releases]) -> Release:
     if first is None or total_V is None:
         raise PrivacyError("There are no releases to sum: give at least one part, which may have zero rows.")
     noise_std = first.noise_std * len(seen) ** 0.5
+    if first.modulus:
+        half = first.modulus // 2
+        total_V = torch.remainder(total_V + half, first.modulus) - half
     value_V = (total_V.to(torch.float64) * first.step).to(torch.float32)
     return Release(value_V, noise_std, first.slot, first.clip_l2, len(seen), token=_TOKEN)
 

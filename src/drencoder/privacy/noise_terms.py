@@ -27,6 +27,7 @@ class NoiseTerms:
       most_contributors: how many noises a sum has at most.
       most_codes: how many codes; more than noises where sites add up their own units' codes.
       log_slack: how far, in total variation, the released sum may be from one with Gaussian noise; a natural logarithm.
+      site_sums: whether sites add up their own units' codes before the noise, so that one modulus holds the sum of all sites.
     """
 
     trust: Trust
@@ -34,6 +35,7 @@ class NoiseTerms:
     most_contributors: int
     most_codes: int
     log_slack: float
+    site_sums: bool
 
     def quantiser(self, values: int, clip_l2: float) -> "Quantiser":
         """How codes of this size and clip become integers: the same object for whoever asks.
@@ -46,7 +48,7 @@ class NoiseTerms:
         noises = 1 if self.trust == "central" else self.most_contributors
         if self.trust == "central":
             quantiser = Quantiser.fine(values=values, clip_l2=clip_l2, noise_multiplier=self.multiplier)
-        elif self.trust == "local" and self.most_codes == noises:
+        elif self.trust == "local" and not self.site_sums:
             risk = half - math.log(noises)
             quantiser = Quantiser.alone(
                 values=values, clip_l2=clip_l2, noise_multiplier=self.multiplier, log_wrap_risk=risk
@@ -94,4 +96,4 @@ def noise_terms(plan: "PrivacyPlan", slot: int) -> NoiseTerms | None:
     worst = plan.largest_epsilon
     slack = math.log(DISCRETE_SHARE / _MOST_RELEASES * plan.delta) - worst - math.log1p(math.exp(-worst))
     most = plan.most_contributors(slot)
-    return NoiseTerms(plan.trust, multiplier, most, plan.most_codes(slot), slack)
+    return NoiseTerms(plan.trust, multiplier, most, plan.most_codes(slot), slack, plan.curated)
