@@ -92,12 +92,19 @@ def plan_troubles(header: dict, recipe: dict) -> list[str]:
     plan, privacy, federation, prior = header["plan"], recipe["privacy"], recipe["federation"], recipe["prior"]
     silent = privacy["trust"] == "non-private"
     secure = privacy["trust"] == "secure-aggregation"
+    # A recipe that names no rate means 2 % of the clients (or other units), or 32 of them a round, if that is more and the cap leaves room for it.
+    of_sites = privacy.get("unit", "client") != "client"
+    few = min(1.0, 32 / (federation["population"] * (federation["units_per_site"] if of_sites else 1)))
+    if privacy["trust"] in ("local", "secure-aggregation") and not of_sites:
+        slots = federation["rounds"] + (prior["source"] != "none")
+        few = min(few, 1.0 / -(-slots // privacy["participation_cap"]))
+    rate = federation["sampling_rate"] or max(0.02, few)
     wanted = {
         "trust": "central" if silent else privacy["trust"],
         "population": federation["population"],
-        "sampling_rate": federation["sampling_rate"],
+        "sampling_rate": rate,
         "rounds": federation["rounds"],
-        "stage1_rate": 0.0 if prior["source"] == "none" else prior["sampling_rate"] or federation["sampling_rate"],
+        "stage1_rate": 0.0 if prior["source"] == "none" else prior["sampling_rate"] or rate,
         "delta": privacy["delta"],
         "relation": privacy["relation"],
         "noise": privacy["noise"],

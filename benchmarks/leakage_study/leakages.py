@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from drencoder.errors import DataError
 from drencoder.published.fitting import AutoencoderOptions
 from drencoder.runs.build import Components
+from drencoder.runs.start_clip import with_named_clip
 from leakage_study.findings import Audit
 from leakage_study.membership import release_findings
 from leakage_study.setup import AuditSetup, plan_under
@@ -64,6 +65,7 @@ def audit_leakages(
     if trials < _MIN_TRIALS:
         raise DataError(f"The audit was asked for {trials} trials; its intervals need at least {_MIN_TRIALS}.")
     say = listener.say if listener else lambda _text: None
+    components = with_named_clip(components)
     span = SpanAttack.of(components.lora)  # refuse an unknown model before any training
     say(f"audit: training {3 * clients} clients of one record, and shadow clients on the server's own text")
     setup = AuditSetup(

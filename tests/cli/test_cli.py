@@ -289,3 +289,23 @@ def test_generate_asks_a_finished_run(command: Command, tiny_folder: Path, tmp_p
         assert done.returncode == 2
         assert sentence in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1 or done.stderr.startswith("loading torch")
+
+
+def test_run_shows_answers_and_the_twin_and_is_silent_on_demand(
+    tiny_folder: Path, tmp_path: Path, command: Command
+) -> None:
+    few = sets(tiny_folder, "federation.rounds=1")
+    done = command("run", *few, "--twin", "--out", "loud")
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert shown.count("Prompt: ") == 3
+    assert "no client's text is among them" in shown
+    assert "Twin without noise (NOT private)" in shown
+    assert "must not be shared" in shown
+    quiet = command("run", *few, "-q", "--out", "quiet")
+    assert (quiet.returncode, quiet.stdout.strip()) == (0, "quiet")
+    assert not (tmp_path / "quiet" / "samples.json").exists()
+    refused = command("run", *few, "--set=privacy.trust=non-private", "--twin", "--out", "none")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "leave --twin out" in refused.stderr
+    assert not (tmp_path / "none").exists()

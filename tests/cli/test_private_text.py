@@ -110,7 +110,8 @@ def test_no_broken_file_of_private_text_is_quoted(
 
 
 def shape_of(shown: str) -> str:
-    """An output without its numbers, and without spaces and line ends, which depend on how long a number is."""
+    """An output without its numbers, without the adapted model's answers, which depend on its noise, and without spaces and line ends."""
+    shown = re.sub(r"  this run: .*?\n(?=Prompt|The prompts)", "", shown, flags=re.DOTALL)
     return re.sub(r"\s+", "", re.sub(r"[-+]?[\d.,]+(e[-+]\d+)?", "#", shown))
 
 

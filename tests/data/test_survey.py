@@ -131,7 +131,7 @@ def test_a_run_says_what_becomes_of_the_records(tmp_path: Path) -> None:
     assert report_source(tokenizer, open_source(load_recipe().data, population=4, seed=0)) == []
     many = [(number, {"instruction": "a", "response": "" if number % 3 == 1 else "b"}) for number in range(1, 10_001)]
     assert report_records(tokenizer, many, "It") == (
-        "It: 10,000 records; left out, since they have no response: 1,667 (of 5,000 that were looked at)."
+        "It: 10,000 records, of which 5,000, at even distances, were looked at; left out, since they have no response: 1,667."
     )
 
 
@@ -144,3 +144,29 @@ def test_a_record_that_the_template_refuses_is_named_before_anything_is_charged(
     with pytest.raises(DataError, match=r"record 9: data\.template: .* \(No system message\)") as caught:
         report_source(tokenizer, open_source(recipe.data, population=2, seed=0))
     assert "secret" not in str(caught.value)
+
+
+def test_a_file_is_read_once_for_counting_and_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`with_population` counts the owners, a run opens the file: it is read once, and again as soon as it has changed."""
+    from drencoder.data import sources
+
+    read: list[str] = []
+
+    def counted(path: Path, split: str, *, knob: str) -> Any:
+        read.append(path.name)
+        return original(path, split, knob=knob)
+
+    original = sources.read_rows
+    monkeypatch.setattr(sources, "read_rows", counted)
+    recipe = recipe_of(tmp_path / "once.jsonl", owned(12, 4), data__client_field="who")
+    known = with_population(recipe)
+    source = open_source(known.data, population=known.federation.population, seed=0)
+    assert (known.federation.population, read) == (4, ["once.jsonl"])
+    assert isinstance(source, FileSource)
+    assert len(source.records) == 12
+    recipe_of(tmp_path / "once.jsonl", owned(10, 5), data__client_field="who")
+    assert with_population(recipe).federation.population == 5
+    assert read == ["once.jsonl"] * 2
+    (tmp_path / "once.jsonl").unlink()
+    with pytest.raises(DataError):
+        with_population(recipe)

@@ -19,7 +19,7 @@ from drencoder.encoders.contract import Encoder, is_lora_b
 from drencoder.encoders.declaration import EncoderDeclaration
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
-from drencoder.encoders.planning import public_text
+from drencoder.encoders.planning import clip_text, public_text
 from drencoder.encoders.registry import ENCODERS, EncoderRow, build_encoder, declaration_of
 from drencoder.encoders.request import EncoderRequest
 from drencoder.encoders.viability import measure_viability
@@ -216,6 +216,10 @@ def test_the_default_encoder_works_with_any_model() -> None:
     """No recipe needs to name public text: the base model writes it."""
     assert (Recipe().encoder.name, Recipe().encoder.ratio, public_text(Recipe())) == ("hybrid", 0.0, "self")
     assert public_text(Recipe().changed({"prior.public": "embedded"})) == "embedded"
+    # A clip that no recipe names is measured on public text, which makes no encoder of it.
+    named = {"privacy.clip_l2": 1.0, "prior.clip_l2": 1.0}
+    assert [clip_text(Recipe().changed({key: 1.0})) for key in named] == ["self", "self"]
+    assert clip_text(Recipe().changed(named)) == clip_text(Recipe().changed({**named, "prior.source": "none"})) == ""
     # The published prior, unless public text is asked for.
     assert public_text(Recipe().changed({"encoder.name": "autoencoder"})) == ""
 

@@ -27,6 +27,7 @@ SECURE = ["privacy.trust=secure-aggregation", "federation.nodes=3"]
 TRUSTS = {"local": [], "central": ["privacy.trust=central"], "secure-aggregation": SECURE}
 ENCODERS = {
     "adaptive": ["privacy.clip=adaptive"],
+    "measured clip": ["privacy.clip_l2=0"],
     "refreshed": ["encoder.name=hybrid", "prior.refresh=1", "privacy.clip=adaptive", "encoder.ratio=0",
                   "encoder.gate=warn"],
     "kronecker": ["encoder.name=kronecker", "prior.public=embedded", "prior.provenance=made here"],
@@ -118,7 +119,7 @@ def same(first: experiment.RunResult, second: experiment.RunResult) -> None:
     for name, tensor in one.items():
         assert torch.allclose(tensor, two[name], rtol=1e-4, atol=1e-5), name
     assert charges(first) == charges(second)
-    keys = ("observers", "bytes", "rounds", "statement", "stage1")
+    keys = ("observers", "bytes", "rounds", "statement", "stage1", "clip")
     assert {key: first.certificate[key] for key in keys} == {key: second.certificate[key] for key in keys}
 
 

@@ -43,6 +43,7 @@ from drencoder.runs.build import Components, build
 from drencoder.runs.checkpoint import Progress, load_checkpoint
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.stage1 import fit_encoder
+from drencoder.runs.start_clip import stage1_clip
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import RoundSettings
 
@@ -74,9 +75,9 @@ class _Subject:
         """The query of a slot, as the run makes it."""
         recipe = self.components.recipe
         if slot == 0:
-            return moment_query(self.components.lora.layout.segments, recipe.prior)
+            return moment_query(self.components.lora.layout.segments, recipe.prior, stage1_clip(self.components))
         adaptive = AdaptiveClip(self.clip_l2 or recipe.privacy.clip_l2) if recipe.privacy.clip == "adaptive" else None
-        return update_query(self.encoder, recipe, slot, adaptive, self.prior)
+        return update_query(self.encoder, recipe, slot, adaptive, self.prior, self.clip_l2)
 
 
 def audit_recipe(
@@ -92,7 +93,7 @@ def audit_recipe(
     progress, encoder = fit_encoder(
         components, Progress(ServerState.start(components.lora.initial_D)), None, lambda _text: None
     )
-    subject = _Subject(components, components.lora.initial_D, encoder, progress.prior, None)
+    subject = _Subject(components, components.lora.initial_D, encoder, progress.prior, progress.clip_l2)
     return _audit(subject, listener, canaries, seed, records, {"recipe": recipe.name}, [])
 
 
@@ -234,10 +235,11 @@ def _masks(subject: _Subject, seed: int) -> list[Check]:
     components, recipe = subject.components, subject.components.recipe
     slot = next(slot for slot in components.plan.slots if slot > 0)
     terms = components.plan.share_terms(slot)
-    values = min(_MASKED_VALUES, subject.query(slot).spec.wire.code_size)
+    spec = subject.query(slot).spec
+    values = min(_MASKED_VALUES, spec.wire.code_size)
     noises = noise_terms(components.plan, slot)
     assert noises is not None  # secure aggregation has no stage without noise
-    bits = noises.quantiser(values, recipe.privacy.clip_l2).bits
+    bits = noises.quantiser(values, spec.clip_l2).bits
     keys = [NodeKey.generate() for _ in range(recipe.federation.nodes)]
     each = -(-terms.least_contributors // len(keys))
     settings = RoundSettings(

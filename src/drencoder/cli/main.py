@@ -58,18 +58,36 @@ def run(
     set_: SetOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
+    twin: Annotated[
+        bool,
+        typer.Option("--twin", help="train a twin without noise afterwards: NOT private, for who holds all text only"),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="show the run folder alone; ask for no sample answers")
+    ] = False,
 ) -> None:
     """The main job: stage 1, stage 2, evaluation. Leaves an adapter, a ledger and a certificate."""
+    from drencoder.cli.run_view import show_samples, show_twin
     from drencoder.runs.display import RunDisplay, make_console, show_run_folder
 
     console = make_console()
     folder, config = choose_run(recipe, set_, out, resume)
+    if quiet:
+        from drencoder.runs import run as experiment
+
+        result = experiment.resume(folder, twin=twin) if resume else experiment.run(config, folder, twin=twin)
+        print(printable(result.folder))
+        return
     display = RunDisplay(console, rounds=config.federation.rounds, encoder=config.encoder.name, name=config.name)
     try:
         display.say("loading torch and transformers")
         from drencoder.runs import run as experiment
 
-        result = experiment.resume(folder, display) if resume else experiment.run(config, folder, display)
+        result = (
+            experiment.resume(folder, display, twin=twin, samples=True)
+            if resume
+            else experiment.run(config, folder, display, twin=twin, samples=True)
+        )
     except KeyboardInterrupt:
         display.close()
         from drencoder.runs.interrupted import resume_hint
@@ -78,6 +96,9 @@ def run(
         raise SystemExit(130) from None
     finally:
         display.close()
+    show_samples(console, result.folder)
+    if result.twin is not None:
+        show_twin(console, result.certificate, result.twin.certificate)
     show_run_folder(console, result.folder)
 
 

@@ -14,10 +14,13 @@ from typing import Any
 from drencoder.errors import DataError
 from drencoder.reading import NotJsonError, cut, parse_json, read_bytes, reason
 
-__all__ = ["Row", "kind_of", "read_rows"]
+__all__ = ["FileState", "Row", "kind_of", "read_rows", "state_of"]
 
 Row = tuple[str, Any]
 """Where a row stands ("notes.csv, line 3"), and what it is: a mapping, unless the file is ill-shaped."""
+
+FileState = tuple[tuple[str, int, int, int], ...]
+"""Name, inode, time of the last change (ns) and size of a file, or of every file in a folder."""
 
 _SPLITS = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 _SAME_SPLIT = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
@@ -40,6 +43,16 @@ def read_rows(path: Path, split: str, *, knob: str) -> Iterator[Row]:
     except (OSError, ValueError) as error:  # ValueError: NUL in a name
         raise _unreadable(path, knob, error) from None
     yield from _read_file(path, knob)
+
+
+def state_of(path: Path) -> FileState | None:
+    """What tells whether a file, or a folder of files, is still the one that was read; None where there is none."""
+    try:
+        parts = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+        stats = [(str(part), part.stat()) for part in parts]
+    except (OSError, ValueError):  # ValueError: NUL in a name
+        return None
+    return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
 def _files_of(folder: Path, split: str, knob: str) -> list[Path]:

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Protocol, final
@@ -21,7 +21,7 @@ from typing import Protocol, final
 from drencoder.data.benchmarks.files import read_questions
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.embedded_world.world import World, record_of
-from drencoder.data.formats import Row, read_rows
+from drencoder.data.formats import FileState, Row, read_rows, state_of
 from drencoder.data.hub import load_rows
 from drencoder.data.owners import check_spellings, owner_key
 from drencoder.data.schemas import Record, Records, to_records
@@ -114,11 +114,25 @@ def check_usable(records: Sequence[Record], where: str) -> None:
 def read_data(where: str, split: str, *, knob: str, fields: Mapping[str, str] | None = None) -> Records:
     """What a file, a folder of files, or one split of `hub:ORG/NAME` or of a benchmark holds; `knob` is named in messages.
 
-    `fields` says which field is what where its name does not (`data.fields`).
+    `fields` says which field is what where its name does not (`data.fields`). The records are not to be changed: who reads the same
+    file next gets the same ones.
 
     Raises:
       DataError: it is missing, unreadable, empty or ill-shaped.
     """
+    stamp = state_of(Path(where))
+    if stamp is None:  # of a hub, a benchmark, or nothing at all
+        return _read_data(where, split, knob, fields or {})
+    return _read_again(where, split, knob, tuple(sorted((fields or {}).items())), stamp)
+
+
+@lru_cache(maxsize=1)
+def _read_again(where: str, split: str, knob: str, fields: tuple[tuple[str, str], ...], stamp: FileState) -> Records:
+    """The last file that was read: a command counts the owners of a file and then opens it, and a million records take their time."""
+    return _read_data(where, split, knob, dict(fields))
+
+
+def _read_data(where: str, split: str, knob: str, fields: Mapping[str, str]) -> Records:
     kind, _, name = where.partition(":")
     rows: Iterable[Row]
     if kind in TAXONOMIES:
@@ -127,7 +141,7 @@ def read_data(where: str, split: str, *, knob: str, fields: Mapping[str, str] | 
         rows = ((f"{name}, row {n}", row) for n, row in enumerate(load_rows(name, split, knob=knob), start=1))
     else:
         rows = read_rows(Path(where), split, knob=knob)
-    return to_records(rows, fields or {}, origin=name if kind == "hub" else where, strict=knob == "data.source")
+    return to_records(rows, fields, origin=name if kind == "hub" else where, strict=knob == "data.source")
 
 
 def read_records(where: str, split: str, *, knob: str, fields: Mapping[str, str] | None = None) -> list[Record]:

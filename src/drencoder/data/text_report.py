@@ -60,5 +60,5 @@ def report_records(tokenizer: RecordTokenizer, records: Sequence[tuple[int, Reco
         (marked, "with control tokens, which stay words"),
     ]
     told = "; ".join(f"{words}: {count:,}" for count, words in counts if count)
-    some = f" (of {len(looked_at):,} that were looked at)" if step > 1 else ""
-    return f"{whose}: {len(records):,} records; {told or 'all are used whole'}{some}."
+    some = f", of which {len(looked_at):,}, at even distances, were looked at" if step > 1 else ""
+    return f"{whose}: {len(records):,} records{some}; {told or 'all are used whole'}."

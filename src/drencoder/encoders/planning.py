@@ -16,6 +16,8 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 
 __all__ = [
     "check_encoder",
+    "clip_text",
+    "clip_words",
     "declared",
     "load_checked_recipe",
     "planned_code_size",
@@ -50,9 +52,23 @@ def declared(recipe: Recipe) -> EncoderDeclaration:
 
 
 def public_text(recipe: Recipe) -> str:
-    """`prior.public`. Where the recipe needs public text and names none, it is "self": the base model writes it."""
+    """`prior.public`. Where encoder or adapter need public text and the recipe names none, it is "self": the base model writes it."""
     needed = declared(recipe).public_text == "required" or recipe.adapter.start == "public"
     return recipe.prior.public or ("self" if needed else "")
+
+
+def clip_text(recipe: Recipe) -> str:
+    """The public text that clips are measured on; empty where the recipe names all of them."""
+    named = recipe.privacy.clip_l2 and (recipe.prior.clip_l2 or recipe.prior.source != "moments")
+    return "" if named else public_text(recipe) or "self"
+
+
+def clip_words(recipe: Recipe, declared: str = "") -> str:
+    """Where the first clip comes from, in words; `declared` says whose the public text is."""
+    if recipe.privacy.clip_l2:
+        return "named by the recipe"
+    whose = f" ({declared})" if declared else ""
+    return f"the median length of what make-believe clients with public text{whose} would send at the start; free of charge"
 
 
 def wire_dtype(recipe: Recipe) -> str:

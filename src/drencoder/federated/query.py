@@ -23,7 +23,7 @@ from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior, MomentQuery
 from drencoder.encoders.planning import wire_dtype
 from drencoder.encoders.wire import WireFormat
-from drencoder.errors import CodeError
+from drencoder.errors import CodeError, PrivacyError
 from drencoder.federated.adaptive_clip import AdaptiveClip, AdaptiveClipEncoder
 from drencoder.federated.query_encoders import MomentsEncoder, RelativeEncoder, UpdatesEncoder
 from drencoder.federated.row_encoding import encode_rows, rows_at_once
@@ -137,10 +137,13 @@ class Query:
         return self.encoder.decode(code_NK, self.spec.seed)
 
 
-def moment_query(segments: tuple[Segment, ...], prior: config.Prior) -> Query:
-    """Stage 1: two moments per LoRA tensor of each epoch's update, all clipped as one vector."""
+def moment_query(segments: tuple[Segment, ...], prior: config.Prior, clip_l2: float | None = None) -> Query:
+    """Stage 1: two moments per LoRA tensor of each epoch's update, all clipped as one vector.
+
+    `clip_l2` is the clip that was measured, where the recipe names none; PrivacyError if nothing says what it is.
+    """
     encoder = MomentsEncoder(MomentQuery(segments, prior.epochs))
-    return _stage1_query("moments", encoder, prior.clip_l2, prior.epochs)
+    return _stage1_query("moments", encoder, _known_clip(prior.clip_l2 or clip_l2, "prior"), prior.epochs)
 
 
 def gradient_query(update_size: int, prior: config.Prior) -> Query:
@@ -149,6 +152,12 @@ def gradient_query(update_size: int, prior: config.Prior) -> Query:
     Only a permit for a non-private slot 0 answers it; see `round.message_rows`.
     """
     return _stage1_query("gradients", UpdatesEncoder(prior.epochs * update_size), _NOT_CLIPPED, prior.epochs)
+
+
+def _known_clip(clip_l2: float | None, section: str) -> float:
+    if not clip_l2:
+        raise PrivacyError(f"{section}.clip_l2 = 0 leaves the clip to be measured at the start of a run: name one.")
+    return clip_l2
 
 
 def _stage1_query(kind: QueryKind, encoder: MomentsEncoder | UpdatesEncoder, clip_l2: float, epochs: int) -> Query:
@@ -163,28 +172,34 @@ def update_query(
     slot: int,
     adaptive_clip: AdaptiveClip | None = None,
     prior: GaussianPrior | None = None,
+    clip_l2: float | None = None,
 ) -> Query:
     """Stage 2, round `slot`: the encoded update. The sketch seed is public and new in every round.
 
     With an `adaptive_clip`, whose norm takes the place of the recipe's, a message has one more value. `prior` is the one
-    that the encoder was made from.
+    that the encoder was made from. `clip_l2` is the clip that was measured, where the recipe names none.
 
     With noise in the code of an encoder that is not linear, a code is taken relative to the code of a zero update: then a
     client that has nothing to say contributes the zero vector, which is what add/remove adjacency compares with.
+
+    Raises:
+      PrivacyError: nothing says what the clip is.
     """
     seed = derive_seed(recipe.seed, "sketch", slot)
     wire = WireFormat.of(encoder, wire_dtype(recipe))  # type: ignore[arg-type]  # checked by the recipe
-    summable, clip_l2 = encoder.linear, recipe.privacy.clip_l2
+    summable = encoder.linear
     if not encoder.linear and recipe.privacy.noise_in == "code":
         encoder = RelativeEncoder(encoder)
     if adaptive_clip is not None:
-        encoder, clip_l2 = AdaptiveClipEncoder(encoder, adaptive_clip.clip_l2), adaptive_clip.bound
+        encoder, bound = AdaptiveClipEncoder(encoder, adaptive_clip.clip_l2), adaptive_clip.bound
         wire = replace(wire, code_size=encoder.code_size)
+    else:
+        bound = _known_clip(recipe.privacy.clip_l2 or clip_l2, "privacy")
     spec = QuerySpec(
         kind="update",
         slot=slot,
         noise_in=recipe.privacy.noise_in,
-        clip_l2=clip_l2,
+        clip_l2=bound,
         seed=seed,
         epochs=1,
         summable=summable,

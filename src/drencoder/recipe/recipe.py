@@ -44,6 +44,9 @@ EMBEDDED_CLIENTS, EMBEDDED_SITES = 10_000, 10
 STUDY_TABLE = "compare"
 """The table of a recipe file that is no part of a recipe: `drencoder compare` reads it (`study.settings`), a run does not."""
 
+# Where a recipe names no sampling rate: a share of the clients, and of few clients so many that a round can learn (docs/log.md).
+_SAMPLING_RATE, _LEAST_COHORT = 0.02, 32
+
 _MOST_BYTES = 1 << 20  # of a recipe file
 _LONGEST_NAME = 200  # bytes; files beside the run folder have its name and a suffix
 
@@ -96,11 +99,27 @@ class Recipe:
         _check_together(self)
 
     @property
+    def sampling_rate(self) -> float:
+        """Chance of a client (or other unit) to be in a round. Where none is named it follows from the population, which must be set.
+
+        Where a client may answer so often only, as under local trust, it is no more than that leaves room for.
+        """
+        federation, of_sites = self.federation, self.privacy.unit != "client"
+        if federation.sampling_rate:
+            return federation.sampling_rate
+        units = federation.population * (federation.units_per_site if of_sites else 1)
+        rate = min(1.0, _LEAST_COHORT / units)
+        if self.privacy.trust in ("local", "secure-aggregation") and not of_sites:
+            slots = federation.rounds + (self.prior.source != "none")
+            rate = min(rate, 1.0 / math.ceil(slots / self.privacy.participation_cap))
+        return max(_SAMPLING_RATE, rate)
+
+    @property
     def stage1_rate(self) -> float:
         """Chance of a client to be in stage 1; 0 when there is no stage 1."""
         if self.prior.source == "none":
             return 0.0
-        return self.prior.sampling_rate or self.federation.sampling_rate
+        return self.prior.sampling_rate or self.sampling_rate
 
     @property
     def benchmarks(self) -> dict[str, str]:

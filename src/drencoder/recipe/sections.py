@@ -138,7 +138,13 @@ class Federation(Checked):
         low=0,
         high=10**12,
     )
-    sampling_rate: float = knob(0.02, "chance q of a client to be in a round", above=0, high=1)
+    sampling_rate: float = knob(
+        0.0,
+        "chance q of a client to be in a round; 0 = 0.02, or what makes 32 clients a round, if that is more and "
+        "privacy.participation_cap leaves room for it",
+        low=0,
+        high=1,
+    )
     rounds: int = knob(20, "rounds T of stage 2", low=1, high=1_000_000)
     units_per_site: int = knob(
         0,
@@ -229,7 +235,9 @@ class Prior(Checked):
     )
     epochs: int = knob(1, "local epochs of stage 1; each gives statistics (or gradients) of its own", low=1)
     sampling_rate: float = knob(0.0, "chance of a client to be in stage 1; 0 = as in a round", low=0, high=1)
-    clip_l2: float = knob(1.0, "L2 bound of a client's statistics vector", above=0)
+    clip_l2: float = knob(
+        0.0, "L2 bound of a client's statistics vector; 0 = measured on public text as privacy.clip_l2 is", low=0
+    )
     synthetic: int = knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
     public: str = knob(
         "",
@@ -282,7 +290,12 @@ class Privacy(Checked):
         "adjacency that epsilon is calibrated for; both are reported",
         choices=("add_remove", "replace_one"),
     )
-    clip_l2: float = knob(1.0, "L2 bound of a client's contribution, where the noise is added", above=0)
+    clip_l2: float = knob(
+        0.0,
+        "L2 bound of a client's contribution, where the noise is added; 0 = the median length of what make-believe clients with "
+        "public text would send at the start",
+        low=0,
+    )
     clip: str = knob(
         "fixed",
         "fixed: clip_l2 in all rounds; adaptive: starts there and follows the median of the codes' norms, which a noised "
@@ -313,6 +326,11 @@ class Evaluation(Checked):
         1024,
         "held-out examples of the final table, and zero-shot questions of each benchmark; an eighth between rounds",
         low=1,
+    )
+    prompts: tuple[str, ...] = knob(
+        (),
+        "instructions that base and adapted model answer at the end of a run, for the screen and the report: public ones; empty = "
+        "three of generated or declared public text, or three general ones",
     )
     benchmarks: tuple[str, ...] = knob(
         ("auto",),

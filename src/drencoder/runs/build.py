@@ -18,7 +18,7 @@ from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.lora_init import START_TEXTS, public_start
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
-from drencoder.encoders.planning import declared, planned_code_size, planned_start, public_text
+from drencoder.encoders.planning import clip_text, declared, planned_code_size, planned_start, public_text
 from drencoder.encoders.registry import build_encoder
 from drencoder.encoders.request import EncoderRequest, StepCallback, TrainingGradients
 from drencoder.errors import DataError
@@ -143,14 +143,30 @@ class Components:
         tokenizer = self.texts.tokenizer
         return {name: (question_examples(tokenizer, one.questions), one.answers) for name, one in drawn.items()}
 
+    @property
+    def encoder_has_public_text(self) -> bool:
+        """Whether the encoder is made from public text; clips may be measured on some all the same."""
+        return declared(self.recipe).public_text != "unused" and bool(public_text(self.recipe))
+
     def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
         """Updates of make-believe clients with public text at this adapter; None if the encoder is not made from any.
 
         Other text in every slot, the same whenever that slot is computed again.
         """
-        if self.texts.public is None or declared(self.recipe).public_text == "unused":
+        return self.updates_of_public_text(adapter_D, slot) if self.encoder_has_public_text else None
+
+    def updates_of_public_text(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
+        """The same, whatever the encoder is made from; None without public text."""
+        if self.texts.public is None:
             return None
         return PublicUpdates(self._updates_of_public_text(adapter_D, slot), self.texts.public.declared)
+
+    @cached_property
+    def start_updates(self) -> PublicUpdates:
+        """Those of the untouched adapter, which clips are measured on and the first encoder may be made from."""
+        updates = self.updates_of_public_text(self.lora.initial_D, 1)
+        assert updates is not None, "`encoders.planning.clip_text` sees to it that there is public text"
+        return updates
 
     def gate_updates(self, adapter_D: torch.Tensor, clients: int) -> tuple[torch.Tensor, str] | None:
         """Updates (up to `clients`, D) of make-believe clients, of text that the encoder was not made from, and whose it is.
@@ -266,7 +282,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
 
         d1_share = D1_SHARE
     # A site gets the encoder from the server, who made it: public text is the server's to have.
-    named = "" if site else public_text(recipe)
+    named = "" if site else public_text(recipe) or clip_text(recipe)
     if recipe.prior.source == "gradients" and evaluation is None and not site:
         named = named or "self"  # no prior is fitted that the gate could draw from, and it must have something
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from drencoder import __version__
 from drencoder.data.evaluation_text import describe_owners, evaluation_rests_on, owner_kind
 from drencoder.encoders.code_sizes import BITS_PER_VALUE, plain_lora_bytes
-from drencoder.encoders.planning import wire_dtype
+from drencoder.encoders.planning import clip_words, wire_dtype
 from drencoder.errors import ArtifactError
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.ledger_check import plan_differences
@@ -81,7 +81,7 @@ def file_digests(folder: RunFolder) -> dict[str, str]:
     Raises:
       ArtifactError: one of them cannot be read.
     """
-    names = [folder.recipe, folder.metrics, folder.outcomes, folder.certificate, folder.report]
+    names = [folder.recipe, folder.metrics, folder.outcomes, folder.samples, folder.certificate, folder.report]
     names += [
         path for part in (folder.checkpoints, folder.adapter) for path in sorted(part.rglob("*")) if path.is_file()
     ]
@@ -140,6 +140,11 @@ def make_certificate(
         },
         "encoder": encoder.describe() | flat_gate(progress.gate or {}),
         "stage1": {"prior": recipe.prior.source, **(progress.stage1 or {})},
+        "clip": {
+            "kind": recipe.privacy.clip,
+            "clip_l2": progress.clip_l2 or recipe.privacy.clip_l2,
+            "start": clip_words(recipe, components.texts.public.declared if components.texts.public else ""),
+        },
         "adapter_start": components.start,
         "data": f"the clients' own text, which stays at {len(ledger.sites())} sites"
         if ledger.sites()

@@ -38,7 +38,7 @@ class Progress:
     encoder_state: Mapping[str, Tensor] | None = None
     gate: Mapping[str, Any] | None = None
     stage1: Mapping[str, Any] | None = None
-    clip_l2: float | None = None  # of the next round, where it follows the codes' norms
+    clip_l2: float | None = None  # of the next round, where it was measured or follows the codes' norms
     bytes_down: int = 0
 
 

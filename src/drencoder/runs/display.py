@@ -124,6 +124,7 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
                 f"{terms.multiplier:.4f} of each {'site' if plan.curated else 'client'}; at least {terms.least_contributors} contributors a round or it is "
                 f"void, {terms.honest} of them honest",
             )
+        run.add_row("clip", overview.clip)
         run.add_row("k*", f"{_few_digits(overview.k_star)} coordinates that the noise lets a round learn")
     _add_size_rows(run, overview, encoder)
     observers = {key: value.to_dict() for key, value in plan.epsilons().items()}

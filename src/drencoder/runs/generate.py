@@ -1,33 +1,18 @@
 """Asks a finished run's model: base and adapter, prompted as the clients' records were."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from drencoder.data.chat_template import TEMPLATES
-from drencoder.errors import DataError, ModelError
+from drencoder.errors import DataError
+from drencoder.evaluation.samples import Answer, answer
 from drencoder.models.base_model import load_base, open_tokenizer
 from drencoder.models.lora import LoraModel
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.assess import read_adapter
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["Answer", "generate"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`ended`: whether the model ended its answer itself; if not, it was cut at the most tokens that were asked for."""
-
-    text: str
-    tokens: int
-    prompt_tokens: int
-    ended: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+__all__ = ["generate"]
 
 
 def generate(
@@ -62,19 +47,6 @@ def generate(
     if template not in TEMPLATES:  # a file at the time of the run; its text is the saved tokenizer's
         template = str(folder.adapter / "chat_template.jinja")
     tokenizer = open_tokenizer(base, replace(recipe.data, template=template))
-    prompt_ids = tokenizer.prompt({"instruction": text, "response": ""})
-    most = len(prompt_ids) + max_tokens
-    if base.positions:
-        most = min(most, base.positions)
-    if most <= len(prompt_ids):
-        raise ModelError(
-            f"the prompt has {len(prompt_ids)} tokens and the model {base.positions} positions: ask with a shorter text."
-        )
-    generator = torch.Generator().manual_seed(seed) if temperature else None
-    with lora.peft(adapter_D):
-        stop = tokenizer.stop_id
-        whole = base.complete(torch.tensor([prompt_ids]), most, generator, temperature or 1.0, stop=stop)[0].tolist()
-    answer = whole[len(prompt_ids) :]
-    ended = bool({base.end_id, stop} & set(answer))
-    words = base.tokenizer.decode(answer, skip_special_tokens=True).strip()
-    return Answer(words, len(answer) - ended, len(prompt_ids), ended)
+    return answer(
+        lora, adapter_D, tokenizer, {"instruction": text}, max_tokens=max_tokens, temperature=temperature, seed=seed
+    )

@@ -34,7 +34,7 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
     if better:
         given = [f"{name} would give k* {_few_digits(value)}" for name, value in better.items()]
         sentences.append(f"{'; '.join(given)[:1].upper()}{'; '.join(given)[1:]}.")
-    if recipe.federation.sampling_rate < 1:
+    if recipe.sampling_rate < 1:
         more = _k_star(replace(recipe, federation=replace(recipe.federation, sampling_rate=1.0)), trust)
         if more is not None and more > 1.5 * k_star:
             sentences.append(

@@ -19,7 +19,14 @@ from drencoder.encoders.code_sizes import (
     plain_lora_bytes,
     stage1_values,
 )
-from drencoder.encoders.planning import check_encoder, declared, planned_code_size, planned_start, wire_dtype
+from drencoder.encoders.planning import (
+    check_encoder,
+    clip_words,
+    declared,
+    planned_code_size,
+    planned_start,
+    wire_dtype,
+)
 from drencoder.errors import RecipeError
 from drencoder.models.place import locate
 from drencoder.models.planned_layers import adapted_matrices, planned_size
@@ -52,6 +59,7 @@ class Overview:
     encoder_warning: str = ""  # what speaks against the encoder, in one sentence
     owners: str = ""  # who the clients are
     evaluation_rests_on: str = ""  # whose text the loss is measured on, in one sentence
+    clip: str = ""  # the bound of a client's contribution, and where it comes from, in words
     weight_bytes: int | None = None  # memory of the base model; None: not known
     training_bytes: tuple[int, int] | None = (
         None  # memory of training with short records, and with the longest; None: not known
@@ -139,7 +147,7 @@ def privacy_plan(recipe: Recipe) -> PrivacyPlan:
         noise_multiplier=privacy.noise_multiplier if private and privacy.noise_multiplier else None,
         delta=privacy.delta,
         population=federation.population,
-        sampling_rate=federation.sampling_rate,
+        sampling_rate=recipe.sampling_rate,
         rounds=federation.rounds,
         stage1_rate=recipe.stage1_rate,
         participation_cap=privacy.participation_cap,
@@ -182,7 +190,7 @@ def survey(recipe: Recipe) -> Overview:
     weights = None if model is None else model.weight_bytes(recipe.model.dtype)
     data, unit = recipe.data, recipe.privacy.unit
     owners = describe_owners([owner_kind(data, unit)], data.client_field, unit, data.owner_field)
-    basis = evaluation_rests_on(recipe)
+    basis, clip = evaluation_rests_on(recipe), _clip_words(recipe)
     if matrices is None:
         warning = _encoder_warning(recipe)
         unknown = (None, None, None, None, None, None)
@@ -192,6 +200,7 @@ def survey(recipe: Recipe) -> Overview:
             encoder_warning=warning,
             owners=owners,
             evaluation_rests_on=basis,
+            clip=clip,
             weight_bytes=weights,
             training_bytes=memory,
             training_way=way,
@@ -223,10 +232,18 @@ def survey(recipe: Recipe) -> Overview:
         encoder_warning=_encoder_warning(recipe),
         owners=owners,
         evaluation_rests_on=basis,
+        clip=clip,
         weight_bytes=weights,
         training_bytes=memory,
         training_way=way,
     )
+
+
+def _clip_words(recipe: Recipe) -> str:
+    privacy = recipe.privacy
+    named = f"{privacy.clip_l2:g}, " if privacy.clip_l2 else ""
+    follows = "; it then follows the clients' lengths" if privacy.clip == "adaptive" else ""
+    return f"{named}{clip_words(recipe)}{follows}"
 
 
 def _training_bytes(recipe: Recipe, size: ModelSize | None) -> tuple[int, int] | None:

@@ -34,7 +34,9 @@ def write_report(path: Path) -> Path:
     folder = RunFolder.open(path)
     certificate = folder.read_json(folder.certificate)
     try:
-        page = _render_page(certificate, folder.read_metrics(), read_text(folder.recipe), _read_audit(folder))
+        samples = folder.read_json(folder.samples) if folder.samples.exists() else None
+        recipe = read_text(folder.recipe)
+        page = _render_page(certificate, folder.read_metrics(), recipe, samples, _read_audit(folder))
         data = page.encode()
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise ArtifactError(
@@ -74,7 +76,11 @@ def _read_audit(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _render_page(
-    certificate: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], recipe: str, audit: Mapping[str, Any] | None
+    certificate: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    recipe: str,
+    samples: Mapping[str, Any] | None,
+    audit: Mapping[str, Any] | None,
 ) -> str:
     title = f"drencoder run {html.escape(certificate['name'])}"
     mark = "" if certificate["private"] else " class='red'"
@@ -86,6 +92,8 @@ def _render_page(
         f"<p>{html.escape(certificate['verdict'])}</p>",
         _render_results(certificate["results"], certificate["uniform_loss"]),
         f"<p class='dim'>{html.escape(certificate['evaluation_rests_on'])}</p>",
+        *([f"<p class='red'>{html.escape(certificate['twin'])}</p>"] if "twin" in certificate else []),
+        *_render_samples(samples),
         "<h2>Epsilon for each observer</h2>",
         _render_observers(certificate),
         *_render_audit(audit),
@@ -99,7 +107,10 @@ def _render_page(
         *(f"<p>{html.escape(sentence)}</p>" for sentence in lost_sentences(certificate["slots_without_result"])),
         "<h2>Encoder and stage 1</h2>",
         _render_facts(
-            certificate["encoder"] | certificate["stage1"] | {"adapter_start": certificate.get("adapter_start", "peft")}
+            certificate["encoder"]
+            | certificate["stage1"]
+            | {"adapter_start": certificate.get("adapter_start", "peft")}
+            | {f"clip_{key}": value for key, value in certificate.get("clip", {}).items()}
         ),
         "<h2>Recipe</h2>",
         f"<pre>{html.escape(recipe)}</pre>",
@@ -191,6 +202,16 @@ def _render_units(terms: Mapping[str, Any] | None, relation: str) -> list[str]:
         _render_table(header, rows),
         f"<p class='dim'>PLD, {relation.replace('_', '/')}; a slot counts for every site that was asked in it.</p>",
     ]
+
+
+def _render_samples(samples: Mapping[str, Any] | None) -> list[str]:
+    """Returns what base and adapted model answered to public prompts; nothing where they were not asked."""
+    if samples is None or not samples["rows"]:
+        return []
+    header = ["prompt", "base model", "this run"]
+    rows = [[row["prompt"], row["base"], row["adapted"]] for row in samples["rows"]]
+    about = f"<p class='dim'>The prompts are {html.escape(samples['prompts_are'])}; no client's text is among them.</p>"
+    return ["<h2>Answers</h2>", _render_table(header, rows), about]
 
 
 def _render_observers(certificate: Mapping[str, Any]) -> str:

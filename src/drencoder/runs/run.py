@@ -34,7 +34,18 @@ from drencoder.runs.checkpoint import Progress, float32_bytes, load_checkpoint, 
 from drencoder.runs.model_card import write_model_card
 from drencoder.runs.plan_overview import Overview
 from drencoder.runs.run_folder import RunFolder
+from drencoder.runs.samples import answer_prompts
 from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
+from drencoder.runs.twin import (
+    TWIN,
+    TWIN_SENTENCE,
+    TwinLines,
+    check_twin,
+    forget_weights,
+    is_finished,
+    make_private_folder,
+    twin_components,
+)
 
 __all__ = ["Listener", "RunResult", "resume", "run", "run_built"]
 
@@ -64,12 +75,24 @@ class RunResult:
     ledger: Path
     metrics: list[dict[str, Any]]
     certificate: dict[str, Any]
+    twin: "RunResult | None" = None
+    """The run's non-private twin, which nobody may see but who holds all clients' text."""
 
 
 def run(
-    recipe: Recipe, folder: str | Path, listener: Listener | None = None, engine: EngineMaker | None = None
+    recipe: Recipe,
+    folder: str | Path,
+    listener: Listener | None = None,
+    engine: EngineMaker | None = None,
+    *,
+    twin: bool = False,
+    samples: bool = False,
 ) -> RunResult:
     """Runs a recipe into a new folder; `engine` makes what reaches the clients (default: this process trains them).
+
+    Args:
+      twin: trains a twin without noise afterwards, for who holds all clients' text and nobody else (`runs.twin`).
+      samples: lets base and adapted model answer a few public prompts (`runs.samples`).
 
     Raises:
       DrencoderError: something cannot be had, before the folder exists; or the disk is full, later on.
@@ -77,25 +100,21 @@ def run(
     listener = listener or _Silent()
     path = Path(folder)
     RunFolder.check_free(path)
+    check_twin(recipe, wanted=twin, here=engine is None)
     recipe = with_population(recipe) if engine is None else recipe
-    return run_built(_prepare(recipe, listener, engine), path, listener)
+    components = _prepare(recipe, listener, engine)
+    return _with_twin(run_built(components, path, listener, _Extras(twin, samples)), components, listener, wanted=twin)
 
 
-def run_built(components: Components, path: Path, listener: Listener) -> RunResult:
-    """Runs what `build` made, into a new folder."""
-    recipe = components.recipe
-    run_folder = RunFolder.create(path, recipe.to_toml())
-    plan = components.plan
-    key = hashlib.sha256(f"replay/{recipe.seed}".encode()).digest() if plan.noise == "replay" else None
-    facts = {"run_id": secrets.token_hex(8), "recipe": recipe_digest(recipe)}
-    with Ledger.create(run_folder.ledger, plan, key=key, **facts) as ledger:
-        run_folder.begin()
-        start = Progress(ServerState.start(components.lora.initial_D))
-        return _drive(components, run_folder, ledger, start, listener)
-
-
-def resume(folder: str | Path, listener: Listener | None = None, engine: EngineMaker | None = None) -> RunResult:
-    """Goes on with a run that was killed, with its own recipe, ledger and checkpoint.
+def resume(
+    folder: str | Path,
+    listener: Listener | None = None,
+    engine: EngineMaker | None = None,
+    *,
+    twin: bool = False,
+    samples: bool = False,
+) -> RunResult:
+    """Goes on with a run that was killed, with its own recipe, ledger and checkpoint; `twin` and `samples` as for `run`.
 
     Raises:
       ArtifactError: the folder is not a run's, or its ledger was changed or cut.
@@ -103,13 +122,74 @@ def resume(folder: str | Path, listener: Listener | None = None, engine: EngineM
     listener = listener or _Silent()
     run_folder = RunFolder.open(Path(folder))
     recipe = load_recipe(run_folder.recipe)
+    check_twin(recipe, wanted=twin, here=engine is None)
+    components, result = _resume(run_folder, recipe, listener, _Extras(twin, samples), engine=engine)
+    return _with_twin(result, components, listener, wanted=twin)
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What a run leaves behind beside what every run leaves."""
+
+    twin: bool = False
+    samples: bool = False
+
+
+_NO_EXTRAS = _Extras()
+
+
+def run_built(components: Components, path: Path, listener: Listener, extras: _Extras = _NO_EXTRAS) -> RunResult:
+    """Runs what `build` made, into a new folder."""
+    recipe, plan = components.recipe, components.plan
+    run_folder = RunFolder.create(path, recipe.to_toml())
+    key = hashlib.sha256(f"replay/{recipe.seed}".encode()).digest() if plan.noise == "replay" else None
+    facts = {"run_id": secrets.token_hex(8), "recipe": recipe_digest(recipe)}
+    with Ledger.create(run_folder.ledger, plan, key=key, **facts) as ledger:
+        run_folder.begin()
+        start = Progress(ServerState.start(components.lora.initial_D))
+        return _drive(components, run_folder, ledger, start, listener, extras)
+
+
+def _resume(
+    run_folder: RunFolder,
+    recipe: Recipe,
+    listener: Listener,
+    extras: _Extras,
+    *,
+    engine: EngineMaker | None = None,
+    components: Components | None = None,
+) -> tuple[Components, RunResult]:
+    """Goes on in this folder; the components are made where they are not at hand."""
     with Ledger.open(run_folder.ledger) as ledger:
         check_same_recipe(ledger, recipe)
-        components = _prepare(recipe, listener, engine)
+        components = components or _prepare(recipe, listener, engine)
         start = load_checkpoint(run_folder, ledger, components.lora.initial_D, components.lora.layout.segments)
         listener.say(f"resuming after {'nothing' if start.slot < 0 else f'slot {start.slot}'}")
         run_folder.keep_metrics([row for row in run_folder.read_metrics() if row["round"] <= start.slot])
-        return _drive(components, run_folder, ledger, start, listener)
+        return components, _drive(components, run_folder, ledger, start, listener, extras)
+
+
+def _with_twin(result: RunResult, components: Components, listener: Listener, *, wanted: bool) -> RunResult:
+    """Trains the run's twin, or goes on with it, if it is wanted. The run itself is finished and stays as it is."""
+    if not wanted:
+        return result
+    own, lines = twin_components(components, result.certificate), TwinLines(listener.say)
+    folder = RunFolder(result.folder / TWIN)
+    if is_finished(folder):
+        return replace(result, twin=_result(folder))
+    make_private_folder(folder)
+    lines.planned(own.overview)
+    if folder.ledger.exists():
+        _resume(folder, own.recipe, lines, _NO_EXTRAS, components=own)
+    else:
+        run_built(own, folder.path, lines)
+    forget_weights(folder)
+    return replace(result, twin=_result(folder))
+
+
+def _result(folder: RunFolder) -> RunResult:
+    certificate = folder.read_json(folder.certificate)
+    return RunResult(folder.path, folder.adapter, folder.ledger, folder.read_metrics(), certificate)
 
 
 def _prepare(recipe: Recipe, listener: Listener, engine: EngineMaker | None) -> Components:
@@ -126,7 +206,12 @@ def _prepare(recipe: Recipe, listener: Listener, engine: EngineMaker | None) -> 
 
 
 def _drive(
-    components: Components, folder: RunFolder, ledger: Ledger, progress: Progress, listener: Listener
+    components: Components,
+    folder: RunFolder,
+    ledger: Ledger,
+    progress: Progress,
+    listener: Listener,
+    extras: _Extras,
 ) -> RunResult:
     """All stages from `now` on. Budget that runs out ends stage 2 early and cleanly."""
     plan = components.plan
@@ -159,7 +244,7 @@ def _drive(
                 raise
         save_checkpoint(folder, ledger, progress)
         _evaluate_round(components, folder, ledger, progress, listener)
-    return _finish(components, folder, ledger, progress, encoder, listener)
+    return _finish(components, folder, ledger, progress, encoder, listener, extras)
 
 
 def _round(
@@ -172,7 +257,7 @@ def _round(
         ledger.record_lost(slot)
         return replace(progress, slot=slot)
     adaptive_clip = _adaptive_clip(recipe, progress)
-    query = update_query(encoder, recipe, slot, adaptive_clip, progress.prior)
+    query = update_query(encoder, recipe, slot, adaptive_clip, progress.prior, progress.clip_l2)
     result, permit = ask_cohort(components, ledger, query, progress.state.adapter_D)
     direction_D = released_update(query, result.release, permit, plan.expected_cohort)
     # Under central trust these counts depend on who is in a secret cohort: nobody is told them.
@@ -181,7 +266,8 @@ def _round(
     sent = uploaded_bytes(result, plan.senders(slot), query)
     state = server_step(progress.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
     ledger.record_release(slot, float32_bytes(state.adapter_D), "adapter")
-    next_clip = adaptive_clip.after(result.release.value, plan.expected_cohort).clip_l2 if adaptive_clip else None
+    if adaptive_clip:
+        progress = replace(progress, clip_l2=adaptive_clip.after(result.release.value, plan.expected_cohort).clip_l2)
     asked = plan.senders(slot) if result.release.contributors is None else result.release.contributors
     down = round(asked * downloaded_bytes(encoder, components.lora.layout.size)) + result.bytes_down
     return replace(
@@ -189,7 +275,6 @@ def _round(
         state=state,
         slot=slot,
         bytes_up=progress.bytes_up + sent,
-        clip_l2=next_clip,
         bytes_down=progress.bytes_down + down,
     )
 
@@ -232,7 +317,13 @@ def _spent(ledger: Ledger) -> dict[str, float | str]:
 
 
 def _finish(
-    components: Components, folder: RunFolder, ledger: Ledger, progress: Progress, encoder: Encoder, listener: Listener
+    components: Components,
+    folder: RunFolder,
+    ledger: Ledger,
+    progress: Progress,
+    encoder: Encoder,
+    listener: Listener,
+    extras: _Extras,
 ) -> RunResult:
     from drencoder.runs.report import write_report
 
@@ -249,6 +340,11 @@ def _finish(
     uniform_loss = math.log(components.lora.base.vocabulary)
     certificate["uniform_loss"] = uniform_loss
     certificate["verdict"] = verdict(stored, uniform_loss, NO_EVALUATION)
+    if extras.twin or (folder.path / TWIN).exists():
+        certificate["twin"] = TWIN_SENTENCE
+    if extras.samples and certificate["private"]:
+        listener.say("asking base and adapted model a few public prompts")
+        folder.write_json(folder.samples, answer_prompts(components, progress.state.adapter_D).to_dict())
     folder.write_json(folder.certificate, certificate)
     folder.write(folder.model_card, write_model_card(folder.read_json(folder.certificate)).encode())
     write_report(folder.path)

@@ -10,6 +10,8 @@
     certificate.json       what was promised, to whom, and what was spent
     outcomes.json          every held-out text's loss and every question's outcome, for paired comparisons
     report.html            one page for people
+    samples.json           what base and adapted model answer to a few public prompts (runs.samples)
+    twin/                  a run without noise, NOT private, which nobody may see but who holds all text (runs.twin)
     signatures.jsonl       who stands for the ledger's last line, if anybody signed it (runs.signatures)
 
 No torch here: the report and the plan read run folders without it.
@@ -75,6 +77,10 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.json"
 
     @property
     def signatures(self) -> Path:

@@ -13,7 +13,7 @@ import torch
 
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
-from drencoder.encoders.planning import declared
+from drencoder.encoders.planning import clip_words, declared
 from drencoder.encoders.request import TrainingGradients
 from drencoder.encoders.viability import GateResult, measure_viability, require_viable
 from drencoder.errors import LostError, QuorumError, RefusedError
@@ -24,6 +24,7 @@ from drencoder.rng import derive_seed
 from drencoder.runs.asking import ask_cohort, uploaded_bytes
 from drencoder.runs.build import Components
 from drencoder.runs.checkpoint import Progress, float32_bytes
+from drencoder.runs.start_clip import measured_clip, stage1_clip
 
 __all__ = ["fit_encoder", "refresh_encoder", "run_stage1"]
 
@@ -72,13 +73,15 @@ def _moments(components: Components, ledger: Ledger, progress: Progress, say: Sa
     epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
     whom = f"{plan.population} sites" if plan.curated else f"about {plan.stage1_cohort:.0f} clients"
     say(f"stage 1: asking {whom} for two moments per tensor{epochs}")
-    query = moment_query(segments, recipe.prior)
+    clip_l2 = stage1_clip(components)
+    query = moment_query(segments, recipe.prior, clip_l2)
     result, permit = ask_cohort(components, ledger, query, progress.state.adapter_D)
     release = result.release
     ledger.record_release(0, float32_bytes(release.value), "statistics")
     mean_V = release.value / plan.stage1_cohort
     prior = GaussianPrior.from_statistics(mean_V, segments, release.noise_std / plan.stage1_cohort)
-    facts = {"statistics": query.spec.wire.code_size, "message_bytes": message_wire(query, permit).message_size}
+    sizes = {"statistics": query.spec.wire.code_size, "message_bytes": message_wire(query, permit).message_size}
+    facts = sizes | {"clip_l2": clip_l2}
     say(f"stage 1: {facts['statistics']} noised statistics, prior rms {prior.rms:.2e}")
     sent = uploaded_bytes(result, plan.senders(0), query)
     return replace(progress, slot=0, prior=prior, stage1=facts | {"bytes": sent}, bytes_up=progress.bytes_up + sent)
@@ -114,7 +117,7 @@ def fit_encoder(
         if checked is not None:
             say(f"auto-encoder, step {step}: training loss {loss:.4g}, validation loss {checked:.4g}")
 
-    structured = components.public_updates(progress.state.adapter_D, 1)
+    structured = components.start_updates if components.encoder_has_public_text else None
     if structured is not None:
         say(f"structured prior: {len(structured.update_ND)} updates of public text ({structured.declared})")
     encoder = components.encoder(progress.prior, real=real, public=structured, on_step=trained)
@@ -136,7 +139,18 @@ def fit_encoder(
         gate["synthetic"] = _facts(verdict)
         say(f"gate, synthetic gradients: {verdict.sentence}")
     require_viable(verdict, allow=components.recipe.encoder.gate == "warn")
-    return replace(progress, gate=gate, encoder_state=encoder.state()), encoder
+    progress = replace(progress, gate=gate, encoder_state=encoder.state())
+    return _with_clip(components, progress, encoder, say), encoder
+
+
+def _with_clip(components: Components, progress: Progress, encoder: Encoder, say: Say) -> Progress:
+    """The clip of the first round: the recipe's, or measured on public text."""
+    recipe = components.recipe
+    if recipe.privacy.clip_l2:
+        return progress
+    clip_l2 = measured_clip(recipe, encoder, components.start_updates)
+    say(f"clip: {clip_l2:g}, {clip_words(recipe, components.start_updates.declared)}")
+    return replace(progress, clip_l2=clip_l2)
 
 
 def _facts(result: GateResult) -> Mapping[str, Any]:

@@ -65,11 +65,16 @@ def with_unit(recipe: Recipe, unit: str, site_units: int) -> Recipe | None:
     """The recipe with another unit; None if its other knobs do not go with it. A site adds its noise itself: a trusted server's
     place is taken by secure aggregation."""
     privacy, federation = recipe.privacy, recipe.federation
-    changes: dict[str, Any] = {"privacy.unit": unit, "federation.units_per_site": site_units}
+    rate = recipe.sampling_rate  # of another unit, too: the rows differ in nothing but the unit
+    changes: dict[str, Any] = {
+        "privacy.unit": unit,
+        "federation.units_per_site": site_units,
+        "federation.sampling_rate": rate,
+    }
     if unit != "client" and privacy.trust == "central":
         changes["privacy.trust"] = "secure-aggregation"
     if unit == "client":  # a cap that the rate needs: of sites there is none
-        slots = federation.sampling_rate * federation.rounds + recipe.stage1_rate
+        slots = rate * federation.rounds + recipe.stage1_rate
         changes["privacy.participation_cap"] = max(privacy.participation_cap, math.ceil(slots) + 1)
     try:
         return recipe.changed(changes)

@@ -1,7 +1,7 @@
 """The clients' side: one machine that answers for some clients, and what it refuses to answer.
 
-A site trusts its own recipe and its own ledger. From the server it takes the adapter, the encoder and, where the clip follows
-the codes' norms, the clip: all three are used before the clip and the noise, so whatever they are, what leaves is bounded and
+A site trusts its own recipe and its own ledger. From the server it takes the adapter, the encoder and, where the clip was measured or
+follows the codes' norms, the clip: all three are used before the clip and the noise, so whatever they are, what leaves is bounded and
 noised as the site's own plan says. It answers with messages that its ledger has charged, or with a number that says why not.
 """
 
@@ -277,11 +277,12 @@ class Site:
             raise _RefusedError(Refusal.PLAN)
         if spec.slot > 0:
             encoder = self._current_encoder(frame, asked)
-            query = update_query(encoder, recipe, spec.slot, self._adaptive_clip(asked), self._prior)
+            clip = self._adaptive_clip(asked)
+            query = update_query(encoder, recipe, spec.slot, clip, self._prior, spec.clip_l2)
         elif recipe.prior.source == "gradients":
             query = gradient_query(layout.size, recipe.prior)
         else:
-            query = moment_query(layout.segments, recipe.prior)
+            query = moment_query(layout.segments, recipe.prior, spec.clip_l2)
         if spec.kind != query.spec.kind:
             raise _RefusedError(Refusal.PLAN)
         if not query.spec.same_clip(spec):
