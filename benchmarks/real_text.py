@@ -106,6 +106,7 @@ CELLS = [
     _cell("bank", "dp-lora"),
     _cell("bank", "lora"),
     _cell("bank", "random"),
+    _cell("bank", "lora", step=-2),
     _cell("shakespeare", "hybrid"),
     _cell("dolly", "hybrid"),
     _cell("shakespeare", "hybrid-few"),
