@@ -30,7 +30,7 @@ from drencoder.encoders.planning import load_checked_recipe
 from drencoder.encoders.wire import pack_rows, unpack_rows
 from drencoder.federated import in_process
 from drencoder.federated import round as one_round
-from drencoder.privacy.mechanism import ReplayNoise
+from drencoder.privacy.mechanism import ReplayNoise, quantiser_for
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import asking, run, stage1
 from drencoder.runs.build import Components
@@ -70,10 +70,12 @@ def messages(change: Change) -> Callable[[], contextlib.AbstractContextManager[A
 
     def broken(query: Any, update_ND: torch.Tensor, clients: Sequence[int], permit: Any, noise: Any) -> Any:
         upload = original(query, update_ND, clients, permit, noise)
-        spec = query.spec
-        noised = unpack_rows(upload.messages, spec.wire, spec.slot).code_NK
-        changed = change(noised, canaries.contributions(query, update_ND)).float()
-        return replace(upload, messages=pack_rows(changed, spec.wire, spec.slot))
+        wire, slot = one_round.message_wire(query, permit), query.spec.slot
+        noised = one_round.code_values(query, permit, unpack_rows(upload.messages, wire, slot).code_NK)
+        changed = change(noised, canaries.contributions(query, update_ND)).double()
+        if wire.integers:
+            changed = (changed / quantiser_for(permit, wire.code_size, query.spec.clip_l2).step).round().long()
+        return replace(upload, messages=pack_rows(changed if wire.integers else changed.float(), wire, slot))
 
     return lambda: patched((in_process, "client_message", broken))
 
@@ -204,7 +206,10 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     args = parser.parse_args()
+    if args.smoke:
+        args.only = "2/3"
     torch.set_num_threads(1)
     rows = []
     for fault in sorted(FAULTS, key=lambda fault: fault.records):  # the long ones last

@@ -92,7 +92,10 @@ def main() -> None:
     parser.add_argument("--sizes", default="512,131072,8388608")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
     options = parser.parse_args()
+    if options.smoke:
+        options.sizes, options.repeats = "512", 1
     rows = [measure(int(size), options.repeats) for size in options.sizes.split(",")]
     names = [name for name in rows[0] if name not in ("size", "table_seconds") and not name.endswith(("bits", "steps"))]
     print(f"{'milliseconds of':24}" + "".join(f"{row['size']:>14,}" for row in rows) + "   nanoseconds a value")

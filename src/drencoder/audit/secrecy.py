@@ -29,7 +29,7 @@ from drencoder.encoders.wire import pack_rows
 from drencoder.federated.engine import SiteFacts
 from drencoder.federated.in_process import InProcessEngine
 from drencoder.federated.query import Query
-from drencoder.federated.round import SecureSum, Upload
+from drencoder.federated.round import SecureSum, Upload, message_wire
 from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
@@ -179,10 +179,10 @@ class _BlindedEngine:
             if isinstance(answer, SecureSum):
                 yield replace(answer, sum_V=np.zeros_like(answer.sum_V))
                 continue
-            blank = pack_rows(
-                torch.zeros(len(answer.messages), query.spec.wire.code_size), query.spec.wire, query.spec.slot
-            )
-            yield replace(answer, messages=blank)
+            wire = message_wire(query, permit)
+            dtype = torch.int64 if wire.integers else torch.float32
+            zeros_NK = torch.zeros(len(answer.messages), wire.code_size, dtype=dtype)
+            yield replace(answer, messages=pack_rows(zeros_NK, wire, query.spec.slot))
 
 
 # --- evaluation text ---------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from drencoder.audit.canaries import CanaryEngine, Plant, Planted, contributions
 from drencoder.audit.scores import Floats
 from drencoder.encoders.wire import unpack_rows
 from drencoder.federated.query import Query
-from drencoder.federated.round import CohortRelease, SecureSum, Upload, released_update
+from drencoder.federated.round import CohortRelease, SecureSum, Upload, code_values, message_wire, released_update
 from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
 from drencoder.privacy.accounting import Event, GaussianEvent, NonPrivateEvent, PoissonGaussianEvent
 from drencoder.privacy.ledger import Ledger, Permit
@@ -159,10 +159,12 @@ def trial_values(trial: Trial, seen: Seen) -> Tensor:
     """What is seen, decoded from what left: messages (N, K) in the order of the canaries, a sum (V,), or the adapter's step as a sum (V,)."""
     if seen == "messages":
         rows: dict[int, Tensor] = {}
+        wire = message_wire(trial.query, trial.permit)
         for upload in trial.received:
             assert isinstance(upload, Upload)
-            got = unpack_rows(upload.messages, trial.query.spec.wire, trial.query.spec.slot)
-            rows |= {upload.clients[place]: row for place, row in zip(got.accepted, got.code_NK, strict=True)}
+            got = unpack_rows(upload.messages, wire, trial.query.spec.slot)
+            values_NK = code_values(trial.query, trial.permit, got.code_NK)
+            rows |= {upload.clients[place]: row for place, row in zip(got.accepted, values_NK, strict=True)}
         return torch.stack([rows[client] for client in trial.planted.clients])
     if seen == "sum":
         return trial.released.release.value
