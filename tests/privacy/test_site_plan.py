@@ -74,7 +74,7 @@ def test_secure_aggregation_has_the_noise_of_the_fewest_honest_sites() -> None:
     terms = plan.share_terms(1)
     assert (terms.least_contributors, terms.most_contributors, terms.honest) == (least, SITES, honest)
     assert terms.multiplier == pytest.approx(SIGMA / math.sqrt(honest))
-    assert terms.most_codes >= 3 * RATE * SITES * 50
+    assert plan.most_codes(1) >= 3 * RATE * SITES * 50
     found = plan.epsilons()
     for observer, noise in (
         ("server", SIGMA),
