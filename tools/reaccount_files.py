@@ -237,7 +237,14 @@ def file_troubles(run: Path, records: list[dict], certificate: dict, recipe: dic
     if not card.is_file() or " ".join(certificate["statement"].split()) not in card.read_text("utf-8"):
         found.append("the adapter's model card has not the certificate's statement")
 
-    names = ["recipe.resolved.toml", "metrics.jsonl", "outcomes.json", "certificate.json", "report.html"]
+    names = [
+        "recipe.resolved.toml",
+        "metrics.jsonl",
+        "outcomes.json",
+        "samples.json",
+        "certificate.json",
+        "report.html",
+    ]
     names += [
         p.relative_to(run).as_posix() for d in ("checkpoints", "adapter") for p in (run / d).rglob("*") if p.is_file()
     ]

@@ -13,6 +13,7 @@ from drencoder.runs.generate import generate
 from drencoder.runs.report import remake_report
 from drencoder.runs.samples import answer_prompts
 from drencoder.runs.verify import verify_run
+from tampering import reaccount
 
 CANARY = "Mustermann"
 
@@ -53,8 +54,10 @@ def test_a_run_leaves_three_answers_before_and_after(tiny_folder: Path, tmp_path
     assert not verify_run(result.folder).trouble
     remake_report(result.folder)
     assert (result.folder / "report.html").read_text() == page
+    assert reaccount(result.folder) == 0
     (result.folder / "samples.json").write_text("{}")
     assert "samples.json" in verify_run(result.folder).trouble
+    assert reaccount(result.folder) == 1
 
 
 def test_an_adapted_answer_is_that_of_generate(tiny_folder: Path, tmp_path: Path) -> None:
