@@ -50,11 +50,11 @@ class RunAudit:
         """The outcome in one sentence."""
         if self.failures:
             return f"THE PROMISE DOES NOT HOLD: {len(self.failures)} of {len(self.views) + len(self.checks) + len(self.attacks)} tests failed."
-        near = max(self.views, key=lambda view: max(bound["95"] for bound in view.bounds.values()) / view.promised)
-        most = max(bound["95"] for bound in near.bounds.values())
+        near = max(self.views, key=lambda view: max(bound["99.9"] for bound in view.bounds.values()) / view.promised)
+        most = max(bound["99.9"] for bound in near.bounds.values())
         return (
             f"No fault was found in {len(self.views) + len(self.checks) + len(self.attacks)} tests. Nearest to its promise came the {near.observer} with "
-            f"{near.sees}: epsilon is at least {most:.2f} (95 % confidence), {near.promised:.2f} was promised. An audit can show that a promise "
+            f"{near.sees}: epsilon is at least {most:.2f} (99.9 % confidence), {near.promised:.2f} was promised. An audit can show that a promise "
             "is broken; it cannot prove that one holds."
         )
 
