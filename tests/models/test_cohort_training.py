@@ -1,15 +1,19 @@
 """Cohort-parallel training gives each client the update it would have computed alone through PEFT."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import random_examples, tiny_base
 from drencoder.data.tokenization import Example, collate
 from drencoder.errors import ModelError
+from drencoder.models import lora as lora_module
 from drencoder.models.base_model import BaseModel
 from drencoder.models.client_training import CohortTrainer
 from drencoder.models.cohort_training import adapter_after, cohort_updates, num_steps
@@ -111,6 +115,26 @@ def test_no_bit_of_an_update_depends_on_who_shares_the_batch(upload: str, dropou
             clients.insert(place, examples)
             own_seeds.insert(place, 7)
             assert torch.equal(cohort_updates(lora, adapter_D, clients, local, own_seeds)[place], alone)
+
+
+def test_no_linear_layer_multiplies_the_rows_of_several_clients_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries may round both ways alike for the shapes of a test, so that equal bits alone do not show it."""
+    lora, calls = make_lora(), Counter[str]()
+
+    def counted(name: str, made: Any) -> Any:
+        def call(*rest: Any) -> Any:
+            calls[name] += 1
+            return made(*rest)
+
+        return call
+
+    monkeypatch.setattr(lora_module, "own_products", counted("own", lora_module.own_products))
+    monkeypatch.setattr(functional, "linear", counted("together", functional.linear))
+    clients = [random_examples(2, 3)] * 3  # of one shape: they share every pass
+    cohort_updates(lora, moved(lora), clients, config.Local(upload="gradient", batch_size=2), [1, 2, 3])
+    heads = len(clients)  # the vocabulary's products, which are one client's by the slices that they get
+    assert calls["own"] > 0
+    assert calls["together"] <= heads
 
 
 def gpt2(dropout: float) -> LoraModel:
