@@ -26,7 +26,7 @@ from drencoder.flower.keys import make_certificates, read_public_keys
 from drencoder.flower.server_app import ServerOptions
 from drencoder.flower.simulation import simulate_run
 from drencoder.flower.transport import GridTransport
-from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.ledger import Ledger, _permit
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
@@ -302,10 +302,7 @@ def question(made: Federation, number: int, **head: Any) -> bytes:
     place = made.sites[number]._session.number  # type: ignore[union-attr]
     own = tuple(range(number, 20, NODES))
     counts = (len(own),) * NODES
-    terms = plan.share_terms(0)
-    permit: Any = type(
-        "Terms", (), {"shares": terms, "slot": 0, "attempt": 0, "run_id": "run-1", "trust": plan.trust}
-    )()
+    permit = _permit(plan, 0, 0, (), "run-1")  # of the server, which asks after its charge
     settings = round_settings(query, permit, counts, roster.keys, live.recipe.threshold)
     sound = Instruction(
         nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,

@@ -1,5 +1,6 @@
 """Bytes in a Flower message, in how many parts they travel, and how soon Flower looks again for a part that is not there yet."""
 
+import importlib.util
 import threading
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -65,8 +66,15 @@ class _Watched(threading.Event):
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Every wait between two looks. Flower's own times are from a fresh copy of its module: another test of this process that
+    starts a server has changed them in the one that is in use."""
+    spec = importlib.util.find_spec(inflatable_utils.__name__)
+    assert spec is not None and spec.loader is not None
+    fresh: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
-        monkeypatch.setattr(function, "__kwdefaults__", dict(function.__kwdefaults__))
+        knobs = dict(getattr(fresh, function.__name__).__kwdefaults__)
+        monkeypatch.setattr(function, "__kwdefaults__", knobs)
     watched = type("Watched", (_Watched,), {"waits": []})
     monkeypatch.setattr(inflatable_utils, "threading", SimpleNamespace(Lock=threading.Lock, Event=watched))
     found: list[float] = watched.waits
