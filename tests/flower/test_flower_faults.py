@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from deployment import small_recipe
+from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.errors import ArtifactError, DataError, EngineError, PrivacyError
 from drencoder.federated.query import QuerySpec, moment_query
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction
 from drencoder.federated.remote.refusal import Refusal
 from drencoder.federated.remote.site import Site
+from drencoder.federated.round import message_wire
 from drencoder.flower.client_app import open_site
 from drencoder.models.client_training import CohortTrainer
+from drencoder.privacy.ledger import _permit
 from drencoder.privacy.site_ledger import SiteLedger
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import run as experiment
@@ -52,8 +55,15 @@ def changed(**head: Any) -> Callable[[bytes], bytes]:
     return tamper
 
 
+def integer_wire(message: bytes) -> WireFormat | None:
+    """The format of a message of whole steps, from its header; None for floats."""
+    bits = {9: 16, 10: 24, 11: 32}.get(message[5])
+    tag, size = (int.from_bytes(message[start : start + 4], "little") for start in (8, 16))
+    return WireFormat(size, tag, f"integer{bits}") if bits else None  # type: ignore[arg-type]
+
+
 def values(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[bytes], bytes]:
-    """An answer whose messages hold other numbers."""
+    """An answer whose messages hold other numbers: floats, or whole steps up to the largest that the wire has."""
 
     def tamper(data: bytes) -> bytes:
         frame = unpack_frame(data, Kind.QUERY_ANSWER, first=BIG, second=0)
@@ -63,8 +73,13 @@ def values(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[bytes], 
         size, messages = len(frame.first) // len(clients), b""
         for start in range(0, len(frame.first), size):
             message = frame.first[start : start + size]
-            code = torch.frombuffer(bytearray(message[20:]), dtype=torch.float32)
-            messages += message[:20] + change(code.clone()).numpy().tobytes()
+            if wire := integer_wire(message):
+                half, slot = 1 << (wire.bits - 1), int.from_bytes(message[12:16], "little")
+                code_NK = change(unpack_rows([message], wire, slot).code_NK).clamp(-half, half - 1)
+                messages += pack_rows(code_NK, wire, slot)[0]
+            else:
+                code = torch.frombuffer(bytearray(message[20:]), dtype=torch.float32)
+                messages += message[:20] + change(code.clone()).numpy().tobytes()
         return pack_frame(Frame(frame.kind, frame.recipe, frame.head, messages))
 
     return tamper
@@ -86,9 +101,9 @@ LIES: dict[str, Callable[[bytes], bytes]] = {
     "text for a number": changed(nonfinite="many"),
     "foreign clients": changed(clients=[0, 1, 2, 3, 4]),
     "wrong shape": shortened,
-    "NaN": values(lambda code: code.fill_(float("nan"))),
-    "infinity": values(lambda code: code.fill_(float("inf"))),
-    "too long": values(lambda code: code.mul_(1e6)),
+    "largest steps": values(lambda code: code.fill_(1 << 40)),
+    "smallest steps": values(lambda code: code.fill_(-(1 << 40))),
+    "too long": values(lambda code: code.mul_(1000)),
 }
 
 
@@ -141,6 +156,17 @@ def test_central_trust_clips_again(federation: Callable[..., Federation]) -> Non
         found.append(adapter(made.run(quorum=0.0, name=name)))
     assert not torch.allclose(found[0], found[1], atol=1e-4)
     assert torch.allclose(found[1], found[2], atol=1e-5)  # both have the bound's length
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_value_that_is_not_finite_spoils_its_nodes_answer(value: str, federation: Callable[..., Federation]) -> None:
+    """Under central trust messages are floats."""
+    made = federation("privacy.trust=central", "privacy.noise=replay")
+    made.grid.tamper[1] = values(lambda code: code.fill_(float(value)))
+    found = adapter(made.run(quorum=0.0, name="broken"))
+    assert "node 2: answer thrown away" in made.lines.text
+    made.grid.mute.add(1)
+    assert torch.allclose(found, adapter(made.run(quorum=0.0, name="without")), atol=1e-6)
 
 
 @pytest.mark.parametrize("trust", ["local", "central"])
@@ -410,7 +436,12 @@ def test_a_client_whose_training_raises_takes_nobody_with_it(
     half = len(first) // 2
     assert first[:half] == second[:half]
     assert first[half:] != second[half:]
-    assert torch.frombuffer(bytearray(second[half + 20 :]), dtype=torch.float32).norm() > 0  # still noised
+    live = site._components
+    query = moment_query(live.lora.layout.segments, live.recipe.prior)
+    wire = message_wire(query, _permit(live.plan, 0, 0, (0, 3), "run-1"))
+    read = unpack_rows([second[half:]], wire, 0)
+    assert read.rejected == 0
+    assert read.code_NK.double().norm() > 0  # still noised
 
 
 def test_random_bytes_never_raise(federation: Callable[..., Federation]) -> None:

@@ -69,7 +69,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Every wait between two looks. Flower's own times are from a fresh copy of its module: another test of this process that
     starts a server has changed them in the one that is in use."""
     spec = importlib.util.find_spec(inflatable_utils.__name__)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     fresh: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     for function in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
