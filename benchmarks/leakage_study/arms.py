@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -80,7 +80,14 @@ class Arm:
 
     def plan(self, clients: int, rounds: int) -> PrivacyPlan:
         """Returns a plan that asks all of `clients` in each of `rounds`, with this arm's noise."""
-        return audit_plan(self.trust, clients, rounds, self.noise_multiplier if self._noisy else None)
+        return audit_plan(
+            self.trust, clients, rounds, self.noise_multiplier and (self.promised or self.noise_multiplier)
+        )
+
+    @property
+    def noise_share(self) -> float:
+        """What share of the noise that its plan charges this arm really adds; below 1 where the audit sabotages itself."""
+        return self.noise_multiplier / self.promised if self.promised and self.noise_multiplier else 1.0
 
     def max_mu(self, relation: Relation, contributors: int = 1) -> float | None:
         """Returns the mu that the accounting promises for one release; None without a promise.
@@ -135,27 +142,35 @@ class Channel:
 
     ledger: Ledger
     noise: NoiseSource
+    noise_share: float = 1.0
+
+    def charge(self, slot: int) -> Permit:
+        """Returns the permit of a slot; with a `noise_share` below 1, one for too little noise."""
+        permit = self.ledger.charge(slot)
+        if permit.terms is not None and self.noise_share != 1:
+            permit.terms = replace(permit.terms, multiplier=permit.terms.multiplier * self.noise_share)
+        return permit
 
     def messages(self, query: Query, update_ND: Tensor) -> Tensor:
         """Returns what the server sees under local trust, (N, K): the messages of clients 0..N-1, unpacked from their bytes."""
-        permit = self.ledger.charge(query.spec.slot)
+        permit = self.charge(query.spec.slot)
         upload = client_message(query, update_ND, range(len(update_ND)), permit, self.noise)
         rows = unpack_rows(upload.messages, message_wire(query, permit), query.spec.slot)
         return code_values(query, permit, rows.code_NK)
 
     def release(self, query: Query, update_ND: Tensor, cohort: list[int]) -> tuple[Release, Permit]:
         """Returns what leaves the server: the released sum over `cohort`; row i of `update_ND` is client i's."""
-        permit = self.ledger.charge(query.spec.slot)
+        permit = self.charge(query.spec.slot)
         upload = client_message(query, update_ND[cohort], cohort, permit, self.noise)
         return server_release(query, [upload], permit, self.noise).release, permit
 
 
 @contextlib.contextmanager
-def open_channel(plan: PrivacyPlan, seed: int) -> Iterator[Channel]:
+def open_channel(plan: PrivacyPlan, seed: int, noise_share: float = 1.0) -> Iterator[Channel]:
     """Opens a ledger of this plan in a temporary folder, with the replayable noise of `seed`."""
     key = hashlib.sha256(f"audit/{seed}".encode()).digest()
     with (
         tempfile.TemporaryDirectory(prefix="drencoder-audit-") as folder,
         Ledger.create(Path(folder) / "ledger.jsonl", plan, key=key) as ledger,
     ):
-        yield Channel(ledger, ReplayNoise(derive_seed(seed, "audit-noise")))
+        yield Channel(ledger, ReplayNoise(derive_seed(seed, "audit-noise")), noise_share)

@@ -100,7 +100,7 @@ def server_attack(arm: Arm, recipe: Recipe, update_ND: Tensor, trials: int, seed
     """
     present_TN = _draw_cohorts(trials, len(update_ND), seed)
     score_TN = torch.empty(present_TN.shape, dtype=torch.float64)
-    with open_channel(arm.plan(len(update_ND), trials), seed) as channel:
+    with open_channel(arm.plan(len(update_ND), trials), seed, arm.noise_share) as channel:
         for trial, present_N in enumerate(present_TN):
             query = arm.query(recipe, trial + 1)  # a new round: a new sketch
             if trial == 0 or arm.fresh:
@@ -119,7 +119,7 @@ def cohort_attack(arm: Arm, recipe: Recipe, update_ND: Tensor, trials: int, seed
     """
     present_TN = _draw_cohorts(trials, len(update_ND), seed)
     score_TN = torch.empty(present_TN.shape, dtype=torch.float64)
-    with open_channel(arm.plan(len(update_ND), trials), seed) as channel:
+    with open_channel(arm.plan(len(update_ND), trials), seed, arm.noise_share) as channel:
         for trial, present_N in enumerate(present_TN):
             query = arm.query(recipe, trial + 1)
             release, permit = channel.release(query, update_ND, present_N.nonzero()[:, 0].tolist())

@@ -192,7 +192,9 @@ def _assess_outcomes(folder: RunFolder) -> Assessment:
         numbers = [*texts, *(hits for pair in pairs.values() for hits in pair)]
         if {len(some) for some in (*losses, targets)} != {len(targets)} or not all(map(_are_numbers, numbers)):
             raise ValueError
-        if not all(targets) or any(len(before) != len(after) for before, after in pairs.values()):
+        if not all(type(one) is int and one > 0 for one in targets) or any(
+            len(before) != len(after) for before, after in pairs.values()
+        ):
             raise ValueError
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ArtifactError(
