@@ -237,6 +237,13 @@ def _meaning(cells: Sequence[Cell], rows: dict[str, Row], told: Sequence[tuple[C
                 for cell, change, ratio, word in own
             )
             sentences.append(f"{words} against the default: {each}.")
+    for cell in cells:
+        row = rows[cell.key]
+        if loss_of(row) > row["results"]["base model"]["value"]:
+            sentences.append(
+                f"*{_words(cell)[0]}*, {_words(cell)[1]}: the run ended worse than it began, so that its rate was too large for it. Such a row is no "
+                "measure of what the method can do."
+            )
     return "**What it means for a choice of encoder.**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
 
