@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the deployment that the tests start, too
@@ -141,10 +142,15 @@ def chaos(folder: Path, recipe: Recipe, nodes: int, seed: int) -> dict[str, obje
         "charges": [row["slot"] for row in rows if row["kind"] == "charge"],
         "verified": verify_run(run).trouble == "",
         "loss": json.loads((run / "certificate.json").read_text())["results"]["this run"]["loss"]["value"],
-        "server_mib": [round(statistics.median(s[0] for s in part) / 2**20) for part in (half[:10], half[-10:])],
-        "superlink_mib": [round(statistics.median(s[1] for s in part) / 2**20) for part in (half[:10], half[-10:])],
+        "server_mib": [_median_mib([s[0] for s in part]) for part in (half[:10], half[-10:])],
+        "superlink_mib": [_median_mib([s[1] for s in part]) for part in (half[:10], half[-10:])],
         "seconds": len(samples),
     }
+
+
+def _median_mib(sizes: Sequence[int]) -> int | None:
+    """In MiB; None of a run that was over before it was looked at."""
+    return round(statistics.median(sizes) / 2**20) if sizes else None
 
 
 def main() -> None:
