@@ -5,8 +5,6 @@ releases: the theorem compares a round's messages after the same releases before
 the clip let through: the sum then moves by that one unit's code, which is at most C long (2 C where the unit is replaced).
 """
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_overrides
 from drencoder.encoders.wire import unpack_rows
 from drencoder.federated import site_round
 from drencoder.federated.round import message_wire
 from drencoder.privacy.mechanism import BoundedCodes, Release
-from drencoder.recipe.recipe import load_recipe
-from drencoder.runs import asking
-from drencoder.runs import run as experiment
+from neighbours import WORDS, go_on_from, run_watched
 
 SITES, OWNERS = 3, 5
-WORDS = [
-    "the",
-    "ward",
-    "was",
-    "calm",
-    "and",
-    "every",
-    "patient",
-    "slept",
-    "well",
-    "until",
-    "the",
-    "early",
-    "morning",
-    "round",
-    "began",
-]
 Unit = tuple[int, int]  # site, number
 
 
@@ -81,14 +59,7 @@ class Spy:
     """What stood between clip and noise: slot -> unit -> code; what left: slot -> site -> values; and the releases."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, releases: dict[int, Release] | None) -> None:
-        self.releases: dict[int, Release] = releases or {}
-        released = asking.server_release
-
-        def release_again(query: Any, *rest: Any) -> Any:
-            result = released(query, *rest)
-            return replace(result, release=self.releases.setdefault(query.spec.slot, result.release))
-
-        monkeypatch.setattr(asking, "server_release", release_again)
+        self.releases = go_on_from(monkeypatch, releases)
         self.bounded: dict[int, dict[Unit, torch.Tensor]] = {}
         self.sent: dict[int, dict[int, torch.Tensor]] = {}
         self.clip: dict[int, float] = {}
@@ -123,20 +94,12 @@ def run_on(
     tiny: Path,
     releases: dict[int, Release] | None = None,
 ) -> Spy:
-    folder.mkdir(parents=True)
-    (folder / "notes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = load_recipe(
-        None,
-        [
-            *tiny_overrides(tiny), f"data.source={folder / 'notes.jsonl'}", "data.client_field=ward", "data.owner_field=patient",
-            f"federation.population={SITES}", "federation.nodes=3", "federation.units_per_site=10", "federation.sampling_rate=0.8",
-            "federation.rounds=1", "privacy.noise=replay", "encoder.gate=warn", "adapter.start=peft", *settings,
-        ],
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        spy = Spy(patch, releases)
-        experiment.run(recipe, folder / "run")
-    return spy
+    overrides = [
+        "data.client_field=ward", "data.owner_field=patient",
+        f"federation.population={SITES}", "federation.nodes=3", "federation.units_per_site=10", "federation.sampling_rate=0.8",
+        "federation.rounds=1", *settings,
+    ]  # fmt: skip
+    return run_watched(rows, overrides, folder, tiny, lambda patch: Spy(patch, releases))
 
 
 SETTINGS = {

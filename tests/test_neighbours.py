@@ -5,8 +5,6 @@ seeds and its own records). Noise is replayed and cohorts have a fixed key, so t
 second run goes on from the first one's releases: the theorem compares a round's messages after the same releases before it.
 """
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_overrides
 from drencoder.federated import in_process, secure_round
 from drencoder.federated.query import Query
 from drencoder.privacy.mechanism import Release, clip_rows
-from drencoder.recipe.recipe import load_recipe
-from drencoder.runs import asking
-from drencoder.runs import run as experiment
+from neighbours import WORDS, go_on_from, run_watched
 
 OWNERS, CHANGED = 6, 2
-WORDS = [
-    "the",
-    "ward",
-    "was",
-    "calm",
-    "and",
-    "every",
-    "patient",
-    "slept",
-    "well",
-    "until",
-    "the",
-    "early",
-    "morning",
-    "round",
-    "began",
-]
 
 
 def records() -> list[dict[str, str]]:
@@ -78,14 +56,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, releases: dict[int, Release] | None) -> None:
         self.bounded: dict[tuple[int, int], torch.Tensor] = {}
         self.clip: dict[int, float] = {}
-        self.releases: dict[int, Release] = releases or {}
-        released = asking.server_release
-
-        def release_again(query: Query, *rest: Any) -> Any:
-            result = released(query, *rest)
-            return replace(result, release=self.releases.setdefault(query.spec.slot, result.release))
-
-        monkeypatch.setattr(asking, "server_release", release_again)
+        self.releases = go_on_from(monkeypatch, releases)
         for module in (in_process, secure_round):
             name = "client_message" if module is in_process else "client_share"
             monkeypatch.setattr(module, name, self.watch(getattr(module, name)))
@@ -109,20 +80,12 @@ def run_on(
     tiny: Path,
     releases: dict[int, Release] | None = None,
 ) -> Spy:
-    folder.mkdir()
-    (folder / "notes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = load_recipe(
-        None,
-        [
-            *tiny_overrides(tiny), f"data.source={folder / 'notes.jsonl'}", "data.client_field=owner", "data.examples_per_client=2",
-            f"federation.population={OWNERS}", "federation.sampling_rate=0.9", "federation.rounds=2",
-            "privacy.participation_cap=3", "privacy.noise=replay", "encoder.gate=warn", "adapter.start=peft", *settings,
-        ],
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        spy = Spy(patch, releases)
-        experiment.run(recipe, folder / "run")
-    return spy
+    overrides = [
+        "data.client_field=owner", "data.examples_per_client=2",
+        f"federation.population={OWNERS}", "federation.sampling_rate=0.9", "federation.rounds=2",
+        "privacy.participation_cap=3", *settings,
+    ]  # fmt: skip
+    return run_watched(rows, overrides, folder, tiny, lambda patch: Spy(patch, releases))
 
 
 SETTINGS = {
