@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from drencoder.audit.auc import estimate_clustered_auc, gaussian_max_auc
-from drencoder.audit.inversion import present_tokens
+from drencoder.audit.inversion import present_tokens, share_of_tokens_found
 from drencoder.audit.span import SpanAttack
 from drencoder.data.tokenization import Example
 from drencoder.federated.query import Query
@@ -32,7 +32,7 @@ from leakage_study.arms import Arm, bound_mu, expected_messages, open_channel
 from leakage_study.findings import Finding
 from leakage_study.setup import AuditSetup
 
-__all__ = ["score_by_shadow_clients", "share_of_tokens_found", "token_findings"]
+__all__ = ["score_by_shadow_clients", "token_findings"]
 
 
 def score_by_shadow_clients(query: Query, value_NK: Tensor, shadow_MD: Tensor, shadow_MV: Tensor) -> Tensor:
@@ -47,21 +47,6 @@ def score_by_shadow_clients(query: Query, value_NK: Tensor, shadow_MD: Tensor, s
     centre_K = functional.normalize(shadow_MK, dim=1).mean(0)
     template_VK = (template_VK - centre_K) * (count_V > 0)[:, None]
     return functional.normalize(value_NK, dim=1) @ template_VK.T
-
-
-def share_of_tokens_found(score_NV: Tensor, present_NV: Tensor) -> float:
-    """Returns the share of a text's tokens among its own n best-scored ones, n the number of tokens looked for; mean over clients.
-
-    Tokens that all texts share are known beforehand and count on neither side.
-    """
-    known_V = present_NV.all(0)
-    shares = []
-    for score_V, present_V in zip(score_NV, present_NV & ~known_V, strict=True):
-        count = int(present_V.sum())
-        if count:
-            best = score_V.masked_fill(known_V, float("-inf")).topk(count).indices
-            shares.append(float(present_V[best].float().mean()))
-    return sum(shares) / max(1, len(shares))
 
 
 def token_findings(setup: AuditSetup, arms: Sequence[Arm], span: SpanAttack) -> tuple[list[Finding], dict[str, Any]]:

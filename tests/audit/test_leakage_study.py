@@ -20,14 +20,14 @@ from leakage_study.membership import (
     smallest_cohort,
 )
 from leakage_study.setup import AuditSetup, plan_under
-from leakage_study.tokens import score_by_shadow_clients, share_of_tokens_found
+from leakage_study.tokens import score_by_shadow_clients
 from leakage_study.training_set import attack_training_set
 from torch import Tensor
 from torch.nn import functional
 
 from conftest import tiny_base, tiny_overrides
 from drencoder.audit.auc import Auc, estimate_auc, estimate_clustered_auc, gaussian_max_auc
-from drencoder.audit.inversion import present_tokens
+from drencoder.audit.inversion import present_tokens, share_of_tokens_found
 from drencoder.audit.span import SpanAttack
 from drencoder.data.tokenization import Example
 from drencoder.encoders.code_sizes import auto_ratio

@@ -201,8 +201,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "noise of one kind passes for another",
         "privacy/mechanism",
-        "def _check_noise(permit: Permit, noise: NoiseSource) -> None:",
-        "def _check_noise(permit: Permit, noise: NoiseSource) -> None:\n    return",
+        "def check_kind_of_noise(permit: Permit, noise: NoiseSource) -> None:",
+        "def check_kind_of_noise(permit: Permit, noise: NoiseSource) -> None:\n    return",
         _MECHANISM,
     ),
     # --- cohorts ----------------------------------------------------------------------------------

@@ -36,11 +36,11 @@ from drencoder.federated.round import released_update
 from drencoder.federated.server_optimizer import ServerState
 from drencoder.privacy.accounting import epsilon_pld
 from drencoder.privacy.ledger import Ledger, Permit
-from drencoder.privacy.noise_terms import noise_terms
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components, build
 from drencoder.runs.checkpoint import Progress, load_checkpoint
+from drencoder.runs.plan_overview import integer_bits
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.stage1 import fit_encoder
 from drencoder.runs.start_clip import stage1_clip
@@ -235,11 +235,8 @@ def _masks(subject: _Subject, seed: int) -> list[Check]:
     components, recipe = subject.components, subject.components.recipe
     slot = next(slot for slot in components.plan.slots if slot > 0)
     terms = components.plan.share_terms(slot)
-    spec = subject.query(slot).spec
-    values = min(_MASKED_VALUES, spec.wire.code_size)
-    noises = noise_terms(components.plan, slot)
-    assert noises is not None  # secure aggregation has no stage without noise
-    bits = noises.quantiser(values, spec.clip_l2).bits
+    values = min(_MASKED_VALUES, subject.query(slot).spec.wire.code_size)
+    bits = integer_bits(components.plan, slot, values)
     keys = [NodeKey.generate() for _ in range(recipe.federation.nodes)]
     each = -(-terms.least_contributors // len(keys))
     settings = RoundSettings(

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drencoder.federated.engine import SiteFacts
-from drencoder.federated.in_process import InProcessEngine
+from drencoder.federated.in_process import AlwaysThere, InProcessEngine
 from drencoder.federated.query import Query
 from drencoder.federated.query_encoders import MomentsEncoder
 from drencoder.federated.round import SecureSum, Upload
@@ -146,7 +145,7 @@ class _CanaryTrainer:
 
 @final
 @dataclass
-class CanaryEngine:
+class CanaryEngine(AlwaysThere):
     """The in-process engine with canaries in the place of training; keeps what passed it, which is what the server sees."""
 
     plant: Plant
@@ -154,16 +153,6 @@ class CanaryEngine:
     threshold: int
     planted: Planted | None = None
     seen: list[Upload | SecureSum] = field(default_factory=list)
-
-    def ready(self) -> None:
-        """This process is always there."""
-
-    def sites(self) -> Sequence[SiteFacts]:
-        return ()
-
-    def unasked(self) -> Sequence[int]:
-        """None: this process is always there."""
-        return ()
 
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource

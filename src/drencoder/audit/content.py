@@ -15,7 +15,7 @@ from torch import Tensor
 
 from drencoder.audit.auc import Auc, estimate_auc, estimate_clustered_auc, gaussian_max_auc
 from drencoder.audit.canaries import Planted, contributions, draw_coins
-from drencoder.audit.inversion import CodeReader, present_tokens
+from drencoder.audit.inversion import CodeReader, present_tokens, share_of_tokens_found
 from drencoder.audit.residual import score_by_residual
 from drencoder.audit.span import SpanAttack
 from drencoder.audit.trials import QueryMaker, Trial, Trials, known_cohort, promised_std, trial_values
@@ -77,11 +77,11 @@ def attack_content(
     attacks: list[Attack] = []
     notes: list[str] = []
     shadow_MV = present_tokens(victims.shadow_texts, vocabulary)
-    blind = _share_found(shadow_MV.sum(0).float().expand(len(values), -1), present_NV)
+    blind = share_of_tokens_found(shadow_MV.sum(0).float().expand(len(values), -1), present_NV)
 
     def add(name: str, score_NV: Tensor) -> None:
         auc = estimate_clustered_auc(score_NV, present_NV, seed)
-        attacks.append(Attack(name, sees, auc, bound, _share_found(score_NV, present_NV), blind))
+        attacks.append(Attack(name, sees, auc, bound, share_of_tokens_found(score_NV, present_NV), blind))
 
     reader = CodeReader(contributions(query, victims.shadow_MD), shadow_MV, noise, seed=seed)
     add("network that learned to read codes", reader.scores(values))
@@ -151,15 +151,3 @@ def attack_membership(
     known = [mu for mu in mus if mu is not None]
     bound = gaussian_max_auc(max(known)) if len(known) == len(mus) else None
     return [Attack("projection residual", "the released sum", estimate_auc(score[coin], score[~coin]), bound)]
-
-
-def _share_found(score_NV: Tensor, present_NV: Tensor) -> float:
-    """The share of a text's tokens among its own n best-scored ones, n their number; mean over texts. Tokens of all texts do not count."""
-    known_V = present_NV.all(0)
-    shares = []
-    for score_V, present_V in zip(score_NV, present_NV & ~known_V, strict=True):
-        count = int(present_V.sum())
-        if count:
-            best = score_V.masked_fill(known_V, float("-inf")).topk(count).indices
-            shares.append(float(present_V[best].float().mean()))
-    return sum(shares) / max(1, len(shares))

@@ -6,7 +6,7 @@ The attacker trains make-believe clients on text that it has, sees what their co
 adds noise of the promised size anew in every step, and fits a network from a noised code to the tokens of its text. Learning against
 the noise makes it the strongest reader of codes here: it knows which directions of a code the text moves and how much of each the
 noise leaves. (A learned inversion of gradients: Wu et al. 2023, "Learning to invert", https://arxiv.org/abs/2210.10880; training with the
-defence in place: Balunovic et al. 2022, https://arxiv.org/abs/2111.04706.) `tokens.SpanAttack` is the other attack: it learns nothing
+defence in place: Balunovic et al. 2022, https://arxiv.org/abs/2111.04706.) `span.SpanAttack` is the other attack: it learns nothing
 and reads the algebra of LoRA's first layer.
 """
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from drencoder.data.tokenization import Example
 from drencoder.rng import derive_seed
 
-__all__ = ["CodeReader", "present_tokens"]
+__all__ = ["CodeReader", "present_tokens", "share_of_tokens_found"]
 
 _DIRECTIONS = 256  # of the shadows' codes, those with most energy
 _HIDDEN = 256
@@ -33,6 +33,21 @@ def present_tokens(texts: Sequence[Example], vocabulary: int) -> Tensor:
     for row, text in enumerate(texts):
         present_NV[row, list(text.tokens[:-1])] = True
     return present_NV
+
+
+def share_of_tokens_found(score_NV: Tensor, present_NV: Tensor) -> float:
+    """The share of a text's tokens among its own n best-scored ones, n the number of tokens looked for; mean over texts.
+
+    Tokens that all texts share are known beforehand and count on neither side.
+    """
+    known_V = present_NV.all(0)
+    shares = []
+    for score_V, present_V in zip(score_NV, present_NV & ~known_V, strict=True):
+        count = int(present_V.sum())
+        if count:
+            best = score_V.masked_fill(known_V, float("-inf")).topk(count).indices
+            shares.append(float(present_V[best].float().mean()))
+    return sum(shares) / max(1, len(shares))
 
 
 @final

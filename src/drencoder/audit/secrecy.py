@@ -26,8 +26,7 @@ from torch import Tensor
 from drencoder.audit.noise_checks import Check
 from drencoder.data.sources import FileSource
 from drencoder.encoders.wire import pack_rows
-from drencoder.federated.engine import SiteFacts
-from drencoder.federated.in_process import InProcessEngine
+from drencoder.federated.in_process import AlwaysThere, InProcessEngine
 from drencoder.federated.query import Query
 from drencoder.federated.round import SecureSum, Upload, message_wire
 from drencoder.models.client_training import ClientTrainer
@@ -146,7 +145,7 @@ class _CanaryWorld:
 
 @final
 @dataclass
-class _BlindedEngine:
+class _BlindedEngine(AlwaysThere):
     """Clients answer as always, and the server receives zeros in the place of every message."""
 
     trainer: ClientTrainer
@@ -154,16 +153,6 @@ class _BlindedEngine:
     threshold: int
     world: str
     asked: list[int] = field(default_factory=list)
-
-    def ready(self) -> None:
-        """This process is always there."""
-
-    def sites(self) -> Sequence[SiteFacts]:
-        return ()
-
-    def unasked(self) -> Sequence[int]:
-        """None: this process is always there."""
-        return ()
 
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource

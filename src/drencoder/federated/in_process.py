@@ -20,16 +20,31 @@ from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import ProtocolStep
 
-__all__ = ["InProcessEngine"]
+__all__ = ["AlwaysThere", "InProcessEngine"]
 
 
 def _nobody(slot: int, stage: ProtocolStep, node: int) -> bool:
     return False
 
 
+class AlwaysThere:
+    """What every engine says whose clients are in this process."""
+
+    def ready(self) -> None:
+        """This process is always there."""
+
+    def sites(self) -> Sequence[SiteFacts]:
+        """None: the clients are here."""
+        return ()
+
+    def unasked(self) -> Sequence[int]:
+        """None: whoever is in a cohort is asked."""
+        return ()
+
+
 @final
 @dataclass(frozen=True)
-class InProcessEngine:
+class InProcessEngine(AlwaysThere):
     """Hands a query to clients of this machine, some at a time, and yields what they send.
 
     Under secure aggregation the clients are spread over `nodes`, of which `threshold` must stay to the end, and
@@ -42,17 +57,6 @@ class InProcessEngine:
     threshold: int = 1
     lost: Callable[[int, ProtocolStep, int], bool] = _nobody
     curator: SiteCurator | None = None
-
-    def ready(self) -> None:
-        """This process is always there."""
-
-    def sites(self) -> Sequence[SiteFacts]:
-        """None: the clients are here."""
-        return ()
-
-    def unasked(self) -> Sequence[int]:
-        """None: this process is always there."""
-        return ()
 
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource

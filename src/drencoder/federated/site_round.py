@@ -77,7 +77,7 @@ class SiteCurator:
         for start in range(0, len(joining), self.trainer.batch_clients):
             batch = joining[start : start + self.trainer.batch_clients]
             update_ND = self.trainer.train_clients(adapter_D, batch, spec.slot, spec.epochs)
-            yield batch, clip_rows(query.encode(update_ND.cpu()), spec.clip_l2)
+            yield batch, clip_rows(query.encode(update_ND), spec.clip_l2)
 
     def _draw(self, site: int, permit: Permit) -> list[int]:
         """The site's secret: which of its units are in the slot, at the rate that was charged."""

@@ -32,6 +32,7 @@ __all__ = [
     "Releases",
     "ReplayNoise",
     "SecureNoise",
+    "check_kind_of_noise",
     "clip_rows",
     "quantiser_for",
     "received_codes",
@@ -216,7 +217,7 @@ def release_sum(bounded: BoundedSum, permit: Permit, noise: NoiseSource) -> Rele
 
     Raises PrivacyError when the permit is used up, is for local trust or without noise, or for another kind of noise.
     """
-    _check_noise(permit, noise)
+    check_kind_of_noise(permit, noise)
     quantiser = quantiser_for(permit, bounded.steps_V.numel(), bounded.clip_l2)
     permit.spend_sum()
     noise_V = torch.from_numpy(quantiser.noise(noise.words(permit.slot)))
@@ -248,7 +249,7 @@ def release_codes(codes: BoundedCodes, client_ids: Sequence[int], permit: Permit
     A replayable source is asked by (slot, client), so the split into chunks changes no value. A slot that was charged as
     non-private keeps its rows as they are.
     """
-    _check_noise(permit, noise)
+    check_kind_of_noise(permit, noise)
     clients = [int(client) for client in client_ids]
     _check_same("number of clients", len(clients), codes.values_NV.shape[0])
     size, facts = codes.values_NV.shape[1], (permit.slot, codes.clip_l2)
@@ -331,7 +332,7 @@ def release_shares(
     client `client_ids[i]`, which must be in the permit's cohort and not have contributed in it before.
     Raises PrivacyError under another trust.
     """
-    _check_noise(permit, noise)
+    check_kind_of_noise(permit, noise)
     if permit.shares is None:
         raise PrivacyError(f"Under {permit.trust} trust there are no shares to add up: drop this call.")
     clients = [int(client) for client in client_ids]
@@ -368,7 +369,8 @@ def unmasked_sum(sum_V: npt.NDArray[np.uint32], client_ids: Sequence[int], permi
     return Release(value_V, noise_std, permit.slot, clip_l2, count, token=_TOKEN)
 
 
-def _check_noise(permit: Permit, noise: NoiseSource) -> None:
+def check_kind_of_noise(permit: Permit, noise: NoiseSource) -> None:
+    """Raises PrivacyError if the source's noise is of another kind, secure or replay, than the plan says."""
     if noise.kind != permit.noise:
         raise PrivacyError(f"The plan says {permit.noise} noise and the source is {noise.kind}: use the plan's kind.")
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.mechanism import BoundedCodes, _check_noise, quantiser_for
+from drencoder.privacy.mechanism import BoundedCodes, check_kind_of_noise, quantiser_for
 from drencoder.privacy.noise_source import NoiseSource
 
 __all__ = ["release_site_sum"]
@@ -30,7 +30,7 @@ def release_site_sum(
     `clip_l2`. Each code is rounded by itself, so that a unit moves the sum by no more than `Quantiser.bound_l2`. How many units
     are in it is not told. Raises PrivacyError when the permit does not cover the site, or has, and for another kind of noise.
     """
-    _check_noise(permit, noise)
+    check_kind_of_noise(permit, noise)
     quantiser = quantiser_for(permit, size, clip_l2)
     permit.spend_clients([site])
     total_V = quantiser.noise(noise.words(permit.slot, site))
