@@ -58,10 +58,11 @@ class NoiseTerms:
                 values=values, clip_l2=clip_l2, share_multiplier=self.multiplier, most_clients=self.most_codes
             )
         if quantiser.log_distance(noises) > half or quantiser.log_ratio(noises) > _LARGEST_RATIO:
+            excess = quantiser.log_distance(noises) - half
             refuse(
-                f"Discrete noise is within 10^{quantiser.log_distance(noises) / math.log(10):.0f} of Gaussian noise",
-                f"this plan's largest epsilon needs 10^{half / math.log(10):.0f}",
-                "choose a smaller epsilon",
+                f"The largest epsilon of this plan, under replace-one and over all slots, is about {max(1.0, excess):,.0f} too large",
+                "the proof that discrete noise is as good as Gaussian noise ends at about 1,100",
+                "choose a smaller epsilon, or more noise",
             )
         return quantiser
 
