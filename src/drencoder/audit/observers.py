@@ -150,7 +150,6 @@ def audit_releases(
     canaries: int,
     seed: int,
     replace_one: bool = False,
-    on_trial: Callable[[int], None] = lambda _done: None,
 ) -> tuple[list[View], list[Trial]]:
     """Releases with crafted canaries until so many were scored, in the view of everybody who is promised something.
 
@@ -163,7 +162,6 @@ def audit_releases(
         if trial.planted.clients:
             done.append(trial)
             count += len(trial.planted.clients)
-            on_trial(count)
         if count >= canaries and len(done) >= 2:
             break
     return list(_views(done, release, plan)), done

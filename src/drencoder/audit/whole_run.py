@@ -16,7 +16,7 @@ score is seen.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -56,7 +56,6 @@ def audit_run(
     *,
     canaries: int,
     seed: int,
-    on_run: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> View | None:
     """Whole runs of the plan until so many clients were followed; None where the view is not promised anything."""
     observer = plan.budget_observer if plan.trust != "secure-aggregation" else "server"
@@ -78,7 +77,6 @@ def audit_run(
         score_parts.append(following.score_N)
         coin_parts.append(following.coin_N)
         followed += len(following.coin_N)
-        on_run(followed, canaries)
     score_N, coin_N = np.concatenate(score_parts), np.concatenate(coin_parts)
     if min(int(coin_N.sum()), int((~coin_N).sum())) < 2:
         return None
