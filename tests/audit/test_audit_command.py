@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from test_faults import SMALL, known_noise
 
 from conftest import tiny_overrides
 from drencoder.audit.audit import audit_recipe, audit_run_folder
+from drencoder.audit.noise_checks import Check
+from drencoder.audit.result import WITHOUT_RECORDS
 from drencoder.cli import main as cli
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.runs import run as experiment
@@ -40,7 +43,18 @@ def test_a_run_is_audited_and_its_report_says_so(
     )
     printed = json.loads(capfd.readouterr().out)
     stored = json.loads((finished / "audit.json").read_text())
-    assert stored == printed == json.loads((finished.parent / "found.json").read_text())
+    assert printed == json.loads((finished.parent / "found.json").read_text())
+    # What stays with the run has nothing that was measured on clients' records, and all else.
+    assert printed["attacks"]
+    assert stored["attacks"] == []
+    assert "real records" in {view["canary"] for view in printed["views"]}
+    assert stored["views"] == [view for view in printed["views"] if view["canary"] != "real records"]
+    assert stored["checks"] == [check for check in printed["checks"] if not check["of_records"]]
+    of_records = {check["name"] for check in printed["checks"] if check["of_records"]}
+    assert of_records == {"evaluation text is no client's", "no client's text is in the run folder"}
+    assert stored["notes"] == [WITHOUT_RECORDS]
+    kept = {"format", "facts", "sentence", "assumptions"}
+    assert {name: stored[name] for name in kept} == {name: printed[name] for name in kept}
     assert code == 0, stored["failures"]
     assert {view["observer"] for view in stored["views"]} == {"server", "public"}
     assert {view["relation"] for view in stored["views"]} == {"add_remove", "replace_one"}
@@ -50,6 +64,8 @@ def test_a_run_is_audited_and_its_report_says_so(
     page = (finished / "report.html").read_text()
     assert "Audit: what an attacker can really tell" in page
     assert "of 100 that did" in page
+    assert "real records," not in page
+    assert "replies of clients" not in page
     assert not verify_run(finished, {}).trouble
 
 
@@ -64,6 +80,18 @@ def test_a_certificate_of_another_plan_is_named(finished: Path) -> None:
 
     found = audit_run_folder(finished, Silent(), canaries=32, records=False)
     assert any("certificate's plan" in failure for failure in found.failures)
+
+
+def test_a_fault_that_only_real_records_show_is_kept_without_their_numbers(finished: Path) -> None:
+    class Silent:
+        def say(self, text: str) -> None: ...
+
+    found = audit_run_folder(finished, Silent(), canaries=32, records=False)
+    assert found.without_records().failures == found.failures == ()
+    quoted = Check("no client's text is in the run folder", False, "notes.md quotes 17 clients.", of_records=True)
+    kept = replace(found, checks=(*found.checks, quoted)).without_records()
+    assert kept.verdict.startswith("THE PROMISE DOES NOT HOLD: 1 of")
+    assert "17" not in json.dumps(kept.to_dict()["failures"])
 
 
 def test_interrupting_leaves_nothing(

@@ -290,10 +290,11 @@ def _check_published(components: Components, folder: RunFolder) -> Check:
     ):
         text = path.read_text("utf-8", errors="replace")
         if any(reply in text for reply in replies):
-            return Check(
-                name, False, f"{path.relative_to(folder.path)} quotes a client's text: do not hand this folder on."
-            )
-    return Check(name, True, f"None of {len(replies)} replies of clients stands in a file of the run folder.")
+            found = f"{path.relative_to(folder.path)} quotes a client's text: do not hand this folder on."
+            return Check(name, False, found, of_records=True)
+    return Check(
+        name, True, f"None of {len(replies)} replies of clients stands in a file of the run folder.", of_records=True
+    )
 
 
 # --- words -------------------------------------------------------------------------------------------

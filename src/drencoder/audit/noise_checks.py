@@ -28,11 +28,15 @@ _PAIRS = 256  # rows that are compared with each other
 @final
 @dataclass(frozen=True)
 class Check:
-    """A fact about the run that must hold. `found` says in one sentence what was seen."""
+    """A fact about the run that must hold. `found` says in one sentence what was seen.
+
+    `of_records`: whether it compares clients' records, so that what was seen is about them and has no noise.
+    """
 
     name: str
     passed: bool
     found: str
+    of_records: bool = False
 
 
 def check_noise(rest_RK: Tensor, where: str) -> list[Check]:

@@ -22,7 +22,7 @@ from drencoder.privacy.accounting import Relation, epsilon_gaussian, gdp_mu
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["ALARM", "BOUNDS", "LEVELS", "Release", "View", "audit_records", "audit_releases", "measure"]
+__all__ = ["ALARM", "BOUNDS", "LEVELS", "REAL_RECORDS", "Release", "View", "audit_records", "audit_releases", "measure"]
 
 LEVELS = {"95": 0.05, "99.9": 0.001}
 """Confidence in per cent, as it is reported, and the error that it allows."""
@@ -37,6 +37,9 @@ BOUNDS = {
     "any": "scores are independent; any (epsilon, delta) mechanism",
 }
 """Name of a bound and what it assumes."""
+
+REAL_RECORDS = "real records"
+"""The canaries of a view that is about clients' own records, and so has numbers about them without noise."""
 
 _SECURE_RECORDS = 16  # a round of secure aggregation for each
 
@@ -243,4 +246,4 @@ def audit_records(
     share = float(np.mean([float(trial.own_NV.norm(dim=1).mean()) / trial.query.spec.clip_l2 for trial in done]))
     for view in _views(done, words, plan):
         if "adapter" not in view.sees and (plan.trust != "local" or view.observer == "server"):
-            yield replace(view, canary="real records", note=f"codes are {share:.0%} of the clip long")
+            yield replace(view, canary=REAL_RECORDS, note=f"codes are {share:.0%} of the clip long")

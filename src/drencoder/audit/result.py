@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 from drencoder.audit.content import Attack
 from drencoder.audit.noise_checks import Check
-from drencoder.audit.observers import BOUNDS, View
+from drencoder.audit.observers import BOUNDS, REAL_RECORDS, View
 
-__all__ = ["RunAudit"]
+__all__ = ["WITHOUT_RECORDS", "RunAudit"]
+
+WITHOUT_RECORDS = (
+    "Attacks on real records, and comparisons with them, are shown to whoever starts the audit and are not kept with the run: their numbers "
+    "follow from clients' text without noise."
+)
 
 
 @final
@@ -57,6 +62,22 @@ class RunAudit:
             f"{near.sees}: epsilon is at least {most:.2f} (99.9 % confidence), {near.promised:.2f} was promised. An audit can show that a promise "
             "is broken; it cannot prove that one holds."
         )
+
+    def without_records(self) -> "RunAudit":
+        """What may be handed on: nothing that was measured on clients' own records, which has no noise and is charged to nobody."""
+        if not (self.attacks or any(check.of_records for check in self.checks)):
+            return self
+        kept = replace(
+            self,
+            views=tuple(view for view in self.views if view.canary != REAL_RECORDS),
+            checks=tuple(check for check in self.checks if not check.of_records),
+            attacks=(),
+            notes=(WITHOUT_RECORDS,),
+        )
+        if len(kept.failures) == len(self.failures):
+            return kept
+        found = "Real records showed that the promise does not hold: start the audit again to see how."
+        return replace(kept, checks=(*kept.checks, Check("attacks on real records", False, found)))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a number that is infinite is the string "inf"."""

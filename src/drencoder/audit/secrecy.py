@@ -186,17 +186,17 @@ def check_evaluation_text(components: Components) -> Check:
     if isinstance(source, FileSource) and (
         both := set(source.server) & {one for owner in source.owned for one in owner}
     ):
-        return Check(name, False, f"{len(both)} records that are set aside for evaluation are clients' records, too.")
+        found = f"{len(both)} records that are set aside for evaluation are clients' records, too."
+        return Check(name, False, found, of_records=True)
     population = components.plan.population
     step = max(1, population * components.recipe.data.examples_per_client // _RECORDS)
     held = {_digest(record) for client in range(0, population, step) for record in source.client(client)}
     shared = sum(_digest(record) in held for record in measured)
     found = f"{shared} of {len(measured)} evaluation texts are also a client's, word for word"
     if 2 * shared > len(measured):
-        return Check(
-            name, False, f"{found}: the losses in outcomes.json and in the metrics would be theirs, without noise."
-        )
-    return Check(name, True, f"{found}{', which may be chance' if shared else ''}.")
+        found += ": the losses in outcomes.json and in the metrics would be theirs, without noise."
+        return Check(name, False, found, of_records=True)
+    return Check(name, True, f"{found}{', which may be chance' if shared else ''}.", of_records=True)
 
 
 def _digest(record: Mapping[str, Any]) -> int:

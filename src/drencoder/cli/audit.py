@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -28,7 +28,11 @@ def audit(
     seed: Annotated[int, typer.Option("--seed", help="of the canaries' coins; the noise is the run's own")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="write the findings as JSON; of a run also RUN/audit.json"),
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="write all findings as JSON, those about clients' records, too; RUN/audit.json has the others",
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="show no progress")] = False,
@@ -63,18 +67,21 @@ def audit(
 
         if config is None:
             assert folder is not None
-            found = audit_run_folder(folder, listener, canaries=canaries, seed=seed).to_dict()
+            result = audit_run_folder(folder, listener, canaries=canaries, seed=seed)
         else:
-            found = audit_recipe(config, listener, canaries=canaries, seed=seed).to_dict()
+            result = audit_recipe(config, listener, canaries=canaries, seed=seed)
     except KeyboardInterrupt:
         console.print(
             "\nInterrupted. An audit leaves nothing behind and costs no budget: start it again when you like."
         )
         raise SystemExit(130) from None
-    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-    for path in [*([folder / AUDIT_FILE] if folder else []), *([out] if out else [])]:
+    found = result.to_dict()
+    text = _as_json(found)
+    # What stays with a run may be handed on with it, and so has nothing that was measured on clients' records.
+    kept = [(folder / AUDIT_FILE, _as_json(result.without_records().to_dict()))] if folder else []
+    for path, content in [*kept, *([(out, text)] if out else [])]:
         with storing(path):
-            path.write_text(text, "utf-8")
+            path.write_text(content, "utf-8")
     if folder is not None:
         from drencoder.runs.report import remake_report
 
@@ -94,6 +101,10 @@ def audit(
         console.print(Text(found["verdict"], "bold red" if found["failures"] else "green"), soft_wrap=True)
     if found["failures"]:
         raise SystemExit(1)
+
+
+def _as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
 
 
 def _run_folder(target: str | None, overrides: list[str] | None) -> Path | None:
