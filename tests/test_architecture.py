@@ -1,10 +1,12 @@
-"""The rules of the rooms: a room imports only rooms below it, and each outside library has one door."""
+"""The rules of the rooms: a room imports only rooms below it, and each outside library has one door and one version."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "src" / "drencoder"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "drencoder"
 LEVELS = (
     {"errors", "reading", "rng"},
     {"recipe"},
@@ -93,3 +95,14 @@ def test_no_torch_where_an_answer_takes_a_second() -> None:
         waiting += [
             name for name in (module.rsplit(".", n)[0] for n in range(1, module.count(".") + 1)) if name in paths
         ]
+
+
+def test_the_lock_files_agree() -> None:
+    """They are installed one after the other: a package with two versions would end as the last one says."""
+    versions: dict[str, set[str]] = {}
+    for lock in ROOT.glob("requirements*.lock"):
+        for line in lock.read_text().splitlines():
+            if match := re.match(r"([\w.-]+)(?:\[[^\]]*\])?==([^\s;]+)", line):
+                versions.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), set()).add(match[2])
+    assert len(versions) > 50
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}

@@ -39,7 +39,11 @@ from drencoder.runs.run import run_built
 __all__ = ["check_evaluation_text", "check_secrecy", "short_recipe"]
 
 _TRAINED = 4  # clients of a cohort that really train; the others send zero
-_CHANGING = re.compile(rb"[0-9a-f]{64}|\b[0-9a-f]{16}\b")  # hashes of what has a run's number in it, and the number
+# What two runs of one world do not have in common: a run's number, hashes of what has it in it, and the time of day. The digits of
+# a fraction are none of these. The time must go, too: two runs that end within one second share it, and a third does not.
+_CHANGING = re.compile(
+    rb"[0-9a-f]{64}|(?<![.\w])[0-9a-f]{16}\b|\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?"
+)
 _RECORDS = 4096
 
 WORLDS = {
