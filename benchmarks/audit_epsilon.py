@@ -38,7 +38,9 @@ BOUNDS = ("gaussian", "gdp", "one_run")
 
 def measured(trust: str, epsilon: float, canaries: int, seeds: int) -> list[View]:
     """The view of each seed."""
-    components = build(load_checked_recipe(None, [*SMALL, f"privacy.trust={trust}", f"privacy.epsilon={epsilon}"]))
+    components = build(
+        load_checked_recipe("quickstart", [*SMALL, f"privacy.trust={trust}", f"privacy.epsilon={epsilon}"])
+    )
     encoder, plan = components.encoder(None), components.plan
     release = Release((1,), lambda slot: update_query(encoder, components.recipe, slot), "a round")
     trials, found = Trials(components, components.lora.initial_D), []

@@ -197,7 +197,7 @@ def audit_with(fault: Fault, recipe: Recipe, *, canaries: int, seed: int = 0) ->
 
 
 def recipe_of(fault: Fault, overrides: Sequence[str]) -> Recipe:
-    return load_checked_recipe(None, [*overrides, f"privacy.trust={fault.trust}"])
+    return load_checked_recipe("quickstart", [*overrides, f"privacy.trust={fault.trust}"])
 
 
 def main() -> int:

@@ -168,7 +168,7 @@ def main() -> None:
     if arguments.smoke:
         arguments.rounds, arguments.nodes, arguments.calm = 1, 2, 1
     recipe = load_recipe(
-        None,
+        "quickstart",
         [
             f"federation.rounds={arguments.rounds}", "federation.population=3000", "federation.sampling_rate=0.025",
             "privacy.epsilon=30", "evaluation.examples=64",

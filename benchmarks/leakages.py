@@ -28,7 +28,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     from drencoder.runs.build import build
 
     quick = ["evaluation.examples=8"]
-    live = build(load_recipe(None, [*quick, *overrides]))
+    live = build(load_recipe("quickstart", [*quick, *overrides]))
     started = time.perf_counter()
     audit = audit_leakages(live, clients=clients, seed=seed, trials=trials, train_steps=train_steps)
     return audit.to_dict() | {"seconds": time.perf_counter() - started}

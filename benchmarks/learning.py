@@ -36,7 +36,7 @@ def run_cell(cell: tuple[str, int, tuple[str, ...]]) -> dict[str, Any]:
 
     common = [f"seed={seed}", "evaluation.every=0"]
     with tempfile.TemporaryDirectory() as folder:
-        result = run(load_recipe(None, [*overrides, *ARMS[arm], *common]), Path(folder) / "run")
+        result = run(load_recipe("quickstart", [*overrides, *ARMS[arm], *common]), Path(folder) / "run")
     certificate = result.certificate
     return {
         "arm": arm,

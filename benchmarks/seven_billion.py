@@ -133,7 +133,7 @@ def main() -> None:
         "encoder.ratio": 64, "encoder.gate": "warn", "prior.public": "embedded", "evaluation.data": "none",
         "speed.tokens": 512,
     }  # fmt: skip
-    recipe = load_recipe(None, [f"{key}={value}" for key, value in settings.items()])
+    recipe = load_recipe("quickstart", [f"{key}={value}" for key, value in settings.items()])
     result = experiment.run(recipe, place / "run", clock)
     clock.note("the run's last files")
     check = verify_run(place / "run")

@@ -48,7 +48,7 @@ def run_arm(name: str, seed: int, args: argparse.Namespace, data: Path, folder: 
     units = {"owner": args.patients, "record": args.patients * args.records}
     unit = next(setting.partition("=")[2] for setting in ARMS[name] if setting.startswith("privacy.unit"))
     recipe = load_recipe(
-        None,
+        "quickstart",
         [
             f"seed={seed}", f"model.source={args.model}", f"data.source={data}", f"data.client_field={args.site_field}",
             f"data.owner_field={args.owner_field}", f"data.examples_per_client={args.records * (4 if client else 1)}",

@@ -16,7 +16,7 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 def small_recipe(*overrides: str) -> Recipe:
     """A run of seconds on the embedded model."""
     return load_recipe(
-        None,
+        "quickstart",
         [
             "adapter.rank=2", "data.examples_per_client=2", "data.max_tokens=24", "federation.population=30",
             "federation.sampling_rate=0.3", "federation.rounds=2", "encoder.ratio=8", "prior.synthetic=32",

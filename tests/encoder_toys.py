@@ -55,7 +55,9 @@ def noise_updates(segments: tuple[Segment, ...], seed: int = 0) -> PublicUpdates
 def recipe_of(folder: Path, name: str, *more: str) -> Recipe:
     """A run of a few seconds with this encoder."""
     public = ["prior.public=embedded"]
-    base = load_recipe(None, [*tiny_overrides(folder), "prior.source=none", "encoder.gate=warn", *public, *more])
+    base = load_recipe(
+        "quickstart", [*tiny_overrides(folder), "prior.source=none", "encoder.gate=warn", *public, *more]
+    )
     return base.changed({"encoder.name": name})
 
 

@@ -59,7 +59,7 @@ def run_watched(
     notes = folder / "notes.jsonl"
     notes.write_text("\n".join(map(json.dumps, rows)))
     common = ["privacy.noise=replay", "encoder.gate=warn", "adapter.start=peft"]
-    recipe = load_recipe(None, [*tiny_overrides(tiny), f"data.source={notes}", *common, *overrides])
+    recipe = load_recipe("quickstart", [*tiny_overrides(tiny), f"data.source={notes}", *common, *overrides])
     with pytest.MonkeyPatch.context() as patch:
         spy = make_spy(patch)
         experiment.run(recipe, folder / "run")

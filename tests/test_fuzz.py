@@ -113,7 +113,7 @@ class World:
 @pytest.fixture(scope="module")
 def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     own = ["federation.rounds=1", "evaluation.examples=4", "privacy.noise=replay"]
-    recipe = load_recipe(None, [*tiny_overrides(tiny_folder), *own])
+    recipe = load_recipe("quickstart", [*tiny_overrides(tiny_folder), *own])
     place = tmp_path_factory.mktemp("fuzz")
     run = experiment.run(recipe, place / "run").folder
     components = build_site(recipe, None)
@@ -151,7 +151,7 @@ def override(world: World) -> Reader:
         return mutations_of(chance.choice(sets).encode(), chance)
 
     def read(path: Path) -> object:
-        return load_checked_recipe(None, [path.read_bytes().decode("utf-8", "surrogateescape")])
+        return load_checked_recipe("quickstart", [path.read_bytes().decode("utf-8", "surrogateescape")])
 
     return Reader(sets[0].encode(), read, world.folder / "set", mutate, share=0.5)
 

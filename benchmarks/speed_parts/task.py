@@ -70,7 +70,7 @@ def make_task(model: str, clients: int, records: int) -> Task:
     from drencoder.runs.build import build
 
     settings = overrides(model, clients, records)
-    components = build(load_recipe(None, settings))
+    components = build(load_recipe("quickstart", settings))
     lora = components.lora
     texts = [components.texts.client(number, 1) for number in range(clients)]
     folder = str(embedded_folder()) if model == "embedded" else model

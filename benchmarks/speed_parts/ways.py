@@ -24,7 +24,7 @@ def ours(task: Task, path: str, loop: Loop) -> None:
     from drencoder.recipe.recipe import load_recipe
     from drencoder.runs.build import build
 
-    components = build(load_recipe(None, task.recipe))
+    components = build(load_recipe("quickstart", task.recipe))
     trainer, start_D = components.trainer, components.lora.initial_D
 
     def run_round() -> Tensor:

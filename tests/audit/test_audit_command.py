@@ -30,7 +30,7 @@ def ended(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | 
 
 @pytest.fixture
 def finished(tiny_folder: Path, tmp_path: Path) -> Path:
-    recipe = load_checked_recipe(None, [*tiny_overrides(tiny_folder), *SMALL])
+    recipe = load_checked_recipe("quickstart", [*tiny_overrides(tiny_folder), *SMALL])
     return experiment.run(recipe, tmp_path / "run").folder
 
 
@@ -142,7 +142,7 @@ def test_other_parts_of_a_recipe_are_audited(extra: list[str], near: float, tiny
     class Silent:
         def say(self, text: str) -> None: ...
 
-    recipe = load_checked_recipe(None, [*tiny_overrides(tiny_folder), *SMALL, *extra])
+    recipe = load_checked_recipe("quickstart", [*tiny_overrides(tiny_folder), *SMALL, *extra])
     found = audit_recipe(recipe, Silent(), canaries=128, records=False)
     assert found.failures == ()
     best = max(view.bounds["gaussian"]["95"] / view.promised for view in found.views if view.relation == "add_remove")

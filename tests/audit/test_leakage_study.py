@@ -137,7 +137,7 @@ QUICK = [
 def live() -> Iterator[Components]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subjects, "_SHADOWS", 128)
-        yield build(load_recipe(None, QUICK))
+        yield build(load_recipe("quickstart", QUICK))
 
 
 def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Components) -> None:
@@ -170,7 +170,7 @@ def test_an_audit_is_whole_and_the_same_for_the_same_seed(monkeypatch: pytest.Mo
     monkeypatch.setattr(membership, "_MORE_TRIALS", 1)
     live = build(
         load_recipe(
-            None,
+            "quickstart",
             [*QUICK, "adapter.rank=2", "adapter.targets=['layers.0.self_attn.q_proj', 'layers.0.self_attn.v_proj']"],
         )
     )
@@ -190,7 +190,7 @@ def test_a_recipe_whose_plan_chooses_the_code_size_is_audited(encoder: str, monk
     """`encoder.ratio = 0` is the default: the plan chooses. An own recipe with nothing but that ended in a division by 0."""
     monkeypatch.setattr(subjects, "_SHADOWS", 64)
     small = ["adapter.rank=2", "adapter.targets=['q_proj', 'v_proj']", f"encoder.name={encoder}", "encoder.ratio=0"]
-    components = build(load_recipe(None, [*QUICK, *small]))
+    components = build(load_recipe("quickstart", [*QUICK, *small]))
     assert components.recipe.encoder.ratio == 0
     setup = AuditSetup(
         components=components,
@@ -228,7 +228,7 @@ def test_bad_input_is_one_sentence(live: Components, tiny_folder: Path) -> None:
         audit_leakages(live, clients=8, trials=7)
     with pytest.raises(DataError, match=r"3,334 clients.*10,000: ask for 3,333"):
         audit_leakages(live, clients=3334)
-    tiny = build(load_recipe(None, [*tiny_overrides(tiny_folder), "adapter.targets=['o_proj']"]))
+    tiny = build(load_recipe("quickstart", [*tiny_overrides(tiny_folder), "adapter.targets=['o_proj']"]))
     with pytest.raises(ModelError, match="first layer's q, k or v"):
         audit_leakages(tiny, clients=8)
 

@@ -31,7 +31,7 @@ class _Clock(datetime):
 
 @pytest.fixture
 def recipe(tiny_folder: Path) -> Recipe:
-    return load_checked_recipe(None, [*tiny_overrides(tiny_folder), *SMALL])
+    return load_checked_recipe("quickstart", [*tiny_overrides(tiny_folder), *SMALL])
 
 
 def test_the_time_of_day_is_no_finding(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

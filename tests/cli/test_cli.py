@@ -139,7 +139,7 @@ def test_a_process_of_its_own_says_no_more(tmp_path: Path) -> None:
 
 
 def test_run_verify_report(tiny_folder: Path, tmp_path: Path, command: Command) -> None:
-    done = drencoder("run", *sets(tiny_folder), cwd=tmp_path)
+    done = drencoder("run", "quickstart", *sets(tiny_folder), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("Plan of", "stage 1", "gate", "round 4", "base model", "zero update", "this run", "Uploads"):
         assert words in done.stdout
@@ -157,7 +157,7 @@ def test_run_verify_report(tiny_folder: Path, tmp_path: Path, command: Command) 
     for outside in ("<script", "src=", "url(http", "<link", "@import"):
         assert outside not in page  # nothing is fetched when the page is opened
 
-    again = command("run", *sets(tiny_folder))
+    again = command("run", "quickstart", *sets(tiny_folder))
     assert again.returncode == 0
     assert (tmp_path / "runs" / "quickstart-2").is_dir()
 
@@ -175,7 +175,16 @@ def test_run_verify_report(tiny_folder: Path, tmp_path: Path, command: Command) 
 
 def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "run"
-    start = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder, "federation.rounds=9"), "--out", str(run)]
+    start = [
+        sys.executable,
+        "-m",
+        "drencoder",
+        "run",
+        "quickstart",
+        *sets(tiny_folder, "federation.rounds=9"),
+        "--out",
+        str(run),
+    ]
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (run / "ledger.jsonl").exists():
@@ -192,7 +201,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder: Path, tmp_path: Path, command: Co
 
 def test_ctrl_c_before_the_ledger_promises_nothing_to_resume(tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "drencoder", "run", *sets(tiny_folder), "--out", str(run)]
+    command = [sys.executable, "-m", "drencoder", "run", "quickstart", *sets(tiny_folder), "--out", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert "loading" in process.stdout.readline()
@@ -272,7 +281,7 @@ def test_evaluate_prints_base_and_categories_as_json(command: Command, tmp_path:
 
 
 def test_generate_asks_a_finished_run(command: Command, tiny_folder: Path, tmp_path: Path) -> None:
-    assert command("run", *sets(tiny_folder, "federation.rounds=1"), "--out", "run").returncode == 0
+    assert command("run", "quickstart", *sets(tiny_folder, "federation.rounds=1"), "--out", "run").returncode == 0
     alone = command("generate", "run", "Say A", "--max-tokens", "3", "-q")
     assert (alone.returncode, alone.stderr) == (0, "")
     shown = json.loads(command("generate", "run", "Say A", "--max-tokens", "3", "--json").stdout)
@@ -295,17 +304,17 @@ def test_run_shows_answers_and_the_twin_and_is_silent_on_demand(
     tiny_folder: Path, tmp_path: Path, command: Command
 ) -> None:
     few = sets(tiny_folder, "federation.rounds=1")
-    done = command("run", *few, "--twin", "--out", "loud")
+    done = command("run", "quickstart", *few, "--twin", "--out", "loud")
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())
     assert shown.count("Prompt: ") == 3
     assert "no client's text is among them" in shown
     assert "Twin without noise (NOT private)" in shown
     assert "must not be shared" in shown
-    quiet = command("run", *few, "-q", "--out", "quiet")
+    quiet = command("run", "quickstart", *few, "-q", "--out", "quiet")
     assert (quiet.returncode, quiet.stdout.strip()) == (0, "quiet")
     assert not (tmp_path / "quiet" / "samples.json").exists()
-    refused = command("run", *few, "--set=privacy.trust=non-private", "--twin", "--out", "none")
+    refused = command("run", "quickstart", *few, "--set=privacy.trust=non-private", "--twin", "--out", "none")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "leave --twin out" in refused.stderr
     assert not (tmp_path / "none").exists()

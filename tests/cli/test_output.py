@@ -176,7 +176,7 @@ def test_a_crash_in_the_middle_of_a_run_shows_no_message(tiny_folder: Path, tmp_
         "main()\n"
     )
     sets = [f"--set={text}" for text in tiny_overrides(tiny_folder)]
-    command = [sys.executable, "-c", script, "run", *sets, "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-c", script, "run", "quickstart", *sets, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 70, done.stdout + done.stderr
     assert "unforeseen RuntimeError at drencoder/" in done.stderr
@@ -194,7 +194,7 @@ def test_an_adapted_output_layer_prints_no_record(tiny_folder: Path, tmp_path: P
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     own = [f"data.source={file}", "data.client_field=who", "adapter.targets=['lm_head']", "evaluation.benchmarks=[]"]
     sets = [f"--set={text}" for text in [*tiny_overrides(tiny_folder), *own]]
-    done = drencoder("run", *sets, "--out", str(tmp_path / "run"))
+    done = drencoder("run", "quickstart", *sets, "--out", str(tmp_path / "run"))
     assert "Mustermann" not in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode in (0, 2, 70)

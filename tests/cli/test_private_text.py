@@ -130,7 +130,7 @@ def test_a_console_under_central_trust_does_not_tell_how_many_clients_failed(
             "evaluation.benchmarks=[]",  # whether it learned is a matter of chance
         ]
     ]
-    monkeypatch.setattr(sys, "argv", ["drencoder", "run", *sets])
+    monkeypatch.setattr(sys, "argv", ["drencoder", "run", "quickstart", *sets])
     ended: list[Any] = []
 
     def shown_by_a_run() -> str:
@@ -171,7 +171,9 @@ def test_under_local_trust_it_is_said_and_counted(
         raise ValueError(PERSON)
 
     monkeypatch.setattr(CohortTrainer, "_train", fail)
-    monkeypatch.setattr(sys, "argv", ["drencoder", "run", *(f"--set={text}" for text in tiny_overrides(tiny_folder))])
+    monkeypatch.setattr(
+        sys, "argv", ["drencoder", "run", "quickstart", *(f"--set={text}" for text in tiny_overrides(tiny_folder))]
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main()
     shown = capfd.readouterr()

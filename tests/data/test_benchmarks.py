@@ -389,14 +389,14 @@ def test_the_embedded_questions_are_the_worlds_own(name: str) -> None:
 
 def test_a_recipe_names_the_places_of_its_benchmarks(tmp_path: Path) -> None:
     places = [f"mmlu={mmlu_folder(tmp_path / 'm')}", f"ceval={ceval_folder(tmp_path / 'c')}"]
-    found = load_benchmarks(load_recipe(None, [f"evaluation.benchmarks={places}", "evaluation.examples=9"]))
+    found = load_benchmarks(load_recipe("quickstart", [f"evaluation.benchmarks={places}", "evaluation.examples=9"]))
     assert {name: len(one.questions) for name, one in found.items()} == {"mmlu": 9, "ceval": 8}
     assert set(found["ceval"].subjects) == {"law", "logic"}
     for wrong in ("gsm8k", "mmlu=", "auto=here", "law"):
         with pytest.raises(RecipeError, match="write auto, mmlu=PLACE or ceval=PLACE"):
-            load_recipe(None, [f"evaluation.benchmarks=['{wrong}']"])
+            load_recipe("quickstart", [f"evaluation.benchmarks=['{wrong}']"])
     with pytest.raises(RecipeError, match="names a benchmark twice"):
-        load_recipe(None, ["evaluation.benchmarks=['mmlu', 'mmlu=here']"])
+        load_recipe("quickstart", ["evaluation.benchmarks=['mmlu', 'mmlu=here']"])
 
 
 def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
 
     def asked(place: str, split: str) -> dict[str, Benchmark]:
         own = [f"data.source=mmlu:{place}", f"data.split={split}", f"evaluation.benchmarks=['mmlu={folder}']"]
-        return load_benchmarks(load_recipe(None, own))
+        return load_benchmarks(load_recipe("quickstart", own))
 
     assert asked(folder, "dev")
     # Other spellings of the same place and the same split.

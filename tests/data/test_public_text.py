@@ -134,12 +134,14 @@ def test_written_tokens_follow_the_models_probabilities(tiny_folder: Path) -> No
 
 def test_make_believe_clients_are_the_same_again_and_others_in_another_slot(tiny_folder: Path) -> None:
     knobs = ["encoder.name=kronecker", "prior.public=self", "prior.source=none"]
-    live = build(load_recipe(None, [*tiny_overrides(tiny_folder), *knobs]))
+    live = build(load_recipe("quickstart", [*tiny_overrides(tiny_folder), *knobs]))
     first = live.public_updates(live.lora.initial_D, 1)
     assert first is not None
     assert first.update_ND.shape == (16, live.lora.layout.size)
     assert first.update_ND.norm(dim=1).min() > 0
-    again = build(load_recipe(None, [*tiny_overrides(tiny_folder), *knobs])).public_updates(live.lora.initial_D, 1)
+    again = build(load_recipe("quickstart", [*tiny_overrides(tiny_folder), *knobs])).public_updates(
+        live.lora.initial_D, 1
+    )
     assert again is not None
     assert torch.equal(again.update_ND, first.update_ND)
     other = live.public_updates(live.lora.initial_D, 2)
@@ -150,7 +152,9 @@ def test_make_believe_clients_are_the_same_again_and_others_in_another_slot(tiny
 def test_a_make_believe_client_of_a_large_model_has_one_record(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live = build(load_recipe(None, [*tiny_overrides(tiny_folder), "encoder.name=kronecker", "prior.public=self"]))
+    live = build(
+        load_recipe("quickstart", [*tiny_overrides(tiny_folder), "encoder.name=kronecker", "prior.public=self"])
+    )
     sizes: list[int] = []
     trained = Components.updates_of
 

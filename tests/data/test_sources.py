@@ -79,7 +79,7 @@ def test_the_embedded_servers_text_is_no_clients(task: str) -> None:
         question, *options = re.split(r" [ABCD]\. ", record["instruction"])
         return question, frozenset(options)
 
-    recipe = load_recipe(None, [f"data.source=embedded:{task}", "data.examples_per_client=16"])
+    recipe = load_recipe("quickstart", [f"data.source=embedded:{task}", "data.examples_per_client=16"])
     source = open_source(recipe.data, population=recipe.federation.population, seed=recipe.seed)
     held_out = open_evaluation(recipe, source)
     assert held_out is not None

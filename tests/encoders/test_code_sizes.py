@@ -82,7 +82,7 @@ def test_plain_lora_is_counted_at_sixteen_bits_or_more() -> None:
 
 
 def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:
-    recipe = load_recipe(None, tiny_overrides(tiny_folder))
+    recipe = load_recipe("quickstart", tiny_overrides(tiny_folder))
     overview = survey(recipe)
     lora = LoraModel(load_base(recipe.model), recipe.adapter, seed=0)
     assert overview.adapter_size == lora.layout.size
@@ -95,25 +95,25 @@ def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:
 
 
 def test_a_hub_model_that_is_not_here_is_planned_without_sizes() -> None:
-    overview = survey(load_recipe(None, ["model.source=org/model-7b"]))
+    overview = survey(load_recipe("quickstart", ["model.source=org/model-7b"]))
     assert overview.adapter_size is None
     assert overview.privacy.noise_multiplier > 0
 
 
 def test_what_is_no_model_folder_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
-        survey(load_recipe(None, [f"model.source={tmp_path}"]))
+        survey(load_recipe("quickstart", [f"model.source={tmp_path}"]))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match=r"no \.safetensors"):
-        survey(load_recipe(None, [f"model.source={tmp_path}"]))
+        survey(load_recipe("quickstart", [f"model.source={tmp_path}"]))
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(ModelError, match="not a readable safetensors file"):
-        survey(load_recipe(None, [f"model.source={tmp_path}"]))
+        survey(load_recipe("quickstart", [f"model.source={tmp_path}"]))
 
 
 def test_targets_that_name_nothing_are_one_sentence(tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"'qproj' names no linear layer of .*the nearest name is 'q_proj'"):
-        survey(load_recipe(None, [f"model.source={tiny_folder}", "adapter.targets=['qproj']"]))
+        survey(load_recipe("quickstart", [f"model.source={tiny_folder}", "adapter.targets=['qproj']"]))
 
 
 def test_the_published_sizes() -> None:
@@ -169,7 +169,7 @@ def test_unknown_models_and_targets() -> None:
 
 
 def test_stage_1_values_are_what_its_query_asks(tiny_folder: Path) -> None:
-    recipe = load_recipe(None, tiny_overrides(tiny_folder))
+    recipe = load_recipe("quickstart", tiny_overrides(tiny_folder))
     segments = LoraModel(load_base(recipe.model), recipe.adapter, seed=0).layout.segments
     for epochs in (1, 3):
         assert (

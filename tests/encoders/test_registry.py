@@ -156,7 +156,7 @@ def test_a_new_encoder_plans_and_runs(first_values: str, tiny_folder: Path, tmp_
         "encoder.gate=warn",
         "federation.rounds=2",
     ]
-    recipe = load_recipe(None, overrides)
+    recipe = load_recipe("quickstart", overrides)
     overview = survey(recipe)
     assert overview.code_size == round((overview.adapter_size or 0) / 4)
     result = experiment.run(recipe, tmp_path / "run")
@@ -176,7 +176,7 @@ def test_the_knobs_list_every_row(first_values: str) -> None:
 
 
 def test_a_wrong_name_is_one_sentence_with_the_known_names() -> None:
-    recipe = load_recipe(None, ["encoder.name=hybird"])
+    recipe = load_recipe("quickstart", ["encoder.name=hybird"])
     with pytest.raises(RecipeError) as caught:
         survey(recipe)
     assert "there is no encoder 'hybird': did you mean 'hybrid'? choose one of identity, random" in str(caught.value)
@@ -207,7 +207,7 @@ def test_every_command_refuses_a_wrong_name_before_anything_else(
 )
 def test_what_an_encoder_cannot_do_is_refused_in_one_sentence(overrides: list[str], words: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        survey(load_recipe(None, overrides))
+        survey(load_recipe("quickstart", overrides))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -226,7 +226,9 @@ def test_the_default_encoder_works_with_any_model() -> None:
 
 def test_a_plan_says_so_if_the_gate_is_expected_to_refuse() -> None:
     said = ["encoder.name=autoencoder", "privacy.trust=local"]
-    refusing, warned = (survey(load_recipe(None, [*said, f"encoder.gate={gate}"])) for gate in ("refuse", "warn"))
+    refusing, warned = (
+        survey(load_recipe("quickstart", [*said, f"encoder.gate={gate}"])) for gate in ("refuse", "warn")
+    )
     assert any("set encoder.gate = 'warn'" in sentence for sentence in refusing.warnings())
     assert not any("encoder.gate" in sentence for sentence in warned.warnings())
     assert json.loads(json.dumps(refusing.to_dict()))["code_size"] == refusing.code_size

@@ -179,7 +179,7 @@ def test_impossible_lengths_and_padding_are_rejected(dtype: WireDtype, length: f
 def test_no_message_is_longer_than_the_clip(tmp_path: Path, dtype: WireDtype) -> None:
     """So that a server that adds noise and clips again takes nothing away."""
     recipe = load_recipe(
-        None,
+        "quickstart",
         ["privacy.trust=non-private", "privacy.noise=replay", "privacy.clip_l2=0.5", f"encoder.wire_dtype={dtype}"],
     )
     query = update_query(RandomSketch.build((Segment("a", 0, (8, 16)),), 64), recipe, 1)

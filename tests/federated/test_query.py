@@ -48,7 +48,7 @@ def recipe_of(**overrides: object) -> Recipe:
         "federation.rounds": 2,
         **overrides,
     }
-    return load_recipe(None, [f"{key}={value}" for key, value in settings.items()])
+    return load_recipe("quickstart", [f"{key}={value}" for key, value in settings.items()])
 
 
 def ledger_of(folder: Path, recipe: Recipe) -> Ledger:

@@ -50,7 +50,7 @@ def permits(tmp_path: Path) -> Permits:
 
 
 def query_of(adaptive: bool, slot: int) -> Query:
-    recipe = load_recipe(None, [f"privacy.clip_l2={CLIP}"])
+    recipe = load_recipe("quickstart", [f"privacy.clip_l2={CLIP}"])
     clip = AdaptiveClip(CLIP) if adaptive else None
     query = update_query(IdentityEncoder(SEGMENTS), recipe, slot, clip)
     return replace(query, spec=replace(query.spec, wire=replace(query.spec.wire, dtype="float32")))

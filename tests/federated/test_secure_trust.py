@@ -178,8 +178,10 @@ def test_a_plan_whose_epsilon_is_too_large_for_discrete_noise_is_refused(ledger_
 @pytest.mark.parametrize("trust", ["secure-aggregation", "local"])
 def test_such_a_recipe_is_refused_before_anything_is_charged(trust):
     with pytest.raises(PrivacyError, match="smaller epsilon"):
-        survey(load_recipe(None, [f"privacy.trust={trust}", "privacy.epsilon=1000"]))
-    survey(load_recipe(None, ["privacy.trust=secure-aggregation", "privacy.epsilon=20", "encoder.name=identity"]))
+        survey(load_recipe("quickstart", [f"privacy.trust={trust}", "privacy.epsilon=1000"]))
+    survey(
+        load_recipe("quickstart", ["privacy.trust=secure-aggregation", "privacy.epsilon=20", "encoder.name=identity"])
+    )
 
 
 # Shares and their sum
@@ -327,18 +329,18 @@ def test_a_node_refuses_a_round_that_counts_other_clients_for_it(ledger_fn):
 )
 def test_what_secure_aggregation_cannot_do_is_refused_in_one_sentence(overrides, match):
     with pytest.raises(RecipeError, match=match):
-        survey(load_recipe(None, ["privacy.trust=secure-aggregation", *overrides]))
+        survey(load_recipe("quickstart", ["privacy.trust=secure-aggregation", *overrides]))
 
 
 @pytest.mark.parametrize(("nodes", "threshold"), [(2, 2), (3, 3), (4, 3), (10, 8)])
 def test_more_than_half_of_the_nodes_are_needed_to_the_end(nodes, threshold):
-    recipe = load_recipe(None, ["privacy.trust=secure-aggregation", f"federation.nodes={nodes}"])
+    recipe = load_recipe("quickstart", ["privacy.trust=secure-aggregation", f"federation.nodes={nodes}"])
     assert recipe.threshold == threshold > nodes / 2
 
 
 def test_few_honest_contributors_are_warned_about():
-    few = survey(load_recipe(None, ["privacy.trust=secure-aggregation", "federation.sampling_rate=0.002"]))
-    many = survey(load_recipe(None, ["privacy.trust=secure-aggregation"]))
+    few = survey(load_recipe("quickstart", ["privacy.trust=secure-aggregation", "federation.sampling_rate=0.002"]))
+    many = survey(load_recipe("quickstart", ["privacy.trust=secure-aggregation"]))
     assert any("are sure and honest" in sentence for sentence in few.warnings())
     assert many.warnings() == []
 
@@ -348,7 +350,7 @@ def test_few_honest_contributors_are_warned_about():
 
 def recipe_of(folder: Path, *overrides: str) -> Recipe:
     return load_recipe(
-        None,
+        "quickstart",
         [
             *tiny_overrides(folder), "privacy.trust=secure-aggregation", "federation.population=300", "prior.source=moments",
             "federation.sampling_rate=0.15", "privacy.dropout_share=0.34", "federation.nodes=3", *overrides,

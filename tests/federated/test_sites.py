@@ -74,7 +74,7 @@ def charge(tmp_path: Path) -> Callable[..., Permit]:
 
 
 def query_of() -> Query:
-    query = update_query(IdentityEncoder(SEGMENTS), load_recipe(None, [f"privacy.clip_l2={CLIP}"]), 1)
+    query = update_query(IdentityEncoder(SEGMENTS), load_recipe("quickstart", [f"privacy.clip_l2={CLIP}"]), 1)
     return replace(query, spec=replace(query.spec, wire=replace(query.spec.wire, dtype="float32")))
 
 

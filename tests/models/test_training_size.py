@@ -93,7 +93,7 @@ def test_bits_without_cuda_are_one_sentence(dtype: str, tiny_folder: Path) -> No
 def test_the_plan_says_how_clients_train() -> None:
     assert LLAMA_8B.way_to_train().startswith("clients one by one: 2 tokens")
     assert "up to 4,096 tokens a pass, as speed.tokens says" in LLAMA_8B.way_to_train(4096)
-    overview = survey(load_recipe(None, ["speed.tokens=0"]))
+    overview = survey(load_recipe("quickstart", ["speed.tokens=0"]))
     assert "clients together, up to 2," in overview.training_way
     assert "which keep a core busy" in overview.to_dict()["training_way"]
-    assert survey(load_recipe(None, ["model.device=cuda"])).training_way == ""
+    assert survey(load_recipe("quickstart", ["model.device=cuda"])).training_way == ""

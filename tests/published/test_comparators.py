@@ -283,10 +283,10 @@ def test_states_of_others_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["kronecker", "hybrid", "top-k", "core"])
 def test_encoders_of_public_text_have_the_base_model_write_it_if_none_is_named(name: str) -> None:
-    recipe = load_recipe(None, [f"encoder.name={name}"])
+    recipe = load_recipe("quickstart", [f"encoder.name={name}"])
     assert declared(recipe).public_text == "required"
     assert (recipe.prior.public, public_text(recipe)) == ("", "self")
-    assert public_text(load_recipe(None, [f"encoder.name={name}", "prior.public=embedded"])) == "embedded"
+    assert public_text(load_recipe("quickstart", [f"encoder.name={name}", "prior.public=embedded"])) == "embedded"
 
 
 def test_methods_of_public_text_take_the_recipes_or_the_embedded_one() -> None:

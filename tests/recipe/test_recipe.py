@@ -20,18 +20,32 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(tmp_path: Path) ->
 
 def test_no_recipe_is_the_quickstart() -> None:
     assert load_recipe() == load_recipe("quickstart")
+    assert load_recipe(None, ["seed=3"]) == load_recipe("quickstart", ["seed=3"])
+    assert load_recipe(None, ["data.source=embedded:next"]) == load_recipe("quickstart", ["data.source=embedded:next"])
+
+
+def test_no_recipe_but_a_model_or_data_of_ones_own_is_the_defaults(tmp_path: Path) -> None:
+    """The quickstart's rate and clip were tuned for the embedded model: with another one they teach nothing."""
+    empty = tmp_path / "empty.toml"
+    empty.write_text("")
+    for own in (["model.source=mine"], ["data.source=notes.jsonl", "privacy.epsilon=4"]):
+        assert load_recipe(None, own) == load_recipe(empty, own)
+        assert load_recipe(None, own).server != load_recipe("quickstart").server
+    with pytest.raises(RecipeError, match="did you mean 'epsilon'"):
+        load_recipe(None, ["model.source=mine", "privacy.epsilo=2"])
 
 
 def test_overrides_are_toml_values_or_bare_words() -> None:
     recipe = load_recipe(
-        None, ["privacy.epsilon=2", "privacy.trust=central", 'adapter.targets=["q_proj"]', "seed=7", "data.alpha = 3"]
+        "quickstart",
+        ["privacy.epsilon=2", "privacy.trust=central", 'adapter.targets=["q_proj"]', "seed=7", "data.alpha = 3"],
     )
     assert (recipe.privacy.epsilon, recipe.privacy.trust, recipe.seed, recipe.data.alpha) == (2.0, "central", 7, 3.0)
     assert recipe.adapter.targets == ("q_proj",)
 
 
 def test_a_knob_can_be_a_table() -> None:
-    recipe = load_recipe(None, ['data.fields={response = "body", instruction = "title"}'])
+    recipe = load_recipe("quickstart", ['data.fields={response = "body", instruction = "title"}'])
     assert recipe.data.fields == (("instruction", "title"), ("response", "body"))
     assert recipe.to_dict()["data"]["fields"] == {"instruction": "title", "response": "body"}
     assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
@@ -62,7 +76,7 @@ def test_a_knob_can_be_a_table() -> None:
 )
 def test_impossible_overrides_are_one_sentence(override: str, words: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(None, [override])
+        load_recipe("quickstart", [override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -84,7 +98,7 @@ def test_unreadable_recipes_are_one_sentence(tmp_path: Path) -> None:
 
 def test_knobs_that_exclude_each_other() -> None:
     with pytest.raises(RecipeError, match=r"set privacy\.noise_in = 'code'"):
-        load_recipe(None, ["privacy.clip=adaptive", "privacy.noise_in=update"])
+        load_recipe("quickstart", ["privacy.clip=adaptive", "privacy.noise_in=update"])
 
 
 def test_every_knob_is_documented_and_the_written_recipe_has_all_of_them() -> None:

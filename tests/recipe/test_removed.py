@@ -28,7 +28,7 @@ def test_a_removed_knob_in_an_override_is_one_sentence(entry: str) -> None:
     where, _, value = entry.partition("=")
     override = f"{where if '.' in where else where + '.key'}={value or 1}"
     with pytest.raises(RecipeError) as caught:
-        load_recipe(None, [override])
+        load_recipe("quickstart", [override])
     named = f"{where} = {value!r}" if value else where
     assert str(caught.value) == f"{named} was removed in 0.2: {REMOVED[entry]}."
 
@@ -62,11 +62,11 @@ def test_a_removed_key_a_section_and_a_value_in_a_file(tmp_path: Path, monkeypat
 def test_an_entry_for_a_knob_that_is_still_there_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for entry in ("privacy", "privacy.epsilon", "privacy.trust=central"):
         monkeypatch.setitem(removed.REMOVED, entry, "never said")
-    assert load_recipe(None, ["privacy.epsilon=2", "privacy.trust=central"]).privacy.epsilon == 2.0
+    assert load_recipe("quickstart", ["privacy.epsilon=2", "privacy.trust=central"]).privacy.epsilon == 2.0
     with pytest.raises(RecipeError, match="must be above 0"):
-        load_recipe(None, ["privacy.epsilon=-1"])
+        load_recipe("quickstart", ["privacy.epsilon=-1"])
 
 
 def test_a_knob_that_never_was_still_gets_the_nearest_name() -> None:
     with pytest.raises(RecipeError, match="did you mean 'momentum'"):
-        load_recipe(None, ["server.moment=1"])
+        load_recipe("quickstart", ["server.moment=1"])

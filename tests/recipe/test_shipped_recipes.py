@@ -86,14 +86,14 @@ def test_the_dolly_setting_says_that_it_cannot_learn_and_the_crowd_does_not() ->
 
 
 def test_a_noise_multiplier_beside_epsilon_is_checked_and_not_obeyed() -> None:
-    calibrated = survey(load_recipe(None, ["privacy.epsilon=4"])).privacy
+    calibrated = survey(load_recipe("quickstart", ["privacy.epsilon=4"])).privacy
     for share, trust in ((0.5, "local"), (0.9, "central"), (0.5, "secure-aggregation")):
-        plan = survey(load_recipe(None, ["privacy.epsilon=4", f"privacy.trust={trust}"])).privacy
+        plan = survey(load_recipe("quickstart", ["privacy.epsilon=4", f"privacy.trust={trust}"])).privacy
         noise = f"privacy.noise_multiplier={share * plan.noise_multiplier}"
         with pytest.raises(PrivacyError, match=r"costs epsilon [\d.]+; the budget is 4\.0"):
-            survey(load_recipe(None, ["privacy.epsilon=4", f"privacy.trust={trust}", noise]))
+            survey(load_recipe("quickstart", ["privacy.epsilon=4", f"privacy.trust={trust}", noise]))
     more = f"privacy.noise_multiplier={2 * calibrated.noise_multiplier}"
-    plan = survey(load_recipe(None, ["privacy.epsilon=4", more])).privacy
+    plan = survey(load_recipe("quickstart", ["privacy.epsilon=4", more])).privacy
     assert plan.noise_multiplier == 2 * calibrated.noise_multiplier
     assert plan.budget == 4
     assert plan.epsilons()["server"].epsilon_pld < 4

@@ -23,7 +23,7 @@ from tampering import Forgery, reaccount, verdict
 
 @pytest.fixture(scope="module")
 def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = load_recipe(None, [*tiny_overrides(tiny_folder), "evaluation.examples=4"])
+    recipe = load_recipe("quickstart", [*tiny_overrides(tiny_folder), "evaluation.examples=4"])
     return experiment.run(recipe, tmp_path_factory.mktemp("runs") / "run").folder
 
 
@@ -39,7 +39,7 @@ def test_a_start_that_is_killed_leaves_a_folder_that_out_or_resume_takes(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     """Killed before each of the first operations on the disk, one after the other."""
-    recipe = load_recipe(None, [*tiny_overrides(tiny_folder), "federation.rounds=1", "evaluation.examples=4"])
+    recipe = load_recipe("quickstart", [*tiny_overrides(tiny_folder), "federation.rounds=1", "evaluation.examples=4"])
     done = 0
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:

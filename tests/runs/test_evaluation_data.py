@@ -42,7 +42,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 
 def recipe_of(tiny: Path, data: Path, *settings: str) -> Recipe:
     return load_recipe(
-        None,
+        "quickstart",
         [
             *tiny_overrides(tiny), f"data.source={data}", f"federation.population={OWNERS}", "federation.sampling_rate=0.5",
             "federation.rounds=2", "privacy.participation_cap=3", "evaluation.benchmarks=['auto']", "encoder.gate=warn", *settings,
@@ -267,12 +267,12 @@ def test_evaluation_data_that_cannot_be_are_one_sentence(tiny_folder: Path, tmp_
 
 def test_benchmarks_of_the_embedded_world_are_asked_where_model_and_data_are_its_own(tiny_folder: Path) -> None:
     assert load_recipe(None).benchmarks == {"mmlu": "embedded", "ceval": "embedded"}
-    assert load_recipe(None, [f"model.source={tiny_folder}"]).benchmarks == {}
-    assert load_recipe(None, ["data.source=notes.jsonl"]).benchmarks == {}
-    assert load_recipe(None, ["data.source=notes.jsonl", "evaluation.benchmarks=mmlu=folder"]).benchmarks == {
+    assert load_recipe("quickstart", [f"model.source={tiny_folder}"]).benchmarks == {}
+    assert load_recipe("quickstart", ["data.source=notes.jsonl"]).benchmarks == {}
+    assert load_recipe("quickstart", ["data.source=notes.jsonl", "evaluation.benchmarks=mmlu=folder"]).benchmarks == {
         "mmlu": "folder"
     }
-    assert load_recipe(None, ["data.source=notes.jsonl", "evaluation.benchmarks=['ceval']"]).benchmarks == {
+    assert load_recipe("quickstart", ["data.source=notes.jsonl", "evaluation.benchmarks=['ceval']"]).benchmarks == {
         "ceval": "embedded"
     }
-    assert load_recipe(None, ["evaluation.benchmarks=[]"]).benchmarks == {}
+    assert load_recipe("quickstart", ["evaluation.benchmarks=[]"]).benchmarks == {}

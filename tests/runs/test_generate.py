@@ -21,7 +21,9 @@ from tiny_models import make_model
 @pytest.fixture(scope="module")
 def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
-    recipe = load_recipe(None, [*tiny_overrides(tiny_folder), "privacy.trust=non-private", "server.learning_rate=300"])
+    recipe = load_recipe(
+        "quickstart", [*tiny_overrides(tiny_folder), "privacy.trust=non-private", "server.learning_rate=300"]
+    )
     experiment.run(recipe, folder / "run")
     return folder / "run"
 

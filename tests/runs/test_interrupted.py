@@ -25,7 +25,7 @@ def interrupted(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, step: 
     with monkeypatch.context() as patch:
         patch.setattr(experiment, step, interrupting)
         with pytest.raises(KeyboardInterrupt):
-            experiment.run(load_recipe(None, [*tiny_overrides(folder), *overrides]), run)
+            experiment.run(load_recipe("quickstart", [*tiny_overrides(folder), *overrides]), run)
     return resume_hint("run", run)
 
 

@@ -32,7 +32,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
     model = make_model("gpt2", folder / "model", tiny_folder)
     overrides = [*tiny_overrides(model), "encoder.name=hybrid", "encoder.ratio=0", "privacy.trust=central"]
-    experiment.run(load_recipe(None, overrides), folder / "run")
+    experiment.run(load_recipe("quickstart", overrides), folder / "run")
     return folder / "run"
 
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def recipe_of(folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(None, [*tiny_overrides(folder), *overrides])
+    return load_recipe("quickstart", [*tiny_overrides(folder), *overrides])
 
 
 def charged(run: Path) -> list[tuple[str, int]]:
@@ -232,7 +232,7 @@ def test_kill_minus_nine_at_random_moments(tiny_folder: Path, tmp_path: Path) ->
     """Real processes, real SIGKILL; the last start runs to its end. The ledger never gets shorter."""
     run, chance = tmp_path / "run", random.Random(5)
     overrides = [f"--set={text}" for text in [*tiny_overrides(tiny_folder), "federation.rounds=6"]]
-    start, again = ["run", *overrides, "--out", str(run)], ["run", "--resume", str(run)]
+    start, again = ["run", "quickstart", *overrides, "--out", str(run)], ["run", "--resume", str(run)]
     longest: list[tuple[str, int]] = []
     for attempt in range(4):
         begun = (run / "ledger.jsonl").exists()
@@ -348,7 +348,7 @@ def test_resuming_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not there"):
-        experiment.run(load_recipe(None, ["model.source=./nowhere"]), tmp_path / "run")
+        experiment.run(load_recipe("quickstart", ["model.source=./nowhere"]), tmp_path / "run")
 
 
 def test_ledger_is_one_writers(finished: experiment.RunResult) -> None:

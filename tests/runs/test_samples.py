@@ -19,7 +19,7 @@ CANARY = "Mustermann"
 
 
 def recipe_of(folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(None, [*tiny_overrides(folder), "federation.rounds=2", *overrides])
+    return load_recipe("quickstart", [*tiny_overrides(folder), "federation.rounds=2", *overrides])
 
 
 def own_text(folder: Path, tmp_path: Path, **changes: object) -> Recipe:

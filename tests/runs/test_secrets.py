@@ -48,7 +48,7 @@ def without_clocks(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def central(tiny: Path, *overrides: str) -> Recipe:
     own = ["privacy.trust=central", "privacy.noise=replay", "privacy.clip=adaptive", "evaluation.examples=4"]
-    return load_recipe(None, [*tiny_overrides(tiny), *own, *overrides])
+    return load_recipe("quickstart", [*tiny_overrides(tiny), *own, *overrides])
 
 
 def left_behind(folder: Path) -> dict[str, Any]:

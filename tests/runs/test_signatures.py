@@ -28,7 +28,7 @@ FIRST = '{"key": "ssh-ed25519 AAAA", "signature": "AAAA"}'
 @pytest.fixture(scope="module")
 def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signed") / "run"
-    experiment.run(load_recipe(None, [*tiny_overrides(tiny_folder), "evaluation.examples=4"]), folder)
+    experiment.run(load_recipe("quickstart", [*tiny_overrides(tiny_folder), "evaluation.examples=4"]), folder)
     return folder
 
 

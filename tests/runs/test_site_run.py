@@ -29,7 +29,7 @@ def recipe_of(folder: Path, tiny: Path, *settings: str) -> Recipe:
     path = folder / "notes.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return load_recipe(
-        None,
+        "quickstart",
         [
             *tiny_overrides(tiny), f"data.source={path}", "data.client_field=ward", "data.owner_field=patient",
             f"federation.population={SITES}", "federation.units_per_site=17", "federation.sampling_rate=0.5", "federation.rounds=2",

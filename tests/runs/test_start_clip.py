@@ -29,7 +29,7 @@ OPEN = ["privacy.clip_l2=0", "privacy.trust=central"]
 
 
 def recipe_of(folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(None, [*tiny_overrides(folder), *OPEN, *overrides])
+    return load_recipe("quickstart", [*tiny_overrides(folder), *OPEN, *overrides])
 
 
 def public(*norms: float) -> PublicUpdates:
@@ -181,7 +181,7 @@ def test_a_resumed_run_keeps_the_clip(tiny_folder: Path, tmp_path: Path, monkeyp
 
 
 def test_a_named_clip_asks_for_no_public_text(tiny_folder: Path) -> None:
-    named = build(load_recipe(None, [*tiny_overrides(tiny_folder), "privacy.clip_l2=3"]))
+    named = build(load_recipe("quickstart", [*tiny_overrides(tiny_folder), "privacy.clip_l2=3"]))
     assert named.texts.public is None
     assert with_named_clip(named).recipe.privacy.clip_l2 == 3
 

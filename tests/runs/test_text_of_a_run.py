@@ -36,7 +36,7 @@ def test_losses_are_those_of_the_saved_adapter_in_plain_peft(kind: str, template
         "federation.rounds": 2, "privacy.trust": "central", "evaluation.benchmarks": [], "encoder.name": "identity",
         "encoder.ratio": 0.0, "prior.source": "none", "server.learning_rate": 0.1,
     }  # fmt: skip
-    recipe = load_recipe(None, tiny_overrides(model)).changed(
+    recipe = load_recipe("quickstart", tiny_overrides(model)).changed(
         {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
     )
     result = experiment.run(recipe, tmp_path / "run")

@@ -42,7 +42,7 @@ def test_a_plan_that_does_not_fit_is_one_sentence(
 
 def test_longer_records_and_larger_batches_take_more() -> None:
     def most(*settings: str) -> int:
-        memory = survey(load_recipe(None, settings)).training_bytes
+        memory = survey(load_recipe("quickstart", settings)).training_bytes
         assert memory is not None
         return memory[1]
 

@@ -20,7 +20,7 @@ from drencoder.runs.verify import verify_run
 
 
 def recipe_of(folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(None, [*tiny_overrides(folder), "federation.rounds=2", *overrides])
+    return load_recipe("quickstart", [*tiny_overrides(folder), "federation.rounds=2", *overrides])
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ KINDS = {
 def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     for kind, overrides in KINDS.items():
-        recipe = load_recipe(None, [*tiny_overrides(tiny_folder), "evaluation.examples=4", *overrides])
+        recipe = load_recipe("quickstart", [*tiny_overrides(tiny_folder), "evaluation.examples=4", *overrides])
         experiment.run(recipe, folder / kind)
     return {kind: folder / kind for kind in KINDS}
 

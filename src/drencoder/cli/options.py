@@ -12,7 +12,11 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 __all__ = ["OutOption", "RecipeArgument", "ResumeOption", "SetOption", "choose_run"]
 
 RecipeArgument = Annotated[
-    str | None, typer.Argument(metavar="[RECIPE]", help="TOML file or shipped recipe; none = the embedded quickstart")
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="TOML file or shipped recipe; none = the embedded quickstart, or the defaults where --set names a model or data of your own",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one knob, e.g. privacy.epsilon=2")

@@ -289,7 +289,8 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     """Reads a recipe and applies overrides.
 
     Args:
-      source: a TOML file, the name of a shipped recipe, or None for the embedded quickstart.
+      source: a TOML file, the name of a shipped recipe, or None for the embedded quickstart; where the overrides name a model or
+        data of one's own, None stands for the defaults, since the quickstart's rate and clip were tuned for the embedded model.
       overrides: texts `section.key=value`; the value is TOML, or a bare word taken as text.
 
     Raises:
@@ -306,7 +307,12 @@ def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ())
     Raises:
       RecipeError: as `load_recipe` does, but for keys and values.
     """
-    origin, text = _read(source)
+    named: dict[str, Any] = {}
+    for override in overrides:
+        _override(named, override)
+    if source is None and any(_names_own(named, section) for section in ("model", "data")):
+        return "--set", named
+    origin, text = _read("quickstart" if source is None else source)
     try:
         tables = parse_toml(text)
     except ValueError as error:
@@ -316,9 +322,12 @@ def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ())
     return origin, tables
 
 
-def _read(source: str | Path | None) -> tuple[str, str]:
-    if source is None:
-        source = "quickstart"
+def _names_own(tables: Mapping[str, Any], section: str) -> bool:
+    table = tables.get(section, {})
+    return not str(table.get("source", "embedded")).startswith("embedded")
+
+
+def _read(source: str | Path) -> tuple[str, str]:
     path = Path(source)
     shipped = shipped_recipes()
     if isinstance(source, str) and source in shipped and not os.path.exists(path):
