@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from drencoder.errors import ModelError
 from drencoder.models.base_model import load_base
@@ -131,6 +131,41 @@ KINDS = {
 def test_another_kind_of_model_is_one_sentence(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
     with pytest.raises(ModelError, match=f"{KINDS[kind]}.*choose a decoder-only language model"):
         load(make_model(kind, tmp_path, tiny_folder))
+
+
+def test_a_model_whose_own_forward_pass_fails_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> None:
+    """Heads of one size for queries and of another for rotary positions, as a config of a hand-made DeepSeek may have."""
+    sizes = {
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "head_dim": 4,
+    }
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 64,
+    }
+    known = len(AutoTokenizer.from_pretrained(tiny_folder))
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    made = AutoConfig.for_model("deepseek_v3", vocab_size=known, **shape, **sizes, **experts)
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / name, tmp_path / name)
+    with pytest.raises(
+        ModelError, match=r"cannot read eight tokens \(RuntimeError: The size of tensor .*try it in transformers alone"
+    ):
+        load(tmp_path)
 
 
 def test_positions_are_a_bound_where_they_are_a_table(tiny_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drencoder.errors import DrencoderError, ModelError
-from drencoder.reading import shown
+from drencoder.reading import cut, shown
 
 __all__ = ["check_config", "check_model", "check_tokenizer", "explained", "num_positions"]
 
@@ -136,7 +136,24 @@ def _check_causal(model: Any, source: str, rows: int) -> None:
     device = _input_device(model)
     text_RL = torch.arange(8, device=device).remainder(rows).repeat(2, 1)
     text_RL[1, -1] = rows - 1
-    logits_RLV = model(input_ids=text_RL, use_cache=False).logits.float()
+    try:
+        logits_RLV = model(input_ids=text_RL, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        AttributeError,
+        AssertionError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ModelError(  # eight tokens by number: a library's words about them are about the model
+            f"the model of {shown(source)} cannot read eight tokens ({type(error).__name__}: {cut(error)}): its config.json does "
+            "not fit its weights or this version of transformers; try it in transformers alone."
+        ) from None
     if not bool(logits_RLV.isfinite().all()):
         raise ModelError(
             f"the model of {shown(source)} gives numbers that are not finite: set model.dtype = 'float32', or copy its files again."
