@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from conftest import tiny_overrides
 from drencoder.cli import main as cli
@@ -300,6 +302,29 @@ def test_generate_asks_a_finished_run(command: Command, tiny_folder: Path, tmp_p
         assert len(done.stderr.strip().splitlines()) == 1 or done.stderr.startswith("loading torch")
 
 
+def certificate_of(run: Path) -> Any:
+    return json.loads((run / "certificate.json").read_text())
+
+
+def test_an_interrupted_quiet_run_says_so_beside_its_output(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("drencoder.runs.run.run", interrupted)
+    for option in ("-q", "--json"):
+        done = command("run", option, "--out", "mine")
+        assert (done.returncode, done.stdout) == (130, "")
+        assert "nothing was asked or charged" in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(get_command(cli.app).commands))  # type: ignore[attr-defined]
+def test_every_command_can_be_read_by_a_program(name: str) -> None:
+    """Those without --json print one path, or run until they are stopped."""
+    options = {option for parameter in get_command(cli.app).commands[name].params for option in parameter.opts}  # type: ignore[attr-defined]
+    assert "--json" in options or name in {"report", "certs", "client"}
+    assert "--quiet" in options or name in {"report", "certs", "plan", "knobs"}
+
+
 def test_run_shows_answers_and_the_twin_and_is_silent_on_demand(
     tiny_folder: Path, tmp_path: Path, command: Command
 ) -> None:
@@ -314,6 +339,12 @@ def test_run_shows_answers_and_the_twin_and_is_silent_on_demand(
     quiet = command("run", "quickstart", *few, "-q", "--out", "quiet")
     assert (quiet.returncode, quiet.stdout.strip()) == (0, "quiet")
     assert not (tmp_path / "quiet" / "samples.json").exists()
+    found = command("run", "quickstart", *few, "--json", "--out", "json")
+    assert json.loads(found.stdout) == {
+        "folder": "json",
+        "certificate": certificate_of(tmp_path / "json"),
+        "twin": None,
+    }
     refused = command("run", "quickstart", *few, "--set=privacy.trust=non-private", "--twin", "--out", "none")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "leave --twin out" in refused.stderr

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
+from drencoder.cli.options import (
+    JsonOption,
+    OutOption,
+    QuietOption,
+    RecipeArgument,
+    ResumeOption,
+    SetOption,
+    choose_run,
+    print_result,
+    tell_interrupted,
+)
 from drencoder.errors import EngineError, RecipeError
 from drencoder.reading import printable, read_text, reason, shown
 
@@ -75,6 +85,8 @@ def server(
     quorum: QuorumOption = 0.5,
     round_timeout: TimeoutOption = 600.0,
     wait: WaitOption = 600.0,
+    quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """The main job with its clients on other machines (drencoder client)."""
     _check_flower()
@@ -90,19 +102,16 @@ def server(
     given = read_client_sets(listed, config.federation.population)
     from drencoder.flower.deploy import run_server
     from drencoder.flower.server_app import ServerOptions
-    from drencoder.runs.display import make_console, show_run_folder
 
     # Not into the run folder, which must be new; beside it, where an operator looks.
     log = folder.parent / f"{folder.name}.superlink" / "superlink.log"
     endpoint = ServerEndpoint(certs, keys, host, port, log, given)
     try:
-        result = run_server(ServerOptions(None if resume else config, folder, patience), endpoint)
+        options = ServerOptions(None if resume else config, folder, patience, quiet=quiet or json_)
+        result = run_server(options, endpoint)
     except KeyboardInterrupt:
-        from drencoder.runs.interrupted import resume_hint
-
-        make_console().print(resume_hint("server", folder), soft_wrap=True)
-        raise SystemExit(130) from None
-    show_run_folder(make_console(), result.folder)
+        raise tell_interrupted("server", folder, to_stderr=quiet or json_) from None
+    print_result(result, quiet=quiet, json_=json_)
 
 
 def client(
@@ -139,6 +148,7 @@ def client(
         typer.Option("--min-noise", min=0.0, help="take no part below this noise multiplier (not under central trust)"),
     ] = 0.0,
     poll: Annotated[float, typer.Option("--poll", min=0.05, max=3.0, help="seconds between two looks for work")] = 0.5,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="show nothing but errors")] = False,
 ) -> None:
     """A site: answers the server's questions for its clients, and keeps a ledger of its own."""
     _check_flower()
@@ -160,7 +170,7 @@ def client(
     from drencoder.flower.deploy import run_site
     from drencoder.runs.display import make_console
 
-    console = make_console()
+    console = make_console(quiet=quiet)
 
     def say(text: str) -> None:
         console.print(printable(text))
@@ -183,6 +193,8 @@ def simulate(
     set_: SetOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
+    quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """The main job on Flower's simulation engine (Ray), in processes of this machine."""
     _check_flower()
@@ -193,7 +205,6 @@ def simulate(
 
     isolate_network()
     from drencoder.flower.server_app import ServerOptions
-    from drencoder.runs.display import make_console, show_run_folder
 
-    result = simulate_run(ServerOptions(None if resume else config, folder, RoundTimeouts(nodes=nodes)), nodes)
-    show_run_folder(make_console(), result.folder)
+    options = ServerOptions(None if resume else config, folder, RoundTimeouts(nodes=nodes), quiet=quiet or json_)
+    print_result(simulate_run(options, nodes), quiet=quiet, json_=json_)

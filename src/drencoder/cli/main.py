@@ -16,7 +16,17 @@ from drencoder.cli.audit import audit
 from drencoder.cli.endings import end, end_disk, end_usage, stop_writing
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.generate import generate
-from drencoder.cli.options import OutOption, RecipeArgument, ResumeOption, SetOption, choose_run
+from drencoder.cli.options import (
+    JsonOption,
+    OutOption,
+    QuietOption,
+    RecipeArgument,
+    ResumeOption,
+    SetOption,
+    choose_run,
+    print_result,
+    tell_interrupted,
+)
 from drencoder.cli.verify import verify
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
@@ -62,44 +72,38 @@ def run(
         bool,
         typer.Option("--twin", help="train a twin without noise afterwards: NOT private, for who holds all text only"),
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="show the run folder alone; ask for no sample answers")
-    ] = False,
+    quiet: QuietOption = False,
+    json_: JsonOption = False,
 ) -> None:
-    """The main job: stage 1, stage 2, evaluation. Leaves an adapter, a ledger and a certificate."""
+    """The main job: stage 1, stage 2, evaluation. Leaves an adapter, a ledger and a certificate.
+
+    The adapted model answers sample prompts at the end, unless -q or --json is given.
+    """
     from drencoder.cli.run_view import show_samples, show_twin
-    from drencoder.runs.display import RunDisplay, make_console, show_run_folder
+    from drencoder.runs.display import RunDisplay, make_console
 
-    console = make_console()
+    alone = quiet or json_
+    console = make_console(quiet=alone)
     folder, config = choose_run(recipe, set_, out, resume)
-    if quiet:
-        from drencoder.runs import run as experiment
-
-        result = experiment.resume(folder, twin=twin) if resume else experiment.run(config, folder, twin=twin)
-        print(printable(result.folder))
-        return
     display = RunDisplay(console, rounds=config.federation.rounds, encoder=config.encoder.name, name=config.name)
     try:
         display.say("loading torch and transformers")
         from drencoder.runs import run as experiment
 
         result = (
-            experiment.resume(folder, display, twin=twin, samples=True)
+            experiment.resume(folder, display, twin=twin, samples=not alone)
             if resume
-            else experiment.run(config, folder, display, twin=twin, samples=True)
+            else experiment.run(config, folder, display, twin=twin, samples=not alone)
         )
     except KeyboardInterrupt:
         display.close()
-        from drencoder.runs.interrupted import resume_hint
-
-        console.print(resume_hint("run", folder), soft_wrap=True)
-        raise SystemExit(130) from None
+        raise tell_interrupted("run", folder, to_stderr=alone) from None
     finally:
         display.close()
     show_samples(console, result.folder)
     if result.twin is not None:
         show_twin(console, result.certificate, result.twin.certificate)
-    show_run_folder(console, result.folder)
+    print_result(result, quiet=quiet, json_=json_)
 
 
 @app.command()
@@ -195,6 +199,8 @@ def compare(
     processes: Annotated[
         int, typer.Option("--processes", min=0, max=1024, help="cells at a time; 0 = one per core")
     ] = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="show the comparison's folder alone")] = False,
+    json_: JsonOption = False,
 ) -> None:
     """Methods x budgets x seeds under one accountant, tuned alike: a table, two plots, paired tests.
 
@@ -207,7 +213,7 @@ def compare(
     from drencoder.study.compare_table import rows_of, write_comparison
     from drencoder.study.settings import load_comparison
 
-    console = make_console()
+    console = make_console(quiet=quiet or json_)
     config, settings = load_comparison(recipe, set_ or ())
     folder = out or Path("comparisons") / config.name
     display = CompareDisplay(console, tuning_seed=settings.tuning_seed)
@@ -215,7 +221,9 @@ def compare(
         results, tracks = run_comparison(config, settings, folder, display, processes=processes)
     except KeyboardInterrupt:
         display.close()
-        console.print("\nInterrupted. Finished cells are kept: start the same command again to go on.")
+        make_console(stderr=quiet or json_).print(
+            "\nInterrupted. Finished cells are kept: start the same command again to go on."
+        )
         raise SystemExit(130) from None
     finally:
         display.close()
@@ -223,6 +231,10 @@ def compare(
     console.print(comparison_table(rows))
     for path in write_comparison(config, settings, rows, folder):
         console.print(f"Written: {printable(path)}", soft_wrap=True)
+    if json_:
+        print((folder / "table.json").read_text("utf-8"), end="")
+    elif quiet:
+        print(printable(folder))
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Options that several commands share, and what they mean together."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,7 +10,20 @@ from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.recipe.recipe import Recipe, load_recipe
 
-__all__ = ["OutOption", "RecipeArgument", "ResumeOption", "SetOption", "choose_run"]
+if TYPE_CHECKING:
+    from drencoder.runs.run import RunResult
+
+__all__ = [
+    "JsonOption",
+    "OutOption",
+    "QuietOption",
+    "RecipeArgument",
+    "ResumeOption",
+    "SetOption",
+    "choose_run",
+    "print_result",
+    "tell_interrupted",
+]
 
 RecipeArgument = Annotated[
     str | None,
@@ -24,6 +38,8 @@ SetOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="run folder to make; default runs/NAME, runs/NAME-2, ...")
 ]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="show the run folder alone")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print nothing but the result, as JSON")]
 ResumeOption = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with a killed run")]
 
 
@@ -58,3 +74,26 @@ def choose_run(
         folder = Path("runs") / f"{config.name}-{number}"
     RunFolder.check_free(folder)
     return folder, config
+
+
+def print_result(result: "RunResult", *, quiet: bool, json_: bool) -> None:
+    """Prints where a finished run lies, with its certificate (`json_`), alone (`quiet`), or for a person."""
+    from drencoder.reading import printable
+    from drencoder.runs.display import make_console, show_run_folder
+
+    if json_:
+        twin = None if result.twin is None else result.twin.certificate
+        print(json.dumps({"folder": str(result.folder), "certificate": result.certificate, "twin": twin}, indent=2))
+    elif quiet:
+        print(printable(result.folder))
+    else:
+        show_run_folder(make_console(), result.folder)
+
+
+def tell_interrupted(command: str, folder: Path, *, to_stderr: bool) -> SystemExit:
+    """Says how an interrupted run goes on; returns what the command ends with."""
+    from drencoder.runs.display import make_console
+    from drencoder.runs.interrupted import resume_hint
+
+    make_console(stderr=to_stderr).print(resume_hint(command, folder), soft_wrap=True)
+    return SystemExit(130)

@@ -29,7 +29,7 @@ __all__ = ["ServerOptions", "app", "serve"]
 class ServerOptions:
     """A new run of `recipe` into the folder `out`, or (`recipe` None) the run in `out` goes on.
 
-    `keys`: name -> public key (49 bytes) of every node, for secure aggregation; `clients`: name -> the clients that the server's
+    `quiet`: shows nothing. `keys`: name -> public key (49 bytes) of every node, for secure aggregation; `clients`: name -> the clients that the server's
     list of keys gives to a node.
     """
 
@@ -38,6 +38,7 @@ class ServerOptions:
     patience: RoundTimeouts = field(default_factory=RoundTimeouts)
     keys: Mapping[str, bytes] = field(default_factory=dict)
     clients: Mapping[str, ClientSet] = field(default_factory=dict)
+    quiet: bool = False
 
     @property
     def config(self) -> Recipe:
@@ -73,7 +74,10 @@ def serve(
     """
     config = options.config
     display = RunDisplay(
-        console or make_console(), rounds=config.federation.rounds, encoder=config.encoder.name, name=config.name
+        console or make_console(quiet=options.quiet),
+        rounds=config.federation.rounds,
+        encoder=config.encoder.name,
+        name=config.name,
     )
     transport = transport or GridTransport(grid, display.say)
     engine = make_remote_engine(transport, options.patience, display.say, options.keys, options.clients)
