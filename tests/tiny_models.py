@@ -16,10 +16,24 @@ _LLAMA = _SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "max_posit
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+_LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+
 CAUSAL: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "codegen": _GPT | {"rotary_dim": 4},
     "cohere": _LLAMA,
+    "deepseek_v3": _LLAMA
+    | _EXPERTS
+    | _LATENT
+    | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "falcon_h1": _LLAMA | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
     "falcon": _SIZES,
     "gemma": _LLAMA | {"head_dim": 8},
     "gemma2": _LLAMA | {"head_dim": 8},
@@ -27,8 +41,12 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "gpt_oss": _LLAMA | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gptj": _GPT | {"rotary_dim": 4},
     "gpt_neox": _SIZES | {"intermediate_size": 64},
     "granite": _LLAMA | {"logits_scaling": 2.0},
+    "glm4": _LLAMA | {"head_dim": 8},
+    "lfm2": _LLAMA | {"layer_types": ["conv", "full_attention"]},
     "llama": _LLAMA | {"tie_word_embeddings": True},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     "mistral": _LLAMA,
@@ -42,6 +60,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "qwen2": _LLAMA,
     "qwen2_moe": _LLAMA | _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32},
     "qwen3": _LLAMA | {"head_dim": 8},
+    "qwen3_moe": _LLAMA | _EXPERTS | {"head_dim": 8, "num_experts": 4},
+    "recurrent_gemma": _LLAMA | {"head_dim": 8, "lru_width": 32, "attention_window_size": 16, "num_hidden_layers": 3},
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
     "starcoder2": _LLAMA,

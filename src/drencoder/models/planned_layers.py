@@ -47,6 +47,10 @@ _LINEAR = {
     "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "c_proj",
     "dense_h_to_4h", "dense_4h_to_h", "project_in", "project_out",
 }  # fmt: skip
+_RECURRENT = {
+    "mamba",
+    "mixer",
+}  # parts that may read a layer's weights and never call the layer: the loaded model shows which
 _MOST_CONFIG = 1 << 24  # bytes
 _GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "stablelm")
 _GGUF_NAMES = {
@@ -127,7 +131,8 @@ def _adapted(
     ]
     chosen = choose_targets(targets, names, family, model)
     every = tuple(targets) == (ALL_LINEAR,) or (automatic and len(chosen) == len(names))
-    if (every and not {last_part(name) for name in names} <= _LINEAR) or any(".experts." in name for name in chosen):
+    unsure = any(not _RECURRENT.isdisjoint(name.split(".")) or ".experts." in name for name in chosen)
+    if unsure or (every and not {last_part(name) for name in names} <= _LINEAR):
         return None
     transposed = {name for name in chosen if family in _TRANSPOSED and last_part(name) not in _HEADS}
     return [list(shapes[name])[:: -1 if name in transposed else 1] for name in chosen]
