@@ -23,8 +23,8 @@ from drencoder.models.base_model import load_base, open_tokenizer
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.make_plan import make_plan
 from drencoder.privacy.mechanism import SecureNoise
-from drencoder.privacy.plan import make_plan
 
 POPULATION, ROUND = 100, 1
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from drencoder.data.tokenization import Example
 from drencoder.models.base_model import BaseModel
 from drencoder.privacy import ledger
+from drencoder.published import autoencoder
 
 torch.set_num_threads(1)
 # The same examples in every run, and no stopwatch: a busy machine is no error. `--hypothesis-profile=explore` draws others.
@@ -49,6 +50,12 @@ class KnownKeys:
 
 
 KEYS = KnownKeys()
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's auto-encoder trains two steps, not four hundred."""
+    monkeypatch.setattr(autoencoder, "TRAINING", autoencoder.AutoencoderOptions(steps=2, samples=16))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -137,7 +144,6 @@ def tiny_overrides(folder: Path) -> list[str]:
         "federation.sampling_rate=0.1",
         "federation.rounds=4",
         "encoder.ratio=4",
-        "prior.synthetic=32",
         "evaluation.examples=8",
         "evaluation.benchmarks=['mmlu', 'ceval']",
         "privacy.delta=1e-3",

@@ -19,7 +19,7 @@ def small_recipe(*overrides: str) -> Recipe:
         "quickstart",
         [
             "adapter.rank=2", "data.examples_per_client=2", "data.max_tokens=24", "federation.population=30",
-            "federation.sampling_rate=0.3", "federation.rounds=2", "encoder.ratio=8", "prior.synthetic=32",
+            "federation.sampling_rate=0.3", "federation.rounds=2", "encoder.ratio=8",
             "evaluation.examples=4", "privacy.delta=1e-3",
             "privacy.participation_cap=3", "speed.parallel_clients=4", *overrides,
         ],

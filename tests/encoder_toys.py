@@ -15,7 +15,7 @@ from drencoder.encoders.matrix_normal_prior import PublicUpdates
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger, Permit
-from drencoder.privacy.plan import make_plan
+from drencoder.privacy.make_plan import make_plan
 from drencoder.recipe.recipe import Recipe, load_recipe
 
 

@@ -20,7 +20,7 @@ import torch
 from conftest import tiny_overrides
 from drencoder.data.benchmarks.files import read_questions
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
-from drencoder.data.sources import read_records
+from drencoder.data.places import read_records
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import DrencoderError
 from drencoder.federated.query import moment_query, update_query
@@ -164,7 +164,7 @@ RECORDS = [
 
 def records(name: str, data: bytes) -> Callable[[World], Reader]:
     def made(world: World) -> Reader:
-        return Reader(data, lambda path: read_records(str(path), "train", knob="data.source"), world.folder / name)
+        return Reader(data, lambda path: read_records(str(path), knob="data.source"), world.folder / name)
 
     return made
 
@@ -344,7 +344,7 @@ def in_head(data: bytes, chance: random.Random) -> bytes:
 
 def question(world: World, slot: int) -> bytes:
     live, plan = world.components, world.components.plan
-    query = world.query() if slot else moment_query(live.lora.layout.segments, live.recipe.prior)
+    query = world.query() if slot else moment_query(live.lora.layout.segments, live.recipe)
     encoder = encoder_bytes(query) if slot else b""
     asked = Instruction(
         "n", "run-1", 0, plan.trust, plan.noise, plan.noise_multiplier, query.spec, (0, 3), fingerprint(encoder),

@@ -24,8 +24,9 @@ from drencoder.federated.query import Query, update_query
 from drencoder.federated.round import client_message, code_values, message_wire, server_release
 from drencoder.privacy.accounting import NonPrivateEvent, Relation, gdp_mu
 from drencoder.privacy.ledger import Ledger, Permit
+from drencoder.privacy.make_plan import make_plan
 from drencoder.privacy.mechanism import NoiseSource, Release, ReplayNoise, clip_rows
-from drencoder.privacy.plan import PrivacyPlan, Trust, make_plan
+from drencoder.privacy.plan import PrivacyPlan, Trust
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed

@@ -6,12 +6,14 @@ and with noise, DR-Encoder as published, an un-noised sketch, and this package's
 recipe's epsilon. One audit is one seed: the clients that are drawn, one set of trained encoders, replayable noise.
 """
 
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
+from drencoder.encoders.identity import IdentityEncoder
 from drencoder.errors import DataError
 from drencoder.published.fitting import AutoencoderOptions
 from drencoder.runs.build import Components
-from drencoder.runs.start_clip import with_named_clip
+from drencoder.runs.start_clip import measured_clip
 from leakage_study.findings import Audit
 from leakage_study.membership import release_findings
 from leakage_study.setup import AuditSetup, plan_under
@@ -21,9 +23,7 @@ from leakage_study.training_set import training_set_findings
 
 __all__ = ["audit_leakages"]
 
-_ARCHITECTURE: Literal["cnn1d"] = (
-    "cnn1d"  # of the whole adapter's auto-encoder: the published variant that carries most (1/32)
-)
+_ENCODER = "autoencoder-cnn1d"  # of the whole adapter: the published variant that carries most (1/32)
 _MIN_TRIALS = 8
 _NOTES = (
     "The adapter is a few non-private steps on the server's own text into training: at LoRA's start B = 0, and A's "
@@ -65,7 +65,10 @@ def audit_leakages(
     if trials < _MIN_TRIALS:
         raise DataError(f"The audit was asked for {trials} trials; its intervals need at least {_MIN_TRIALS}.")
     say = listener.say if listener else lambda _text: None
-    components = with_named_clip(components)
+    if not components.recipe.privacy.clip_l2:  # there is no run to measure it in
+        whole = IdentityEncoder(components.lora.layout.segments)
+        clip_l2 = measured_clip(components.recipe, whole, components.start_updates)
+        components = replace(components, recipe=components.recipe.changed({"privacy.clip_l2": clip_l2}))
     span = SpanAttack.of(components.lora)  # refuse an unknown model before any training
     say(f"audit: training {3 * clients} clients of one record, and shadow clients on the server's own text")
     setup = AuditSetup(
@@ -73,7 +76,7 @@ def audit_leakages(
         subjects=gather_subjects(components, clients, seed),
         seed=seed,
         trials=trials,
-        options=AutoencoderOptions(steps=train_steps, architecture=_ARCHITECTURE),
+        options=AutoencoderOptions(steps=train_steps, name=_ENCODER),
         local=plan_under(components, "local"),
         central=plan_under(components, "central"),
     )
@@ -99,7 +102,7 @@ def _facts(setup: AuditSetup) -> dict[str, Any]:
         "seed": setup.seed,
         "trials": setup.trials,
         "train_steps": setup.options.steps,
-        "architecture": setup.options.architecture,
+        "encoder": setup.options.name,
         "epsilon": recipe.privacy.epsilon,
         "delta": recipe.privacy.delta,
         "local_noise_multiplier": setup.sigma,

@@ -77,7 +77,7 @@ class AuditSetup:
 
     def make_moment_query(self, segments: Segments) -> Query:
         """Returns stage 1's own query over these segments, of one epoch."""
-        return moment_query(segments, replace(self.components.recipe.prior, epochs=1))
+        return moment_query(segments, self.components.recipe.changed({"local.epochs": 1}))
 
     def make_stage1_plan(self, clients: int, sigma: float | None) -> PrivacyPlan:
         """Returns a plan whose stage 1 asks all clients under local trust."""
@@ -92,7 +92,7 @@ class AuditSetup:
 
     def collect_gradients(self, update_ND: Tensor) -> RealGradients:
         """Collects the gradients as they are, as FedCG's stage 1 does. They are charged as non-private."""
-        query = gradient_query(update_ND.shape[1], replace(self.components.recipe.prior, epochs=1))
+        query = gradient_query(update_ND.shape[1], 1)
         with open_channel(self.make_stage1_plan(len(update_ND), None), self.seed) as channel:
             permit = channel.ledger.charge(0)
             upload = client_message(query, update_ND, range(len(update_ND)), permit, channel.noise)

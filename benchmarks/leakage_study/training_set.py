@@ -64,11 +64,11 @@ def training_set_findings(setup: AuditSetup) -> list[Finding]:
             findings.append(Finding("training set", arm, sees, attack, auc, bound, note=recalled.note()))
 
     real = [setup.collect_gradients(group_ND) for group_ND in groups]
-    quick = AutoencoderOptions(steps=steps, architecture="cnn1d")  # the one that remembers most
+    quick = AutoencoderOptions(steps=steps, name="autoencoder-cnn1d")  # the one that remembers most
     length = _OVERFIT_LENGTH * steps
     long = replace(quick, steps=length, check_every=max(1, length // 4), learning_rate=_OVERFIT_RATE)
     for words, options in (
-        ("resnet, early stopping", replace(quick, architecture="resnet")),
+        ("resnet, early stopping", replace(quick, name="autoencoder")),
         ("cnn1d, early stopping", quick),
         ("cnn1d, by heart", long),
     ):

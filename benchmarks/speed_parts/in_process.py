@@ -94,8 +94,8 @@ def encoders(size: int, repeats: int = 7) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     update_1D, target_1D = torch.randn(1, size, generator=generator), torch.zeros(1, size)
     sketch = RandomSketch.build(segments, size // 64)
-    network = fresh_network("resnet", generator)
-    learned = Autoencoder(segments, network, torch.ones(len(segments)), "resnet")
+    network = fresh_network("autoencoder", generator)
+    learned = Autoencoder(segments, network, torch.ones(len(segments)))
     code_1K, learned_1K = sketch.encode(update_1D, 0), learned.encode(update_1D, 0)
 
     def noise_of(values: int) -> Any:

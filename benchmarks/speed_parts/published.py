@@ -19,7 +19,7 @@ __all__ = ["SHAPES", "published", "tiny_dolly"]
 SHAPES = {"small": (64, 176, 2, 2), "1b": (2048, 5632, 22, 32), "llama-7b": (4096, 11008, 32, 32)}
 _KNOBS = [
     "federation.population=100", "federation.sampling_rate=0.05", "federation.rounds=20", "adapter.rank=8", "adapter.alpha=16",
-    "adapter.dropout=0.05", "adapter.targets=['q_proj','k_proj','v_proj','o_proj']", "adapter.start=peft", "data.alpha=0.5",
+    "adapter.dropout=0.05", "adapter.targets=['q_proj','k_proj','v_proj','o_proj']", "adapter.start=peft",
     "data.examples_per_client=150", "local.upload=increment", "local.batch_size=32", "local.learning_rate=1.5e-4",
     "server.optimizer=fedavg", "server.learning_rate=1.0", "encoder.name=random", "encoder.ratio=64", "privacy.epsilon=8",
     "privacy.delta=1e-5", "privacy.trust=central", "evaluation.every=0", "evaluation.benchmarks=[]", "evaluation.examples=8",

@@ -197,7 +197,7 @@ def test_a_recipe_whose_plan_chooses_the_code_size_is_audited(encoder: str, monk
         subjects=subjects.gather_subjects(components, 8, 0),
         seed=0,
         trials=8,
-        options=AutoencoderOptions(steps=2, architecture="cnn1d"),
+        options=AutoencoderOptions(steps=2, name="autoencoder-cnn1d"),
         local=plan_under(components, "local"),
         central=plan_under(components, "central"),
     )

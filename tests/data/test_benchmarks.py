@@ -310,7 +310,7 @@ def test_mmlus_training_split_is_clients_text_and_no_benchmark(datasets: Any, tm
     for name in ("arc_easy", "race"):
         write_csv(folder / "auxiliary_train" / f"{name}.csv", mmlu_rows(name, 10))
     for where, count in ((f"hub:{hub}", 9), (str(folder), 20)):
-        wanted = config.Data(source=f"mmlu:{where}", split="auxiliary_train", alpha=100.0, examples_per_client=100)
+        wanted = config.Data(source=f"mmlu:{where}", examples_per_client=100)
         source = open_source(wanted, population=2, seed=0)
         records = [*source.client(0), *source.client(1)]
         assert len(records) == count
@@ -403,7 +403,7 @@ def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
     folder = str(mmlu_folder(tmp_path))
 
     def asked(place: str, split: str) -> dict[str, Benchmark]:
-        own = [f"data.source=mmlu:{place}", f"data.split={split}", f"evaluation.benchmarks=['mmlu={folder}']"]
+        own = [f"data.source=mmlu:{place}:{split}", f"evaluation.benchmarks=['mmlu={folder}']"]
         return load_benchmarks(load_recipe("quickstart", own))
 
     assert asked(folder, "dev")
@@ -413,6 +413,6 @@ def test_clients_never_own_what_is_asked(tmp_path: Path) -> None:
             asked(other, "test")
     for split, other in (("dev", "dev"), ("val", "validation"), ("validation", "val")):
         with pytest.raises(DataError, match=f"clients are trained on split '{other}'"):
-            check_apart("mmlu", folder, ["test", split], config.Data(source=f"mmlu:{folder}", split=other))
-    check_apart("mmlu", folder, ["test"], config.Data(source=f"mmlu:{folder}x", split="test"))
-    check_apart("ceval", folder, ["test"], config.Data(source=f"mmlu:{folder}", split="test"))
+            check_apart("mmlu", folder, ["test", split], config.Data(source=f"mmlu:{folder}:{other}"))
+    check_apart("mmlu", folder, ["test"], config.Data(source=f"mmlu:{folder}x:test"))
+    check_apart("ceval", folder, ["test"], config.Data(source=f"mmlu:{folder}:test"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from drencoder.data.sources import read_data
+from drencoder.data.places import read_data
 from drencoder.errors import DataError
 
 ROWS = [
@@ -33,7 +33,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def read(path: Path, split: str = "train", **fields: str) -> Any:
-    return read_data(str(path), split, knob="data.source", fields=fields)
+    return read_data(str(path), split=split, knob="data.source", fields=fields)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) ->
     assert read(tmp_path, "test").records == ROWS[1:3]
     assert read(tmp_path, "validation").records == ROWS[3:4]
     (tmp_path / "train-00000-of-00001.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no files of split 'train': set data\.split to one of test, val"):
+    with pytest.raises(DataError, match=r"no files of split 'train': name one of test, val as 'FOLDER:SPLIT'"):
         read(tmp_path)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from drencoder.data.places import Place
 from drencoder.data.survey import survey_data, with_population
 from drencoder.recipe.recipe import load_recipe
 
@@ -15,27 +16,27 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="DRENCODER_TEST_DATA
 @pytest.mark.parametrize(
     ("source", "changes", "records", "schema"),
     [
-        ("dolly/databricks-dolly-15k.jsonl", {}, 15_011, "Dolly (instruction, context, response)"),
-        ("banking77", {}, 10_003, "plain text (text)"),
-        ("banking77", {"data.split": "test"}, 3_080, "plain text (text)"),
+        ("{}/dolly/databricks-dolly-15k.jsonl", {}, 15_011, "Dolly (instruction, context, response)"),
+        ("{}/banking77", {}, 10_003, "plain text (text)"),
+        ("{}/banking77:test", {}, 3_080, "plain text (text)"),
         (
-            "banking77/train.csv",
+            "{}/banking77/train.csv",
             {"data.fields": {"instruction": "text", "response": "category"}},
             10_003,
             "your fields (text, category)",
         ),
-        ("gsm8k", {"data.split": "test"}, 1_319, "question and answer (question, answer)"),
-        ("shakespeare/speeches.jsonl", {"data.client_field": "client"}, 7_097, "plain text (text)"),
-        ("mmlu:mmlu", {"data.split": "dev"}, 285, "questions with four options"),
-        ("ceval:ceval", {"data.split": "val"}, 1_346, "questions with four options"),
+        ("{}/gsm8k:test", {}, 1_319, "question and answer (question, answer)"),
+        ("{}/shakespeare/speeches.jsonl", {"data.client_field": "client"}, 7_097, "plain text (text)"),
+        ("mmlu:{}/mmlu:dev", {}, 285, "questions with four options"),
+        ("ceval:{}/ceval:val", {}, 1_346, "questions with four options"),
     ],
 )
 def test_real_data_are_read(source: str, changes: dict[str, object], records: int, schema: str) -> None:
-    kind, colon, name = source.rpartition(":")
-    if not (FOLDER / name).exists():
-        pytest.skip(f"{name} is not there")
-    place = {"data.source": f"{kind}{colon}{FOLDER / name}", "federation.population": 0}
-    survey = survey_data(with_population(load_recipe().changed(place | changes)), None)
+    place = Place.parse(source.format(FOLDER))
+    if not Path(place.name).exists():
+        pytest.skip(f"{place.name} is not there")
+    where = {"data.source": source.format(FOLDER), "federation.population": 0}
+    survey = survey_data(with_population(load_recipe().changed(where | changes)), None)
     assert survey is not None
     assert (survey.records, survey.schema) == (records, schema)
     assert survey.records_of_client[0] >= 1

@@ -9,7 +9,7 @@ import pytest
 
 from drencoder.data.evaluation_text import open_evaluation
 from drencoder.data.owners import owner_key
-from drencoder.data.sources import FileSource, HostedSource, Record, open_source
+from drencoder.data.sources import FileSource, Record, SiteSource, open_source
 from drencoder.errors import DataError
 from drencoder.recipe import sections
 from drencoder.recipe.recipe import load_recipe
@@ -41,7 +41,7 @@ def file_source(knobs: sections.Data, population: int, seed: int, set_aside: flo
 @pytest.mark.parametrize("share", [0.0, 0.1, 1e-9])
 def test_a_record_that_is_set_aside_has_no_owner_and_every_other_has_one(tmp_path: Path, share: float) -> None:
     path = write(tmp_path, RECORDS)
-    knobs = sections.Data(source=str(path), alpha=10.0, examples_per_client=1000)
+    knobs = sections.Data(source=str(path), examples_per_client=1000)
     source = file_source(knobs, population=5, seed=3, set_aside=share)
     owned = [record["instruction"] for client in range(5) for record in source.client(client)]
     held = [record["instruction"] for record in source.held_out(1000)]
@@ -62,7 +62,7 @@ def test_a_file_of_one_record_has_none_to_set_aside(tmp_path: Path) -> None:
 
 def test_equal_records_are_set_aside_together(tmp_path: Path) -> None:
     """Else a client's text would be evaluated on, as another line of the file."""
-    knobs = sections.Data(source=str(write(tmp_path, RECORDS * 2)), alpha=10.0, examples_per_client=1000)
+    knobs = sections.Data(source=str(write(tmp_path, RECORDS * 2)), examples_per_client=1000)
     source = file_source(knobs, population=3, seed=0, set_aside=0.3)
     owned = {record["instruction"] for client in range(3) for record in source.client(client)}
     held = [record["instruction"] for record in source.held_out(1000)]
@@ -155,7 +155,13 @@ def test_a_wrong_population_beside_owners_set_aside_names_the_right_one(tmp_path
 def test_json_lists_and_missing_optional_fields(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"instruction": "a", "response": "b"}] * 40))
-    source = open_source(sections.Data(source=str(path), alpha=50.0), population=2, seed=0)
+    source = open_source(
+        sections.Data(
+            source=str(path),
+        ),
+        population=2,
+        seed=0,
+    )
     assert source.client(0)[0]["category"] == "none"
     path.write_text('[{"instruction": "a", "response": "b"}, {"instruction": "a"}]')
     with pytest.raises(DataError, match=r"data\.json, record 2: no field 'response'"):
@@ -175,7 +181,7 @@ def test_hub_sources_go_through_the_datasets_library(tmp_path: Path, monkeypatch
     folder = tmp_path / "dolly"
     folder.mkdir()
     write(folder, RECORDS)
-    source = open_source(sections.Data(source=f"hub:{folder}", alpha=10.0), population=3, seed=0)
+    source = open_source(sections.Data(source=f"hub:{folder}"), population=3, seed=0)
     assert sum(len(source.client(client)) for client in range(3)) > 0
     assert source.provenance == f"hub:{folder}"
     with pytest.raises(DataError, match="cannot be loaded"):
@@ -189,7 +195,7 @@ def test_another_split_of_a_hub_source(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir()
     write(folder, RECORDS)
     write(folder, [{**record, "instruction": "other"} for record in RECORDS[:40]], "test.jsonl")
-    source = open_source(sections.Data(source=f"hub:{folder}", split="test", alpha=10.0), population=2, seed=0)
+    source = open_source(sections.Data(source=f"hub:{folder}:test"), population=2, seed=0)
     texts = [record["instruction"] for record in [*source.client(0), *source.client(1)]]
     assert set(texts) == {"other"}
 
@@ -200,7 +206,7 @@ def test_clients_can_own_a_benchmarks_split(tmp_path: Path) -> None:
         for subject in ("anatomy", "virology"):
             rows = "".join(f'"{split} {i},\n{subject}?",a{i},b,c,d,{"ABCD"[i % 4]}\n' for i in range(20))
             (tmp_path / split / f"{subject}_{split}.csv").write_text(rows, encoding="utf-8")
-    knobs = sections.Data(source=f"mmlu:{tmp_path}", split="dev", alpha=20.0, examples_per_client=100)
+    knobs = sections.Data(source=f"mmlu:{tmp_path}:dev", examples_per_client=100)
     source = open_source(knobs, population=3, seed=0)
     records = [record for client in range(3) for record in source.client(client)]
     assert len(records) == 40
@@ -212,7 +218,7 @@ def test_clients_can_own_a_benchmarks_split(tmp_path: Path) -> None:
         "category": "anatomy",
     } in records
     assert source.provenance == f"mmlu:{tmp_path}, split dev"
-    with pytest.raises(DataError, match="has no split 'train': choose one of dev, test"):
+    with pytest.raises(DataError, match="has no split 'auxiliary_train': choose one of dev, test"):
         open_source(sections.Data(source=f"mmlu:{tmp_path}"), population=3, seed=0)
     for where in ("", "embedded"):
         with pytest.raises(DataError, match=r"names no folder: write ceval:FOLDER or ceval:hub:ORG/NAME"):
@@ -295,7 +301,7 @@ def test_a_site_finds_each_of_its_clients_by_its_number_in_the_population() -> N
         def client(self, client: int) -> list[Record]:
             return [{"response": str(client)}]
 
-    site = HostedSource(Held(), (3, 4, 9, 1_000_000))
+    site = SiteSource(Held(), (3, 4, 9, 1_000_000))
     assert [site.client(client)[0]["response"] for client in site.clients] == ["0", "1", "2", "3"]
     for stranger in (0, 5, 10, 1_000_001):
         with pytest.raises(DataError, match=f"client {stranger} is none of this site's"):

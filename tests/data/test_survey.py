@@ -54,7 +54,7 @@ def test_the_embedded_world_has_clients_where_a_recipe_names_none() -> None:
 
 
 def test_no_simulated_client_is_left_without_a_record(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path / "a.jsonl", owned(5418, 1), federation__population=1000, data__alpha=0.1)
+    recipe = recipe_of(tmp_path / "a.jsonl", owned(5418, 1), federation__population=1000)
     sources = [open_source(recipe.data, population=1000, seed=3) for _ in range(2)]
     assert all(isinstance(source, FileSource) for source in sources)
     first, second = (source.owned for source in sources)  # type: ignore[union-attr]
@@ -148,7 +148,7 @@ def test_a_record_that_the_template_refuses_is_named_before_anything_is_charged(
 
 def test_a_file_is_read_once_for_counting_and_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`with_population` counts the owners, a run opens the file: it is read once, and again as soon as it has changed."""
-    from drencoder.data import sources
+    from drencoder.data import places
 
     read: list[str] = []
 
@@ -156,8 +156,8 @@ def test_a_file_is_read_once_for_counting_and_opening(tmp_path: Path, monkeypatc
         read.append(path.name)
         return original(path, split, knob=knob)
 
-    original = sources.read_rows
-    monkeypatch.setattr(sources, "read_rows", counted)
+    original = places.read_rows
+    monkeypatch.setattr(places, "read_rows", counted)
     recipe = recipe_of(tmp_path / "once.jsonl", owned(12, 4), data__client_field="who")
     known = with_population(recipe)
     source = open_source(known.data, population=known.federation.population, seed=0)

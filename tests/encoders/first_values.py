@@ -47,4 +47,4 @@ class FirstValues:
 
 def make_first_values(request: EncoderRequest, state: SavedState) -> FirstValues:
     no_state("first-values", state or {})
-    return FirstValues(request.segments, request.required_size("first-values"))
+    return FirstValues(request.segments, request.required_size())

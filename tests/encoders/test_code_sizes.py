@@ -34,7 +34,6 @@ from drencoder.models.planned_layers import adapted_matrices, known_matrices
 from drencoder.published.architectures import ARCHITECTURES
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import load_recipe
-from drencoder.recipe.sections import Encoder as EncoderKnobs
 from drencoder.runs.plan_overview import survey
 from encoder_toys import pack
 
@@ -50,17 +49,14 @@ def test_adapter_size_from_the_file_is_the_layouts(tiny_folder: Path, targets: t
     assert 2 * len(matrices) == len(lora.layout.segments)
 
 
-@pytest.mark.parametrize(
-    ("name", "architecture"),
-    [("identity", "resnet"), ("random", "resnet"), *(("autoencoder", name) for name in ARCHITECTURES)],
-)
+@pytest.mark.parametrize("name", ["identity", "random", *ARCHITECTURES])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_code_and_message_size(tiny_folder: Path, name: str, architecture: str, dtype: str) -> None:
+def test_code_and_message_size(tiny_folder: Path, name: str, dtype: str) -> None:
     lora = LoraModel(load_base(config.Model(source=str(tiny_folder))), config.Adapter(rank=2), seed=0)
-    segments, knobs = lora.layout.segments, EncoderKnobs(architecture=architecture, train_steps=1)
+    segments = lora.layout.segments
     matrices = [(pair.B.shape[0], pair.A.shape[1]) for pair in lora.layout.pairs(lora.initial_D)]
-    code_size = declaration_of(name).code_size(AdapterShape(matrices, 2), 4.0, knobs)
-    request = EncoderRequest(segments, code_size, GaussianPrior.isotropic(segments), knobs=knobs, synthetic=4)
+    code_size = declaration_of(name).code_size(AdapterShape(matrices, 2), 4.0)
+    request = EncoderRequest(segments, code_size, GaussianPrior.isotropic(segments))
     encoder = build_encoder(name, request)
     assert encoder.code_size == code_size
     assert message_bytes(encoder.code_size, dtype) == WireFormat.of(encoder, dtype).message_size  # type: ignore[arg-type]
@@ -86,7 +82,7 @@ def test_survey_agrees_with_what_is_sent(tiny_folder: Path) -> None:
     overview = survey(recipe)
     lora = LoraModel(load_base(recipe.model), recipe.adapter, seed=0)
     assert overview.adapter_size == lora.layout.size
-    wire = moment_query(lora.layout.segments, recipe.prior).spec.wire
+    wire = moment_query(lora.layout.segments, recipe).spec.wire
     stage1 = replace(wire, dtype="integer16").message_size  # with noise of their own, as local trust sends them
     assert overview.stage1_bytes == 6 * stage1
     assert overview.message_bytes is not None
@@ -123,16 +119,16 @@ def test_the_published_sizes() -> None:
     adapter = AdapterShape(matrices, 8)
     assert (len(matrices), adapter.update_size) == (128, 8_388_608)
     assert known_matrices("Qwen/Qwen1.5-7B", ("q_proj", "k_proj", "v_proj", "o_proj")) == matrices
-    networks = {"resnet": 131_072, "unet": 131_072, "cnn1d": 262_144}
-    for name, size in networks.items():
-        assert declaration_of("autoencoder").code_size(adapter, 1.0, EncoderKnobs(architecture=name)) == size
-    sizes = {name: declaration_of(name).code_size(adapter, 64.0, EncoderKnobs()) for name in ENCODERS}
+    networks = dict.fromkeys(ARCHITECTURES, 131_072) | {"autoencoder-cnn1d": 262_144}
+    sizes = {name: declaration_of(name).code_size(adapter, 64.0) for name in ENCODERS}
     ratio_sizes = dict.fromkeys(("random", "kronecker", "hybrid", "top-k", "power"), 131_072)
-    assert sizes == ratio_sizes | {
-        "identity": 8_388_608, "autoencoder": 131_072, "ffa": 4_194_304, "core": 128 * 8 * 8
+    assert sizes == ratio_sizes | networks | {
+        "identity": 8_388_608, "ffa": 4_194_304, "core": 128 * 8 * 8
     }  # fmt: skip
     for shape_of in (input_shape, code_shape):
-        with pytest.raises(EncoderError, match="no auto-encoder architecture 'vgg'; choose resnet, cnn1d or unet"):
+        with pytest.raises(
+            EncoderError, match="no auto-encoder 'vgg'; choose one of autoencoder, autoencoder-published"
+        ):
             shape_of("vgg", adapter.update_size)
 
 

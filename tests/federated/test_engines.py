@@ -28,12 +28,12 @@ TRUSTS = {"local": [], "central": ["privacy.trust=central"], "secure-aggregation
 ENCODERS = {
     "adaptive": ["privacy.clip=adaptive"],
     "measured clip": ["privacy.clip_l2=0"],
-    "refreshed": ["encoder.name=hybrid", "prior.refresh=1", "privacy.clip=adaptive", "encoder.ratio=0",
+    "refreshed": ["encoder.name=hybrid", "privacy.clip=adaptive", "encoder.ratio=0",
                   "encoder.gate=warn"],
     "kronecker": ["encoder.name=kronecker", "prior.public=embedded", "prior.provenance=made here"],
-    "published": ["encoder.name=autoencoder", "privacy.noise_in=update", "encoder.gate=warn", "encoder.train_steps=2"],
+    "published": ["encoder.name=autoencoder", "privacy.noise_in=update", "encoder.gate=warn"],
     "fedcg": [
-        "encoder.name=autoencoder", "prior.source=gradients", "encoder.gate=warn", "encoder.train_steps=2",
+        "encoder.name=autoencoder", "prior.source=gradients", "encoder.gate=warn",
         "privacy.noise_in=update",
     ],
 }  # fmt: skip

@@ -252,11 +252,11 @@ def test_a_client_outside_the_cohort_or_a_second_time_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("trust", ["local", "central"])
 def test_moments_are_noised_and_bounded_like_any_query(tmp_path: Path, trust: str) -> None:
-    recipe = recipe_of(**{"privacy.trust": trust, "prior.clip_l2": 1.0})
+    recipe = recipe_of(**{"privacy.trust": trust, "privacy.clip_l2": 1.0})
     with ledger_of(tmp_path, recipe) as ledger:
         permit = ledger.charge(0)
         cohort = list(permit.cohort)
-        query = moment_query(SEGMENTS, recipe.prior)
+        query = moment_query(SEGMENTS, recipe)
         same = updates(1).expand(len(cohort), D)
         uploads = gather(query, same, cohort, permit)
         outcome = server_release(query, uploads, permit, NOISE)
@@ -288,7 +288,7 @@ def test_single_messages_are_shown_to_a_non_private_stage_only(tmp_path: Path, t
     with ledger_of(tmp_path, recipe) as ledger:
         permit = ledger.charge(0)
         cohort = list(permit.cohort)
-        query = gradient_query(D, recipe.prior)
+        query = gradient_query(D, 1)
         sent = updates(len(cohort), norm=1e3)
         rows, count = message_rows(query, gather(query, sent, cohort, permit), permit)
         assert torch.equal(rows, sent)  # as they are: neither clipped nor noised
@@ -302,8 +302,10 @@ def test_single_messages_are_shown_to_a_non_private_stage_only(tmp_path: Path, t
 
 
 def test_statistics_of_several_epochs_are_one_clipped_vector(tmp_path: Path) -> None:
-    recipe = recipe_of(**{"privacy.trust": "non-private", "prior.epochs": 3, "prior.clip_l2": 0.25})
-    query = moment_query(SEGMENTS, recipe.prior)
+    recipe = recipe_of(
+        **{"privacy.trust": "non-private", "local.upload": "increment", "local.epochs": 3, "privacy.clip_l2": 0.25}
+    )
+    query = moment_query(SEGMENTS, recipe)
     assert (query.spec.epochs, query.spec.wire.code_size) == (3, 3 * 2 * len(SEGMENTS))
     path = torch.cat([updates(5, seed=seed) for seed in range(3)], dim=1)
     with ledger_of(tmp_path, recipe) as ledger:
@@ -311,7 +313,7 @@ def test_statistics_of_several_epochs_are_one_clipped_vector(tmp_path: Path) -> 
         outcome = server_release(query, gather(query, path, list(range(5)), permit), permit, NOISE)
     assert outcome.release.value.norm() <= 5 * 0.25 * (1 + 1e-6)
     single = query.encode(path[:1])[0]
-    once = moment_query(SEGMENTS, recipe_of().prior).encode(path[:1, D : 2 * D])[0]
+    once = moment_query(SEGMENTS, recipe_of()).encode(path[:1, D : 2 * D])[0]
     assert torch.equal(single.reshape(3, -1)[1], once)
 
 
@@ -354,8 +356,8 @@ def test_learning_rate_falls_linearly_to_its_share() -> None:
 def test_a_spec_survives_the_journey_as_json(clip: AdaptiveClip | None) -> None:
     recipe = recipe_of()
     for query in (
-        moment_query(SEGMENTS, recipe.prior),
-        gradient_query(D, recipe.prior),
+        moment_query(SEGMENTS, recipe),
+        gradient_query(D, 1),
         update_query(encoder_of("random"), recipe, 2, clip),
     ):
         facts = json.loads(json.dumps(query.spec.to_dict()))

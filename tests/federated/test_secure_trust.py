@@ -23,6 +23,7 @@ from drencoder.federated.round import client_message, client_share, server_relea
 from drencoder.federated.secure_round import clients_by_node, round_settings, secure_node, secure_sum
 from drencoder.privacy.accounting import GaussianEvent, epsilon_gaussian, epsilon_pld
 from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.make_plan import make_plan
 from drencoder.privacy.mechanism import (
     ReplayNoise,
     SecureNoise,
@@ -32,7 +33,7 @@ from drencoder.privacy.mechanism import (
     unmasked_sum,
 )
 from drencoder.privacy.noise_terms import noise_terms
-from drencoder.privacy.plan import PrivacyPlan, make_plan
+from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.build import Components, EngineMaker, build

@@ -17,8 +17,9 @@ from drencoder.federated.query import Query, update_query
 from drencoder.federated.round import Upload, message_wire, released_update, server_release
 from drencoder.federated.site_round import SiteCurator
 from drencoder.privacy.ledger import Ledger, Permit
+from drencoder.privacy.make_plan import make_plan
 from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
-from drencoder.privacy.plan import PrivacyPlan, make_plan
+from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import load_recipe
 from encoder_toys import SEGMENTS, SIZE
 

@@ -148,7 +148,7 @@ def test_an_answer_that_comes_twice_counts_once(
 def test_central_trust_clips_again(federation: Callable[..., Federation]) -> None:
     """A norm above the bound is no reason to throw a message away there: the server clips it before it sums."""
     # Gentle steps: along long ones the tiny model turns rounding into differences of its own.
-    loud = ["privacy.clip_l2=1e3", "prior.clip_l2=1e3", "server.learning_rate=0.01"]
+    loud = ["privacy.clip_l2=1e3", "server.learning_rate=0.01"]
     made = federation("privacy.trust=central", "privacy.noise=replay", *loud)
     found = []
     for name, factor in (("honest", 1.0), ("long", 1e8), ("longer", 1e12)):
@@ -220,7 +220,7 @@ def test_the_quorum_of_a_secret_cohort_counts_the_population(federation: Callabl
 
 def test_a_node_that_comes_back_without_the_encoder_is_sent_it_again(federation: Callable[..., Federation]) -> None:
     made = federation("privacy.noise=replay", "encoder.name=autoencoder", "privacy.noise_in=update",
-                      "encoder.gate=warn", "encoder.train_steps=1", "federation.rounds=4", "privacy.participation_cap=5")  # fmt: skip
+                      "encoder.gate=warn", "federation.rounds=4", "privacy.participation_cap=5")  # fmt: skip
     original, fresh = made.sites[1].answer, made.site(1)
     calls = []
 
@@ -245,7 +245,7 @@ def question(site: Site, made: Federation, **head: Any) -> bytes:
     live, plan = site._components, site._components.plan
     sound = Instruction(
         nonce="n", run="run-1", attempt=0, trust=plan.trust, noise=plan.noise, noise_multiplier=plan.stage1_noise_multiplier,
-        spec=moment_query(live.lora.layout.segments, live.recipe.prior).spec, clients=(0, 3), encoder="",
+        spec=moment_query(live.lora.layout.segments, live.recipe).spec, clients=(0, 3), encoder="",
         **live.base_digests.to_dict(),
     )  # fmt: skip
     facts = sound.head()
@@ -437,7 +437,7 @@ def test_a_client_whose_training_raises_takes_nobody_with_it(
     assert first[:half] == second[:half]
     assert first[half:] != second[half:]
     live = site._components
-    query = moment_query(live.lora.layout.segments, live.recipe.prior)
+    query = moment_query(live.lora.layout.segments, live.recipe)
     wire = message_wire(query, _permit(live.plan, 0, 0, (0, 3), "run-1"))
     read = unpack_rows([second[half:]], wire, 0)
     assert read.rejected == 0

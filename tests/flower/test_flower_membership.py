@@ -212,7 +212,7 @@ def test_real_gradients_wait_for_their_nodes_before_they_are_charged(tmp_path: P
     assert kinds(made) == ["header"]
 
 
-FEDCG = ("encoder.name=autoencoder", "prior.source=gradients", "encoder.gate=warn", "encoder.train_steps=2")
+FEDCG = ("encoder.name=autoencoder", "prior.source=gradients", "encoder.gate=warn")
 
 
 def test_the_certificate_and_the_report_list_abandoned_rounds(made: Federation) -> None:
@@ -251,7 +251,7 @@ def ward(folder: Path, name: str, owners: int) -> str:
 def test_the_certificate_names_the_data_of_the_sites(tmp_path: Path) -> None:
     """Two sites have files with owners, one a file without: the statement then speaks of no people. Nothing of a record, and no
     folder, leaves a site."""
-    made = Federation(tmp_path, small_recipe("evaluation.every=0", "data.alpha=100"))
+    made = Federation(tmp_path, small_recipe("evaluation.every=0"))
     recipe = str(tmp_path / "recipe.toml")
     named = tmp_path / "named.toml"
     named.write_text(made.recipe.changed({"data.source": "ward.jsonl", "data.client_field": "patient"}).to_toml())

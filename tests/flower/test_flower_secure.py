@@ -297,7 +297,7 @@ def test_the_search_would_find_an_unmasked_vector(
 def question(made: Federation, number: int, **head: Any) -> bytes:
     """A sound first stage of slot 0, five clients on each node, some facts of its head changed."""
     live = made.sites[number]._components
-    plan, query = live.plan, moment_query(live.lora.layout.segments, live.recipe.prior)
+    plan, query = live.plan, moment_query(live.lora.layout.segments, live.recipe)
     roster = Roster.of(made.keys.values())
     place = made.sites[number]._session.number  # type: ignore[union-attr]
     own = tuple(range(number, 20, NODES))

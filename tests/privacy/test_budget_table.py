@@ -24,7 +24,7 @@ from drencoder.privacy.accounting import (
     to_dp_event,
 )
 from drencoder.privacy.budget_table import budget_table
-from drencoder.privacy.plan import make_plan
+from drencoder.privacy.make_plan import make_plan
 
 DELTA = 1e-5
 REFERENCE = make_plan(

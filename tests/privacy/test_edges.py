@@ -8,7 +8,8 @@ from scipy.stats import binom
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import RELATIONS, Relation
-from drencoder.privacy.plan import PrivacyPlan, make_plan
+from drencoder.privacy.make_plan import make_plan
+from drencoder.privacy.plan import PrivacyPlan
 
 TRUSTS = ("central", "local", "secure-aggregation")
 

@@ -12,7 +12,7 @@ import pytest
 from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.ledger_check import ledger_troubles, plan_differences
-from drencoder.privacy.plan import make_plan
+from drencoder.privacy.make_plan import make_plan
 
 TOOL = Path(__file__).parents[2] / "tools" / "reaccount.py"
 

@@ -15,7 +15,7 @@ from scipy import integrate, stats
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import GaussianEvent, NonPrivateEvent, PoissonGaussianEvent, epsilon_gaussian
 from drencoder.privacy.budget_table import composed_events
-from drencoder.privacy.plan import make_plan
+from drencoder.privacy.make_plan import make_plan
 
 
 def _script(name: str) -> ModuleType:

@@ -13,7 +13,7 @@ import pytest
 from drencoder.errors import ArtifactError, BudgetError, PrivacyError
 from drencoder.privacy.accounting import GaussianEvent, NonPrivateEvent, PoissonGaussianEvent, epsilon_pld
 from drencoder.privacy.ledger import Ledger, Permit
-from drencoder.privacy.plan import make_plan
+from drencoder.privacy.make_plan import make_plan
 
 KEY = bytes(range(32))
 TOOL = Path(__file__).parents[2] / "tools" / "reaccount.py"

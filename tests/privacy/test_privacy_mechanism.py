@@ -15,6 +15,7 @@ from scipy import stats
 from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy import mechanism
 from drencoder.privacy.ledger import Ledger
+from drencoder.privacy.make_plan import make_plan
 from drencoder.privacy.mechanism import (
     BoundedCodes,
     BoundedSum,
@@ -29,7 +30,6 @@ from drencoder.privacy.mechanism import (
     release_unnoised,
     sum_releases,
 )
-from drencoder.privacy.plan import make_plan
 
 SIGMA, CLIP = 1.7, 0.3
 KEY = bytes(range(32))

@@ -17,8 +17,9 @@ from drencoder.privacy.accounting import (
     epsilon_gaussian,
     epsilon_pld,
 )
+from drencoder.privacy.make_plan import make_plan
 from drencoder.privacy.mechanism import BoundedSum, clip_rows
-from drencoder.privacy.plan import PrivacyPlan, make_plan
+from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler
 
 CENTRAL = {
@@ -237,7 +238,7 @@ def test_refusals_say_value_bound_and_cure(change, words):
 def test_planning_imports_no_torch_and_importing_is_quick():
     code = (
         "import sys; import drencoder.privacy.ledger as l; assert 'scipy' not in sys.modules;"
-        "from drencoder.privacy.plan import make_plan;"
+        "from drencoder.privacy.make_plan import make_plan;"
         "make_plan(trust='central', population=10000, sampling_rate=0.02, rounds=20, delta=1e-5, epsilon=6.0).epsilons();"
         "assert 'torch' not in sys.modules"
     )

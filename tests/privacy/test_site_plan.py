@@ -16,7 +16,8 @@ from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.accounting import PoissonGaussianEvent
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.ledger_check import ledger_troubles
-from drencoder.privacy.plan import PrivacyPlan, make_plan
+from drencoder.privacy.make_plan import make_plan
+from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.sampling import UnitSampler
 from drencoder.privacy.site_epsilons import site_epsilons, unit_terms
 from drencoder.privacy.site_ledger import AnsweredError, SiteLedger

@@ -17,7 +17,7 @@ from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions
 from drencoder.published.fedcg import RealGradients
 from encoder_toys import FLAT, SEGMENTS, as_synthetic, levels, permit_of
 
-OPTIONS = AutoencoderOptions(steps=6, batch=4, check_every=3, architecture="cnn1d")
+OPTIONS = AutoencoderOptions(steps=6, batch=4, check_every=3, name="autoencoder-cnn1d")
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_two_doors_lead_to_one_training(real: RealGradients) -> None:
     left, right = published.state(), private.state()
     assert all(torch.equal(left[key], right[key]) for key in left if key != "trained_on")
     assert published.describe() == private.describe() | {"trained_on": "real", "public": False}
-    assert published.name == "autoencoder"
+    assert published.name == OPTIONS.name
     restored = Autoencoder.from_state(FLAT, left)
     assert restored.describe()["trained_on"] == "real"
     assert restored.describe()["public"] is False

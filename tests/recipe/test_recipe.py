@@ -38,9 +38,9 @@ def test_no_recipe_but_a_model_or_data_of_ones_own_is_the_defaults(tmp_path: Pat
 def test_overrides_are_toml_values_or_bare_words() -> None:
     recipe = load_recipe(
         "quickstart",
-        ["privacy.epsilon=2", "privacy.trust=central", 'adapter.targets=["q_proj"]', "seed=7", "data.alpha = 3"],
+        ["privacy.epsilon=2", "privacy.trust=central", 'adapter.targets=["q_proj"]', "seed=7", "adapter.alpha = 3"],
     )
-    assert (recipe.privacy.epsilon, recipe.privacy.trust, recipe.seed, recipe.data.alpha) == (2.0, "central", 7, 3.0)
+    assert (recipe.privacy.epsilon, recipe.privacy.trust, recipe.seed, recipe.adapter.alpha) == (2.0, "central", 7, 3.0)
     assert recipe.adapter.targets == ("q_proj",)
 
 
@@ -50,7 +50,7 @@ def test_a_knob_can_be_a_table() -> None:
     assert recipe.to_dict()["data"]["fields"] == {"instruction": "title", "response": "body"}
     assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
     assert Recipe.from_dict(tomllib.loads(Recipe().to_toml())).data.fields == ()
-    assert recipe.changed({"data.split": "test"}).data.fields == recipe.data.fields
+    assert recipe.changed({"data.max_tokens": 64}).data.fields == recipe.data.fields
     hash(recipe)
 
 

@@ -162,9 +162,7 @@ def test_the_folders_of_the_runs_recipe_are_asked(run_folder: Path, where: dict[
 
 def test_a_run_is_not_asked_what_its_clients_own(run_folder: Path, where: dict[str, str], tmp_path: Path) -> None:
     for split, shots in (("test", 0), ("dev", 1)):
-        run = copy_run(
-            run_folder, tmp_path / split, ("data", "source", f"mmlu:{where['mmlu']}"), ("data", "split", split)
-        )
+        run = copy_run(run_folder, tmp_path / split, ("data", "source", f"mmlu:{where['mmlu']}:{split}"))
         with pytest.raises(DataError, match=f"clients are trained on split '{split}'"):
             assess(run, tasks=["mmlu"], places={"mmlu": where["mmlu"]}, shots=shots)
 

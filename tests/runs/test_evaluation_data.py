@@ -95,8 +95,8 @@ def test_the_gate_has_something_to_go_by_without_evaluation_data(
     settings = {
         "random": ["encoder.name=random"],
         "kronecker": ["encoder.name=kronecker", "prior.public=self", "prior.provenance=ours"],
-        "autoencoder": ["encoder.name=autoencoder", "encoder.ratio=0", "encoder.train_steps=2"],
-        "fedcg": ["encoder.name=autoencoder", "encoder.ratio=0", "encoder.train_steps=2", "prior.source=gradients"],
+        "autoencoder": ["encoder.name=autoencoder", "encoder.ratio=0"],
+        "fedcg": ["encoder.name=autoencoder", "encoder.ratio=0", "prior.source=gradients"],
     }[encoder]
     data = write(tmp_path / "notes.jsonl", records())
     recipe = recipe_of(tiny_folder, data, "data.client_field=owner", *settings)
@@ -177,7 +177,7 @@ def test_nothing_of_a_client_decides_what_the_outcomes_are_of(how: str, tiny_fol
 
 def test_simulated_owners_are_called_so_and_the_statement_speaks_of_nobody(tiny_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "notes.jsonl", records(owners=200))
-    result, screen = finish(recipe_of(tiny_folder, data, *TRUSTS["local"], "data.alpha=50"), tmp_path / "run")
+    result, screen = finish(recipe_of(tiny_folder, data, *TRUSTS["local"]), tmp_path / "run")
     certificate = result.certificate
     assert certificate["owners"] == "simulated owners"
     assert certificate["statement"].startswith(
@@ -190,7 +190,7 @@ def test_simulated_owners_are_called_so_and_the_statement_speaks_of_nobody(tiny_
     )
     assert certificate["results"]["this run"]["loss"]["count"] == 8
     assert "epsilon says nothing about those who wrote them" in screen
-    components = build(recipe_of(tiny_folder, data, *TRUSTS["local"], "data.alpha=50", "data.examples_per_client=400"))
+    components = build(recipe_of(tiny_folder, data, *TRUSTS["local"], "data.examples_per_client=400"))
     assert components.texts.evaluation is not None
     held = {row["instruction"] for row in components.texts.evaluation(999)}
     owned = {row["instruction"] for client in range(OWNERS) for row in components.texts.source.client(client)}
@@ -200,9 +200,7 @@ def test_simulated_owners_are_called_so_and_the_statement_speaks_of_nobody(tiny_
 
 def test_simulated_owners_can_have_all_the_text(tiny_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "notes.jsonl", records(owners=200))
-    components = build(
-        recipe_of(tiny_folder, data, "evaluation.data=none", "data.alpha=50", "data.examples_per_client=400")
-    )
+    components = build(recipe_of(tiny_folder, data, "evaluation.data=none", "data.examples_per_client=400"))
     assert components.held_out == []
     assert sum(len(components.texts.source.client(client)) for client in range(OWNERS)) == 400
 

@@ -80,7 +80,7 @@ def test_stage_1_is_named_and_a_damaged_ledger_is_left_to_resuming(
 def test_real_gradients_that_are_lost_are_not_to_be_resumed(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fedcg = ("encoder.name=autoencoder", "encoder.gate=warn", "encoder.train_steps=2", "prior.source=gradients")
+    fedcg = ("encoder.name=autoencoder", "encoder.gate=warn", "prior.source=gradients")
     said = interrupted(tiny_folder, tmp_path / "run", monkeypatch, "fit_encoder", 1, *fedcg)
     assert "cannot go on: start a new one" in said
     assert "--resume" not in said

@@ -11,7 +11,7 @@ from rich.console import Console
 from drencoder.cli.budget_view import budget_tables
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.privacy.budget_table import budget_table
-from drencoder.privacy.plan import make_plan
+from drencoder.privacy.make_plan import make_plan
 from drencoder.runs.plots import (
     plot_accuracy_against_bytes,
     plot_budget,

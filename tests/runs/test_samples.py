@@ -61,13 +61,11 @@ def test_a_run_leaves_three_answers_before_and_after(tiny_folder: Path, tmp_path
 
 
 def test_an_adapted_answer_is_that_of_generate(tiny_folder: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_folder, "server.learning_rate=300").changed({"evaluation.prompts": ["Say A", "Say B"]})
+    recipe = recipe_of(tiny_folder, "server.learning_rate=300")
     result = experiment.run(recipe, tmp_path / "run", samples=True)
     samples = json.loads((result.folder / "samples.json").read_text())
-    assert samples["prompts_are"] == "named by the recipe"
-    for row, text in zip(samples["rows"], ("Say A", "Say B"), strict=True):
-        assert row["prompt"] == text
-        assert row["adapted"] == generate(result.folder, text, max_tokens=40).text
+    for row in samples["rows"]:
+        assert row["adapted"] == generate(result.folder, row["prompt"], max_tokens=40).text
 
 
 @pytest.mark.parametrize("kind", ["held-out owners", "the server's file", "none"])

@@ -3,7 +3,8 @@
 import pytest
 
 from drencoder.privacy.accounting import RELATIONS, Relation
-from drencoder.privacy.plan import Trust, make_plan
+from drencoder.privacy.make_plan import make_plan
+from drencoder.privacy.plan import Trust
 from drencoder.runs import certificate
 
 WORDS = {"add_remove": "for adding or removing one client", "replace_one": "for replacing one client"}

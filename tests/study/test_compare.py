@@ -5,7 +5,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 from conftest import tiny_overrides
 from drencoder.errors import ArtifactError, DataError, RecipeError
 from drencoder.privacy.ledger import Ledger
+from drencoder.published import autoencoder
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs.plan_overview import privacy_plan
+from drencoder.study import pool
 from drencoder.study.cells import Cell, Row, Track, loss_of, read_rows
 from drencoder.study.compare import cell_folder, compare, run_method, tracks_of, tuning_plan
 from drencoder.study.compare_table import Row as TableRow
@@ -162,8 +165,8 @@ def small(folder: Path, *more: str) -> tuple[Recipe, Compare]:
     return load_comparison(
         None,
         [
-            *tiny_overrides(folder), "data.examples_per_client=3", "federation.rounds=2", "encoder.train_steps=2",
-            "prior.synthetic=16", "prior.sampling_rate=0.5", "name=small", f"compare.methods={methods}",
+            *tiny_overrides(folder), "data.examples_per_client=3", "federation.rounds=2",
+            "prior.sampling_rate=0.5", "name=small", f"compare.methods={methods}",
             "compare.epsilons=[8]", "compare.seeds=[0, 1, 2]", "compare.tuning_runs=1",
             "privacy.noise=replay", *more,  # replay: cohorts depend on nothing but the seed
         ],
@@ -191,6 +194,32 @@ class Compared:
 
     def again(self, notes: Notes | None = None) -> tuple[dict[Cell, Row], list[Track]]:
         return compare(self.recipe, self.settings, self.folder, notes or Notes(), processes=1)
+
+
+class ThisProcess:
+    """Stands for the pool of workers: a cell is run where it is asked for, with the short training that tests have."""
+
+    _processes = None
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def submit(self, work: Callable[..., Row], *arguments: Any) -> "Future[Row]":
+        future: Future[Row] = Future()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_: Any) -> None: ...
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "ProcessPoolExecutor", ThisProcess)
+        patch.setattr(autoencoder, "TRAINING", autoencoder.AutoencoderOptions(steps=2, samples=16))
+        yield
 
 
 @pytest.fixture(scope="module")

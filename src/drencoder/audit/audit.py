@@ -75,7 +75,7 @@ class _Subject:
         """The query of a slot, as the run makes it."""
         recipe = self.components.recipe
         if slot == 0:
-            return moment_query(self.components.lora.layout.segments, recipe.prior, stage1_clip(self.components))
+            return moment_query(self.components.lora.layout.segments, recipe, stage1_clip(self.components))
         adaptive = AdaptiveClip(self.clip_l2 or recipe.privacy.clip_l2) if recipe.privacy.clip == "adaptive" else None
         return update_query(self.encoder, recipe, slot, adaptive, self.prior, self.clip_l2)
 

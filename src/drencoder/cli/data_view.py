@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from drencoder.data.places import Place
 from drencoder.data.survey import DataSurvey, survey_data
 from drencoder.models.place import locate
 from drencoder.reading import printable, shown
@@ -21,11 +22,10 @@ def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
     Raises:
       DataError: the data are here and cannot be read.
     """
-    kind, _, name = config.data.source.partition(":")
-    place = name if kind in ("mmlu", "ceval") else config.data.source
-    if place.startswith("hub:"):
+    place = Place.parse(config.data.source)
+    if place.kind == "hub" or place.name.startswith("hub:"):
         return None, f"data.source = {shown(config.data.source)} was not read: a plan loads nothing from a hub."
-    if not config.data.is_embedded and not os.path.lexists(place):
+    if not config.data.is_embedded and not os.path.lexists(place.name):
         return (
             None,
             f"data.source = {shown(config.data.source)} is not on this machine, so the plan goes by the recipe alone.",

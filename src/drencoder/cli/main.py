@@ -136,12 +136,12 @@ def plan(
     judgement = judge(config, overview.privacy, data.records - data.evaluation_records if data else None)
     units = compare_units(config, data)
     if json_:
-        found = {
+        read = {
             "data": data.to_dict() if data else None,
             "judgement": judgement,
             "units": [u.to_dict() for u in units],
         }
-        print(json.dumps({**overview.to_dict(), **found}, indent=2))
+        print(json.dumps({**overview.to_dict(), **read}, indent=2))
         return
     from drencoder.runs.display import make_console, plan_tables, show_note
 
@@ -309,8 +309,8 @@ def knobs(json_: Annotated[bool, typer.Option("--json", help="print JSON")] = Fa
     names = f" ({', '.join(ENCODERS)})"
     rows = [(key, default, meaning + names * (key == "encoder.name")) for key, default, meaning in describe_knobs()]
     if json_:
-        found = {key: {"default": default, "meaning": meaning} for key, default, meaning in rows}
-        print(json.dumps({"knobs": found, "recipes": list(shipped_recipes())}, indent=2, ensure_ascii=False))
+        knobs = {key: {"default": default, "meaning": meaning} for key, default, meaning in rows}
+        print(json.dumps({"knobs": knobs, "recipes": list(shipped_recipes())}, indent=2, ensure_ascii=False))
         return
     from drencoder.runs.display import make_console, make_table
 

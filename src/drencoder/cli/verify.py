@@ -35,7 +35,7 @@ def verify(
     signer = sign_run(RunFolder.open(folder), sign) if sign is not None and not report.trouble else None
     if json_:
         rows = [dict(zip(("observer", "adjacency", "certificate", "ledger"), row, strict=True)) for row in report.rows]
-        found = {
+        facts = {
             "run": str(folder),
             "holds": not report.trouble,
             "troubles": list(report.troubles),
@@ -44,7 +44,7 @@ def verify(
             "signed": signed,
             "signed_now": signer,
         }
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         _show(report.rows, signed, report.charges, report.trouble, signer, quiet)
     if report.trouble:

@@ -6,16 +6,16 @@ Nothing here is a share of a client's own records: what is measured on them text
 from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
-from drencoder.data.benchmarks.questions import DEFAULT_SPLIT, place_of
+from drencoder.data.benchmarks.questions import DEFAULT_SPLIT
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.hub import split_names
+from drencoder.data.places import Place, read_records
 from drencoder.data.sources import (
     EmbeddedSource,
     Record,
     Source,
     embedded_task,
     in_hashed_order,
-    read_records,
 )
 from drencoder.data.units import file_of
 from drencoder.errors import DataError
@@ -137,9 +137,8 @@ def open_evaluation(recipe: Recipe, source: Source) -> Callable[[int], list[Reco
         task = embedded_task(where, "evaluation.data") if where else embedded_task(recipe.data.source, "data.source")
         return EmbeddedSource(recipe.data, recipe.seed, task).held_out
     if basis == "server":
-        records = read_records(
-            where, _evaluation_split(recipe), knob="evaluation.data", fields=dict(recipe.data.fields)
-        )
+        split = _evaluation_split(recipe)
+        records = read_records(where, knob="evaluation.data", split=split, fields=dict(recipe.data.fields))
         ordered = in_hashed_order(records, recipe.seed)  # files are often sorted, and less than all may be asked for
         return lambda count: ordered[:count]
     file = file_of(source)
@@ -153,25 +152,20 @@ def _evaluation_split(recipe: Recipe) -> str:
     Raises:
       DataError: that text is the clients' own.
     """
-    where, data = recipe.evaluation.data, recipe.data
-    shared = _place(where) == _place(data.source)
-    kind, _, name = where.partition(":")
-    if kind in TAXONOMIES:
-        found = [DEFAULT_SPLIT[kind]]
-    elif kind == "hub":
-        present = split_names(name, None, knob="evaluation.data")
-        found = [split for split in _SPLITS if split in present] or present
+    place, owned = Place.parse(recipe.evaluation.data), Place.parse(recipe.data.source)
+    if place.split:
+        splits = [place.split]
+    elif place.kind in TAXONOMIES:
+        splits = [DEFAULT_SPLIT[place.kind]]
+    elif place.kind == "hub":
+        present = split_names(place.name, None, knob="evaluation.data")
+        splits = [split for split in _SPLITS if split in present] or present
     else:
-        found = [data.split]
-    left = [split for split in found if not (shared and split == data.split)]
+        splits = [owned.clients_split]
+    left = [split for split in splits if not (owned.is_same(place) and split == owned.clients_split)]
     if not left:
         raise DataError(
-            f"evaluation.data = {where!r} is the clients' own text (data.source): name text that no client has, or set whole "
+            f"evaluation.data = {recipe.evaluation.data!r} is the clients' own text (data.source): name text that no client has, or set whole "
             "owners aside with data.held_out_share."
         )
     return left[0]
-
-
-def _place(where: str) -> tuple[str, str]:
-    kind, colon, rest = where.partition(":")
-    return (kind, place_of(rest)) if colon and kind in ("hub", *TAXONOMIES) else ("", place_of(where))

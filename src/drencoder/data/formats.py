@@ -65,15 +65,15 @@ def _files_of(folder: Path, split: str, knob: str) -> list[Path]:
     )
     if not files:
         raise DataError(f"{knob} = '{cut(folder)}' is a folder without data files: {_GIVE}.")
-    named = {path: found[1] for path in files if (found := _SPLITS.search(path.stem.lower()))}
+    named = {path: match[1] for path in files if (match := _SPLITS.search(path.stem.lower()))}
     if not named:
         return files
-    wanted = _SAME_SPLIT.get(split.lower(), split.lower())
-    chosen = [path for path, name in named.items() if _SAME_SPLIT.get(name, name) == wanted]
+    same = _SAME_SPLIT.get(split.lower(), split.lower())
+    chosen = [path for path, name in named.items() if _SAME_SPLIT.get(name, name) == same]
     if not chosen:
         raise DataError(
-            f"{knob} = '{cut(folder)}' has no files of split {split!r}: set data.split to one of {', '.join(sorted(set(named.values())))}, "
-            "or give a file."
+            f"{knob} = '{cut(folder)}' has no files of split {split!r}: name one of {', '.join(sorted(set(named.values())))} as "
+            "'FOLDER:SPLIT', or give a file."
         )
     return chosen
 

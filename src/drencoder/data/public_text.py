@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import final
 
 from drencoder.data.embedded_world.world import World
-from drencoder.data.sources import read_records
+from drencoder.data.places import read_records
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
@@ -61,7 +61,7 @@ def open_public(
             f"prior.public = {public!r} needs prior.provenance: say in words whose text this is and why the server "
             "may look at it; the certificate repeats it."
         )
-    records = read_records(public, "train", knob="prior.public", fields=fields)
+    records = read_records(public, knob="prior.public", split="train", fields=fields)
 
     def draw(count: int, seed: int) -> list[Text]:
         chance = random.Random(seed)

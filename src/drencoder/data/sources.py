@@ -11,40 +11,39 @@ import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Protocol, final
 
-from drencoder.data.benchmarks.files import read_questions
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
-from drencoder.data.embedded_world.world import World, record_of
-from drencoder.data.formats import FileState, Row, read_rows, state_of
-from drencoder.data.hub import load_rows
+from drencoder.data.embedded_world.world import World
 from drencoder.data.owners import check_spellings, owner_key
-from drencoder.data.schemas import Record, Records, to_records
+from drencoder.data.places import Place, read_data
+from drencoder.data.schemas import Record
 from drencoder.errors import DataError
 from drencoder.reading import shown
 from drencoder.recipe import sections
 from drencoder.rng import derive_seed
 
 __all__ = [
+    "AbsentSource",
     "EmbeddedSource",
     "FileSource",
-    "HostedSource",
     "Record",
-    "SitesSource",
+    "SiteSource",
     "Source",
     "check_usable",
     "embedded_task",
     "in_hashed_order",
     "open_source",
-    "read_data",
-    "read_records",
     "read_source",
 ]
+
+
+CONCENTRATION = 0.5
+"""Of the Dirichlet draw that spreads categories over simulated clients: these differ much, as in the published experiments."""
 
 
 class Source(Protocol):
@@ -97,9 +96,9 @@ def read_source(knobs: sections.Data) -> ReadSource:
     Raises:
       DataError: it is missing, unreadable, empty or ill-shaped.
     """
-    read = read_data(knobs.source, knobs.split, knob="data.source", fields=dict(knobs.fields))
-    is_benchmark = knobs.source.partition(":")[0] in TAXONOMIES
-    provenance = f"{knobs.source}, split {knobs.split}" if is_benchmark else knobs.source
+    read, place = read_data(knobs.source, knob="data.source", fields=dict(knobs.fields)), Place.parse(knobs.source)
+    is_benchmark = place.kind in TAXONOMIES
+    provenance = f"{place.kind}:{place.name}, split {place.clients_split}" if is_benchmark else knobs.source
     return ReadSource(read.records, provenance, read.schema, read.changed)
 
 
@@ -109,44 +108,6 @@ def check_usable(records: Sequence[Record], where: str) -> None:
         raise DataError(
             f"{where} has no usable text: all {len(records)} responses are empty. Fill them, or give another file."
         )
-
-
-def read_data(where: str, split: str, *, knob: str, fields: Mapping[str, str] | None = None) -> Records:
-    """What a file, a folder of files, or one split of `hub:ORG/NAME` or of a benchmark holds; `knob` is named in messages.
-
-    `fields` says which field is what where its name does not (`data.fields`). The records are not to be changed: who reads the same
-    file next gets the same ones.
-
-    Raises:
-      DataError: it is missing, unreadable, empty or ill-shaped.
-    """
-    stamp = state_of(Path(where))
-    if stamp is None:  # of a hub, a benchmark, or nothing at all
-        return _read_data(where, split, knob, fields or {})
-    return _read_again(where, split, knob, tuple(sorted((fields or {}).items())), stamp)
-
-
-@lru_cache(maxsize=1)
-def _read_again(where: str, split: str, knob: str, fields: tuple[tuple[str, str], ...], stamp: FileState) -> Records:
-    """The last file that was read: a command counts the owners of a file and then opens it, and a million records take their time."""
-    return _read_data(where, split, knob, dict(fields))
-
-
-def _read_data(where: str, split: str, knob: str, fields: Mapping[str, str]) -> Records:
-    kind, _, name = where.partition(":")
-    rows: Iterable[Row]
-    if kind in TAXONOMIES:
-        return Records(_read_benchmark(kind, name, split, knob), "questions with four options")
-    if kind == "hub":
-        rows = ((f"{name}, row {n}", row) for n, row in enumerate(load_rows(name, split, knob=knob), start=1))
-    else:
-        rows = read_rows(Path(where), split, knob=knob)
-    return to_records(rows, fields, origin=name if kind == "hub" else where, strict=knob == "data.source")
-
-
-def read_records(where: str, split: str, *, knob: str, fields: Mapping[str, str] | None = None) -> list[Record]:
-    """The records of `read_data`, whatever their schema: that of the clients' data, or one that is recognised."""
-    return read_data(where, split, knob=knob, fields=fields).records
 
 
 def embedded_task(source: str, knob: str) -> str:
@@ -176,7 +137,7 @@ class EmbeddedSource:
         return self._world.client_records(
             client,
             count=self.knobs.examples_per_client,
-            alpha=self.knobs.alpha,
+            alpha=CONCENTRATION,
             seed=derive_seed(self.seed, "clients"),
             task=self.task,
         )
@@ -221,7 +182,7 @@ class FileSource:
         record. So no other owner's record matters.
 
         Otherwise records are set aside by a keyed hash, equal ones together. Then the owners are simulated: each category is
-        spread over the clients by a Dirichlet(alpha) draw (Hsu, Qi and Brown 2019, https://arxiv.org/abs/1909.06335), which
+        spread over the clients by a Dirichlet(0.5) draw (Hsu, Qi and Brown 2019, https://arxiv.org/abs/1909.06335), which
         depends on all records; then nobody's share is nothing (`_give_to_the_empty`). A `population` of 0 is as many clients as
         the file names, or, simulated, as many as `examples_per_client` records each make.
         """
@@ -251,7 +212,7 @@ class FileSource:
                 f"{population - len(rest)} of {population} simulated clients would own none of the {len(rest)} records of "
                 f"{knobs.source}: lower federation.population to {len(rest)} or less, or leave it out."
             )
-        owned = _split_by_category(records, rest, population, knobs.alpha, chance)
+        owned = _split_by_category(records, rest, population, CONCENTRATION, chance)
         _give_to_the_empty(owned)
         return cls(knobs.source, records, owned, server, knobs.examples_per_client)
 
@@ -265,7 +226,7 @@ class FileSource:
 
 @final
 @dataclass(frozen=True)
-class HostedSource:
+class SiteSource:
     """A site's own text under the numbers that its clients have in the whole population, in ascending order."""
 
     held: Source
@@ -284,7 +245,7 @@ class HostedSource:
 
 @final
 @dataclass(frozen=True)
-class SitesSource:
+class AbsentSource:
     """The clients' text of a federation as its server has it: not at all."""
 
     provenance = "the clients' own text, which stays at their sites"
@@ -388,14 +349,3 @@ def _give_to_the_empty(owned: list[list[int]]) -> None:
             count, donor = most[0]
             indices.append(owned[donor].pop())
             heapq.heapreplace(most, (count + 1, donor))
-
-
-def _read_benchmark(name: str, where: str, split: str, knob: str) -> list[Record]:
-    """The questions of one split of MMLU or C-Eval as records; the category is the subject."""
-    if where in ("", "embedded"):
-        raise DataError(
-            f"{knob} = '{name}:{where}' names no folder: write {name}:FOLDER or {name}:hub:ORG/NAME; the embedded "
-            "world has clients of its own, data.source = 'embedded'."
-        )
-    by_subject = read_questions(TAXONOMIES[name], where, split, ())
-    return [record_of(question) for questions in by_subject.values() for question in questions]

@@ -79,15 +79,15 @@ def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
     Raises:
       DataError: the data cannot be read.
     """
-    opened = open_text(recipe, set_aside=set_aside_share(recipe))
-    source = file_of(opened)
+    clients_text = open_text(recipe, set_aside=set_aside_share(recipe))
+    source = file_of(clients_text)
     if source is None:
         return None
-    evaluation = open_evaluation(recipe, opened)
+    evaluation = open_evaluation(recipe, clients_text)
     measured = evaluation(recipe.evaluation.examples) if evaluation else []
     texts = [PlainTemplate().render(record).text for record in source.records]
     tokens, tokens_are, too_long = _count_tokens(texts, _load_counter(tokenizer), recipe.data.max_tokens)
-    groups = _records_by_client(opened, source)
+    groups = _records_by_client(clients_text, source)
     sizes = sorted(map(len, groups))
     field, curated = recipe.data.client_field, recipe.privacy.unit != "client"
     return DataSurvey(
@@ -108,11 +108,14 @@ def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
     )
 
 
-def _records_by_client(opened: Source, file: FileSource) -> list[list[int]]:
+def _records_by_client(clients_text: Source, file: FileSource) -> list[list[int]]:
     """The numbers of each client's records, or of each site's where the unit is inside one."""
-    if not isinstance(opened, FileUnits):
+    if not isinstance(clients_text, FileUnits):
         return [list(indices) for indices in file.owned]
-    return [[index for unit in units for index in file.owned[opened.places[unit]]] for units in opened.sites.values()]
+    return [
+        [index for unit in units for index in file.owned[clients_text.places[unit]]]
+        for units in clients_text.sites.values()
+    ]
 
 
 def _count_owners(file: FileSource, groups: Sequence[Sequence[int]], field: str) -> int | None:

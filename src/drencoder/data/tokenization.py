@@ -110,14 +110,14 @@ class RecordTokenizer:
         Raises:
           DataError: the template cannot be had or used, or leaves no room for a record in `max_tokens`.
         """
-        opened = cls(tokenizer, end_id, max_tokens, start, open_template(template, tokenizer))
-        taken = len(opened.prompt({"instruction": "?", "response": ""}))
-        if not isinstance(opened.template, PlainTemplate) and taken + _LEAST_ROOM > max_tokens:
+        tokeniser = cls(tokenizer, end_id, max_tokens, start, open_template(template, tokenizer))
+        taken = len(tokeniser.prompt({"instruction": "?", "response": ""}))
+        if not isinstance(tokeniser.template, PlainTemplate) and taken + _LEAST_ROOM > max_tokens:
             raise DataError(
                 f"data.max_tokens = {max_tokens} leaves no room for a record, since the chat template itself takes {taken} "
                 f"tokens: set data.max_tokens to {taken + _LEAST_ROOM} or more, or data.template = 'plain'."
             )
-        return opened
+        return tokeniser
 
     def prompt(self, record: Mapping[str, str]) -> list[int]:
         """The tokens after which the model writes the response: for generation and evaluation."""
@@ -150,13 +150,13 @@ class RecordTokenizer:
           DataError: no record is left, and `owner` names whose they are. Without a name that is no error: a client without
             text sends a zero update.
         """
-        found = [one.example for one in map(self.tokenise, records) if one.example is not None]
-        if owner and not found:
+        examples = [one.example for one in map(self.tokenise, records) if one.example is not None]
+        if owner and not examples:
             raise DataError(
                 f"{owner} has no usable text: every record's response is empty. Give it at least one record with a "
                 "non-empty response."
             )
-        return found
+        return examples
 
     def option(self, record: Mapping[str, str]) -> Example:
         """A record as `tokenise` has it, without what ends its response: an option of a question, to be scored."""

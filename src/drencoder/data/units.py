@@ -17,8 +17,8 @@ from drencoder.data.owners import check_spellings, owner_key
 from drencoder.data.sources import (
     EmbeddedSource,
     FileSource,
-    HostedSource,
     Record,
+    SiteSource,
     Source,
     _content_hash,
     check_usable,
@@ -93,7 +93,7 @@ class EmbeddedUnits:
 
 def file_of(source: Source) -> FileSource | None:
     """The file's records behind a source, if it has any."""
-    if isinstance(source, HostedSource):
+    if isinstance(source, SiteSource):
         source = source.held
     if isinstance(source, FileUnits):
         return source.file
@@ -120,7 +120,7 @@ def open_text(
         if own is None:
             return open_source(data, population=population, seed=recipe.seed, set_aside=set_aside)
         held = open_source(replace(data, source=own[0]), population=len(own[1]), seed=recipe.seed, at_site=True)
-        return HostedSource(held, own[1])
+        return SiteSource(held, own[1])
     if data.is_embedded and own is None:
         world = open_source(data, population=population, seed=recipe.seed)
         assert isinstance(world, EmbeddedSource)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drencoder.errors import EncoderError
-from drencoder.recipe.sections import Encoder as EncoderKnobs
 
 __all__ = [
+    "AUTOENCODERS",
     "BITS_PER_VALUE",
     "CELL",
     "FEW_COORDINATES",
@@ -48,8 +48,14 @@ FEW_COORDINATES = 512.0
 HEADER_BYTES = 20  # of every message, see encoders.wire
 _SCALE_BYTES = 4  # of a message of rotated levels
 CELL = 64  # side of the image patch behind one cell of the auto-encoder's code grid
-_IMAGE_CODE = {"resnet": 64, "unet": 64}  # channels of a code cell
-_SIGNAL_CELL, _SIGNAL_CHANNELS = 256, 8  # cnn1d: signal values behind one cell of the code, and its channels
+_IMAGE_CODE = 64  # channels of a code cell
+_SIGNAL, _SIGNAL_CELL, _SIGNAL_CHANNELS = (
+    "autoencoder-cnn1d",
+    256,
+    8,
+)  # signal values behind a cell of the code, its channels
+AUTOENCODERS = ("autoencoder", "autoencoder-published", _SIGNAL, "autoencoder-unet")
+"""The auto-encoders by name; all but the 1-D CNN read an update as an image."""
 
 
 def image_shape(update_size: int) -> tuple[int, int]:
@@ -63,24 +69,24 @@ def image_shape(update_size: int) -> tuple[int, int]:
     return -(-cells // width) * CELL, width * CELL
 
 
-def input_shape(architecture: str, update_size: int) -> tuple[int, ...]:
-    """What an auto-encoder's network reads for one update: (1, H, W), or (1, L) with L a multiple of 256 for "cnn1d".
+def input_shape(name: str, update_size: int) -> tuple[int, ...]:
+    """What an auto-encoder's network reads for one update: (1, H, W), or for the 1-D CNN (1, L) with L a multiple of 256.
 
-    EncoderError for an unknown architecture.
+    EncoderError for an unknown auto-encoder.
     """
-    if architecture in _IMAGE_CODE:
-        return 1, *image_shape(update_size)
-    if architecture == "cnn1d":
-        return 1, -(-update_size // _SIGNAL_CELL) * _SIGNAL_CELL
-    raise EncoderError(f"there is no auto-encoder architecture {architecture!r}; choose resnet, cnn1d or unet")
+    if name not in AUTOENCODERS:
+        raise EncoderError(f"there is no auto-encoder {name!r}; choose one of {', '.join(AUTOENCODERS)}")
+    return (1, -(-update_size // _SIGNAL_CELL) * _SIGNAL_CELL) if name == _SIGNAL else (1, *image_shape(update_size))
 
 
-def code_shape(architecture: str, update_size: int) -> tuple[int, ...]:
-    """An auto-encoder's code: (64, H/64, W/64), 1/64 of the padded values, or (8, L/256), 1/32, for "cnn1d"."""
-    _, *sides = input_shape(architecture, update_size)
-    if architecture in _IMAGE_CODE:
-        return _IMAGE_CODE[architecture], *(side // CELL for side in sides)
-    return _SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL
+def code_shape(name: str, update_size: int) -> tuple[int, ...]:
+    """An auto-encoder's code: (64, H/64, W/64), 1/64 of the padded values, or (8, L/256), 1/32, for the 1-D CNN."""
+    _, *sides = input_shape(name, update_size)
+    return (
+        (_SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL)
+        if name == _SIGNAL
+        else (_IMAGE_CODE, *(side // CELL for side in sides))
+    )
 
 
 def noise_dominates(update_size: int, k_star: float) -> bool:
@@ -126,41 +132,41 @@ class AdapterShape:
         return self.rank * sum(out for out, _ in self.matrices)
 
 
-def size_by_ratio(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+def size_by_ratio(adapter: AdapterShape, ratio: float) -> int:
     """K = D / ratio, rounded, at least 1: the rule of most encoders."""
     return max(1, round(adapter.update_size / ratio))
 
 
-def size_of_update(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+def size_of_update(adapter: AdapterShape, ratio: float) -> int:
     """K = D."""
     return adapter.update_size
 
 
-def size_of_hybrid(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+def size_of_hybrid(adapter: AdapterShape, ratio: float) -> int:
     """K = D / ratio, and never more than the values of LoRA's B tensors, which alone are sent."""
-    return min(size_by_ratio(adapter, ratio, knobs), adapter.lora_b_size)
+    return min(size_by_ratio(adapter, ratio), adapter.lora_b_size)
 
 
-def size_of_autoencoder(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
-    """The architecture's rate of the padded update."""
-    return math.prod(code_shape(knobs.architecture, adapter.update_size))
+def size_of_autoencoder(name: str, adapter: AdapterShape, ratio: float) -> int:
+    """The network's rate of the padded update."""
+    return math.prod(code_shape(name, adapter.update_size))
 
 
-def size_of_lora_b(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+def size_of_lora_b(adapter: AdapterShape, ratio: float) -> int:
     """The values of LoRA's B tensors."""
     return adapter.lora_b_size
 
 
-def size_of_cores(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+def size_of_cores(adapter: AdapterShape, ratio: float) -> int:
     """rank x rank values of each B, or fewer where B has fewer rows."""
     return adapter.rank * sum(min(out, adapter.rank) for out, _ in adapter.matrices)
 
 
-def size_of_power(adapter: AdapterShape, ratio: float, knobs: EncoderKnobs) -> int:
+def size_of_power(adapter: AdapterShape, ratio: float) -> int:
     """As many whole directions as fit into D / ratio values."""
     rank = adapter.rank
     tensors = [tensor for out, width in adapter.matrices for tensor in ((False, rank, width), (True, out, rank))]
-    counts = power_ranks(tensors, size_by_ratio(adapter, ratio, knobs))
+    counts = power_ranks(tensors, size_by_ratio(adapter, ratio))
     return sum(min(height, width) * count for (_, height, width), count in zip(tensors, counts, strict=True))
 
 

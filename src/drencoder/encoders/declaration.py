@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from drencoder.encoders.code_sizes import AdapterShape, size_by_ratio
-from drencoder.recipe.sections import Encoder as EncoderKnobs
 
 __all__ = ["EncoderDeclaration", "SizeRule"]
 
-SizeRule = Callable[[AdapterShape, float, EncoderKnobs], int]
-"""(adapter, D / K that the recipe or the plan asks for, the recipe's [encoder]) -> K."""
+SizeRule = Callable[[AdapterShape, float], int]
+"""(adapter, D / K that the recipe or the plan asks for) -> K."""
 
 
 @final
@@ -31,7 +30,7 @@ class EncoderDeclaration:
         so does a noise multiplier that clients share: without it every code is decoded by itself.
       public_text: "required": the encoder is made from updates of public text; "optional": it uses them if the recipe names
         public text; "unused".
-      refreshed: whether the encoder is made anew during a run, every `prior.refresh` rounds, from public text or from
+      refreshed: whether the encoder is made anew in every round of a run, from public text or from
         aggregates that were released before.
       trained: whether the encoder is trained on gradients: synthetic ones of stage 1's prior, or real ones (FedCG).
       trusted_wire_dtype: the wire type that `encoder.wire_dtype = "auto"` means with a trusted server and noise in the code.

@@ -178,14 +178,14 @@ def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
     """
     if state:
         return HybridEncoder.from_state(request.segments, state)
-    segments, code_size = request.segments, request.required_size("hybrid")
+    segments, code_size = request.segments, request.required_size()
     size_S, sent_S = _sent_tensors(request)
     most = int((size_S * sent_S).sum())
     if code_size > most:
         raise EncoderError(
             f"code_size is {code_size}, but the tensors that the hybrid encoder sends have {most} values; lower it"
         )
-    prior = request.structured_prior("hybrid")
+    prior = request.structured_prior()
     random = min(code_size - 1, round(request.explore * code_size))
     history_JD = request.released_directions() * sent_S.repeat_interleave(size_S)
     history_JD = history_JD[: code_size - 1 - random]

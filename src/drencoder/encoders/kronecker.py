@@ -365,4 +365,4 @@ def make_kronecker(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "kronecker"."""
     if state:
         return KroneckerEncoder.from_state(request.segments, state)
-    return KroneckerEncoder.build(request.structured_prior("kronecker"), request.required_size("kronecker"))
+    return KroneckerEncoder.build(request.structured_prior(), request.required_size())

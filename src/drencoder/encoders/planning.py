@@ -9,7 +9,7 @@ from pathlib import Path
 from drencoder.data.survey import with_population
 from drencoder.encoders.code_sizes import AdapterShape, auto_ratio, few_coordinates
 from drencoder.encoders.declaration import EncoderDeclaration
-from drencoder.encoders.registry import ENCODERS, declaration_of
+from drencoder.encoders.registry import declaration_of
 from drencoder.errors import EncoderError, RecipeError
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe, load_recipe
@@ -58,9 +58,8 @@ def public_text(recipe: Recipe) -> str:
 
 
 def clip_text(recipe: Recipe) -> str:
-    """The public text that clips are measured on; empty where the recipe names all of them."""
-    named = recipe.privacy.clip_l2 and (recipe.prior.clip_l2 or recipe.prior.source != "moments")
-    return "" if named else public_text(recipe) or "self"
+    """The public text that the clip is measured on; empty where the recipe names one."""
+    return "" if recipe.privacy.clip_l2 else public_text(recipe) or "self"
 
 
 def clip_words(recipe: Recipe, declared: str = "") -> str:
@@ -87,7 +86,7 @@ def planned_code_size(recipe: Recipe, plan: PrivacyPlan, matrices: Sequence[Sequ
     """K of the recipe's encoder under this plan, for adapted matrices of these shapes (out, in)."""
     adapter = AdapterShape(matrices, recipe.adapter.rank)
     ratio = recipe.encoder.ratio or auto_ratio(adapter.update_size, plan.k_star(), wire_dtype(recipe))
-    return declared(recipe).code_size(adapter, ratio, recipe.encoder)
+    return declared(recipe).code_size(adapter, ratio)
 
 
 def planned_start(recipe: Recipe, plan: PrivacyPlan) -> str:
@@ -107,7 +106,7 @@ def check_encoder(recipe: Recipe) -> None:
     if recipe.prior.source == "gradients" and not encoder.trained:
         raise RecipeError(
             f"prior.source = 'gradients' trains the encoder and encoder.name = {name!r} is not trained: set encoder.name = "
-            f"{_trained()}, or prior.source = 'moments'."
+            "'autoencoder', or prior.source = 'moments'."
         )
     if encoder.trained and recipe.prior.source == "none" and encoder.public_text != "required":
         raise RecipeError(
@@ -136,7 +135,3 @@ def check_encoder(recipe: Recipe) -> None:
             f"encoder.name = {name!r} is not linear, so a sum of its codes cannot be decoded: with "
             f"privacy.trust = {privacy.trust!r} set privacy.noise_in = 'update', or use trust = 'local'."
         )
-
-
-def _trained() -> str:
-    return " or ".join(repr(name) for name, row in ENCODERS.items() if row.declaration.trained)

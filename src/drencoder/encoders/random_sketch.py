@@ -359,6 +359,6 @@ class RandomSketch:
 
 def make_random(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "random": allocated by stage 1's prior, uniformly without one."""
-    size = request.required_size("random")
+    size = request.required_size()
     sketch = RandomSketch.build(request.segments, size, request.prior)
     return RandomSketch.from_state(sketch.segments, sketch.code_S, state or {})

@@ -6,7 +6,8 @@ To add an encoder, write its file and add its row here. The table is closed, so 
 import difflib
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, final
 
@@ -44,7 +45,7 @@ _Declared = EncoderDeclaration
 ENCODERS: Mapping[str, EncoderRow] = MappingProxyType({
     "identity": EncoderRow("drencoder.encoders.identity:make_identity", _Declared(code_sizes.size_of_update, sized_by_ratio=False)),
     "random": EncoderRow("drencoder.encoders.random_sketch:make_random", _Declared()),
-    "autoencoder": EncoderRow("drencoder.published.autoencoder:make_autoencoder", _Declared(code_sizes.size_of_autoencoder, sized_by_ratio=False, linear=False, public_text="optional", trained=True, expected_viable=False)),
+    **{name: EncoderRow("drencoder.published.autoencoder:make_autoencoder", _Declared(partial(code_sizes.size_of_autoencoder, name), sized_by_ratio=False, linear=False, public_text="optional", trained=True, expected_viable=False)) for name in code_sizes.AUTOENCODERS},
     "kronecker": EncoderRow("drencoder.encoders.kronecker:make_kronecker", _Declared(public_text="required", refreshed=True)),
     "hybrid": EncoderRow("drencoder.encoders.hybrid:make_hybrid", _Declared(code_sizes.size_of_hybrid, public_text="required", refreshed=True, trusted_wire_dtype="rotated4", starts_from_public_text=True)),
     "ffa": EncoderRow("drencoder.published.subset:make_ffa", _Declared(code_sizes.size_of_lora_b, sized_by_ratio=False)),
@@ -73,9 +74,8 @@ def build_encoder(name: str, request: "EncoderRequest", state: "SavedState" = No
     """
     row = _row(name)
     if request.real is not None and not row.declaration.trained:
-        trained = " or ".join(other for other, row in ENCODERS.items() if row.declaration.trained)
-        raise EncoderError(f"real gradients train the {trained} only, not {name!r}; set encoder.name = '{trained}'")
-    encoder = row.load()(request, state)
+        raise EncoderError(f"real gradients train an autoencoder only, not {name!r}; set encoder.name = 'autoencoder'")
+    encoder = row.load()(replace(request, name=name), state)
     if (encoder.name, encoder.linear) != (name, row.declaration.linear):
         raise EncoderError(
             f"the {name} encoder came out as {encoder.name!r} with linear = {encoder.linear}, but declares linear = "

@@ -4,7 +4,7 @@ Legend: D adapter values, J directions, S segments.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +15,6 @@ from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, PublicUpdates
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
-from drencoder.recipe.sections import Encoder as EncoderKnobs
 
 __all__ = ["EncoderRequest", "SavedState", "StepCallback", "TrainingGradients", "check_fixed_size"]
 
@@ -43,47 +42,45 @@ class EncoderRequest:
     Args:
       code_size: values of a code, as planned. None is allowed for an encoder whose code size follows from the adapter.
       prior: stage 1's Gaussian prior, if there was a stage 1.
-      knobs: the recipe's [encoder] section.
       public: updates of public text.
       rank: directions that the structured prior keeps per side of a tensor.
       explore: share of the code that looks at fresh random directions, for encoders that know others.
       history_JD: directions (J, D) of aggregates that were released before.
-      synthetic: gradients to draw from the prior for training; a trained encoder draws its validation set besides.
       real: FedCG: gradients of clients to train on. NOT private.
       on_step: told about training steps.
+      name: the encoder's, as the registry has it.
     """
 
     segments: tuple[Segment, ...]
     code_size: int | None = None
     prior: GaussianPrior | None = None
     seed: int = 0
-    knobs: EncoderKnobs = field(default_factory=EncoderKnobs)
     public: PublicUpdates | None = None
     rank: int = 64
     explore: float = 0.25
     history_JD: Tensor | None = None
-    synthetic: int = 512
     real: TrainingGradients | None = None
     on_step: StepCallback | None = None
+    name: str = ""
 
-    def required_size(self, name: str) -> int:
+    def required_size(self) -> int:
         """`code_size`; EncoderError if it is None."""
         if self.code_size is None:
-            raise EncoderError(f"the {name} encoder needs a code_size; give the number of values to send")
+            raise EncoderError(f"the {self.name} encoder needs a code_size; give the number of values to send")
         return self.code_size
 
-    def required_public(self, name: str) -> PublicUpdates:
+    def required_public(self) -> PublicUpdates:
         """`public`; EncoderError if it is None."""
         if self.public is None:
-            raise EncoderError(f"the {name} encoder is made from updates of public text; set prior.public")
+            raise EncoderError(f"the {self.name} encoder is made from updates of public text; set prior.public")
         return self.public
 
-    def structured_prior(self, name: str) -> MatrixNormalPrior:
+    def structured_prior(self) -> MatrixNormalPrior:
         """Directions of public text. The tensors' energies are those of the clients' moments where stage 1 measured them.
 
         EncoderError without public updates.
         """
-        prior = self.required_public(name).prior(self.segments, self.rank)
+        prior = self.required_public().prior(self.segments, self.rank)
         return prior if self.prior is None else prior.with_energies(self.prior.energy_S)
 
     def released_directions(self) -> Tensor:

@@ -92,10 +92,10 @@ class WireFormat:
 
     @classmethod
     def of(cls, encoder: Encoder, dtype: WireDtype = "float32") -> "WireFormat":
-        """The format of this encoder's codes; the tag tells apart names, architectures, bases, layouts and code sizes."""
+        """The format of this encoder's codes; the tag tells apart names, bases, layouts and code sizes."""
         shapes = [(segment.name, segment.shape) for segment in encoder.segments]
         facts = encoder.describe()
-        kind = (encoder.name, facts.get("architecture", ""), facts.get("fingerprint", ""))
+        kind = (encoder.name, facts.get("fingerprint", ""))
         text = repr((kind, encoder.update_size, encoder.code_size, shapes))
         tag = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
         return cls(encoder.code_size, tag, dtype)

@@ -16,8 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import Encoder, Fact
-from drencoder.models.adapter_layout import Segment
+from drencoder.federated.query_encoders import WrappedEncoder
 
 __all__ = ["NORM_BIT_WEIGHT", "AdaptiveClip", "AdaptiveClipEncoder"]
 
@@ -62,7 +61,7 @@ class AdaptiveClip:
 
 @final
 @dataclass(frozen=True)
-class AdaptiveClipEncoder:
+class AdaptiveClipEncoder(WrappedEncoder):
     """An encoder whose codes are clipped to `clip_l2` and carry one more value, the norm bit.
 
     A code (K + 1) is the wrapped encoder's code, clipped to C, then +w C if it was at most C long and -w C if it was
@@ -70,24 +69,7 @@ class AdaptiveClipEncoder:
     adjacency compares with. Codes may be added up where the wrapped encoder's may (`linear` says so), though the clip itself is not linear.
     """
 
-    encoder: Encoder
     clip_l2: float
-
-    @property
-    def name(self) -> str:
-        return self.encoder.name
-
-    @property
-    def linear(self) -> bool:
-        return self.encoder.linear
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return self.encoder.segments
-
-    @property
-    def update_size(self) -> int:
-        return self.encoder.update_size
 
     @property
     def code_size(self) -> int:
@@ -106,9 +88,3 @@ class AdaptiveClipEncoder:
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
         """(N, D): the wrapped encoder's decoding; the norm bit is not part of it."""
         return self.encoder.decode(code_NK[:, :-1], seed)
-
-    def describe(self) -> dict[str, Fact]:
-        return self.encoder.describe()
-
-    def state(self) -> dict[str, Tensor]:
-        return self.encoder.state()

@@ -137,26 +137,28 @@ class Query:
         return self.encoder.decode(code_NK, self.spec.seed)
 
 
-def moment_query(segments: tuple[Segment, ...], prior: config.Prior, clip_l2: float | None = None) -> Query:
+def moment_query(segments: tuple[Segment, ...], recipe: config.Recipe, clip_l2: float | None = None) -> Query:
     """Stage 1: two moments per LoRA tensor of each epoch's update, all clipped as one vector.
 
-    `clip_l2` is the clip that was measured, where the recipe names none; PrivacyError if nothing says what it is.
+    The clip is that of the rounds, since the statistics of an update are about as long as the update (at most sqrt(2) times).
+    `clip_l2` is the one that was measured, where the recipe names none; PrivacyError if nothing says what it is.
     """
-    encoder = MomentsEncoder(MomentQuery(segments, prior.epochs))
-    return _stage1_query("moments", encoder, _known_clip(prior.clip_l2 or clip_l2, "prior"), prior.epochs)
+    epochs = recipe.stage1_epochs
+    return _stage1_query("moments", MomentsEncoder(MomentQuery(segments, epochs)), _known_clip(recipe, clip_l2), epochs)
 
 
-def gradient_query(update_size: int, prior: config.Prior) -> Query:
+def gradient_query(update_size: int, epochs: int) -> Query:
     """FedCG's stage 1 (arXiv 2405.13746): the updates of all epochs as they are, neither clipped nor noised.
 
     Only a permit for a non-private slot 0 answers it; see `round.message_rows`.
     """
-    return _stage1_query("gradients", UpdatesEncoder(prior.epochs * update_size), _NOT_CLIPPED, prior.epochs)
+    return _stage1_query("gradients", UpdatesEncoder(epochs * update_size), _NOT_CLIPPED, epochs)
 
 
-def _known_clip(clip_l2: float | None, section: str) -> float:
+def _known_clip(recipe: config.Recipe, measured: float | None) -> float:
+    clip_l2 = recipe.privacy.clip_l2 or measured
     if not clip_l2:
-        raise PrivacyError(f"{section}.clip_l2 = 0 leaves the clip to be measured at the start of a run: name one.")
+        raise PrivacyError("privacy.clip_l2 = 0 leaves the clip to be measured at the start of a run: name one.")
     return clip_l2
 
 
@@ -194,7 +196,7 @@ def update_query(
         encoder, bound = AdaptiveClipEncoder(encoder, adaptive_clip.clip_l2), adaptive_clip.bound
         wire = replace(wire, code_size=encoder.code_size)
     else:
-        bound = _known_clip(recipe.privacy.clip_l2 or clip_l2, "privacy")
+        bound = _known_clip(recipe, clip_l2)
     spec = QuerySpec(
         kind="update",
         slot=slot,

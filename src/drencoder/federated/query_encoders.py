@@ -17,7 +17,7 @@ from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.gaussian_prior import MomentQuery
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["MomentsEncoder", "RelativeEncoder", "UpdatesEncoder"]
+__all__ = ["MomentsEncoder", "RelativeEncoder", "UpdatesEncoder", "WrappedEncoder"]
 
 
 class _Stage1:
@@ -76,10 +76,9 @@ class UpdatesEncoder(_Stage1):
         return update_ND
 
 
-@final
 @dataclass(frozen=True)
-class RelativeEncoder:
-    """An encoder whose codes are taken relative to the code of a zero update, so that zero has the zero code."""
+class WrappedEncoder:
+    """What an encoder around another one has of it: all but how it encodes and decodes."""
 
     encoder: Encoder
 
@@ -103,6 +102,18 @@ class RelativeEncoder:
     def code_size(self) -> int:
         return self.encoder.code_size
 
+    def describe(self) -> dict[str, Fact]:
+        return self.encoder.describe()
+
+    def state(self) -> dict[str, Tensor]:
+        return self.encoder.state()
+
+
+@final
+@dataclass(frozen=True)
+class RelativeEncoder(WrappedEncoder):
+    """An encoder whose codes are taken relative to the code of a zero update, so that zero has the zero code."""
+
     @cached_property
     def _zeros(self) -> dict[tuple[int, torch.device], Tensor]:
         return {}  # seed and device -> the code (1, K) of a zero update there, so that a client's zero gives zero to the last bit
@@ -118,9 +129,3 @@ class RelativeEncoder:
 
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
         return self.encoder.decode(code_NK + self._zero_1K(seed, code_NK.device), seed)
-
-    def describe(self) -> dict[str, Fact]:
-        return self.encoder.describe()
-
-    def state(self) -> dict[str, Tensor]:
-        return self.encoder.state()

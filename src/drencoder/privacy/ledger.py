@@ -263,10 +263,10 @@ class Ledger:
             return "run"
         return "skip" if self.plan.capped and self.plan.noise == "secure" else "redo"
 
-    def guarantees(self, interval: float = REPORT_INTERVAL) -> dict[str, ObserverGuarantee]:
+    def guarantees(self) -> dict[str, ObserverGuarantee]:
         """What was spent so far for "server", "clients" and "public", for the certificate."""
         charged, plan = self.charged(), self.plan
-        return {name: plan.guarantee(name, plan.composition(name, charged), interval) for name in OBSERVERS}
+        return {name: plan.guarantee(name, plan.composition(name, charged), REPORT_INTERVAL) for name in OBSERVERS}
 
     def spent(self) -> dict[str, float]:
         """PLD epsilon so far per observer, for progress lines (a quicker grid; cached)."""

@@ -96,13 +96,11 @@ def _sound(record: dict[str, Any], number: int) -> bool:
 
 def _foreign(path: Path, header: dict[str, Any]) -> str:
     """The sentence about a header that this version does not read; nothing of the file is echoed but short, plain values."""
-    made = header["format"] if type(header.get("format")) is int and 0 < header["format"] < 1000 else 0
+    version = header["format"] if type(header.get("format")) is int and 0 < header["format"] < 1000 else 0
     writer = header.get("drencoder")
     writer = writer if isinstance(writer, str) and len(writer) < 40 and writer.isprintable() else None
-    by = f"drencoder {writer}" if writer else _WRITTEN_BY.get(made, "another version")
-    return (
-        f"{path} has format {made}, written by {by}; this version reads format {FORMAT}: use the version that wrote it."
-    )
+    by = f"drencoder {writer}" if writer else _WRITTEN_BY.get(version, "another version")
+    return f"{path} has format {version}, written by {by}; this version reads format {FORMAT}: use the version that wrote it."
 
 
 class LedgerFile:

@@ -20,10 +20,10 @@ Slot 0 is stage 1 (the prior's query), slots 1..T are the rounds. `docs/guarante
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import (
@@ -37,13 +37,13 @@ from drencoder.privacy.accounting import (
     epsilon_pld,
     merge,
 )
-from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE, calibrate
+from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE
 from drencoder.privacy.noise_terms import DISCRETE_SHARE, ShareTerms
 from drencoder.privacy.observers import ASSUMPTIONS, OBSERVERS, SITE_ASSUMPTIONS, ObserverGuarantee, report
-from drencoder.privacy.plan_checks import Noise, Stage, Trust, Unit, check_facts, check_noise, refuse, unused_fields
+from drencoder.privacy.plan_checks import Noise, Stage, Trust, Unit, check_facts, refuse, unused_fields
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, binomial_quantile, split_blocks
 
-__all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "Unit", "make_plan"]
+__all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "Unit"]
 
 ALIGNMENT = 0.5  # |mean clipped update|^2 / C^2, as plans assume it
 
@@ -55,7 +55,7 @@ _FULLER = 4  # times the units that everybody expects in a sum, the modulus of s
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """Public facts of a run, all checked. Make one with `make_plan`; `from_dict` reads one back.
+    """Public facts of a run, all checked. Make one with `make_plan.make_plan`; `from_dict` reads one back.
 
     `noise_multiplier` is noise std / clip, of the sum (central), of each client's code (local) or of the fewest honest
     shares together (secure-aggregation, see `share_terms`).
@@ -291,14 +291,14 @@ class PrivacyPlan:
         bounds = {stage: bound(slot) for stage, slot in {self.stage(s): s for s in self.slots}.items()}
         return {slot: (1, bounds[self.stage(slot)]) for slot in self.slots}
 
-    def epsilons(self, interval: float | None = None) -> dict[str, ObserverGuarantee]:
+    def epsilons(self) -> dict[str, ObserverGuarantee]:
         """The whole plan's guarantee for every observer.
 
         Under local trust those of clients and public rest on each cohort being no smaller than `cohort_bound`; the certificate
         counts the realised contributors instead.
         """
         schedule = self.schedule()
-        return {name: self.guarantee(name, self.composition(name, schedule), interval) for name in OBSERVERS}
+        return {name: self.guarantee(name, self.composition(name, schedule)) for name in OBSERVERS}
 
     @property
     def budget_observer(self) -> str:
@@ -349,53 +349,3 @@ class PrivacyPlan:
         if set(data) != names:
             raise PrivacyError(f"A privacy plan's fields do not match: {sorted(names ^ set(data))}.")
         return cls(**{**data, "non_private": tuple(data["non_private"])})
-
-
-def make_plan(
-    *,
-    trust: Trust,
-    population: int,
-    sampling_rate: float,
-    rounds: int,
-    delta: float,
-    epsilon: float | None = None,
-    noise_multiplier: float | None = None,
-    stage1_rate: float = 0.0,
-    stage1_noise_ratio: float = 1.0,
-    participation_cap: int = 1,
-    relation: Relation = "add_remove",
-    noise: Noise = "secure",
-    non_private: Iterable[Stage] = (),
-    nonlinear_decoding: bool = False,
-    dropout_share: float = 0.0,
-    honest_share: float = 1.0,
-    unit: Unit = "client",
-    site_units: int = 0,
-) -> PrivacyPlan:
-    """The one place where sampler, noise and events of a run are decided.
-
-    Give `epsilon` (then the smallest sigma with PLD epsilon <= `epsilon` is found, over stage 1 and all
-    rounds; capped cohorts: over the `participation_cap` releases of one client; local trust: against the server), or
-    `noise_multiplier`, or both (then it is checked), or neither if every stage is in `non_private`.
-    Stage 1 has `stage1_noise_ratio` times the noise multiplier of the rounds. `nonlinear_decoding` must be set when the
-    encoder's decoder is not linear (see `PrivacyPlan`). Sites (a `unit` that is no client) take part in every slot, whatever
-    the `participation_cap`.
-    Raises PrivacyError with the value, the bound and the cure.
-    """
-    silent = tuple(stage for stage in get_args(Stage) if stage in set(non_private))
-    if unknown := sorted(set(non_private) - set(silent)):
-        refuse(f"non_private names {unknown}", "stages are stage1 and round", "name one of these")
-    check_noise(epsilon, noise_multiplier, stage1_noise_ratio)
-
-    def plan(sigma: float) -> PrivacyPlan:
-        return PrivacyPlan(
-            trust=trust, population=population, sampling_rate=sampling_rate, rounds=rounds,
-            stage1_rate=stage1_rate, delta=delta, relation=relation,
-            participation_cap=participation_cap if unit == "client" else rounds + (stage1_rate > 0),
-            noise_multiplier=0.0 if "round" in silent else sigma,
-            stage1_noise_multiplier=0.0 if "stage1" in silent or stage1_rate == 0 else sigma * stage1_noise_ratio,
-            target_epsilon=epsilon, noise=noise, non_private=silent, nonlinear_decoding=nonlinear_decoding,
-            dropout_share=dropout_share, honest_share=honest_share, unit=unit, site_units=site_units,
-        )  # fmt: skip
-
-    return calibrate(plan, epsilon, noise_multiplier)

@@ -3,14 +3,14 @@
 Legend: N updates, D adapter values, L padded length, H x W image, c channels.
 
 Input layout of all of them: the flat update in the layout's order (modules in natural order, LoRA's A before its B,
-each tensor row by row), padded with zeros at the end. `resnet` and `unet` read it row by row as one image
-[1, H, W] of multiples of 64, `cnn1d` as one signal [1, L], a multiple of 256. LLaMA-7B with r = 8 on q, k, v, o is
+each tensor row by row), padded with zeros at the end. The ResNet and the U-shaped network read it row by row as one
+image [1, H, W] of multiples of 64, the 1-D CNN as one signal [1, L], a multiple of 256. LLaMA-7B with r = 8 on q, k, v, o is
 [1, 4096, 2048] without padding, and every LoRA tensor of it fills 16 whole image rows.
 
 Sources: CG-FedLLM (Wu et al., arXiv 2405.13746, appendix) and DR-Encoder (Wu et al., AAAI-25, arXiv 2412.17053)
 describe the ResNet; of the 1-D CNN they give the rate and of the U-shaped network the name. What is not stated there
 and chosen here: zero padding (reflection does not work for a code grid of one cell), the initialisation
-(`fresh_network`), and all of `cnn1d` and `unet` but their rates.
+(`fresh_network`), and all of these two but their rates.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,11 +27,11 @@ from drencoder.errors import EncoderError
 
 __all__ = ["ARCHITECTURES", "Architecture", "AutoencoderNetwork", "architecture", "blank_network", "fresh_network"]
 
-_STAGES = (1, 2, 4, 8, 16, 32, 64)  # resnet: channels of the stem and after each stride-2 stage
+_STAGES = (1, 2, 4, 8, 16, 32, 64)  # ResNet: channels of the stem and after each stride-2 stage
 _BLOCKS = 3
-_WAVES = (1, 8, 16, 32)  # cnn1d: channels before the code
-_STRIDE = 4  # of each cnn1d stage; four of them
-_LEVELS = (4, 8, 16, 32, 64, 64, 64)  # unet: channels at full resolution, after 1 pooling, ... 6
+_WAVES = (1, 8, 16, 32)  # 1-D CNN: channels before the code
+_STRIDE = 4  # of each of its stages; four of them
+_LEVELS = (4, 8, 16, 32, 64, 64, 64)  # U-shaped network: channels at full resolution, after 1 pooling, ... 6
 _FIRST_ANSWER = 0.1  # gain of the last convolution at the start, see `fresh_network`
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
@@ -84,7 +84,7 @@ def _resnet() -> AutoencoderNetwork:
 def _cnn1d() -> AutoencoderNetwork:
     """[N, 1, L] -> [N, 8, L/256]: four stages of stride 4, the code without BatchNorm and ReLU so that it has both signs; the
     mirror image back, Tanh. The published sources give the rate 1/32 only."""
-    many = code_shape("cnn1d", 1)[0]
+    many = code_shape("autoencoder-cnn1d", 1)[0]
     down: list[nn.Module] = []
     up: list[nn.Module] = []
     for few, wide in pairwise(_WAVES):
@@ -134,7 +134,7 @@ def _unet() -> AutoencoderNetwork:
     down = [*_conv(1, _LEVELS[0]), *_conv(_LEVELS[0], _LEVELS[0])]
     for few, many in pairwise(_LEVELS):
         down += [nn.MaxPool2d(2), *_conv(few, many), *_conv(many, many)]
-    down.append(nn.Conv2d(_LEVELS[-1], code_shape("unet", 1)[0], 1))  # a code of both signs
+    down.append(nn.Conv2d(_LEVELS[-1], code_shape("autoencoder-unet", 1)[0], 1))  # a code of both signs
     return AutoencoderNetwork(nn.Sequential(*down), _CodeSkips())
 
 
@@ -160,9 +160,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         entry.name: entry
         for entry in (
-            Architecture("resnet", _resnet, 20),
-            Architecture("cnn1d", _cnn1d, 8),
-            Architecture("unet", _unet, 28),
+            Architecture("autoencoder", _resnet, 20),
+            Architecture("autoencoder-published", _resnet, 20),
+            Architecture("autoencoder-cnn1d", _cnn1d, 8),
+            Architecture("autoencoder-unet", _unet, 28),
         )
     }
 )
@@ -171,7 +172,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 def architecture(name: str) -> Architecture:
     """The row of `ARCHITECTURES`; EncoderError for a name that is not in it."""
     if name not in ARCHITECTURES:
-        raise EncoderError(f"there is no auto-encoder architecture {name!r}; choose one of {', '.join(ARCHITECTURES)}")
+        raise EncoderError(f"there is no auto-encoder {name!r}; choose one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

@@ -12,7 +12,7 @@ the energy, and this network does not even reach that. It is here as the faithfu
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import ClassVar, Literal, final
 
@@ -39,11 +39,14 @@ from drencoder.published.fedcg import RealGradients
 from drencoder.published.fitting import AutoencoderOptions, Frame, fit_network
 from drencoder.rng import derive_seed
 
-__all__ = ["Autoencoder", "AutoencoderNetwork", "AutoencoderOptions", "make_autoencoder"]
+__all__ = ["TRAINING", "Autoencoder", "AutoencoderNetwork", "AutoencoderOptions", "make_autoencoder"]
 
 TrainedOn = Literal["synthetic", "real"]
 
 _VALIDATION_SHARE = 0.2  # of the real gradients
+
+TRAINING = AutoencoderOptions()
+"""How a run's auto-encoder is trained, whichever it is."""
 
 
 @final
@@ -59,11 +62,10 @@ class Autoencoder:
     segments: tuple[Segment, ...]
     network: AutoencoderNetwork
     scale_S: Tensor
-    architecture: str = "resnet"
+    name: str = "autoencoder"
     trained_on: TrainedOn = "synthetic"
     saturated_share: float = 0.0
 
-    name: ClassVar[str] = "autoencoder"
     linear: ClassVar[bool] = False
 
     @classmethod
@@ -119,11 +121,11 @@ class Autoencoder:
         options = options or AutoencoderOptions()
         check_segments(segments)
         fitted = fit_network(segments, training, validation, seed, options, on_step)
-        return cls(segments, fitted.network, fitted.scale_S, options.architecture, trained_on, fitted.saturated_share)
+        return cls(segments, fitted.network, fitted.scale_S, options.name, trained_on, fitted.saturated_share)
 
     def __post_init__(self) -> None:
         check_segments(self.segments)
-        architecture(self.architecture)
+        architecture(self.name)
         scale_S = self.scale_S.detach().to("cpu", torch.float64)
         if scale_S.shape != (len(self.segments),) or not bool((scale_S.isfinite() & (scale_S > 0)).all()):
             raise EncoderError(
@@ -150,7 +152,7 @@ class Autoencoder:
 
     @property
     def _architecture(self) -> Architecture:
-        return architecture(self.architecture)
+        return architecture(self.name)
 
     @cached_property
     def _frame(self) -> Frame:
@@ -177,12 +179,10 @@ class Autoencoder:
         return update_ND
 
     def describe(self) -> dict[str, Fact]:
-        """The contract's facts, and: architecture, trained_on ("synthetic" or "real"), saturated_share, scale_min and
-        scale_max. `public` is false after training on real gradients."""
+        """The contract's facts, and: trained_on ("synthetic" or "real"), saturated_share, scale_min and scale_max. `public` is false after training on real gradients."""
         values = self._architecture.working_values * math.prod(self._frame.shape)
         facts = common_facts(self, public=self.trained_on == "synthetic", memory_bytes=4 * values)
         return facts | {
-            "architecture": self.architecture,
             "trained_on": self.trained_on,
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
             "scale_min": float(self.scale_S.min()),
@@ -195,7 +195,7 @@ class Autoencoder:
         tensors = {key: value.detach().cpu().clone() for key, value in self.network.state_dict().items()}
         return tensors | {
             "scale_S": self.scale_S.clone(),
-            "architecture": tensor_of_text(self.architecture),
+            "name": tensor_of_text(self.name),
             "trained_on": tensor_of_text(self.trained_on),
             "saturated_share": torch.tensor(self.saturated_share, dtype=torch.float64),
         }
@@ -205,7 +205,7 @@ class Autoencoder:
         """The encoder of `state`; EncoderError if tensors are missing, foreign or of another shape."""
         tensors = dict(state)
         try:
-            name, trained_on = text_of_tensor(tensors.pop("architecture")), text_of_tensor(tensors.pop("trained_on"))
+            name, trained_on = text_of_tensor(tensors.pop("name")), text_of_tensor(tensors.pop("trained_on"))
             scale_S, saturated_share = tensors.pop("scale_S"), float(tensors.pop("saturated_share"))
             network = blank_network(name)
             network.load_state_dict(tensors)
@@ -220,24 +220,18 @@ class Autoencoder:
 
 
 def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
-    """The registry's "autoencoder": trained on draws of the structured prior if there is public text, else of stage 1's prior;
-    for FedCG on real gradients.
+    """An auto-encoder trained on draws of the structured prior if there is public text, else of stage 1's prior; for FedCG on
+    real gradients.
 
-    EncoderError without any of them, or if the saved network is of another architecture than the recipe's.
+    EncoderError without any of them, or if the saved encoder is another one than the recipe's.
     """
-    options = AutoencoderOptions(
-        steps=request.knobs.train_steps,
-        samples=request.synthetic,
-        architecture=request.knobs.architecture,  # type: ignore[arg-type]  # checked by the recipe
-        normalise=request.knobs.normalise,  # type: ignore[arg-type]
-    )
-    _check_size(request, options.architecture)
+    options = replace(TRAINING, name=request.name)
+    _check_size(request)
     if state:
         restored = Autoencoder.from_state(request.segments, state)
-        if restored.architecture != options.architecture:
+        if restored.name != request.name:
             raise EncoderError(
-                f"the saved autoencoder is a {restored.architecture}, the recipe wants a {options.architecture}; "
-                "resume with the recipe of that run"
+                f"the saved encoder is {restored.name!r}, the recipe wants {request.name!r}: resume with the recipe of that run"
             )
         return restored
     if request.real is not None:
@@ -248,12 +242,12 @@ def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
     )
 
 
-def _check_size(request: EncoderRequest, name: str) -> None:
+def _check_size(request: EncoderRequest) -> None:
     """Before anything is trained."""
-    size = math.prod(architecture(name).code_shape(check_segments(request.segments)))
+    size = math.prod(architecture(request.name).code_shape(check_segments(request.segments)))
     if request.code_size not in (None, size):
         raise EncoderError(
-            f"code_size is {request.code_size}, but the autoencoder of this adapter always sends {size} values; leave "
+            f"code_size is {request.code_size}, but the {request.name} of this adapter always sends {size} values; leave "
             "code_size out or choose the random encoder"
         )
 
@@ -273,7 +267,7 @@ def _synthetic_gradients(
     """For training and for validation."""
     draw: Callable[[int, int], SyntheticGradients]
     if request.public is not None:
-        draw = partial(sample_structured, request.structured_prior("autoencoder"))
+        draw = partial(sample_structured, request.structured_prior())
     elif request.prior is not None:
         draw = request.prior.sample
     else:

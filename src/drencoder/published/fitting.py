@@ -6,7 +6,7 @@ Legend: N clients or gradients, D adapter values, S segments, L padded length.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from drencoder.rng import derive_seed
 __all__ = ["AutoencoderOptions", "Fitted", "Frame", "fit_network"]
 
 _HEADROOM = 4.0  # this many root mean squares fill Tanh's range
-_SCALE_FLOOR = 1e-3  # of the adapter's root mean square, for a segment without gradient (LoRA's A while B = 0)
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,8 @@ class AutoencoderOptions:
 
     Tanh answers within +-1, so what gradients are divided by decides what is cut off and what weighs in the loss:
 
-    * "none" feeds gradients as they are (published): tiny ones use Tanh's linear part only, and large tensors
-      weigh in the mean squared error by their energy.
-    * "rms" divides all by 4 root mean squares of the training gradients: the same weights, at a usable scale.
-    * "module" divides each LoRA tensor by 4 root mean squares of its own, which makes every value weigh alike: a
-      relative error of a tensor of tiny gradients then costs as much as one of a tensor that holds nearly all
-      energy. For LoRA, whose A has next to no gradient while B = 0, that spends half of the code on nearly nothing.
+    * "autoencoder-published" is fed gradients as they are: tiny ones use Tanh's linear part only.
+    * All others divide by 4 root mean squares of the training gradients: the same weights in the loss, at a usable scale.
 
     The scales come from the prior's moments (public) or, for FedCG, from the real training gradients. The output is
     multiplied back. Scaled values beyond +-1 cannot be reproduced: 4 root mean squares are 4 sigma of a
@@ -44,15 +39,14 @@ class AutoencoderOptions:
     off is measured (`saturated_share` in the encoder's facts).
     """
 
-    steps: int = 300
+    name: str = "autoencoder"
+    steps: int = 400  # at most: training stops early
     batch: int = 8
     learning_rate: float = 2e-4
     check_every: int = 25  # steps between looks at the validation loss
     patience: int = 4  # looks without improvement before stopping
-    samples: int = 128
+    samples: int = 512  # of the published sources; a row is drawn when it is used
     validation: int = 32
-    normalise: Literal["none", "rms", "module"] = "rms"
-    architecture: Literal["resnet", "cnn1d", "unet"] = "resnet"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "check_every", "patience", "samples", "validation"):
@@ -60,9 +54,7 @@ class AutoencoderOptions:
                 raise EncoderError(f"autoencoder {name} is {getattr(self, name)}, expected 1 or more")
         if not 0 < self.learning_rate < math.inf:
             raise EncoderError(f"autoencoder learning_rate is {self.learning_rate}, expected more than 0")
-        if self.normalise not in ("none", "rms", "module"):
-            raise EncoderError(f"autoencoder normalise is {self.normalise!r}, expected 'none', 'rms' or 'module'")
-        architecture(self.architecture)
+        architecture(self.name)
 
 
 @final
@@ -116,31 +108,27 @@ def fit_network(
                 f"{len(gradients)} gradients of {gradients.size} values do not fit an adapter of {segments[-1].stop} "
                 "values; have at least one of the same layout"
             )
-    cells = math.prod(code_shape(options.architecture, segments[-1].stop)[1:])
+    cells = math.prod(code_shape(options.name, segments[-1].stop)[1:])
     if min(options.batch, len(training)) * cells < 2:
         raise EncoderError(
             "one gradient of so small an adapter is not enough for BatchNorm to train on; have at least 2 in a batch "
             "(FedCG: ask more clients, prior.sampling_rate)"
         )
-    scale_S = _scales(segments, training.energy_S(segments), options.normalise)
-    frame = Frame(segments, scale_S.tolist(), architecture(options.architecture).input_shape(segments[-1].stop))
+    scale_S = _scales(segments, training.energy_S(segments), options.name)
+    frame = Frame(segments, scale_S.tolist(), architecture(options.name).input_shape(segments[-1].stop))
     generator = torch.Generator().manual_seed(derive_seed(seed, "autoencoder"))
-    network = fresh_network(options.architecture, generator)
+    network = fresh_network(options.name, generator)
     _train(network, frame, training, validation, options, generator, on_step)
     return Fitted(network, scale_S, _saturated_share(frame, validation, options.batch))
 
 
-def _scales(segments: tuple[Segment, ...], energy_S: Tensor, normalise: str) -> Tensor:
+def _scales(segments: tuple[Segment, ...], energy_S: Tensor, name: str) -> Tensor:
     """What each segment is divided by, float64 (S,)."""
     size_S = torch.tensor([segment.size for segment in segments], dtype=torch.float64)
     rms = math.sqrt(float(energy_S.sum() / size_S.sum()))
     if not 0.0 < rms < math.inf:
         raise EncoderError(f"the training gradients' root mean square is {rms}; run stage 1 again")
-    if normalise == "none":
-        return torch.ones_like(size_S)
-    if normalise == "rms":
-        return torch.full_like(size_S, _HEADROOM * rms)
-    return _HEADROOM * (energy_S / size_S).sqrt().clamp(min=_SCALE_FLOOR * rms)
+    return torch.full_like(size_S, 1.0 if name == "autoencoder-published" else _HEADROOM * rms)
 
 
 def _train(
@@ -168,7 +156,7 @@ def _train(
         if not math.isfinite(loss.item()) or not math.isfinite(checked or 0.0):
             raise EncoderError(
                 f"the autoencoder's loss is {loss.item()} at step {step}; lower its learning_rate, now "
-                f"{options.learning_rate}, or set normalise to 'rms'"
+                f"{options.learning_rate}, or take 'autoencoder', which scales its input"
             )
         if on_step is not None:
             on_step(step, loss.item(), checked)

@@ -251,7 +251,7 @@ def make_core(request: EncoderRequest, state: SavedState) -> Encoder:
     if state:
         return check_fixed_size(request, LowRankEncoder.from_state(request.segments, state, "core"))
     widths = [matrix_shape(segment)[1] for segment in request.segments if is_lora_b(segment)]
-    prior = request.required_public("core").prior(request.segments, max(widths, default=1))
+    prior = request.required_public().prior(request.segments, max(widths, default=1))
     return check_fixed_size(request, LowRankEncoder.core(prior))
 
 
@@ -261,4 +261,4 @@ def make_power(request: EncoderRequest, state: SavedState) -> Encoder:
         return LowRankEncoder.from_state(request.segments, state, "power")
     history_JD = request.released_directions()
     momentum_D = history_JD[0] if len(history_JD) else None
-    return LowRankEncoder.power(request.segments, request.required_size("power"), momentum_D, request.explore)
+    return LowRankEncoder.power(request.segments, request.required_size(), momentum_D, request.explore)

@@ -166,4 +166,4 @@ def make_top_k(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "top-k"."""
     if state:
         return SubsetEncoder.from_state(request.segments, state, "top-k")
-    return SubsetEncoder.top(request.required_public("top-k"), request.segments, request.required_size("top-k"))
+    return SubsetEncoder.top(request.required_public(), request.segments, request.required_size())

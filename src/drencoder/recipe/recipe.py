@@ -122,6 +122,11 @@ class Recipe:
         return self.prior.sampling_rate or self.sampling_rate
 
     @property
+    def stage1_epochs(self) -> int:
+        """Epochs of which a client sends statistics, or gradients, in stage 1: all that it trains. A gradient has none."""
+        return 1 if self.local.upload == "gradient" else self.local.epochs
+
+    @property
     def benchmarks(self) -> dict[str, str]:
         """The multiple-choice benchmarks that are asked, name -> place: those named, and what `auto` stands for."""
         named = dict(item.partition("=")[::2] for item in self.evaluation.benchmarks)

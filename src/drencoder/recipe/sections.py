@@ -84,7 +84,8 @@ class Data(Checked):
     source: str = knob(
         "embedded",
         "`embedded`, a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, `hub:ORG/NAME`, `mmlu:FOLDER` or "
-        "`ceval:FOLDER` (FOLDER may be hub:ORG/NAME); embedded clients teach the letter of the right option, with "
+        "`ceval:FOLDER` (FOLDER may be hub:ORG/NAME); all but files may end in `:SPLIT` (else train; of mmlu auxiliary_train, of "
+        "ceval dev); embedded clients teach the letter of the right option, with "
         "`embedded:next` the words of the option after it, with `embedded:facts` new facts",
     )
     fields: tuple[tuple[str, str], ...] = knob(
@@ -93,9 +94,7 @@ class Data(Checked):
         "context, category, system, messages, text (alone)",
         choices=("instruction", "context", "response", "category", "system", "messages", "text"),
     )
-    alpha: float = knob(0.5, "Dirichlet concentration over categories; small = clients differ", above=0)
     examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
-    split: str = knob("train", "which part of a hub data set or of a benchmark the clients own")
     client_field: str = knob(
         "",
         "field that names a record's owner, or its site where privacy.unit is inside a site; empty = Dirichlet split",
@@ -168,7 +167,9 @@ class Local(Checked):
         "zero: nothing at all (a control: what noise alone does)",
         choices=("gradient", "pseudo-gradient", "increment", "zero"),
     )
-    epochs: int = knob(1, "local epochs (not for `gradient`)", low=1)
+    epochs: int = knob(
+        1, "local epochs (not for `gradient`); stage 1 asks for statistics, or gradients, of each", low=1
+    )
     batch_size: int = knob(8, "examples of a local step", low=1)
     learning_rate: float = knob(0.01, "local learning rate (not for `gradient`)", above=0)
 
@@ -211,17 +212,6 @@ class Encoder(Checked):
         choices=("auto", "float32", "rotated4", "rotated2", "rotated1"),
     )
     gate: str = knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))
-    train_steps: int = knob(400, "training steps of the auto-encoder at most", low=1)
-    architecture: str = knob(
-        "resnet",
-        "of the auto-encoder: the published ResNet (1/64), a 1-D CNN (1/32) or a U-shaped network (1/64)",
-        choices=("resnet", "cnn1d", "unet"),
-    )
-    normalise: str = knob(
-        "rms",
-        "input scale of the auto-encoder: none (as published), one root mean square, or one per LoRA tensor",
-        choices=("none", "rms", "module"),
-    )
 
 
 @dataclass(frozen=True)
@@ -233,21 +223,13 @@ class Prior(Checked):
         "moments: a charged, noised query; gradients: real gradients, un-noised (FedCG, NOT private); none: no stage 1",
         choices=("moments", "gradients", "none"),
     )
-    epochs: int = knob(1, "local epochs of stage 1; each gives statistics (or gradients) of its own", low=1)
     sampling_rate: float = knob(0.0, "chance of a client to be in stage 1; 0 = as in a round", low=0, high=1)
-    clip_l2: float = knob(
-        0.0, "L2 bound of a client's statistics vector; 0 = measured on public text as privacy.clip_l2 is", low=0
-    )
-    synthetic: int = knob(512, "synthetic gradients drawn for fitting and for the gate", low=16)
     public: str = knob(
         "",
         "public text for the structured prior: `embedded` (what the embedded model was trained on), `self` (written by the "
         "base model), or a file, folder or `hub:ORG/NAME` as in data.source; empty = self for an encoder made from public text, none for others",
     )
     provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
-    refresh: int = knob(
-        1, "rounds between two makings of an encoder from public text or from the run's own momentum (power)", low=1
-    )
 
 
 @dataclass(frozen=True)
@@ -292,8 +274,8 @@ class Privacy(Checked):
     )
     clip_l2: float = knob(
         0.0,
-        "L2 bound of a client's contribution, where the noise is added; 0 = the median length of what make-believe clients with "
-        "public text would send at the start",
+        "L2 bound of a client's contribution, where the noise is added, and of its statistics in stage 1; 0 = the median length of "
+        "what make-believe clients with public text would send at the start",
         low=0,
     )
     clip: str = knob(
@@ -326,11 +308,6 @@ class Evaluation(Checked):
         1024,
         "held-out examples of the final table, and zero-shot questions of each benchmark; an eighth between rounds",
         low=1,
-    )
-    prompts: tuple[str, ...] = knob(
-        (),
-        "instructions that base and adapted model answer at the end of a run, for the screen and the report: public ones; empty = "
-        "three of generated or declared public text, or three general ones",
     )
     benchmarks: tuple[str, ...] = knob(
         ("auto",),

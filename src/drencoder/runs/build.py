@@ -9,8 +9,9 @@ import torch
 
 from drencoder.data.benchmarks.questions import load_benchmarks
 from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, owner_kind, set_aside_share
+from drencoder.data.places import Place
 from drencoder.data.public_text import PublicText, open_public
-from drencoder.data.sources import EmbeddedSource, Record, SitesSource, Source
+from drencoder.data.sources import AbsentSource, EmbeddedSource, Record, Source
 from drencoder.data.text_report import report_records, report_source
 from drencoder.data.tokenization import Example, RecordTokenizer
 from drencoder.data.units import EmbeddedUnits, SiteUnits, open_text
@@ -119,8 +120,8 @@ class Components:
     def clients_text(self) -> tuple[str, str]:
         """What a site says of its clients' text: what it is called, without its folders, and the kind of its owners."""
         data = self.recipe.data if self.own is None else replace(self.recipe.data, source=self.own.source)
-        kind, _, where = data.source.rpartition(":")
-        name = data.source if kind == "hub" or data.is_embedded else Path(where).name
+        place = Place.parse(data.source)
+        name = data.source if place.kind in ("hub", "embedded") else Path(place.name.removeprefix("hub:")).name
         return name, owner_kind(data, self.recipe.privacy.unit)
 
     @property
@@ -224,10 +225,8 @@ class Components:
             planned_code_size(recipe, self.plan, matrices),
             prior,
             derive_seed(recipe.seed, "encoder"),
-            recipe.encoder,
             public=public,
             history_JD=history_JD,
-            synthetic=recipe.prior.synthetic,
             real=real,
             on_step=on_step,
         )
@@ -315,7 +314,7 @@ def _clients_text(recipe: Recipe, own: SiteText | None, remote: bool) -> Source:
     if own is not None:
         return open_text(recipe, own=(own.source, own.clients))
     if remote and not recipe.data.is_embedded and evaluation_basis(recipe) in ("server", "nothing"):
-        return SitesSource()
+        return AbsentSource()
     try:
         return open_text(recipe, set_aside=set_aside_share(recipe))
     except DataError as error:

@@ -4,7 +4,7 @@ Legend: D adapter values, K code values.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from drencoder.data.evaluation_text import SIMULATED_OWNERS, describe_owners, evaluation_rests_on, owner_kind
@@ -31,8 +31,9 @@ from drencoder.errors import RecipeError
 from drencoder.models.place import locate
 from drencoder.models.planned_layers import adapted_matrices, planned_size
 from drencoder.models.training_size import ModelSize, free_memory, gigabytes
+from drencoder.privacy.make_plan import make_plan
 from drencoder.privacy.noise_terms import noise_terms
-from drencoder.privacy.plan import PrivacyPlan, Stage, make_plan
+from drencoder.privacy.plan import PrivacyPlan, Stage
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
 
@@ -49,12 +50,12 @@ class Overview:
     """
 
     privacy: PrivacyPlan
-    adapter_size: int | None
-    code_size: int | None
-    message_bytes: int | None
-    stage1_bytes: int | None
-    total_bytes: int | None
-    plain_lora_bytes: int | None
+    adapter_size: int | None = None
+    code_size: int | None = None
+    message_bytes: int | None = None
+    stage1_bytes: int | None = None
+    total_bytes: int | None = None
+    plain_lora_bytes: int | None = None
     code_reason: str = ""  # why the code has this size, if the plan chose it
     encoder_warning: str = ""  # what speaks against the encoder, in one sentence
     owners: str = ""  # who the clients are
@@ -191,44 +192,8 @@ def survey(recipe: Recipe) -> Overview:
     data, unit = recipe.data, recipe.privacy.unit
     owners = describe_owners([owner_kind(data, unit)], data.client_field, unit, data.owner_field)
     basis, clip = evaluation_rests_on(recipe), _clip_words(recipe)
-    if matrices is None:
-        warning = _encoder_warning(recipe)
-        unknown = (None, None, None, None, None, None)
-        return Overview(
-            plan,
-            *unknown,
-            encoder_warning=warning,
-            owners=owners,
-            evaluation_rests_on=basis,
-            clip=clip,
-            weight_bytes=weights,
-            training_bytes=memory,
-            training_way=way,
-        )
-    size = AdapterShape(matrices, recipe.adapter.rank).update_size
-    prior, dtype = recipe.prior, wire_dtype(recipe)
-    code = planned_code_size(recipe, plan, matrices)
-    values = code + (recipe.privacy.clip == "adaptive")
-    message = message_bytes(values, sent_dtype(recipe, plan, 1, values))
-    rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
-    uploads = plan.senders(1) * rounds
-    asked = stage1_values(prior.source, size, len(matrices), prior.epochs)
-    stage1 = round(plan.senders(0) * message_bytes(asked, sent_dtype(recipe, plan, 0, asked))) if asked else 0
-    stage2, senders = round(uploads * message), uploads
-    if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
-        message = round_bytes(nodes, values, integer_bits(plan, 1, values))[0]
-        senders = rounds * nodes
-        stage2 = senders * message
-        stage1 = nodes * round_bytes(nodes, asked, integer_bits(plan, 0, asked))[0] if asked else 0
-    return Overview(
-        privacy=plan,
-        adapter_size=size,
-        code_size=code,
-        message_bytes=message,
-        stage1_bytes=stage1,
-        total_bytes=stage2 + stage1,
-        plain_lora_bytes=plain_lora_bytes(senders, size, dtype),
-        code_reason="; ".join(_reasons(recipe, plan, size)),
+    known = Overview(
+        plan,
         encoder_warning=_encoder_warning(recipe),
         owners=owners,
         evaluation_rests_on=basis,
@@ -236,6 +201,33 @@ def survey(recipe: Recipe) -> Overview:
         weight_bytes=weights,
         training_bytes=memory,
         training_way=way,
+    )
+    if matrices is None:
+        return known
+    size = AdapterShape(matrices, recipe.adapter.rank).update_size
+    prior, dtype = recipe.prior, wire_dtype(recipe)
+    code = planned_code_size(recipe, plan, matrices)
+    values = code + (recipe.privacy.clip == "adaptive")
+    message = message_bytes(values, sent_dtype(recipe, plan, 1, values))
+    rounds, nodes = recipe.federation.rounds, recipe.federation.nodes
+    uploads = plan.senders(1) * rounds
+    asked = stage1_values(prior.source, size, len(matrices), recipe.stage1_epochs)
+    stage1 = round(plan.senders(0) * message_bytes(asked, sent_dtype(recipe, plan, 0, asked))) if asked else 0
+    stage2, senders = round(uploads * message), uploads
+    if plan.trust == "secure-aggregation":  # a node sends one vector for all its clients
+        message = round_bytes(nodes, values, integer_bits(plan, 1, values))[0]
+        senders = rounds * nodes
+        stage2 = senders * message
+        stage1 = nodes * round_bytes(nodes, asked, integer_bits(plan, 0, asked))[0] if asked else 0
+    return replace(
+        known,
+        adapter_size=size,
+        code_size=code,
+        message_bytes=message,
+        stage1_bytes=stage1,
+        total_bytes=stage2 + stage1,
+        plain_lora_bytes=plain_lora_bytes(senders, size, dtype),
+        code_reason="; ".join(_reasons(recipe, plan, size)),
     )
 
 

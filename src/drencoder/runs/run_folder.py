@@ -26,7 +26,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from drencoder.errors import ArtifactError
 from drencoder.reading import parse_json
@@ -36,60 +36,35 @@ __all__ = ["RunFolder", "storing"]
 _RUST_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
+@final
+class _Inside:
+    """The path of a file or folder inside a run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: "RunFolder", owner: type) -> Path:
+        return folder.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Names and safe writing of everything in a run folder."""
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.resolved.toml"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def model_card(self) -> Path:
-        return self.adapter / "README.md"
-
-    @property
-    def certificate(self) -> Path:
-        return self.path / "certificate.json"
-
-    @property
-    def outcomes(self) -> Path:
-        return self.path / "outcomes.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.json"
-
-    @property
-    def signatures(self) -> Path:
-        return self.path / "signatures.jsonl"
-
-    @property
-    def _starting(self) -> Path:
-        """The recipe of a run whose ledger is not there yet."""
-        return self.path / ".recipe.starting.toml"
+    recipe = _Inside("recipe.resolved.toml")
+    ledger = _Inside("ledger.jsonl")
+    metrics = _Inside("metrics.jsonl")
+    checkpoints = _Inside("checkpoints")
+    adapter = _Inside("adapter")
+    model_card = _Inside("adapter/README.md")
+    certificate = _Inside("certificate.json")
+    outcomes = _Inside("outcomes.json")
+    report = _Inside("report.html")
+    samples = _Inside("samples.json")
+    signatures = _Inside("signatures.jsonl")
+    _starting = _Inside(".recipe.starting.toml")  # the recipe of a run whose ledger is not there yet
 
     @staticmethod
     def check_free(path: Path) -> None:

@@ -64,8 +64,6 @@ def answer_prompts(components: Components, adapter_D: Tensor) -> Samples:
 def _prompts(components: Components) -> tuple[str, list[dict[str, str]]]:
     """Whose prompts they are, and records."""
     recipe, texts = components.recipe, components.texts
-    if recipe.evaluation.prompts:
-        return "named by the recipe", [{"instruction": text} for text in recipe.evaluation.prompts]
     if texts.evaluation is not None and _is_public_evaluation(recipe):
         return "of the public evaluation data", [dict(record) for record in texts.evaluation(_PROMPTS)]
     if texts.public is not None and recipe.prior.public not in ("", "self", "embedded"):

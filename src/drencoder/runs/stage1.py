@@ -70,11 +70,11 @@ def _uninformed(components: Components, progress: Progress) -> Progress:
 def _moments(components: Components, ledger: Ledger, progress: Progress, say: Say) -> Progress:
     """The charged, noised moments of one cohort, and the prior that is fitted to them."""
     recipe, plan, segments = components.recipe, components.plan, components.lora.layout.segments
-    epochs = f", for each of {recipe.prior.epochs} epochs" if recipe.prior.epochs > 1 else ""
+    epochs = f", for each of {recipe.stage1_epochs} epochs" if recipe.stage1_epochs > 1 else ""
     whom = f"{plan.population} sites" if plan.curated else f"about {plan.stage1_cohort:.0f} clients"
     say(f"stage 1: asking {whom} for two moments per tensor{epochs}")
     clip_l2 = stage1_clip(components)
-    query = moment_query(segments, recipe.prior, clip_l2)
+    query = moment_query(segments, recipe, clip_l2)
     result, permit = ask_cohort(components, ledger, query, progress.state.adapter_D)
     release = result.release
     ledger.record_release(0, float32_bytes(release.value), "statistics")
@@ -91,7 +91,7 @@ def _real_gradients(
     components: Components, ledger: Ledger, progress: Progress, say: Say
 ) -> tuple[Progress, TrainingGradients]:
     """FedCG: every client's own gradients, one by one and without noise."""
-    query = gradient_query(components.lora.layout.size, components.recipe.prior)
+    query = gradient_query(components.lora.layout.size, components.recipe.stage1_epochs)
     say(
         f"stage 1: asking about {components.plan.stage1_cohort:.0f} clients for their REAL gradients, un-noised (FedCG: not private)"
     )
@@ -131,9 +131,7 @@ def fit_encoder(
     # After real gradients no prior was fitted that could draw any, and of public text it would be the encoder's own.
     if verdict is None or (real is None and structured is None):
         prior = progress.prior or GaussianPrior.isotropic(components.lora.layout.segments)
-        count = min(
-            _GATE_UPDATES, components.recipe.prior.synthetic, max(2, _GATE_VALUES // components.lora.layout.size)
-        )
+        count = min(_GATE_UPDATES, max(2, _GATE_VALUES // components.lora.layout.size))
         samples = prior.sample(count, seed)
         verdict = measure_viability(encoder, samples.values_ND, seed)
         gate["synthetic"] = _facts(verdict)
@@ -165,12 +163,12 @@ def _facts(result: GateResult) -> Mapping[str, Any]:
 def refresh_encoder(
     components: Components, progress: Progress, encoder: Encoder, slot: int
 ) -> tuple[Progress, Encoder]:
-    """The encoder of round `slot`: one of public text or of the run's momentum is made anew every `prior.refresh` rounds.
+    """The encoder of round `slot`: one of public text or of the run's momentum is made anew in every round after the first.
 
-    Bases of the start carry little a few rounds later (docs/log.md). Public text at the adapter as it is and released
+    Bases that are two rounds old carry an eighth less (docs/log.md). Public text at the adapter as it is and released
     momentum alone go in.
     """
-    if not declared(components.recipe).refreshed or slot == 1 or (slot - 1) % components.recipe.prior.refresh:
+    if not declared(components.recipe).refreshed or slot == 1:
         return progress, encoder
     public = components.public_updates(progress.state.adapter_D, slot)
     # Without stage 1's moments: they are of the start, where LoRA's A has no gradient.

@@ -87,8 +87,8 @@ def other_number(recipe: Recipe, survey: DataSurvey | None) -> str:
     unit, named = recipe.privacy.unit, recipe.federation.units_per_site
     if survey is None or unit == "client":
         return ""
-    found = (survey.owners if unit == "owner" else survey.records) or 0
-    mean = found / max(1, survey.clients)
+    units = (survey.owners if unit == "owner" else survey.records) or 0
+    mean = units / max(1, survey.clients)
     if named / 2 <= mean <= named * 2:
         return ""
     return (

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from drencoder.encoders.code_sizes import AUTOENCODERS
 from drencoder.errors import RecipeError
 from drencoder.recipe.recipe import Recipe
 
@@ -23,7 +24,7 @@ class Method:
     """One arm of a comparison. `private` methods are run once per epsilon, the others once.
 
     `rate_knob` is the learning rate that is tuned. The recipe's value is the first guess, unless `compare.rates` has another one.
-    `public` methods are made from public text: the recipe's, or the embedded world's general part if it names none.
+    A method with an auto-encoder has the recipe's, if the recipe names one. `public` methods are made from public text: the recipe's, or the embedded world's general part if it names none.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Method:
           RecipeError: the method and the base recipe do not fit together.
         """
         changes: dict[str, Any] = {**self.knobs, self.rate_knob: rate, "seed": seed}
+        if changes["encoder.name"] == "autoencoder" and base.encoder.name in AUTOENCODERS:
+            changes["encoder.name"] = base.encoder.name
         if self.public:
             changes["prior.public"] = base.prior.public or "embedded"
         if self.private and epsilon is not None:

@@ -3,12 +3,12 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 from drencoder.data.benchmarks.files import read_questions, same_split
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES, Taxonomy
 from drencoder.data.embedded_world.world import Question, World
+from drencoder.data.places import Place
 from drencoder.errors import DataError
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe
@@ -21,7 +21,6 @@ __all__ = [
     "check_apart",
     "load_benchmark",
     "load_benchmarks",
-    "place_of",
 ]
 
 DEFAULT_SPLIT = {"mmlu": "test", "ceval": "val"}
@@ -87,21 +86,14 @@ def load_benchmarks(recipe: Recipe) -> dict[str, Benchmark]:
 
 def check_apart(name: str, where: str, splits: Sequence[str], data: config.Data) -> None:
     """Raises DataError if the clients' text is one of the `splits` of `where` that the model is to be asked."""
-    kind, _, owned = data.source.partition(":")
-    if where == "embedded" or kind != name or place_of(owned) != place_of(where):
+    owned = Place.parse(data.source)
+    if where == "embedded" or not owned.is_same(Place(name, where, "")):
         return
-    if any(same_split(data.split, split) for split in splits):
+    if any(same_split(owned.clients_split, split) for split in splits):
         raise DataError(
-            f"clients are trained on split {data.split!r} of {where}, which {name} is also evaluated with: set another "
-            "data.split (questions come from the test split of mmlu and from val of ceval, worked examples from dev)."
+            f"clients are trained on split {owned.clients_split!r} of {where}, which {name} is also evaluated with: name another one "
+            "in data.source (questions come from the test split of mmlu and from val of ceval, worked examples from dev)."
         )
-
-
-def place_of(where: str) -> str:
-    """One spelling for one place: a folder's full path, or the hub's name in small letters."""
-    prefix, name = ("hub:", where.removeprefix("hub:")) if where.startswith("hub:") else ("", where)
-    path = Path(name)
-    return str(path.resolve()) if path.exists() else prefix + name.strip("/").lower()
 
 
 def _embedded(taxonomy: Taxonomy, *, count: int, draw: int) -> Benchmark:

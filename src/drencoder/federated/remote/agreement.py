@@ -19,8 +19,8 @@ __all__ = ["ClientSet", "agreement"]
 _FREE_SECTIONS = ("name", "server", "evaluation", "speed")
 _FREE_KNOBS = {
     "model": ("source", "revision", "device"),
-    "data": ("source", "split", "client_field", "owner_field", "fields", "held_out_share"),
-    "prior": ("public", "provenance", "synthetic"),
+    "data": ("source", "client_field", "owner_field", "fields", "held_out_share"),
+    "prior": ("public", "provenance"),
 }
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _EVERY = re.compile(r"(\d{1,9})/(\d{1,9})")

@@ -189,9 +189,9 @@ class RemoteEngine:
 
     def _say_bytes(self, query: Query, before: Traffic, planned: float) -> None:
         """A slot's payload beside the plan's. Not under central trust, where it would tell the size of a secret cohort."""
-        now = self._transport.traffic
+        after = self._transport.traffic
         self._say(
-            f"slot {query.spec.slot}: {now.down - before.down:,} bytes down, {now.up - before.up:,} up; the plan expects codes of "
+            f"slot {query.spec.slot}: {after.down - before.down:,} bytes down, {after.up - before.up:,} up; the plan expects codes of "
             f"{planned:,.0f} up"
         )
 

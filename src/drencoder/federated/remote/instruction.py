@@ -158,12 +158,12 @@ def encoder_of(data: bytes, segments: tuple[Segment, ...]) -> tuple[GaussianPrio
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         prior = parse_json(parse_json(data[8 : 8 + length])["__metadata__"]["prior"])
-        made = None if prior is None else GaussianPrior.from_dict(prior, segments)
+        gaussian = None if prior is None else GaussianPrior.from_dict(prior, segments)
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         raise CodeError("an encoder that cannot be read") from None
     if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors.values()):
         raise CodeError("an encoder that is not finite")
-    return made, tensors
+    return gaussian, tensors
 
 
 def fingerprint(data: bytes) -> str:

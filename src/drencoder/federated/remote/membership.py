@@ -128,14 +128,14 @@ class Membership:
             self._refusing[name] = "names clients that the recipe does not have"
             self._known.add(name)
             return True
-        hosted = [client for client in own.clients if self._may_host(client, name)]
-        self._say(f"node {name}: hosts {len(hosted)} clients")
-        if hosted:
+        accepted = [client for client in own.clients if self._may_host(client, name)]
+        self._say(f"node {name}: hosts {len(accepted)} clients")
+        if accepted:
             owners = frame.head.get("owners")
             kind = owners if isinstance(owners, str) and owners in OWNER_KINDS else "unknown"
             text = _printable(frame.head.get("data"))
-            self._facts[name] = SiteFacts(name, str(ClientSet(tuple(hosted))), text, kind)
-        if left := sorted(set(own.clients) - set(hosted)):
+            self._facts[name] = SiteFacts(name, str(ClientSet(tuple(accepted))), text, kind)
+        if left := sorted(set(own.clients) - set(accepted)):
             given = [client for client in left if self._listed.get(client, name) != name]
             by = (
                 f"the server's list of keys gives to another ({name}.clients has this node's)"

@@ -280,9 +280,9 @@ class Site:
             clip = self._adaptive_clip(asked)
             query = update_query(encoder, recipe, spec.slot, clip, self._prior, spec.clip_l2)
         elif recipe.prior.source == "gradients":
-            query = gradient_query(layout.size, recipe.prior)
+            query = gradient_query(layout.size, recipe.stage1_epochs)
         else:
-            query = moment_query(layout.segments, recipe.prior, spec.clip_l2)
+            query = moment_query(layout.segments, recipe, spec.clip_l2)
         if spec.kind != query.spec.kind:
             raise _RefusedError(Refusal.PLAN)
         if not query.spec.same_clip(spec):
