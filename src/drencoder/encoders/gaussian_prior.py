@@ -72,7 +72,7 @@ class MomentQuery:
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
-            raise EncoderError(f"stage 1 of {self.epochs} epochs asks nothing; set prior.epochs to 1 or more")
+            raise EncoderError(f"stage 1 of {self.epochs} epochs asks nothing; set local.epochs to 1 or more")
 
     @property
     def update_size(self) -> int:
