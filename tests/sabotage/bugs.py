@@ -25,7 +25,7 @@ class Bug:
 _MECHANISM = ("privacy/test_privacy_mechanism.py", "federated/test_releases.py", "federated", "test_neighbours.py")
 _LEDGER = ("privacy", "runs/test_verify.py", "runs/test_run.py")
 _ACCOUNT = ("privacy", "runs/test_verify.py")
-_SECURE = ("secure_aggregation", "federated/test_secure_trust.py")
+_SECURE = ("secure_aggregation", "federated/test_secure_trust.py", "federated/test_secure_runs.py")
 _ROUND = ("federated/test_releases.py", "federated", "runs/test_secrets.py", "runs/test_run.py", "test_neighbours.py")
 _ALONE = ("test_neighbours.py", "models", "data")
 _SITE = ("federated", "flower", "privacy/test_privacy_ledger.py")
