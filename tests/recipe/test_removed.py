@@ -59,6 +59,17 @@ def test_a_removed_key_a_section_and_a_value_in_a_file(tmp_path: Path, monkeypat
         assert str(caught.value) == sentence
 
 
+def test_a_run_of_an_earlier_version_is_for_that_version(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.resolved.toml"
+    path.write_text("[prior]\nsynthetic = 512")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == (
+        f"prior.synthetic was removed in 0.2: {REMOVED['prior.synthetic']}. {path} is of a run that had it: use the version of "
+        "drencoder that made that run."
+    )
+
+
 def test_an_entry_for_a_knob_that_is_still_there_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for entry in ("privacy", "privacy.epsilon", "privacy.trust=central"):
         monkeypatch.setitem(removed.REMOVED, entry, "never said")

@@ -167,7 +167,7 @@ class Recipe:
         parts: dict[str, Any] = {}
         for key, value in tables.items():
             if key not in keys:
-                reject_removed_key(key)
+                reject_removed_key(key, origin)
                 raise RecipeError(_unknown(f"{origin}: {shown(key)}", key, keys))
             if key not in _SECTIONS:
                 parts[key] = value
@@ -183,7 +183,7 @@ def read_section(key: str, value: Any, section: type[Section], origin: str) -> S
     knobs = {declared.name for declared in dataclasses.fields(section)}  # type: ignore[arg-type]
     for inner in value:
         if inner not in knobs:
-            reject_removed_key(f"{key}.{inner}")
+            reject_removed_key(f"{key}.{inner}", origin)
             raise RecipeError(_unknown(f"{origin}: {key}.{cut(inner)}", inner, knobs))
     return section(**value)
 

@@ -57,10 +57,15 @@ REMOVED: dict[str, str] = {
 """`section`, `section.key` or `section.key=value` -> the end of a sentence that says what to do instead."""
 
 
-def reject_removed_key(where: str) -> None:
-    """Raises `RecipeError` for a section or a `section.key` that an earlier version had; does nothing for any other."""
+def reject_removed_key(where: str, origin: str = "") -> None:
+    """Raises `RecipeError` for a section or a `section.key` that an earlier version had; does nothing for any other.
+
+    `origin` is the file that has it. A run's own recipe is not to be mended: its ledger has the digest.
+    """
     if where in REMOVED:
-        raise RecipeError(f"{where} was removed in 0.2: {REMOVED[where]}.")
+        is_runs = origin.endswith("recipe.resolved.toml")
+        cure = f" {origin} is of a run that had it: use the version of drencoder that made that run." if is_runs else ""
+        raise RecipeError(f"{where} was removed in 0.2: {REMOVED[where]}.{cure}")
 
 
 def reject_removed_value(where: str, value: object) -> None:
