@@ -107,7 +107,9 @@ def test_what_cannot_be_compared_is_one_sentence(knobs: dict[str, Any], words: s
 
 
 def test_a_recipe_without_evaluation_data_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    recipe, settings = load_comparison(None, ["data.source=notes.jsonl", "data.client_field=who", "federation.population=40"])
+    recipe, settings = load_comparison(
+        None, ["data.source=notes.jsonl", "data.client_field=who", "federation.population=40"]
+    )
     with pytest.raises(RecipeError, match=r"by held-out loss\. The run has no evaluation data.* in evaluation\.data"):
         compare(recipe, settings, tmp_path / "study", Notes())
     assert not (tmp_path / "study").exists()

@@ -10,7 +10,6 @@ from typing import Any, final
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from rich.console import Console
 
 from drencoder.errors import DrencoderError, RecipeError, describe_crash
 from drencoder.federated.remote.agreement import ClientSet
@@ -64,9 +63,7 @@ class ServerOptions:
         return cls(recipe, Path(resumed or out), patience)
 
 
-def serve(
-    grid: Grid, options: ServerOptions, console: Console | None = None, transport: GridTransport | None = None
-) -> experiment.RunResult:
+def serve(grid: Grid, options: ServerOptions) -> experiment.RunResult:
     """Runs or resumes a run over the grid, and shows it.
 
     Raises:
@@ -74,12 +71,12 @@ def serve(
     """
     config = options.config
     display = RunDisplay(
-        console or make_console(quiet=options.quiet),
+        make_console(quiet=options.quiet),
         rounds=config.federation.rounds,
         encoder=config.encoder.name,
         name=config.name,
     )
-    transport = transport or GridTransport(grid, display.say)
+    transport = GridTransport(grid, display.say)
     engine = make_remote_engine(transport, options.patience, display.say, options.keys, options.clients)
     try:
         if options.recipe is None:

@@ -30,7 +30,7 @@ _ISOLATED = "DRENCODER_ALONE"
 _SITES: dict[tuple[str, str], Site] = {}
 
 
-def simulate_run(options: ServerOptions, nodes: int, *, cores: int | None = None) -> experiment.RunResult:
+def simulate_run(options: ServerOptions, nodes: int) -> experiment.RunResult:
     """Runs or resumes a run with `nodes` simulated sites: node i hosts the clients i, i + nodes, ... Two processes or more train.
 
     The recipe's own data source is every site's, and their ledgers lie in the folder RUN.sites.
@@ -43,7 +43,7 @@ def simulate_run(options: ServerOptions, nodes: int, *, cores: int | None = None
             "secure aggregation needs nodes that remember a round from one message to the next, and Ray's workers do not: "
             "drencoder run has the same protocol in one process, drencoder server and client over the network."
         )
-    cores = cores or os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     sites = options.out.with_name(f"{options.out.name}.sites")
     recipe = sites / "recipe.toml"
     if options.recipe is not None:

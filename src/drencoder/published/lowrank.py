@@ -57,14 +57,14 @@ class LowRankEncoder:
     Args:
       known: per tensor, directions (B, Q) float32 with orthonormal columns.
       fresh: per tensor, how many directions each round's seed adds, orthogonal to the known ones.
-      label: the encoder's name, "core" or "power".
+      name: the encoder's, "core" or "power".
       provenance: whose public text gave the directions; empty if none did.
     """
 
     segments: tuple[Segment, ...]
     known: tuple[Tensor, ...]
     fresh: tuple[int, ...]
-    label: str
+    name: str
     provenance: str = ""
 
     linear: ClassVar[bool] = True
@@ -73,18 +73,18 @@ class LowRankEncoder:
         check_segments(self.segments)
         if len(self.known) != len(self.segments) or len(self.fresh) != len(self.segments):
             raise EncoderError(
-                f"the {self.label} encoder got directions for {len(self.known)} and {len(self.fresh)} of "
+                f"the {self.name} encoder got directions for {len(self.known)} and {len(self.fresh)} of "
                 f"{len(self.segments)} tensors; give them for each"
             )
         for segment, known_BQ, fresh in zip(self.segments, self.known, self.fresh, strict=True):
             long = max(matrix_shape(segment))
             if known_BQ.dim() != 2 or len(known_BQ) != long or not 0 <= fresh <= long - known_BQ.shape[1]:
                 raise EncoderError(
-                    f"the {self.label} encoder got {tuple(known_BQ.shape)} known and {fresh} fresh directions for "
+                    f"the {self.name} encoder got {tuple(known_BQ.shape)} known and {fresh} fresh directions for "
                     f"{segment.name!r} with a long side of {long}; build it for this adapter"
                 )
         if self.code_size < 1:
-            raise EncoderError(f"the {self.label} encoder has no direction of any tensor; give at least one")
+            raise EncoderError(f"the {self.name} encoder has no direction of any tensor; give at least one")
 
     @classmethod
     def core(cls, prior: MatrixNormalPrior) -> "LowRankEncoder":
@@ -131,10 +131,6 @@ class LowRankEncoder:
             fresh.append(rank - known_BQ.shape[1])
         return cls(segments, tuple(known), tuple(fresh), "power")
 
-    @property
-    def name(self) -> str:
-        return self.label
-
     @cached_property
     def update_size(self) -> int:
         return check_segments(self.segments)
@@ -156,7 +152,7 @@ class LowRankEncoder:
     def _directions(self, number: int, seed: int, like: Tensor) -> Tensor:
         """(B, C) of one tensor in the round of this seed, made on the CPU so that every device has the same."""
         known_BQ = self.known[number]
-        random_BF = _orthogonal_to(known_BQ, self.fresh[number], derive_seed(seed, self.label, number))
+        random_BF = _orthogonal_to(known_BQ, self.fresh[number], derive_seed(seed, self.name, number))
         return torch.cat([known_BQ, random_BF], dim=1).to(like.device)
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
@@ -208,17 +204,17 @@ class LowRankEncoder:
         }
 
     @classmethod
-    def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], label: str) -> "LowRankEncoder":
+    def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "LowRankEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
         try:
             known = tuple(state[f"{number}.known"] for number in range(len(segments)))
             fresh, provenance = tuple(state["fresh"].tolist()), text_of_tensor(state["provenance"])
         except (KeyError, ValueError) as error:
             raise EncoderError(
-                f"the saved {label} encoder does not fit this adapter of {len(segments)} tensors ({error}); restore the one "
+                f"the saved {name} encoder does not fit this adapter of {len(segments)} tensors ({error}); restore the one "
                 "of this run"
             ) from None
-        return cls(segments, known, fresh, label, provenance)
+        return cls(segments, known, fresh, name, provenance)
 
 
 def _on_long_side(update_ND: Tensor, segment: Segment) -> Tensor:

@@ -51,13 +51,13 @@ class SubsetEncoder:
 
     Args:
       index_K: places to send, int64, rising.
-      label: the encoder's name, "ffa" or "top-k".
+      name: the encoder's, "ffa" or "top-k".
       provenance: whose public text chose the places; empty if none did.
     """
 
     segments: tuple[Segment, ...]
     index_K: Tensor
-    label: str
+    name: str
     provenance: str = ""
 
     linear: ClassVar[bool] = True
@@ -67,7 +67,7 @@ class SubsetEncoder:
         rising = index_K.dtype == torch.int64 and index_K.dim() == 1 and bool((index_K.diff() > 0).all())
         if not rising or not len(index_K) or not 0 <= int(index_K[0]) <= int(index_K[-1]) < size:
             raise EncoderError(
-                f"the {self.label} encoder got {tuple(index_K.shape)} places of type {index_K.dtype}; give one or more "
+                f"the {self.name} encoder got {tuple(index_K.shape)} places of type {index_K.dtype}; give one or more "
                 f"rising int64 places from 0 to {size - 1}"
             )
 
@@ -103,10 +103,6 @@ class SubsetEncoder:
             )
         index_K = energy_D.argsort(descending=True, stable=True)[:code_size].sort().values
         return cls(segments, index_K, "top-k", f"public: {public.declared} ({len(update_ND)} updates)")
-
-    @property
-    def name(self) -> str:
-        return self.label
 
     @cached_property
     def update_size(self) -> int:
@@ -144,15 +140,15 @@ class SubsetEncoder:
         }
 
     @classmethod
-    def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], label: str) -> "SubsetEncoder":
+    def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "SubsetEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
         try:
             index_K, provenance = state["index"], text_of_tensor(state["provenance"])
         except (KeyError, ValueError) as error:
             raise EncoderError(
-                f"the saved {label} encoder is malformed ({error}); restore the one of this run"
+                f"the saved {name} encoder is malformed ({error}); restore the one of this run"
             ) from None
-        return cls(segments, index_K, label, provenance)
+        return cls(segments, index_K, name, provenance)
 
 
 def make_ffa(request: EncoderRequest, state: SavedState) -> Encoder:

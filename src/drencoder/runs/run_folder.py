@@ -156,12 +156,12 @@ class RunFolder:
         """Rewrites the metrics. A resumed run drops the rows of rounds that it runs again."""
         self.write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def write(self, path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    def write(self, path: Path, data: bytes) -> None:
         """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder."""
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.tmp")
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
