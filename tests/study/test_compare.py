@@ -159,6 +159,13 @@ def test_fedcg_spends_its_budget_on_the_rounds() -> None:
     assert method_named("fedcg-dp").private
 
 
+def test_a_method_with_an_autoencoder_has_the_one_that_the_recipe_names() -> None:
+    for name, encoder in (("paper/embedded-dolly", "autoencoder-published"), ("paper/embedded-crowd", "autoencoder")):
+        for method in ("dr-encoder", "fedcg", "noise"):
+            made = METHODS[method].recipe(load_recipe(name), epsilon=2.0, seed=0, rate=1.0)
+            assert made.encoder.name == encoder
+
+
 # --- a whole comparison, small --------------------------------------------------------------------------------
 
 
