@@ -48,6 +48,10 @@ def test_a_folder_gives_the_split_that_is_named_even_where_its_name_has_a_colon(
     assert {record["instruction"][:4] for record in read_records(f"{plain}:test", knob="data.source")} == {"test"}
     with pytest.raises(DataError, match="no files of split 'other': name one of test, train as 'FOLDER:SPLIT'"):
         read_records(f"{plain}:other", knob="data.source")
+    unnamed = write(tmp_path / "unnamed", "one", "two")
+    assert len(read_records(str(unnamed), knob="data.source")) == 8
+    with pytest.raises(DataError, match="no files of split 'test': leave the split out, or give a file"):
+        read_records(f"{unnamed}:test", knob="data.source")  # else both splits would be the same files
 
 
 def test_the_server_may_measure_on_another_split_of_the_clients_folder(tmp_path: Path) -> None:
@@ -58,6 +62,25 @@ def test_the_server_may_measure_on_another_split_of_the_clients_folder(tmp_path:
     evaluation = open_evaluation(recipe, source)
     assert evaluation is not None
     assert {record["instruction"][:4] for record in evaluation(10)} == {"test"}
-    for own in (f"{folder}", f"{folder}:train"):
+    for own in (f"{folder}", f"{folder}:train", f"{folder}:TRAIN"):
         with pytest.raises(DataError, match=r"is the clients' own text \(data\.source\)"):
             open_evaluation(load_recipe(None, [*common, f"evaluation.data={own}"]), source)
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "shared"),
+    [
+        ("hub:org/name", "test", False),
+        ("hub:org/name", "train", True),
+        ("hub:org/name", "train[90%:]", True),
+        ("hub:org/name:train[:90%]", "train[90%:]", True),
+        ("hub:org/name:train+test", "test", True),
+        ("hub:org/name:all", "test", True),
+        ("hub:org/name:val", "validation", True),
+        ("hub:org/name:dev", "test", False),
+        ("ceval:hub:org/name", "val", False),
+        ("ceval:hub:org/name:validation", "val", True),
+    ],
+)
+def test_a_split_that_may_hold_a_clients_record_is_known(source: str, split: str, shared: bool) -> None:
+    assert Place.parse(source).shares_records(split) == shared

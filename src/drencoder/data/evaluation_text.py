@@ -161,8 +161,8 @@ def _evaluation_split(recipe: Recipe) -> str:
         present = split_names(place.name, None, knob="evaluation.data")
         splits = [split for split in _SPLITS if split in present] or present
     else:
-        splits = [owned.clients_split]
-    left = [split for split in splits if not (owned.is_same(place) and split == owned.clients_split)]
+        splits = [place.clients_split]
+    left = [split for split in splits if not (owned.is_same(place) and owned.shares_records(split))]
     if not left:
         raise DataError(
             f"evaluation.data = {recipe.evaluation.data!r} is the clients' own text (data.source): name text that no client has, or set whole "

@@ -14,7 +14,7 @@ from typing import Any
 from drencoder.errors import DataError
 from drencoder.reading import NotJsonError, cut, parse_json, read_bytes, reason
 
-__all__ = ["FileState", "Row", "kind_of", "read_rows", "state_of"]
+__all__ = ["FileState", "Row", "kind_of", "read_rows", "state_of", "usual_split"]
 
 Row = tuple[str, Any]
 """Where a row stands ("notes.csv, line 3"), and what it is: a mapping, unless the file is ill-shaped."""
@@ -30,7 +30,7 @@ _GIVE = "give a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or
 def read_rows(path: Path, split: str, *, knob: str) -> Iterator[Row]:
     """The rows of a file, or of the files of a folder; `knob` is named in messages.
 
-    Of a folder whose files are named after splits (train.csv, test.csv), only those of `split` are read.
+    Of a folder whose files are named after splits (train.csv, test.csv), only those of `split` are read; else all are `train`.
 
     Raises:
       DataError: there is no such file, its format is not known, or it is broken; the message names file and line.
@@ -43,6 +43,11 @@ def read_rows(path: Path, split: str, *, knob: str) -> Iterator[Row]:
     except (OSError, ValueError) as error:  # ValueError: NUL in a name
         raise _unreadable(path, knob, error) from None
     yield from _read_file(path, knob)
+
+
+def usual_split(name: str) -> str:
+    """One name for all that name one split: `val`, `dev`, `valid` and `eval` are `validation`."""
+    return _SAME_SPLIT.get(name.lower(), name.lower())
 
 
 def state_of(path: Path) -> FileState | None:
@@ -66,15 +71,15 @@ def _files_of(folder: Path, split: str, knob: str) -> list[Path]:
     if not files:
         raise DataError(f"{knob} = '{cut(folder)}' is a folder without data files: {_GIVE}.")
     named = {path: match[1] for path in files if (match := _SPLITS.search(path.stem.lower()))}
-    if not named:
+    if not named and usual_split(split) == "train":
         return files
-    same = _SAME_SPLIT.get(split.lower(), split.lower())
-    chosen = [path for path, name in named.items() if _SAME_SPLIT.get(name, name) == same]
+    chosen = [path for path, name in named.items() if usual_split(name) == usual_split(split)]
     if not chosen:
-        raise DataError(
-            f"{knob} = '{cut(folder)}' has no files of split {split!r}: name one of {', '.join(sorted(set(named.values())))} as "
-            "'FOLDER:SPLIT', or give a file."
+        there = ", ".join(sorted(set(named.values())))
+        cure = (
+            f"name one of {there} as 'FOLDER:SPLIT', or give a file" if there else "leave the split out, or give a file"
         )
+        raise DataError(f"{knob} = '{cut(folder)}' has no files of split {split!r}: {cure}.")
     return chosen
 
 

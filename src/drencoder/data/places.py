@@ -6,10 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import final
 
-from drencoder.data.benchmarks.files import AUXILIARY, read_questions
+from drencoder.data.benchmarks.files import AUXILIARY, read_questions, same_split
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.embedded_world.world import record_of
-from drencoder.data.formats import FileState, Row, read_rows, state_of
+from drencoder.data.formats import FileState, Row, read_rows, state_of, usual_split
 from drencoder.data.hub import load_rows
 from drencoder.data.schemas import Record, Records, to_records
 from drencoder.errors import DataError
@@ -46,6 +46,20 @@ class Place:
     def clients_split(self) -> str:
         """The split that clients own: the one that is named, or the usual one."""
         return self.split or _CLIENTS_SPLITS.get(self.kind, "train")
+
+    def shares_records(self, split: str) -> bool:
+        """Whether `split` of this place may have a record that the clients own.
+
+        The datasets library knows `train+test`, `all`, and slices such as `train[:10%]`: two slices of one split count as shared, since an
+        owner may have records in both.
+        """
+        if self.kind in TAXONOMIES:
+            return same_split(split, self.clients_split)
+        asked, owned = (
+            {usual_split(part.partition("[")[0].strip()) for part in text.split("+")}
+            for text in (split, self.clients_split)
+        )
+        return bool(asked & owned) or "all" in asked | owned
 
     def is_same(self, other: "Place") -> bool:
         """Whether both are one place, whatever the split."""
