@@ -172,7 +172,7 @@ class HybridEncoder:
 
 
 def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
-    """The registry's "hybrid": a share `encoder.explore` of the code is the sketch's, the head fills what directions leave.
+    """The registry's "hybrid": a share `explore` of the code (a quarter) is the sketch's, the head fills what directions leave.
 
     EncoderError if LoRA's B tensors hold fewer values than the code, or if there is none.
     """
