@@ -187,7 +187,7 @@ def _compare_with_cpu(bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
     card_model = copy.deepcopy(model).to(bench.device)
     here = LoraModel(BaseModel(model, tokenizer, "smoke"), knobs, seed=0)
     card = LoraModel(BaseModel(card_model, tokenizer, "smoke"), knobs, seed=0)
-    card.fixed_slots, card.length_step, card.batch_tokens = True, 64, 1024
+    card.fixed_slots, card.batch_tokens = True, 1024
     clients = make_clients(here, 6, 2, 24) + make_clients(here, 2, 1, 61)
     adapter_D, seeds = here.initial_D + 0.01, list(range(8))
     expected = cohort_updates(here, adapter_D, clients, local, seeds)

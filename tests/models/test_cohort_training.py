@@ -1,6 +1,7 @@
 """Cohort-parallel training gives each client the update it would have computed alone through PEFT."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from conftest import random_examples, tiny_base
 from drencoder.data.tokenization import Example, collate
@@ -323,7 +324,8 @@ def test_neither_the_budget_of_tokens_nor_recomputation_changes_a_bit(upload: st
         lora.batch_tokens, lora.fit_tokens = budget, fit
         updates.append(cohort_updates(lora, adapter_D, clients, local, seeds))
         passes.append(len(sizes))
-        assert max(sizes) <= max(budget, 2 * 24)  # one client's own batch: two examples of at most 24 tokens
+        # One client's own piece: a batch of two examples of at most 24 tokens, or all twelve of a gradient.
+        assert max(sizes) <= max(budget, (12 if upload == "gradient" else 2) * 24)
     assert all(len(example.tokens) <= 24 for client in clients for example in client)
     if base not in ("llama-rank-1", "llama-head"):
         assert passes[2] < passes[0]  # some did share
@@ -352,3 +354,65 @@ def test_recomputation_keeps_the_layers_inputs_only() -> None:
 def test_only_ranks_that_round_alike_in_any_company_are_stacked(rank: int, shared: bool) -> None:
     assert make_lora(rank=rank).can_share(16) is shared
     assert not make_lora(rank=rank).can_share(5)  # rows of five tokens fill no whole line of the cache
+
+
+def test_passes_that_clients_may_share_run_on_two_threads_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread takes a part of a tensor's values, and SiLU rounds the last values of a part otherwise: with six threads an
+    update depended on who else was there. In halves a client's values fill whole steps."""
+    torch.manual_seed(4)
+    shape = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=704, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape).eval().requires_grad_(False)
+    lora = LoraModel(BaseModel(model, tiny_base().tokenizer, "wide"), config.Adapter(rank=8), seed=5, batch_tokens=10**6)
+    clients = [[Example(tuple(range(2, 22 + kind)), 3)] * 8 for kind in (0, 0, 0, 0, 0, 8)]
+    local, adapter_D, before = config.Local(batch_size=8), moved(lora), torch.get_num_threads()
+    threads: list[tuple[int, int]] = []
+    lora.base.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _m, args: threads.append((len(args[0]), torch.get_num_threads()))
+    )
+    try:
+        torch.set_num_threads(6)
+        together = cohort_updates(lora, adapter_D, clients, local, [0] * 6)
+        alone = torch.cat([cohort_updates(lora, adapter_D, [one], local, [0]) for one in clients])
+        assert torch.get_num_threads() == 6
+        monkeypatch.setattr(LoraModel, "can_share", lambda *_: False)
+        cohort_updates(lora, adapter_D, clients[:1], local, [0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, alone)
+    assert threads == [(40, 2), (8, 2), *[(8, 2)] * 6, (8, 6)]
+
+
+def test_texts_get_a_length_that_fills_whole_lines_and_loops_and_no_more_padding_than_pays() -> None:
+    lora = make_lora()  # layers of 24 and 48, rank 4: 8 tokens fill whole steps of 64 values
+    lora.pass_tokens = 64
+    for rows, longest in ((1, 17), (2, 9), (4, 13), (8, 13), (3, 20)):
+        length = lora.padded_length(rows, longest)
+        assert longest <= length < longest + 16
+        assert lora.can_share(rows * length)
+    assert lora.padded_length(8, 13) == 13  # 104 tokens do already
+    assert lora.padded_length(1, 125) == 128
+    assert lora.padded_length(1, 127) <= 128  # the model has no more positions
+    assert make_lora(rank=5).padded_length(1, 17) == 17  # trains alone whatever its length
+
+
+def test_a_layer_whose_values_end_within_a_step_of_a_loop_is_not_shared() -> None:
+    """Twelve values of a client would be the last of a tensor, and rounded otherwise, or not, as others are there."""
+    values = torch.randn(1 << 10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(functional.silu(values[:128]), functional.silu(values)[:128])
+    assert not make_lora().can_share(4)  # 4 x 24 and 4 x 48 values
+    assert make_lora().can_share(8)
+
+
+def test_a_gradient_of_many_records_takes_as_many_at_a_time_as_keep_a_core_busy() -> None:
+    lora, sizes = make_lora(), list[int]()
+    lora.base.model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
+    examples = [Example(tuple(range(2, 18)), 4)] * 20
+    whole = cohort_updates(lora, moved(lora), [examples], config.Local(batch_size=4), [0])
+    assert sizes == [20]
+    lora.size = replace(lora.size, linear_values=80_000_000 * lora.size.num_linear // 100)  # 100 tokens keep a core busy
+    sizes.clear()
+    parts = cohort_updates(lora, moved(lora), [examples], config.Local(batch_size=4), [0])
+    assert sizes == [6, 6, 6, 2]
+    assert torch.allclose(whole, parts, atol=1e-6)

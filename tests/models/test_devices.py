@@ -36,7 +36,7 @@ def lora_on(device: str, dtype: torch.dtype = torch.float32, **knobs: object) ->
     lora = LoraModel(base, config.Adapter(**{"rank": 4, **knobs}), seed=5)  # type: ignore[arg-type]
     if device == "meta":  # whose shapes are tried on the CPU, before
         base.model.to("meta")
-        lora.fixed_slots, lora.batch_tokens, lora.length_step, lora.pass_tokens = True, 512, 64, 1024
+        lora.fixed_slots, lora.batch_tokens, lora.pass_tokens = True, 512, 1024
     return lora
 
 
@@ -72,7 +72,7 @@ def test_full_passes_keep_clients_apart_and_give_the_same_updates(
 ) -> None:
     """The way of a card: passes of one size with empty clients, and lengths in large steps."""
     lora = lora_on(device, dtype, dropout=dropout)
-    lora.fixed_slots, lora.batch_tokens, lora.length_step = True, 512, 64
+    lora.fixed_slots, lora.batch_tokens = True, 512
     local = config.Local(upload="gradient", batch_size=2)
     examples, adapter_D = random_examples(5, 1), lora.initial_D + 0.01
     alone = cohort_updates(lora, adapter_D, [examples], local, [7])[0]
@@ -94,7 +94,7 @@ def test_full_passes_keep_clients_apart_and_give_the_same_updates(
 
 def test_where_a_shape_rounds_otherwise_in_company_clients_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lora = lora_on("cpu")
-    lora.fixed_slots, lora.batch_tokens, lora.length_step, lora.pass_tokens = True, 512, 64, 10**9
+    lora.fixed_slots, lora.batch_tokens, lora.pass_tokens = True, 512, 10**9
     rows: list[int] = []
     lora.base.model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
     honest = cohort_training._pass

@@ -9,6 +9,7 @@ eval mode. Where a library chooses how to add up by the number of clients (a gra
 stand where there are too few (`LoraModel.fixed_slots`), and a shape is tried before clients share it (`_keeps_apart`).
 """
 
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ Steps = list[list[Example]]
 
 # Values of all adapters of clients that go through their steps together: an optimiser has four of each.
 _MOST_VALUES = 1 << 26
+_THREADS = 2  # of passes that clients may share
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class _Piece:
 
 
 def _schedule(examples: Sequence[Example], local: config.Local, seed: int) -> Steps:
-    """The batches a client goes through: in order and once for a gradient, shuffled epochs otherwise."""
+    """The batches a client steps by: shuffled epochs; of a gradient, which is a sum over all examples, one of all."""
+    if local.upload == "gradient":
+        return [list(examples)] if examples else []
     steps: Steps = []
-    order = list(examples)
-    shuffler = random.Random(seed)
-    for _ in range(1 if local.upload == "gradient" else local.epochs):
-        if local.upload != "gradient":
-            shuffler.shuffle(order)
+    order, shuffler = list(examples), random.Random(seed)
+    for _ in range(local.epochs):
+        shuffler.shuffle(order)
         steps += [order[start : start + local.batch_size] for start in range(0, len(order), local.batch_size)]
     return steps
 
@@ -123,16 +125,18 @@ def _train(
 ) -> Tensor:
     """Updates (K, D) of clients that have the same number of steps, one or more."""
     generators = [_generator(lora, derive_seed(seed, "dropout")) for seed in seeds]
+
+    def gradients(position_KD: Tensor, rows_of: Sequence[list[Example]]) -> Tensor:
+        totals = [sum(example.targets for example in rows) for rows in rows_of]
+        pieces = [piece for k, rows in enumerate(rows_of) for piece in _cut(lora, k, rows, local.batch_size)]
+        return _gradients(lora, position_KD, pieces, totals, generators)
+
     if local.upload == "gradient":
-        totals = [sum(example.targets for rows in steps for example in rows) for steps in schedules]
-        pieces = [piece for k, steps in enumerate(schedules) for rows in steps for piece in _cut(lora, k, rows)]
-        return _gradients(lora, start_KD, pieces, totals, generators).neg_()
+        return gradients(start_KD, [steps[0] for steps in schedules]).neg_()
     position_KD = start_KD.clone().requires_grad_()
     optimizer = _optimizer(local, [position_KD])
     for rows_of in zip(*schedules, strict=True):
-        totals = [sum(example.targets for example in rows) for rows in rows_of]
-        pieces = [piece for k, rows in enumerate(rows_of) for piece in _cut(lora, k, rows)]
-        position_KD.grad = _gradients(lora, position_KD.detach(), pieces, totals, generators)
+        position_KD.grad = gradients(position_KD.detach(), rows_of)
         optimizer.step()
     return _as_update(local, start_KD, position_KD.detach(), len(schedules[0]))
 
@@ -142,25 +146,21 @@ def _generator(lora: LoraModel, seed: int) -> torch.Generator:
     return torch.Generator(lora.device if lora.dropout else "cpu").manual_seed(seed)
 
 
-def _cut(lora: LoraModel, client: int, rows: Sequence[Example]) -> Iterator[_Piece]:
+def _cut(lora: LoraModel, client: int, rows: Sequence[Example], batch_size: int) -> Iterator[_Piece]:
     """Cuts a batch into pieces of about the same length, where that spares more padding than another pass costs.
 
-    A length is rounded up, so that there are few shapes, but not beyond the model's positions. All follows from the client's own
-    examples and from the model.
+    A piece of more than `batch_size` rows has no more tokens than keep a core busy. All follows from the client's own examples, the
+    model and the recipe.
     """
-    step, most = lora.length_step, lora.base.positions
     by_length = sorted(rows, key=lambda example: len(example.tokens))
-    lengths = []
-    for example in by_length:
-        longest = len(example.tokens)
-        rounded = -(-longest // step) * step
-        lengths.append(max(longest, min(rounded, most or rounded)))
     piece: list[Example] = []
-    for place, (example, length) in enumerate(zip(by_length, lengths, strict=True)):
+    for example, following in zip(by_length, [*by_length[1:], None], strict=True):
         piece.append(example)
-        longer = lengths[place + 1] if place + 1 < len(lengths) else None
-        if longer is None or (longer - length) * len(piece) >= lora.pass_tokens:
-            yield _Piece(client, piece, length)
+        length = len(example.tokens)
+        longer = len(following.tokens) if following else length
+        full = len(piece) >= batch_size and (len(piece) + 1) * longer > lora.size.busy_tokens
+        if following is None or full or (longer - length) * len(piece) >= lora.pass_tokens:
+            yield _Piece(client, piece, lora.padded_length(len(piece), length))
             piece = []
 
 
@@ -188,8 +188,27 @@ def _gradients(
             places = torch.tensor([piece.client for piece in share], device=adapter_KD.device)
             own = [generators[piece.client] for piece in share]
             empty = (slots if lora.fixed_slots else len(share)) - len(share)
-            gradient_KD[places] += _pass(lora, adapter_KD[places], share, total_K[places], own, empty)
+            with _two_threads(lora.can_share(count * length)):
+                gradient_KD[places] += _pass(lora, adapter_KD[places], share, total_K[places], own, empty)
     return gradient_KD
+
+
+@contextlib.contextmanager
+def _two_threads(shared: bool) -> Iterator[None]:
+    """At most two threads, where clients may share a pass, or alone would be in one.
+
+    Each thread takes a part of a tensor's values, and some functions are rounded otherwise at the end of a part. Halves end where
+    a client's values fill whole steps (`LoraModel.can_share`); thirds end anywhere, and where would depend on the company.
+    """
+    threads = torch.get_num_threads()
+    limited = shared and threads > _THREADS
+    if limited:
+        torch.set_num_threads(_THREADS)
+    try:
+        yield
+    finally:
+        if limited:
+            torch.set_num_threads(threads)
 
 
 def _slots(lora: LoraModel, count: int, length: int) -> int:

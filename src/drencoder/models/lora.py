@@ -28,7 +28,7 @@ from drencoder.errors import ModelError
 from drencoder.models.adapted_layers import AdaptedLayers, choose_layers, is_linear, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
-from drencoder.models.client_products import add_adapter, own_products
+from drencoder.models.client_products import Pair, add_adapter, own_products
 from drencoder.models.loaded_size import free_memory_of, measure_size
 from drencoder.models.recomputation import recomputed
 from drencoder.recipe import recipe as config
@@ -37,9 +37,12 @@ from drencoder.rng import derive_seed
 __all__ = ["LoraModel", "orthonormal_rows"]
 
 _LOGITS = 1 << 26  # values that are made at a time: 256 MiB
-_LENGTH_STEPS, _CARD_LENGTH_STEP = (4, 8), 64  # tokens that a length is rounded up to
+_CARD_LENGTH_STEP = 64  # tokens that a length is rounded up to
+_LOOP_STEP = 64  # values: two registers of 512 bits take 32 at a time, and two threads a half each
+_MOST_ADDED = 16  # tokens that a length gets so that rows fill whole lines of the cache
 # What another pass costs, in tokens: a core's calls, and a card's (benchmarks/speed.py, benchmarks/gpu.py).
-_PASS_SHARE, _CARD_PASS = 1 / 128, 1024
+_PASS_SHARE, _LEAST_PASS, _CARD_PASS = 1 / 32, 16, 1024
+_PADDING_SHARE = 1 / 8  # of what a pass costs, for lengths that more clients have in common
 
 
 class LoraModel:
@@ -68,10 +71,10 @@ class LoraModel:
         self.batch_tokens = batch_tokens or max(1, busy)
         card = base.device.type != "cpu"
         self.fixed_slots, self.tried_shapes = card, dict[tuple[int, int, int], bool]()
-        self.pass_tokens = _CARD_PASS if card else max(_LENGTH_STEPS[-1], int(_PASS_SHARE * self.size.busy_tokens))
+        self.pass_tokens = _CARD_PASS if card else max(_LEAST_PASS, int(_PASS_SHARE * self.size.busy_tokens))
         self.dropout, self.rank = knobs.dropout, knobs.rank
         layers = choose_layers(base.model, knobs.targets, base.source)
-        self.left_out, self._keeps_apart = layers.left_out, keeps_clients_apart(base.model)
+        self.left_out = layers.left_out
         self._peft = _attach(base, knobs, layers, seed)
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -80,15 +83,17 @@ class LoraModel:
         self._generators: Sequence[torch.Generator] = ()
         self._isolated = 0  # how many clients the batch has whose products must be their own; 0: it is one batch
         self._tokens = 0  # of the batch in this pass, padding included
+        self._pairs: dict[nn.Module, tuple[str, str, float]] = {}
         self._hook_layers()
         self._isolate_linear_layers()
         self._peft.base_model.disable_adapter_layers()
         self._split_head = self._head_can_be_split()
         head = base.model.get_output_embeddings() if self._split_head else None  # its products are of one client anyway
         stacked = [layer for layer in base.model.modules() if is_linear(layer) and layer is not head]
-        self._widths = {knobs.rank} | {size for layer in stacked for size in layer.weight.shape}
-        step = next((step for step in _LENGTH_STEPS if self.can_share(step)), _LENGTH_STEPS[-1])
-        self.length_step = _CARD_LENGTH_STEP if card else step
+        self._widths = {size for layer in stacked for size in layer.weight.shape}
+        self._line = 64 // min(4, base.model.dtype.itemsize)  # values of a line of the cache
+        self._stackable = keeps_clients_apart(base.model) and (self.rank in (2, 3) or self.rank % 4 == 0)
+        self._stackable = self._stackable and all(segment.size % self._line == 0 for segment in self.layout.segments)
 
     @property
     def device(self) -> torch.device:
@@ -114,12 +119,24 @@ class LoraModel:
         A matrix library adds up in another order where a matrix does not begin at a full line of the cache (64 bytes), and it
         takes another way for one product than for several where that is with a vector, or where several threads share few rows. So all
         that belongs to a client must fill whole lines, and only ranks are stacked for which neither was seen (docs/log.md): else who
-        shares the batch would move a rounding.
+        shares the batch would move a rounding. And a function such as SiLU is rounded otherwise for the last values of a tensor that fill
+        no whole step of its loop.
         """
-        line = 64 // min(4, self.base.model.dtype.itemsize)
-        aligned = all(segment.size % line == 0 for segment in self.layout.segments)
-        aligned = aligned and all(tokens * width % line == 0 for width in self._widths)
-        return self._keeps_apart and aligned and (self.rank in (2, 3) or self.rank % 4 == 0)
+        whole = all(tokens * width % _LOOP_STEP == 0 for width in self._widths)
+        return self._stackable and whole and tokens * self.rank % self._line == 0
+
+    def padded_length(self, rows: int, longest: int) -> int:
+        """How long `rows` texts of a client are made, the longest of which has `longest` tokens, so that few shapes occur.
+
+        Texts of a client that cannot share a pass keep their length, and no text gets longer than the model's positions.
+        """
+        if self.fixed_slots:
+            rounded = -(-longest // _CARD_LENGTH_STEP) * _CARD_LENGTH_STEP
+            return max(longest, min(rounded, self.base.positions or rounded))
+        step = max(1, int(_PADDING_SHARE * self.pass_tokens) // rows)
+        rounded = -(-longest // step) * step
+        lengths = range(rounded, min(rounded + _MOST_ADDED, 1 + (self.base.positions or 2 * rounded + _MOST_ADDED)))
+        return next((length for length in lengths if self.can_share(rows * length)), longest)
 
     # --- one vector, through PEFT -------------------------------------------------------------
 
@@ -154,30 +171,39 @@ class LoraModel:
     # --- K vectors, through hooks -------------------------------------------------------------
 
     def _hook_layers(self) -> None:
+        """Adapters are added by the products of `_isolate_linear_layers`, and by hooks where these are not isolated."""
         self.base.model.get_input_embeddings().register_forward_pre_hook(self._count_tokens)
         for name, layer in self._peft.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
-            layer.get_base_layer().register_forward_hook(self._delta_hook(names, layer.scaling["default"]))
+            names, linear = (f"{name}.lora_A.weight", f"{name}.lora_B.weight"), layer.get_base_layer()
+            self._pairs[linear] = (*names, layer.scaling["default"])
+            linear.register_forward_hook(self._add_delta)
 
     def _count_tokens(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._tokens = inputs[0].numel()
 
-    def _delta_hook(self, names: tuple[str, str], scale: float) -> Any:
-        def add_delta(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self._stack is None:
-                return None
-            if inputs[0].shape[:-1].numel() != self._tokens:
-                raise ModelError(f"{names[0]} did not get every token once: clients could not be told apart there.")
-            A_KrI, B_KOr = (self._stack[name].to(inputs[0].device) for name in names)
-            x = inputs[0]
-            if self._generators:
-                x_KTI = x.reshape(len(A_KrI), -1, x.shape[-1])
-                x = (x_KTI * self._dropout_mask(x_KTI)).view(x.shape)
-            return add_adapter(output, x, A_KrI, B_KOr, scale)
+    def _pair_of(self, layer: nn.Module, x: Tensor) -> Pair | None:
+        """The stacked adapters of a layer that gets `x`; None if it has none."""
+        if self._stack is None or layer not in self._pairs:
+            return None
+        name_A, name_B, scale = self._pairs[layer]
+        if x.shape[:-1].numel() != self._tokens:
+            raise ModelError(f"{name_A} did not get every token once: clients could not be told apart there.")
+        A_KrI, B_KOr = (self._stack[name].to(x.device) for name in (name_A, name_B))
+        if not self._generators:
+            return A_KrI, B_KOr, scale, None
+        x_KTI = x.reshape(len(A_KrI), -1, x.shape[-1])
+        return A_KrI, B_KOr, scale, (x_KTI * self._dropout_mask(x_KTI)).view(x.shape)
 
-        return add_delta
+    def _add_delta(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self._isolated and is_linear(layer):
+            return None
+        pair = self._pair_of(layer, inputs[0])
+        if pair is None:
+            return None
+        A_KrI, B_KOr, scale, dropped = pair
+        return add_adapter(output, inputs[0] if dropped is None else dropped, A_KrI, B_KOr, scale)
 
     def _dropout_mask(self, x_KTI: Tensor) -> Tensor:
         """0 for a value that is dropped, else 1 / (1 - dropout). Each client's is drawn by its own generator."""
@@ -201,7 +227,7 @@ class LoraModel:
             weight_IO = layer.weight if transposed else layer.weight.T
             if not self._isolated:
                 return functional.linear(x, weight_IO.T, layer.bias)
-            return own_products(x, self._isolated, weight_IO, layer.bias)
+            return own_products(x, self._isolated, weight_IO, layer.bias, self._pair_of(layer, x))
 
         return forward
 
