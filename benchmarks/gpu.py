@@ -1,6 +1,6 @@
 """One graphics card: is it right, how fast does it train, what fits, and how much of a round is off the card.
 
-    python benchmarks/gpu.py [--parts correctness training size encoding round] [--shape 0.5B 8B 32B] [--deadline 540] [--json FILE]
+    python benchmarks/gpu.py [--parts correctness training size encoding round published] [--shape 0.5B 8B 32B] [--deadline 540] [--json FILE]
     python benchmarks/gpu.py --device cpu --smoke
 
 Weights and texts are random, so that nothing is downloaded. One JSON line a cell, at once; a cell that no longer fits the deadline is
@@ -12,6 +12,7 @@ training     tokens a second, share of the card's own bf16 matrix rate, memory: 
 size         the largest cohort that trains, with and without recomputation
 encoding     encode, clip, noise, pack and decode of 8,388,608 values for 64 clients
 round        a private round of 64 clients: seconds on the card, and off it
+published    whole runs of `speed.py --part published`: Dolly over 100 clients, 5 a round, LLaMA-7B's shape, 1 and 10 local epochs
 """
 
 import argparse
@@ -20,6 +21,7 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,6 +43,7 @@ from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import SecureNoise, clip_rows
 from drencoder.recipe import recipe as config
 from drencoder.secure_aggregation.quantise import Quantiser
+from speed_parts.published import published, tiny_dolly
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: of Qwen2.5-0.5B, Llama-3-8B and Qwen2.5-32B.
 SHAPES = {
@@ -49,8 +52,9 @@ SHAPES = {
     "32B": (5120, 27_648, 64, 40, 8, 152_064),
     "smoke": (64, 96, 2, 4, 2, 1_600),
 }
-PARTS = ("correctness", "training", "size", "encoding", "round")
+PARTS = ("correctness", "training", "size", "encoding", "round", "published")
 _FOUR_BITS = ("32B",)
+REPORTED_HOURS = 13.5  # of the published setting, by its authors' public code on an A100
 
 
 class Bench:
@@ -329,6 +333,22 @@ def measure_round(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
         del lora
 
 
+def measure_published(bench: Bench, dolly: Path | None, rounds: int) -> Iterator[dict[str, Any]]:
+    """The published setting: `rounds` of its 20 rounds in a process of their own, and what the whole run comes to."""
+    shape, length = ("small", 64) if bench.smoke else ("llama-7b", bench.length)
+
+    def run(epochs: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            row = published(
+                shape, dolly or tiny_dolly(Path(folder) / "made-up.jsonl"), None, epochs=epochs, rounds=rounds, max_tokens=length,
+                device=bench.device.type, dtype="bfloat16" if bench.device.type == "cuda" else "float32",
+            )  # fmt: skip
+        return {"data": "Dolly" if dolly else "400 made-up records", **row, "hours_reported": REPORTED_HOURS}
+
+    for epochs in (1, 10):
+        yield bench.cell("published", f"{shape}, {epochs} local epoch(s)", partial(run, epochs))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -338,6 +358,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no cell is begun")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dolly", type=Path, help="databricks-dolly-15k.jsonl, for the part published; else made-up records")
+    parser.add_argument("--rounds", type=int, default=3, help="of the 20 of the published setting that are run; 2 at least")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model: whether every part works")
     args = parser.parse_args()
@@ -354,6 +376,7 @@ def main() -> int:
         "correctness": lambda: measure_correctness(bench), "training": lambda: measure_training(bench, shapes),
         "size": lambda: measure_size(bench, shapes), "encoding": lambda: measure_encoding(bench),
         "round": lambda: measure_round(bench, shapes),
+        "published": lambda: measure_published(bench, args.dolly, 2 if args.smoke else args.rounds),
     }  # fmt: skip
     for part in args.parts:
         for _ in parts[part]():

@@ -1,7 +1,7 @@
 """How fast drencoder is, beside plain PEFT, Apple's pfl and Flower's simulation, and how it grows. One JSON, one page.
 
     python benchmarks/speed.py [--part cpu growth quickstart] [--json docs/results/speed.json] [--page docs/results/speed.md]
-    python benchmarks/speed.py --part cpu --model embedded --clients 8 64 512 --pfl-python pfl-env/bin/python
+    python benchmarks/speed.py --part cpu --model embedded --clients 1 8 64 512 --pfl-python pfl-env/bin/python
     python benchmarks/speed.py --part cpu --model path/to/SmolLM2-135M --clients 8 64 --records 4
     python benchmarks/speed.py --part published --shape llama-7b --dolly databricks-dolly-15k.jsonl --device cuda --dtype bfloat16
     python benchmarks/speed.py --page docs/results/speed.md --json docs/results/speed.json --part   (the page again)
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="*", choices=_PARTS, default=["cpu", "growth", "quickstart"])
     parser.add_argument("--model", default="embedded", help="embedded, or a model's folder")
-    parser.add_argument("--clients", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--records", type=int, default=8, help="of a client")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="+", help="only ways whose names begin so; plain PEFT must be among them")

@@ -5,7 +5,7 @@ from typing import Any
 
 __all__ = ["write_page"]
 
-_SIZES = (8, 64, 512)
+_SIZES = (1, 8, 64, 512)
 _WAYS = ("plain PEFT", "drencoder", "pfl", "Flower, FlowerTune's client", "Flower, model kept")
 _PUBLISHED = (
     "python benchmarks/speed.py --part published --shape llama-7b --dolly databricks-dolly-15k.jsonl --tokenizer FOLDER "
@@ -37,7 +37,7 @@ def _cpu(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield """## One round of a cohort, beside other software
 
 A round: each client takes minus its mean gradient over all its records in one pass, scales it down to a fixed length if it is longer, and the server
-takes the mean. All ways compute the same result (to 1e-4; the last column has the difference). drencoder's own noise, codes and ledger are left out,
+takes the mean. All ways begin with tokens and compute the same result (to 1e-4; the last column has the difference). drencoder's own noise, codes and ledger are left out,
 since the others have none. *Plain PEFT* is `get_peft_model` and `loss.backward()`, one client after the other. *pfl* is Apple's simulator, version 0.6,
 eager. *Flower* is the simulation of version 1.42 with one actor. A client as FlowerTune has it loads the model for each message; *model kept* is a client that
 does not.

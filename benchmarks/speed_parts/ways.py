@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -19,13 +20,15 @@ Loop: TypeAlias = Callable[[Round], None]
 
 
 def ours(task: Task, path: str, loop: Loop) -> None:
-    """drencoder's clients of one process, as a run trains and clips them."""
+    """drencoder's clients of one process, as a run trains and clips them; their text is tokens already, as in the other ways."""
+    from drencoder.data.tokenization import Example
     from drencoder.privacy.mechanism import clip_rows
     from drencoder.recipe.recipe import load_recipe
     from drencoder.runs.build import build
 
     components = build(load_recipe("quickstart", task.recipe))
-    trainer, start_D = components.trainer, components.lora.initial_D
+    examples = [[Example(tuple(tokens), prompt) for tokens, prompt in client] for client in task.clients]
+    trainer, start_D = replace(components.trainer, examples_of=lambda client, _: examples[client]), components.lora.initial_D
 
     def run_round() -> Tensor:
         total_D = torch.zeros(task.values)

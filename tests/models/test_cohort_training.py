@@ -414,5 +414,5 @@ def test_a_gradient_of_many_records_takes_as_many_at_a_time_as_keep_a_core_busy(
     lora.size = replace(lora.size, linear_values=80_000_000 * lora.size.num_linear // 100)  # 100 tokens keep a core busy
     sizes.clear()
     parts = cohort_updates(lora, moved(lora), [examples], config.Local(batch_size=4), [0])
-    assert sizes == [6, 6, 6, 2]
+    assert sorted(sizes) == [2, 6, 6, 6]
     assert torch.allclose(whole, parts, atol=1e-6)

@@ -72,7 +72,7 @@ def test_full_passes_keep_clients_apart_and_give_the_same_updates(
 ) -> None:
     """The way of a card: passes of one size with empty clients, and lengths in large steps."""
     lora = lora_on(device, dtype, dropout=dropout)
-    lora.fixed_slots, lora.batch_tokens = True, 512
+    lora.fixed_slots, lora.batch_tokens = True, 2048
     local = config.Local(upload="gradient", batch_size=2)
     examples, adapter_D = random_examples(5, 1), lora.initial_D + 0.01
     alone = cohort_updates(lora, adapter_D, [examples], local, [7])[0]

@@ -37,7 +37,7 @@ from drencoder.rng import derive_seed
 __all__ = ["LoraModel", "orthonormal_rows"]
 
 _LOGITS = 1 << 26  # values that are made at a time: 256 MiB
-_CARD_LENGTH_STEP = 64  # tokens that a length is rounded up to
+_MOST_STEP, _CARD_LENGTH_STEP = 8, 64  # tokens that a length is rounded up to
 _LOOP_STEP = 64  # values: two registers of 512 bits take 32 at a time, and two threads a half each
 _MOST_ADDED = 16  # tokens that a length gets so that rows fill whole lines of the cache
 # What another pass costs, in tokens: a core's calls, and a card's (benchmarks/speed.py, benchmarks/gpu.py).
@@ -75,6 +75,7 @@ class LoraModel:
         self.dropout, self.rank = knobs.dropout, knobs.rank
         layers = choose_layers(base.model, knobs.targets, base.source)
         self.left_out = layers.left_out
+        linear = [layer for layer in base.model.modules() if is_linear(layer)]
         self._peft = _attach(base, knobs, layers, seed)
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -89,8 +90,7 @@ class LoraModel:
         self._peft.base_model.disable_adapter_layers()
         self._split_head = self._head_can_be_split()
         head = base.model.get_output_embeddings() if self._split_head else None  # its products are of one client anyway
-        stacked = [layer for layer in base.model.modules() if is_linear(layer) and layer is not head]
-        self._widths = {size for layer in stacked for size in layer.weight.shape}
+        self._widths = {size for layer in linear if layer is not head for size in layer.weight.shape}
         self._line = 64 // min(4, base.model.dtype.itemsize)  # values of a line of the cache
         self._stackable = keeps_clients_apart(base.model) and (self.rank in (2, 3) or self.rank % 4 == 0)
         self._stackable = self._stackable and all(segment.size % self._line == 0 for segment in self.layout.segments)
@@ -133,7 +133,7 @@ class LoraModel:
         if self.fixed_slots:
             rounded = -(-longest // _CARD_LENGTH_STEP) * _CARD_LENGTH_STEP
             return max(longest, min(rounded, self.base.positions or rounded))
-        step = max(1, int(_PADDING_SHARE * self.pass_tokens) // rows)
+        step = min(_MOST_STEP, max(1, int(_PADDING_SHARE * self.pass_tokens) // rows))
         rounded = -(-longest // step) * step
         lengths = range(rounded, min(rounded + _MOST_ADDED, 1 + (self.base.positions or 2 * rounded + _MOST_ADDED)))
         return next((length for length in lengths if self.can_share(rows * length)), longest)
