@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed_parts.published import published, tiny_dolly
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from drencoder.data.tokenization import Example
@@ -43,7 +44,6 @@ from drencoder.models.lora import LoraModel
 from drencoder.privacy.mechanism import SecureNoise, clip_rows
 from drencoder.recipe import recipe as config
 from drencoder.secure_aggregation.quantise import Quantiser
-from speed_parts.published import published, tiny_dolly
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: of Qwen2.5-0.5B, Llama-3-8B and Qwen2.5-32B.
 SHAPES = {
@@ -358,8 +358,12 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no cell is begun")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dolly", type=Path, help="databricks-dolly-15k.jsonl, for the part published; else made-up records")
-    parser.add_argument("--rounds", type=int, default=3, help="of the 20 of the published setting that are run; 2 at least")
+    parser.add_argument(
+        "--dolly", type=Path, help="databricks-dolly-15k.jsonl, for the part published; else made-up records"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of the 20 of the published setting that are run; 2 at least"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model: whether every part works")
     args = parser.parse_args()

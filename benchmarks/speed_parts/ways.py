@@ -28,7 +28,10 @@ def ours(task: Task, path: str, loop: Loop) -> None:
 
     components = build(load_recipe("quickstart", task.recipe))
     examples = [[Example(tuple(tokens), prompt) for tokens, prompt in client] for client in task.clients]
-    trainer, start_D = replace(components.trainer, examples_of=lambda client, _: examples[client]), components.lora.initial_D
+    trainer, start_D = (
+        replace(components.trainer, examples_of=lambda client, _: examples[client]),
+        components.lora.initial_D,
+    )
 
     def run_round() -> Tensor:
         total_D = torch.zeros(task.values)

@@ -364,7 +364,9 @@ def test_passes_that_clients_may_share_run_on_two_threads_at_most(monkeypatch: p
         vocab_size=97, hidden_size=64, intermediate_size=704, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
     )  # fmt: skip
     model = LlamaForCausalLM(shape).eval().requires_grad_(False)
-    lora = LoraModel(BaseModel(model, tiny_base().tokenizer, "wide"), config.Adapter(rank=8), seed=5, batch_tokens=10**6)
+    lora = LoraModel(
+        BaseModel(model, tiny_base().tokenizer, "wide"), config.Adapter(rank=8), seed=5, batch_tokens=10**6
+    )
     clients = [[Example(tuple(range(2, 22 + kind)), 3)] * 8 for kind in (0, 0, 0, 0, 0, 8)]
     local, adapter_D, before = config.Local(batch_size=8), moved(lora), torch.get_num_threads()
     threads: list[tuple[int, int]] = []
@@ -411,7 +413,9 @@ def test_a_gradient_of_many_records_takes_as_many_at_a_time_as_keep_a_core_busy(
     examples = [Example(tuple(range(2, 18)), 4)] * 20
     whole = cohort_updates(lora, moved(lora), [examples], config.Local(batch_size=4), [0])
     assert sizes == [20]
-    lora.size = replace(lora.size, linear_values=80_000_000 * lora.size.num_linear // 100)  # 100 tokens keep a core busy
+    lora.size = replace(
+        lora.size, linear_values=80_000_000 * lora.size.num_linear // 100
+    )  # 100 tokens keep a core busy
     sizes.clear()
     parts = cohort_updates(lora, moved(lora), [examples], config.Local(batch_size=4), [0])
     assert sorted(sizes) == [2, 6, 6, 6]

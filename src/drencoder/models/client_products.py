@@ -25,9 +25,7 @@ Pair: TypeAlias = tuple[Tensor, Tensor, float, Tensor | None]
 """A (K, r, I) and B (K, O, r) of the clients' adapters, float32; their scale; and what dropout left of the layer's input, if it took any."""
 
 
-def own_products(
-    x: Tensor, clients: int, weight_IO: Tensor, bias: Tensor | None, pair: Pair | None = None
-) -> Tensor:
+def own_products(x: Tensor, clients: int, weight_IO: Tensor, bias: Tensor | None, pair: Pair | None = None) -> Tensor:
     """A frozen linear layer's output for x (clients * R, ..., I), with a product for each client, and with their adapters, if it has any.
 
     The library takes K products in one call, where that is not slower. Which way is taken depends on the weight and on how many
