@@ -7,6 +7,7 @@ import pytest
 
 from drencoder.data.places import Place
 from drencoder.data.survey import survey_data, with_population
+from drencoder.errors import DataError
 from drencoder.recipe.recipe import load_recipe
 
 FOLDER = Path(os.environ.get("DRENCODER_TEST_DATA", "/nowhere"))
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="DRENCODER_TEST_DATA
             "your fields (text, category)",
         ),
         ("{}/gsm8k:test", {}, 1_319, "question and answer (question, answer)"),
-        ("{}/shakespeare/speeches.jsonl", {"data.client_field": "client"}, 7_097, "plain text (text)"),
+        ("{}/shakespeare/speeches.jsonl", {}, 7_097, "plain text (text)"),
         ("mmlu:{}/mmlu:dev", {}, 285, "questions with four options"),
         ("ceval:{}/ceval:val", {}, 1_346, "questions with four options"),
     ],
@@ -42,3 +43,15 @@ def test_real_data_are_read(source: str, changes: dict[str, object], records: in
     assert survey.records_of_client[0] >= 1
     if "data.client_field" in changes:
         assert survey.clients == 299
+
+
+def test_roles_that_are_spelled_in_two_ways_are_not_taken_for_two_owners() -> None:
+    """The plays have MESSENGER and Messenger: whether they are one is for their holder to say."""
+    file = Path(FOLDER) / "shakespeare" / "speeches.jsonl"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    recipe = load_recipe().changed(
+        {"data.source": str(file), "data.client_field": "client", "federation.population": 0}
+    )
+    with pytest.raises(DataError, match=r"12 names in 'client' .* may be only 6 owners"):
+        with_population(recipe)
