@@ -42,12 +42,14 @@ __all__ = [
     "Trials",
     "known_cohort",
     "noise_left",
+    "onlooker",
     "promised_std",
+    "received_messages",
     "score_trial",
     "trial_values",
 ]
 
-Seen = Literal["messages", "sum", "adapter"]
+Seen = Literal["messages", "sum", "sum of others", "adapter"]
 
 QueryMaker = Callable[[int], Query]
 """The query of a slot."""
@@ -124,7 +126,7 @@ class Trials:
 
     def _ask(self, query: Query, ledger: Ledger, plant: Plant) -> Trial:
         recipe, plan = self._components.recipe, self._components.plan
-        engine = CanaryEngine(plant, recipe.federation.nodes, recipe.threshold)
+        engine = CanaryEngine(plant, recipe.federation.nodes, recipe.threshold, plan.curated)
         components = replace(self._components, engine=engine)
         released, permit = ask_cohort(components, ledger, query, self._adapter_D)
         assert engine.planted is not None
@@ -158,16 +160,12 @@ def score_trial(trial: Trial, seen: Seen) -> Floats:
 def trial_values(trial: Trial, seen: Seen) -> Tensor:
     """What is seen, decoded from what left: messages (N, K) in the order of the canaries, a sum (V,), or the adapter's step as a sum (V,)."""
     if seen == "messages":
-        rows: dict[int, Tensor] = {}
-        wire = message_wire(trial.query, trial.permit)
-        for upload in trial.received:
-            assert isinstance(upload, Upload)
-            got = unpack_rows(upload.messages, wire, trial.query.spec.slot)
-            values_NK = code_values(trial.query, trial.permit, got.code_NK)
-            rows |= {upload.clients[place]: row for place, row in zip(got.accepted, values_NK, strict=True)}
-        return torch.stack([rows[client] for client in trial.planted.clients])
+        rows = received_messages(trial)
+        return torch.stack([rows[sender] for sender in trial.planted.senders])
     if seen == "sum":
         return trial.released.release.value
+    if seen == "sum of others":
+        return trial.released.release.value - received_messages(trial)[onlooker(trial)]
     assert trial.step_D is not None
     step_D, mean_D = (
         trial.step_D.double(),
@@ -178,6 +176,23 @@ def trial_values(trial: Trial, seen: Seen) -> Tensor:
     return trial.query.encode(sum_D[None])[0] if trial.sums_codes else sum_D
 
 
+def received_messages(trial: Trial) -> dict[int, Tensor]:
+    """Local trust: sender -> its message (K,), decoded from the bytes that left."""
+    rows: dict[int, Tensor] = {}
+    wire = message_wire(trial.query, trial.permit)
+    for upload in trial.received:
+        assert isinstance(upload, Upload)
+        got = unpack_rows(upload.messages, wire, trial.query.spec.slot)
+        values_NK = code_values(trial.query, trial.permit, got.code_NK)
+        rows |= {upload.clients[place]: row for place, row in zip(got.accepted, values_NK, strict=True)}
+    return rows
+
+
+def onlooker(trial: Trial) -> int:
+    """A site that looks on, knows its own message, and has no canary: the last one."""
+    return trial.planted.answering[-1]
+
+
 def _in_the_sum(trial: Trial, code_NK: Tensor) -> Tensor:
     if trial.sums_codes:
         return code_NK
@@ -186,7 +201,16 @@ def _in_the_sum(trial: Trial, code_NK: Tensor) -> Tensor:
 
 
 def noise_left(trial: Trial, seen: Seen) -> Tensor:
-    """What is seen less what the canaries put into it, in units of the noise that was promised, float64: (N, K), or a sum as (1, V)."""
+    """What is seen less what the canaries put into it, in units of the noise that was promised, float64: (N, K), or a sum as (1, V).
+
+    Of messages of sites there is one row for each site.
+    """
+    if seen == "messages" and trial.planted.site_of:
+        rest_of = {site: row.double() for site, row in received_messages(trial).items()}
+        signs = trial.planted.signs(range(len(trial.own_NV)))
+        for site, own_V, sign in zip(trial.planted.site_of, trial.own_NV.double(), signs, strict=True):
+            rest_of[site] = rest_of[site] - sign * own_V
+        return torch.stack(list(rest_of.values())) / promised_std(trial, seen)
     values, std = trial_values(trial, seen).double(), promised_std(trial, seen)
     rest = (values if values.dim() == 2 else values[None]).clone()
     sent_NV = trial.own_NV.double() * trial.planted.signs(range(len(trial.own_NV)))[:, None]
@@ -198,12 +222,12 @@ def promised_std(trial: Trial, seen: Seen) -> float:
     permit, clip = trial.permit, trial.query.spec.clip_l2
     if permit.shares is not None:
         return permit.shares.multiplier * clip * trial.contributors**0.5
-    many = trial.contributors if permit.trust == "local" and seen != "messages" else 1
+    many = trial.contributors - (seen == "sum of others") if permit.trust == "local" and seen != "messages" else 1
     return permit.noise_multiplier * clip * many**0.5
 
 
 def known_cohort(plan: PrivacyPlan, observer: str, slot: int, contributors: int) -> tuple[Event, ...] | None:
-    """The events of one release for an observer who knows who was asked; None where nothing is promised."""
+    """The events of one release for an observer who knows who was asked, or drawn by a site; None where nothing is promised."""
     event = plan.event(slot)
     if plan.trust == "central":
         if observer == "server" or isinstance(event, NonPrivateEvent):
@@ -211,4 +235,8 @@ def known_cohort(plan: PrivacyPlan, observer: str, slot: int, contributors: int)
         assert isinstance(event, PoissonGaussianEvent)
         return (GaussianEvent(event.noise_multiplier),)
     events = plan.composition(observer, {slot: (1, contributors)})
-    return None if not events or any(isinstance(one, NonPrivateEvent) for one in events) else events
+    if not events or any(isinstance(one, NonPrivateEvent) for one in events):
+        return None
+    return tuple(
+        GaussianEvent(one.noise_multiplier, one.count) for one in events if not isinstance(one, NonPrivateEvent)
+    )

@@ -1,0 +1,129 @@
+"""The three lower bounds for releases that a secret draw sub-samples: no mu describes them, so a family of mechanisms takes its place.
+
+Legend: N canaries, T slots.
+
+With the rates of the plan fixed, let M_t be the plan's mechanism with t times its noise, composed over all slots; M_1 was promised. Each
+bound rejects every M_t of so much noise that the scores would be too good, and reports the epsilon of the least noisy one that it
+rejects, computed by the same accounting as the promise. A canary's score is the logarithm of its likelihood ratio under M_1.
+
+* `gaussian`: the mean over canaries of tanh(score / 2), with the sign turned for those that were out, against its mean and spread under M_t, from
+  simulated scores. tanh bounds what one canary can do, so that the central limit holds for a few hundred. Assumes: scores are
+  independent; releases are sub-sampled Gaussians with the plan's rates.
+* `gdp`: Clopper and Pearson's intervals of the errors of the guess "in" where the score is positive, against the trade-off function of M_t.
+  Assumes: scores are independent; releases are sub-sampled Gaussians with the plan's rates.
+* `one_run`: the recursion of `one_run_bound` with that trade-off function. Assumes: the coins are fair; releases as before.
+
+The trade-off function is the largest convex one below what the privacy loss distribution says for every epsilon (Dong, Roth and Su 2019,
+https://arxiv.org/abs/1905.02383, proposition 2.12): f(a) = max over epsilon of 1 - delta - e^epsilon a and e^-epsilon (1 - delta - a).
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import NormalDist
+from typing import final
+
+import numpy as np
+
+from drencoder.audit.clopper_pearson_bound import error_bounds
+from drencoder.audit.one_run_bound import GUESS_SHARES, guesses_of, rejects
+from drencoder.audit.scores import CanaryScores, Floats
+from drencoder.privacy.accounting import PoissonGaussianEvent, Relation, delta_pld, epsilon_pld
+from drencoder.rng import derive_seed
+
+__all__ = ["SampledFamily", "log_ratio"]
+
+_SCALES: Sequence[float] = tuple(2.0 ** (k / 24) for k in range(48, -73, -1))  # from four times the noise to an eighth
+_EPSILONS = tuple(0.02 * 1.05**k for k in range(140))  # to 18: no audit of so few canaries passes it
+_GROWTH_E = np.exp(np.asarray(_EPSILONS))
+_SIMULATED = 40_000
+_RELATION: Relation = "add_remove"
+_NORMAL = NormalDist()
+_Test = Callable[[CanaryScores, float, float], bool]
+"""(scores, scale, error) -> whether a member of the family is rejected."""
+
+
+def log_ratio(x_N: Floats, length: float, noise: float, rate: float) -> Floats:
+    """log of (1 - rate) N(0, noise^2) + rate N(length, noise^2) over N(0, noise^2), at values x_N along the canary, all in units of the clip."""
+    exponent_N = (length * x_N - length**2 / 2) / noise**2
+    return np.asarray(np.logaddexp(np.log1p(-rate) if rate < 1 else -np.inf, math.log(rate) + exponent_N))
+
+
+@final
+@dataclass(frozen=True)
+class SampledFamily:
+    """The mechanisms M_t of these slots, one event each, as one observer sees them."""
+
+    slots: Sequence[PoissonGaussianEvent]
+    delta: float
+    seed: int
+    _kept: dict[str, dict[float, object]] = field(default_factory=lambda: {"f": {}, "mean": {}}, repr=False)
+
+    def epsilon(self, scale: float) -> float:
+        """Of M_scale, at the family's delta."""
+        return epsilon_pld(self._events(scale), self.delta, _RELATION)
+
+    def bounds(self, scores: CanaryScores, error: float) -> dict[str, float]:
+        """Bound -> the largest epsilon that it rejects with an error of at most `error`; 0 where it rejects none."""
+        return {name: self._largest(reject, scores, error) for name, reject in self._tests.items()}
+
+    def exceeded(self, scores: CanaryScores, error: float) -> tuple[str, ...]:
+        """The bounds that reject M_1, which was promised."""
+        return tuple(name for name, reject in self._tests.items() if reject(scores, 1.0, error))
+
+    @cached_property
+    def _tests(self) -> dict[str, _Test]:
+        return {"gaussian": self._rejects_mean, "gdp": self._rejects_errors, "one_run": self._rejects_guesses}
+
+    def simulate(self, scale: float, inside: bool) -> Floats:
+        """Scores of canaries under M_scale, the same draws of chance for every scale."""
+        generator = np.random.Generator(np.random.Philox(derive_seed(self.seed, "audit-threshold", inside)))
+        total_N = np.zeros(_SIMULATED)
+        for event in self.slots:
+            asked_N = (generator.random(_SIMULATED) < event.sampling_rate) & inside
+            x_N = asked_N + scale * event.noise_multiplier * generator.standard_normal(_SIMULATED)
+            total_N += log_ratio(x_N, 1.0, event.noise_multiplier, event.sampling_rate)
+        return total_N
+
+    def _events(self, scale: float) -> tuple[PoissonGaussianEvent, ...]:
+        return tuple(replace(event, noise_multiplier=event.noise_multiplier * scale) for event in self.slots)
+
+    def _largest(self, reject: _Test, scores: CanaryScores, error: float) -> float:
+        """Epsilon of the least noisy rejected member; a member is rejected with all noisier ones."""
+        first_kept = bisect_left(_SCALES, True, key=lambda scale: not reject(scores, scale, error))
+        return self.epsilon(_SCALES[first_kept - 1]) if first_kept else 0.0
+
+    def _rejects_mean(self, scores: CanaryScores, scale: float, error: float) -> bool:
+        moments = self._kept["mean"]
+        if scale not in moments:
+            sides = [np.tanh(self.simulate(scale, inside) / 2) * (1 if inside else -1) for inside in (True, False)]
+            moments[scale] = [(float(side.mean()), float(side.var())) for side in sides]
+        sums = spread = expected = 0.0
+        for side, sign, (mean, variance) in zip((scores.inside, scores.outside), (1, -1), moments[scale], strict=True):  # type: ignore[call-overload]
+            sums += float(sign * np.tanh(side / 2).sum())
+            expected += side.size * mean
+            spread += variance * (
+                side.size + side.size**2 / _SIMULATED
+            )  # what the simulation does not know counts, too
+        return sums - expected > _NORMAL.inv_cdf(1 - error) * math.sqrt(spread)
+
+    def _rejects_errors(self, scores: CanaryScores, scale: float, error: float) -> bool:
+        alpha, beta = error_bounds(scores, error)
+        return self.trade_off(scale, alpha) > beta
+
+    def _rejects_guesses(self, scores: CanaryScores, scale: float, error: float) -> bool:
+        counts = [guesses_of(scores, share) for share in GUESS_SHARES]
+        return any(
+            rejects(scores.count, guesses, right, lambda x: self.trade_off(scale, 1 - x), error / len(counts))
+            for guesses, right in counts
+        )
+
+    def trade_off(self, scale: float, alpha: float) -> float:
+        """The least false negative rate under M_scale at a false positive rate of `alpha`; symmetric."""
+        kept = self._kept["f"]
+        if scale not in kept:
+            kept[scale] = 1 - np.asarray(delta_pld(self._events(scale), _EPSILONS, _RELATION))
+        rest_E: Floats = kept[scale]  # type: ignore[assignment]
+        return max(0.0, float((rest_E - _GROWTH_E * alpha).max()), float(((rest_E - alpha) / _GROWTH_E).max()))
