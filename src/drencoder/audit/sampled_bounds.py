@@ -20,8 +20,8 @@ https://arxiv.org/abs/1905.02383, proposition 2.12): f(a) = max over epsilon of 
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import NormalDist
 from typing import final
 
@@ -56,10 +56,9 @@ def log_ratio(x_N: Floats, length: float, noise: float, rate: float) -> Floats:
 class SampledFamily:
     """The mechanisms M_t of these slots, one event each, as one observer sees them."""
 
-    slots: Sequence[PoissonGaussianEvent]
+    slots: tuple[PoissonGaussianEvent, ...]
     delta: float
     seed: int
-    _kept: dict[str, dict[float, object]] = field(default_factory=lambda: {"f": {}, "mean": {}}, repr=False)
 
     def epsilon(self, scale: float) -> float:
         """Of M_scale, at the family's delta."""
@@ -73,7 +72,7 @@ class SampledFamily:
         """The bounds that reject M_1, which was promised."""
         return tuple(name for name, reject in self._tests.items() if reject(scores, 1.0, error))
 
-    @cached_property
+    @property
     def _tests(self) -> dict[str, _Test]:
         return {"gaussian": self._rejects_mean, "gdp": self._rejects_errors, "one_run": self._rejects_guesses}
 
@@ -91,17 +90,17 @@ class SampledFamily:
         return tuple(replace(event, noise_multiplier=event.noise_multiplier * scale) for event in self.slots)
 
     def _largest(self, reject: _Test, scores: CanaryScores, error: float) -> float:
-        """Epsilon of the least noisy rejected member; a member is rejected with all noisier ones."""
+        """Epsilon of the least noisy rejected member, infinite if that is all of them; a member is rejected with all noisier ones."""
         first_kept = bisect_left(_SCALES, True, key=lambda scale: not reject(scores, scale, error))
+        if first_kept == len(_SCALES):
+            return math.inf
         return self.epsilon(_SCALES[first_kept - 1]) if first_kept else 0.0
 
     def _rejects_mean(self, scores: CanaryScores, scale: float, error: float) -> bool:
-        moments = self._kept["mean"]
-        if scale not in moments:
-            sides = [np.tanh(self.simulate(scale, inside) / 2) * (1 if inside else -1) for inside in (True, False)]
-            moments[scale] = [(float(side.mean()), float(side.var())) for side in sides]
         sums = spread = expected = 0.0
-        for side, sign, (mean, variance) in zip((scores.inside, scores.outside), (1, -1), moments[scale], strict=True):  # type: ignore[call-overload]
+        for side, sign, (mean, variance) in zip(
+            (scores.inside, scores.outside), (1, -1), _moments(self, scale), strict=True
+        ):
             sums += float(sign * np.tanh(side / 2).sum())
             expected += side.size * mean
             spread += variance * (
@@ -122,8 +121,18 @@ class SampledFamily:
 
     def trade_off(self, scale: float, alpha: float) -> float:
         """The least false negative rate under M_scale at a false positive rate of `alpha`; symmetric."""
-        kept = self._kept["f"]
-        if scale not in kept:
-            kept[scale] = 1 - np.asarray(delta_pld(self._events(scale), _EPSILONS, _RELATION))
-        rest_E: Floats = kept[scale]  # type: ignore[assignment]
+        rest_E = _kept_mass(self._events(scale))
         return max(0.0, float((rest_E - _GROWTH_E * alpha).max()), float(((rest_E - alpha) / _GROWTH_E).max()))
+
+
+@lru_cache(maxsize=256)
+def _moments(family: SampledFamily, scale: float) -> list[tuple[float, float]]:
+    """Mean and variance of what a canary adds to the mean, in and out."""
+    sides = [np.tanh(family.simulate(scale, inside) / 2) * (1 if inside else -1) for inside in (True, False)]
+    return [(float(side.mean()), float(side.var())) for side in sides]
+
+
+@lru_cache(maxsize=256)
+def _kept_mass(events: tuple[PoissonGaussianEvent, ...]) -> Floats:
+    """1 - delta at every epsilon of the grid."""
+    return 1 - np.asarray(delta_pld(events, _EPSILONS, _RELATION))

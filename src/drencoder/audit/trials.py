@@ -46,6 +46,7 @@ __all__ = [
     "promised_std",
     "received_messages",
     "score_trial",
+    "telling_values",
     "trial_values",
 ]
 
@@ -144,17 +145,23 @@ class Trials:
 
 def score_trial(trial: Trial, seen: Seen) -> Floats:
     """The score (N,) of each canary of a trial in what this observer sees, float64."""
-    values, own_NV = trial_values(trial, seen), trial.own_NV
-    if values.dim() == 1 and trial.query.spec.adaptive_clip is not None:
-        own_NV = own_NV.clone()
-        own_NV[:, -1] = (
-            0.0  # the value that tells of the norm is common to all canaries of a sum, and says nothing about one
-        )
+    values, own_NV = trial_values(trial, seen), telling_values(trial, seen)
     length_N = torch.linalg.vector_norm(own_NV, dim=1, dtype=torch.float64).clamp(min=1e-30)
     products_N = (values * own_NV).sum(1, dtype=torch.float64) if values.dim() == 2 else own_NV @ values
     along_N = products_N.double() / length_N
     score_N = 2 * along_N if trial.planted.replace_one else 2 * along_N - length_N
     return np.asarray(score_N.numpy() / trial.query.spec.clip_l2)
+
+
+def telling_values(trial: Trial, seen: Seen) -> Tensor:
+    """What each canary adds to what is seen (N, V), without the value that tells of its norm where that is summed over canaries.
+
+    It is common to all of them there, and says nothing about one.
+    """
+    together = seen != "messages" or bool(trial.planted.site_of)
+    if trial.query.spec.adaptive_clip is None or not together:
+        return trial.own_NV
+    return torch.cat([trial.own_NV[:, :-1], torch.zeros(len(trial.own_NV), 1)], dim=1)
 
 
 def trial_values(trial: Trial, seen: Seen) -> Tensor:

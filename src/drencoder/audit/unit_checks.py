@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from drencoder.audit.noise_checks import Check
-from drencoder.audit.trials import Seen, Trial, promised_std, trial_values
+from drencoder.audit.trials import Seen, Trial, promised_std, telling_values, trial_values
 
 __all__ = ["check_units"]
 
@@ -61,7 +61,7 @@ def _check_weight(trials: Sequence[Trial], seen: Seen) -> Check:
     took_part: dict[tuple[int, int], int] = {}
     power = noise = 0.0
     for index, trial in enumerate(trials):
-        values, own_NV = trial_values(trial, seen).double(), trial.own_NV.double()
+        values, own_NV = trial_values(trial, seen).double(), telling_values(trial, seen).double()
         sign_N = trial.planted.signs(range(len(own_NV))).double()
         along_N = (values * own_NV).sum(1) * sign_N
         sizes_N = own_NV.square().sum(1) * sign_N.abs()

@@ -116,7 +116,7 @@ def _sampled_view(
 ) -> View:
     delta = plan.gaussian_delta
     slots = [event for event in events if isinstance(event, PoissonGaussianEvent) for _ in range(event.count)]
-    family = SampledFamily([replace(event, count=1) for event in slots], delta, seed)
+    family = SampledFamily(tuple(replace(event, count=1) for event in slots), delta, seed)
     threshold = _best_threshold(family, canaries)
     moved = CanaryScores(scores.inside - threshold, scores.outside - threshold)
     bounds: dict[str, dict[str, float]] = {name: {} for name in ("gaussian", "gdp", "one_run", "any")}
