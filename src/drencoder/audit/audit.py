@@ -24,7 +24,7 @@ from drencoder.audit.result import RunAudit
 from drencoder.audit.secrecy import check_evaluation_text, check_secrecy
 from drencoder.audit.trade_off import largest_power, protection_sentence
 from drencoder.audit.trials import Seen, Trial, Trials, noise_left
-from drencoder.audit.unit_checks import check_units
+from drencoder.audit.unit_checks import check_units, check_worst_site
 from drencoder.audit.victims import gather_victims
 from drencoder.audit.warm_start import warm_adapter
 from drencoder.audit.whole_run import audit_run, has_more_than_one_release
@@ -120,6 +120,8 @@ def audit_run_folder(
         "." if same else " no longer: it promises something else than what this recipe's run does, or it was edited."
     )
     checks = [Check("the certificate is about this recipe", same, found), _check_published(components, folder)]
+    if components.plan.curated:
+        checks.append(check_worst_site(components.plan, certificate))
     return _audit(
         subject, listener, canaries, seed, records, {"recipe": components.recipe.name, "run": str(path)}, checks
     )

@@ -6,16 +6,20 @@ clipped code, whoever else took part, is what the noise is measured by. Each tes
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from drencoder.audit.noise_checks import Check
 from drencoder.audit.trials import Seen, Trial, promised_std, telling_values, trial_values
+from drencoder.privacy.accounting import REPORT_INTERVAL
+from drencoder.privacy.observers import epsilons_by_observer
+from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["check_units"]
+__all__ = ["check_units", "check_worst_site"]
 
 _ALARM = 1e-6
 _ROUNDING = 0.02  # what rounding to integers may move a weight by
@@ -24,6 +28,23 @@ _ROUNDING = 0.02  # what rounding to integers may move a weight by
 def check_units(trials: Sequence[Trial], seen: Seen, rate: float) -> list[Check]:
     """Checks releases with canaries of sites in them; `rate` is what each unit's draw was charged with."""
     return [_check_rate(trials, rate), _check_draws_differ(trials, rate), _check_weight(trials, seen)]
+
+
+def check_worst_site(plan: PrivacyPlan, certificate: Mapping[str, Any]) -> Check:
+    """Whether what a certificate states of its worst site is what the audit compares whole runs with.
+
+    A site that was asked in fewer slots, since the run ended early, is stated to have spent less.
+    """
+    name = "the certificate's epsilon of the worst site"
+    rows = certificate.get("unit_terms", {}).get("by_site") or [{"slots": 0, "epsilon": {}}]
+    stated = rows[0]["epsilon"].get(plan.relation, {})
+    slots = plan.slots[: rows[0]["slots"]]
+    due = epsilons_by_observer(plan, {slot: (1, plan.population) for slot in slots}, plan.relation, REPORT_INTERVAL)
+    low = [who for who, epsilon in due.items() if float(stated.get(who, 0.0)) < epsilon * (1 - 1e-3) or not slots]
+    found = f"The certificate states of its worst site what {len(slots)} slots cost, for every observer"
+    if low:
+        found = f"The certificate states too small an epsilon of its worst site against the {low[0]}: {due[low[0]]:.2f} is due"
+    return Check(name, not low, f"{found}.")
 
 
 def _check_rate(trials: Sequence[Trial], rate: float) -> Check:
