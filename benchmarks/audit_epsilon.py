@@ -62,7 +62,7 @@ def measured(trust: str, epsilon: float, canaries: int, seeds: int) -> list[View
 def measured_units(unit: str, trust: str, epsilon: float, canaries: int, seeds: int) -> dict[str, list[View]]:
     """What is scored -> the server's view of each seed."""
     settings = [f"privacy.unit={unit}", f"privacy.trust={trust}", f"privacy.epsilon={epsilon}"]
-    components = build(load_checked_recipe(None, [*SMALL, *SITES, *settings]))
+    components = build(load_checked_recipe("quickstart", [*SMALL, *SITES, *settings]))
     encoder, plan = components.encoder(None), components.plan
     release = Release(plan.slots, lambda slot: update_query(encoder, components.recipe, slot), "a round")
     trials, found = (

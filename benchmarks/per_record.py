@@ -2,7 +2,7 @@
 
     python benchmarks/per_record.py [--model embedded | FOLDER] [--records 32] [--repeats 7] [--json FILE]
 
-Opacus is no dependency of drencoder: `pip install --no-deps opacus opt_einsum` into the environment that runs this script (measured with
+Opacus is no dependency of drencoder: `pip install --no-deps opacus` into the environment that runs this script (measured with
 opacus 1.6.0), or into a folder that PYTHONPATH names. Without it the script says so in one sentence and compares the rest. One thread,
 processes that take turns, medians; before anything is timed, all ways that clip must have computed the same sum.
 """

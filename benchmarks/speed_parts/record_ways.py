@@ -80,7 +80,7 @@ def encoded(task: Task, path: str, loop: Loop) -> None:
     from drencoder.recipe.recipe import load_recipe
     from drencoder.runs.build import build
 
-    components = build(load_recipe(None, [*task.recipe, "encoder.ratio=64", "encoder.gate=warn"]))
+    components = build(load_recipe("quickstart", [*task.recipe, "encoder.ratio=64", "encoder.gate=warn"]))
     trainer, start_D = components.trainer, components.lora.initial_D
     query = update_query(components.encoder(None), components.recipe, 1, clip_l2=CLIP_L2)
 

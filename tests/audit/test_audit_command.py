@@ -87,7 +87,7 @@ def sites(tiny_folder: Path, tmp_path: Path) -> Path:
     settings = [
         "privacy.unit=owner", "federation.population=6", "federation.nodes=6", "federation.units_per_site=8", "federation.rounds=2",
     ]  # fmt: skip
-    recipe = load_checked_recipe(None, [*tiny_overrides(tiny_folder), *SMALL, *settings])
+    recipe = load_checked_recipe("quickstart", [*tiny_overrides(tiny_folder), *SMALL, *settings])
     return experiment.run(recipe, tmp_path / "sites").folder
 
 
