@@ -28,9 +28,11 @@ from drencoder.federated.query_encoders import MomentsEncoder
 from drencoder.federated.round import SecureSum, Upload
 from drencoder.federated.site_round import SiteCurator
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.mechanism import NoiseSource, clip_rows
-from drencoder.privacy.plan import PrivacyPlan
+from drencoder.privacy.mechanism import NoiseSource, clip_rows, quantiser_for
+from drencoder.privacy.plan import Noise, PrivacyPlan
 from drencoder.rng import derive_seed
+from drencoder.secure_aggregation.discrete import Words
+from drencoder.secure_aggregation.quantise import Quantiser
 
 __all__ = [
     "CanaryEngine",
@@ -237,11 +239,37 @@ class _CanaryUnits:
 
 
 @final
+class _Overheard:
+    """A source of noise of which one site keeps what it draws: it has no canary, so that its share is its noise."""
+
+    def __init__(self, source: NoiseSource, site: int) -> None:
+        self._source, self._site, self._heard = source, site, list[npt.NDArray[np.uint64]]()
+        self.kind: Noise = source.kind
+
+    def words(self, *indices: int) -> Words:
+        words = self._source.words(*indices)
+        return self._listening(words) if indices[1:] == (self._site,) else words
+
+    def _listening(self, words: Words) -> Words:
+        def kept(count: int) -> npt.NDArray[np.uint64]:
+            self._heard.append(words(count))
+            return self._heard[-1]
+
+        return kept
+
+    def share(self, quantiser: Quantiser) -> Tensor:
+        """The site's share once more, from the words that it drew, float64 (K,) in units of the code."""
+        heard = iter(self._heard)
+        return torch.from_numpy(quantiser.noise(lambda _count: next(heard)) * np.float64(quantiser.step))
+
+
+@final
 @dataclass
 class CanaryEngine(AlwaysThere):
     """The in-process engine with canaries in the place of training; keeps what passed it, which is what the server sees.
 
-    `curated`: whether sites draw among their units. Then `planted` has those of the canaries that were drawn, unless the draw is secret.
+    `curated`: whether sites draw among their units. Then `planted` has those of the canaries that were drawn, unless the draw is secret,
+    and under secure aggregation `own_share_K` what the last site added to the sum: another site's own share of noise.
     """
 
     plant: Plant
@@ -250,6 +278,7 @@ class CanaryEngine(AlwaysThere):
     curated: bool = False
     planted: Planted | None = None
     seen: list[Upload | SecureSum] = field(default_factory=list)
+    own_share_K: Tensor | None = None
 
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
@@ -259,8 +288,11 @@ class CanaryEngine(AlwaysThere):
         trainer = _CanaryTrainer(self.planted, query, adapter_D.numel())
         curator = SiteCurator(_CanaryUnits(self.planted), trainer, 0) if self.curated else None
         engine = InProcessEngine(trainer, self.nodes, self.threshold, curator=curator)
-        for answer in engine.gather(query, adapter_D, self.planted.answering, permit, noise):
+        heard = _Overheard(noise, cohort[-1]) if self.curated and permit.shares is not None else None
+        for answer in engine.gather(query, adapter_D, self.planted.answering, permit, heard or noise):
             self.seen.append(answer)
+            if heard is not None:
+                self.own_share_K = heard.share(quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2))
             yield answer
         if self.curated and not self.planted.secret:
             self.planted = self.planted.drawn(trainer.asked)

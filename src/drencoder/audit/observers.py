@@ -227,8 +227,9 @@ def _observers(trial: Trial, plan: PrivacyPlan) -> Iterator[tuple[str, Seen, str
             return
     who = "server" if plan.trust == "secure-aggregation" else "public"
     yield who, "sum", "the released sum"
-    if plan.curated and plan.trust == "local":
-        yield "clients", "sum of others", "the released sum, of which a site knows its own message,"
+    if plan.curated:
+        own = "message" if plan.trust == "local" else "share of noise"
+        yield "clients", "sum of others", f"the released sum, of which a site knows its own {own},"
     if trial.step_D is not None and trial.sums_codes:
         yield "public", "adapter", "the adapter's step"
 

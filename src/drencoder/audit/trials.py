@@ -42,7 +42,6 @@ __all__ = [
     "Trials",
     "known_cohort",
     "noise_left",
-    "onlooker",
     "promised_std",
     "received_messages",
     "score_trial",
@@ -70,6 +69,7 @@ class Trial:
     released: CohortRelease
     expected_cohort: float
     step_D: Tensor | None  # the adapter's change; None in stage 1
+    own_share_K: Tensor | None = None  # of noise, of a site that looks on under secure aggregation
 
     @cached_property
     def own_NV(self) -> Tensor:
@@ -137,7 +137,9 @@ class Trials:
             rate = learning_rate(recipe.server, slot, plan.rounds)
             step_D = server_step(ServerState.start(self._adapter_D), direction_D, recipe.server, rate).adapter_D
             step_D = step_D - self._adapter_D.cpu()
-        return Trial(query, engine.planted, permit, engine.seen, released, plan.denominator(slot), step_D)
+        return Trial(
+            query, engine.planted, permit, engine.seen, released, plan.denominator(slot), step_D, engine.own_share_K
+        )
 
 
 # --- what an observer sees, as values ----------------------------------------------------------------
@@ -172,7 +174,9 @@ def trial_values(trial: Trial, seen: Seen) -> Tensor:
     if seen == "sum":
         return trial.released.release.value
     if seen == "sum of others":
-        return trial.released.release.value - received_messages(trial)[onlooker(trial)]
+        share_K = trial.own_share_K
+        own_K = received_messages(trial)[trial.planted.answering[-1]] if share_K is None else share_K
+        return (trial.released.release.value.double() - own_K.double()).float()
     assert trial.step_D is not None
     step_D, mean_D = (
         trial.step_D.double(),
@@ -193,11 +197,6 @@ def received_messages(trial: Trial) -> dict[int, Tensor]:
         values_NK = code_values(trial.query, trial.permit, got.code_NK)
         rows |= {upload.clients[place]: row for place, row in zip(got.accepted, values_NK, strict=True)}
     return rows
-
-
-def onlooker(trial: Trial) -> int:
-    """A site that looks on, knows its own message, and has no canary: the last one."""
-    return trial.planted.answering[-1]
 
 
 def _in_the_sum(trial: Trial, code_NK: Tensor) -> Tensor:
@@ -227,9 +226,10 @@ def noise_left(trial: Trial, seen: Seen) -> Tensor:
 def promised_std(trial: Trial, seen: Seen) -> float:
     """The least standard deviation of the noise on each value that is seen, as the permit has it."""
     permit, clip = trial.permit, trial.query.spec.clip_l2
+    together = trial.contributors - (seen == "sum of others")
     if permit.shares is not None:
-        return permit.shares.multiplier * clip * trial.contributors**0.5
-    many = trial.contributors - (seen == "sum of others") if permit.trust == "local" and seen != "messages" else 1
+        return permit.shares.multiplier * clip * together**0.5
+    many = together if permit.trust == "local" and seen != "messages" else 1
     return permit.noise_multiplier * clip * many**0.5
 
 

@@ -93,14 +93,17 @@ def _onlookers(plan: PrivacyPlan) -> list[tuple[str, Seen]]:
     """Who looks on, and what is scored."""
     if plan.curated and plan.trust == "local":
         return [("server", "messages"), ("clients", "sum of others"), ("public", "sum")]
+    if plan.curated:
+        return [("server", "sum"), ("clients", "sum of others")]
     return [("server" if plan.capped else "public", "messages" if plan.trust == "local" else "sum")]
 
 
 def _words(plan: PrivacyPlan, seen: Seen) -> str:
     what = f"all {len(plan.slots)} releases of the run"
+    own = "message" if plan.trust == "local" else "share of noise"
     parts = {
         "messages": "each site by itself",
-        "sum of others": "sums, of which a site knows its own message",
+        "sum of others": f"sums, of which a site knows its own {own}",
         "sum": "sums",
     }
     return f"{what} ({parts[seen]})" if plan.curated else what
