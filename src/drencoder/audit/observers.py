@@ -38,10 +38,11 @@ LEVELS = {"95": 0.05, "99.9": 0.001}
 ALARM = 1e-6
 """The error of the bound that an alarm rests on: an audit has about a hundred bounds and must not cry wolf."""
 
+_SAMPLED = "or, under a secret draw, Gaussian and sub-sampled at the plan's rates"
 BOUNDS = {
-    "gaussian": "scores are independent and Gaussian",
-    "gdp": "scores are independent; the release is Gaussian differentially private",
-    "one_run": "the coins are fair; the release is Gaussian differentially private",
+    "gaussian": f"scores are independent and Gaussian, {_SAMPLED}",
+    "gdp": f"scores are independent; the release is Gaussian differentially private, {_SAMPLED}",
+    "one_run": f"the coins are fair; the release is Gaussian differentially private, {_SAMPLED}",
     "any": "scores are independent; any (epsilon, delta) mechanism",
 }
 """Name of a bound and what it assumes."""
