@@ -1,10 +1,13 @@
 """Empirical epsilon against the promise: how near `drencoder audit` comes to an ideal white-box audit, and that it stays below.
 
-    python benchmarks/audit_epsilon.py [--seeds 20] [--canaries 1000] [--json FILE] [--markdown FILE]
+    python benchmarks/audit_epsilon.py [--seeds 20] [--canaries 1000] [--units] [--json FILE] [--markdown FILE]
 
 The embedded model with a small adapter. Local trust: the server's view of a client's message. Central trust, one round of all clients: the
 public's view of the released sum. Secure aggregation: the server's view of the sum. The noise is the run's own, new for every seed; a
 seed decides the canaries' coins. An ideal audit scores exact Gaussian noise of the promised size, with the same bounds.
+
+With --units, records and owners of twelve sites in the place of clients: one release for an attacker who is told whom a site drew, and the whole
+run of four rounds for one who is not, whose promise is what a certificate says of the worst site.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from drencoder.audit.canaries import draw_coins
 from drencoder.audit.observers import Release, View, audit_releases, measure
 from drencoder.audit.scores import CanaryScores
 from drencoder.audit.trials import Trials
+from drencoder.audit.whole_run import audit_run
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.federated.query import update_query
 from drencoder.privacy.accounting import sigma_gaussian
@@ -32,7 +36,12 @@ SMALL = [
     "adapter.rank=2", "adapter.targets=['layers.0.self_attn.q_proj', 'layers.0.self_attn.v_proj']", "encoder.ratio=1",
     "prior.source=none", "federation.population=2000", "federation.rounds=1", "federation.sampling_rate=1.0",
 ]  # fmt: skip
+SITES = [
+    "federation.population=12", "federation.nodes=12", "federation.rounds=4", "federation.sampling_rate=0.3",
+    "federation.units_per_site=100",
+]  # fmt: skip
 VIEWS = {"local": "a client's message", "central": "the released sum", "secure-aggregation": "the released sum"}
+UNITS = (("record", "local"), ("owner", "local"), ("record", "secure-aggregation"), ("owner", "secure-aggregation"))
 BOUNDS = ("gaussian", "gdp", "one_run")
 
 
@@ -47,6 +56,24 @@ def measured(trust: str, epsilon: float, canaries: int, seeds: int) -> list[View
     for seed in range(seeds):
         views, _ = audit_releases(trials, release, plan, canaries=canaries, seed=seed)
         found.append(next(view for view in views if view.sees.startswith(VIEWS[trust])))
+    return found
+
+
+def measured_units(unit: str, trust: str, epsilon: float, canaries: int, seeds: int) -> dict[str, list[View]]:
+    """What is scored -> the server's view of each seed."""
+    settings = [f"privacy.unit={unit}", f"privacy.trust={trust}", f"privacy.epsilon={epsilon}"]
+    components = build(load_checked_recipe("quickstart", [*SMALL, *SITES, *settings]))
+    encoder, plan = components.encoder(None), components.plan
+    release = Release(plan.slots, lambda slot: update_query(encoder, components.recipe, slot), "a round")
+    trials, found = (
+        Trials(components, components.lora.initial_D),
+        {"one release, draw known": [], "the run, draw secret": []},
+    )
+    for seed in range(seeds):
+        views, _ = audit_releases(trials, release, plan, canaries=canaries, seed=seed)
+        found["one release, draw known"].append(next(view for view in views if view.observer == "server"))
+        views = audit_run(trials, release.queries, plan, canaries=canaries, seed=seed)
+        found["the run, draw secret"].append(next(view for view in views if view.observer == "server"))
     return found
 
 
@@ -91,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--canaries", type=int, default=1000)
+    parser.add_argument("--units", action="store_true", help="records and owners of sites, and no clients")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--smoke", action="store_true", help="the smallest size, to see that the script works")
@@ -98,9 +126,14 @@ def main() -> None:
     if args.smoke:
         args.seeds, args.canaries = 1, 100
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for epsilon in (8.0,) if args.smoke else (8.0, 1.0):
-        for trust in ("ideal", *VIEWS):
+        for unit, trust in UNITS if args.units or args.smoke else ():
+            started = time.perf_counter()
+            for what, views in measured_units(unit, trust, epsilon, args.canaries, args.seeds).items():
+                rows.append(row(f"{unit}, {trust}: {what}", epsilon, views, (time.perf_counter() - started) / 2))
+                print(json.dumps(rows[-1]), flush=True)
+        for trust in ("ideal", *VIEWS) if not args.units else ():
             started = time.perf_counter()
             if trust == "ideal":
                 views = ideal(epsilon, 1e-5, args.canaries, args.seeds)
@@ -115,10 +148,9 @@ def main() -> None:
                 )
             )
             print(json.dumps(rows[-1]), flush=True)
-            if args.json:
-                args.json.write_text(
-                    json.dumps({"seeds": args.seeds, "canaries": args.canaries, "rows": rows}, indent=1) + "\n", "utf-8"
-                )
+        if args.json:
+            found = {"seeds": args.seeds, "canaries": args.canaries, "rows": rows}
+            args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(markdown(rows))
     if args.markdown:
         args.markdown.write_text(markdown(rows), "utf-8")

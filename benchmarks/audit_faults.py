@@ -3,7 +3,7 @@
     python benchmarks/audit_faults.py [--canaries 400] [--only WORDS] [--json FILE] [--markdown FILE]
 
 Each fault is put into the running program at a seam that is there whatever the mechanism looks like inside: a message after it is
-made, a released sum, the source of the noise, the masks, the text that losses are measured on. Exits with 1 if a fault goes unnoticed, or
+made, a released sum, a site's sum and draw, the source of the noise, the masks, the text that losses are measured on. Exits with 1 if a fault goes unnoticed, or
 if an audit without a fault finds one.
 """
 
@@ -28,9 +28,10 @@ from drencoder.audit import canaries, trials
 from drencoder.data.sources import EmbeddedSource
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.encoders.wire import pack_rows, unpack_rows
-from drencoder.federated import in_process
+from drencoder.federated import in_process, site_round
 from drencoder.federated import round as one_round
 from drencoder.privacy.mechanism import ReplayNoise, quantiser_for
+from drencoder.privacy.sampling import UnitSampler
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import asking, run, stage1
 from drencoder.runs.build import Components
@@ -40,20 +41,30 @@ from drencoder.secure_aggregation import server as secure_server
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(what is published, the same without noise) -> what is published by the broken program."""
 
+SiteChange = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(what a site sends, the same without noise, how many of its units took part) -> what the broken site sends."""
+
 QUICK = [
     "adapter.rank=2", "adapter.targets=['layers.0.self_attn.q_proj', 'layers.0.self_attn.v_proj']", "encoder.ratio=4",
     "prior.source=none", "federation.population=1000", "federation.sampling_rate=0.4", "federation.rounds=1", "evaluation.examples=64",
 ]  # fmt: skip
 
 
+EXPECTED_UNITS = 12  # of a site in a round
+SITES = [
+    "federation.population=8", "federation.nodes=8", "federation.sampling_rate=0.3", "federation.rounds=2", "federation.units_per_site=40",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Fault:
-    """What is broken, under which trust it shows, how it is put in, and whether it needs the part of an audit that trains."""
+    """What is broken, under which trust and of which unit it shows, how it is put in, and whether it needs the part of an audit that trains."""
 
     breaks: str
     trust: str
     plant: Callable[[], contextlib.AbstractContextManager[Any]]
     records: bool = False
+    unit: str = "client"
 
 
 @contextlib.contextmanager
@@ -111,6 +122,57 @@ def long_clip(noised: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     return noised + clean  # twice as long as the clip
 
 
+def site_sums(change: SiteChange) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Units inside sites: what a site sends, or its share, is changed after it was noised."""
+    original = site_round.release_site_sum
+
+    def broken(batches: Any, size: int, clip_l2: float, site: int, permit: Any, noise: Any) -> Any:
+        kept = list(batches)
+        quantiser = quantiser_for(permit, size, clip_l2)
+        noised = quantiser.to_steps(original(iter(kept), size, clip_l2, site, permit, noise))
+        rows = [codes.values_NV.double() / quantiser.step for _, codes in kept]
+        clean = torch.cat(rows).sum(0) if rows else torch.zeros(size, dtype=torch.float64)
+        changed = change(torch.from_numpy(noised).double(), clean, sum(len(units) for units, _ in kept))
+        return quantiser.to_residues(changed.round().long().numpy())
+
+    return lambda: patched((site_round, "release_site_sum", broken))
+
+
+def divided(noised: torch.Tensor, clean: torch.Tensor, number: int) -> torch.Tensor:
+    return noised + clean * (EXPECTED_UNITS / max(1, number) - 1)
+
+
+def no_clip() -> contextlib.AbstractContextManager[Any]:
+    """A site does not clip. No audit is needed for it: codes that are too long are not rounded, and the site stops."""
+    original = site_round.clip_rows
+
+    def broken(values_NV: torch.Tensor, clip_l2: float) -> Any:
+        codes = original(values_NV, 3 * clip_l2)  # a canary fills whatever clip there is
+        object.__setattr__(codes, "clip_l2", clip_l2)
+        return codes
+
+    return patched((site_round, "clip_rows", broken))
+
+
+def draw_of(change: Callable[[Any, Sequence[int], float, int], list[int]]) -> Any:
+    """Who is in a slot: (sampler, units, rate, site) -> those who are."""
+
+    def broken(self: Any, units: Sequence[int], rate: float, slot: int, site: int) -> list[int]:
+        return change(self, units, rate, site)
+
+    return lambda: patched((UnitSampler, "joining", broken))
+
+
+def told_number() -> contextlib.AbstractContextManager[Any]:
+    original = site_round.SiteCurator.message
+
+    def broken(self: Any, query: Any, adapter_D: torch.Tensor, site: int, permit: Any, noise: Any) -> Any:
+        upload = original(self, query, adapter_D, site, permit, noise)
+        return replace(upload, nonfinite=len(self.draw(site, permit)))
+
+    return patched((site_round.SiteCurator, "message", broken))
+
+
 class FixedNoise(ReplayNoise):
     """Noise of a constant seed that calls itself secure."""
 
@@ -164,6 +226,8 @@ def constant_seed_of_masks() -> contextlib.AbstractContextManager[Any]:
     return patched((secure_client.secrets, "token_bytes", lambda size: bytes(size)))
 
 
+UNIT_DRAW = UnitSampler.joining
+
 FAULTS: tuple[Fault, ...] = (
     Fault("nothing", "local", contextlib.nullcontext, records=True),
     Fault("nothing", "central", contextlib.nullcontext, records=True),
@@ -183,6 +247,35 @@ FAULTS: tuple[Fault, ...] = (
     Fault("evaluation text is the clients' own", "local", clients_held_out, records=True),
     Fault("masks between nodes that the server can compute", "secure-aggregation", known_masks),
     Fault("the seed of a node's own mask is constant", "secure-aggregation", constant_seed_of_masks),
+    Fault("nothing", "local", contextlib.nullcontext, records=True, unit="owner"),
+    Fault("nothing", "secure-aggregation", contextlib.nullcontext, unit="record"),
+    Fault(
+        "a site's noise at 2/3 of its size", "local", site_sums(lambda n, clean, _: two_thirds(n, clean)), unit="record"
+    ),
+    Fault(
+        "a site's share of noise at 2/3 of its size",
+        "secure-aggregation",
+        site_sums(lambda n, clean, _: two_thirds(n, clean)),
+        unit="owner",
+    ),
+    Fault("a site divides by how many units took part", "local", site_sums(divided), unit="record"),
+    Fault("a unit is counted twice", "local", site_sums(lambda n, clean, _: n + clean), unit="owner"),
+    Fault(
+        "a record is three times as long as the clip",
+        "local",
+        site_sums(lambda n, clean, _: n + 2 * clean),
+        unit="record",
+    ),
+    Fault(
+        "all units of a site take part", "local", draw_of(lambda _self, units, _rate, _site: list(units)), unit="record"
+    ),
+    Fault(
+        "a site's draw is the same in every round",
+        "local",
+        draw_of(lambda _self, units, rate, site: UNIT_DRAW(UnitSampler(bytes(32)), units, rate, 1, site)),
+        unit="owner",
+    ),
+    Fault("a site tells how many units took part", "local", told_number, records=True, unit="record"),
 )
 
 
@@ -197,7 +290,8 @@ def audit_with(fault: Fault, recipe: Recipe, *, canaries: int, seed: int = 0) ->
 
 
 def recipe_of(fault: Fault, overrides: Sequence[str]) -> Recipe:
-    return load_checked_recipe("quickstart", [*overrides, f"privacy.trust={fault.trust}"])
+    sites = [] if fault.unit == "client" else [*SITES, f"privacy.unit={fault.unit}"]
+    return load_checked_recipe("quickstart", [*overrides, *sites, f"privacy.trust={fault.trust}"])
 
 
 def main() -> int:
@@ -213,7 +307,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     for fault in sorted(FAULTS, key=lambda fault: fault.records):  # the long ones last
-        if args.only not in fault.breaks:
+        if args.only not in f"{fault.breaks}, {fault.trust}, {fault.unit}":
             continue
         started = time.perf_counter()
         failures = audit_with(fault, recipe_of(fault, QUICK), canaries=args.canaries)
@@ -221,12 +315,14 @@ def main() -> int:
             {
                 "breaks": fault.breaks,
                 "trust": fault.trust,
+                "unit": fault.unit,
                 "failures": failures,
                 "seconds": round(time.perf_counter() - started),
             }
         )
         print(
-            f"{fault.breaks} ({fault.trust}): {len(failures)} tests fail. {failures[0] if failures else ''}", flush=True
+            f"{fault.breaks} ({fault.trust}, {fault.unit}): {len(failures)} tests fail. {failures[0] if failures else ''}",
+            flush=True,
         )
         if args.json:
             args.json.write_text(
@@ -242,10 +338,10 @@ def main() -> int:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of the results page."""
-    lines = ["| what is broken | trust | tests that fail | the first of them says |", "|---|---|---|---|"]
+    lines = ["| what is broken | trust | unit | tests that fail | the first of them says |", "|---|---|---|---|---|"]
     for row in rows:
         first = row["failures"][0] if row["failures"] else "no fault was found"
-        lines.append(f"| {row['breaks']} | {row['trust']} | {len(row['failures'])} | {first} |")
+        lines.append(f"| {row['breaks']} | {row['trust']} | {row['unit']} | {len(row['failures'])} | {first} |")
     return "\n".join(lines) + "\n"
 
 

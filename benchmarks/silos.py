@@ -2,12 +2,15 @@
 
     python benchmarks/silos.py [--sites 40] [--patients 25] [--records 12] [--epsilon 4] [--seeds 0] [--arms ...] [--json FILE]
     python benchmarks/silos.py --model FOLDER --data notes.jsonl --site-field ward --owner-field patient --held-out FILE
+    python benchmarks/silos.py --model FOLDER --speeches speeches.jsonl [--patients 6] [--minutes 45] ...
 
 Every arm has the same text, rounds and optimiser, and the plan's noise for its own unit at one epsilon. The text is of the embedded
-world, written to a file with a site and a patient in every record, or a file of your own. Prints a table and writes JSON.
+world, written to a file with a site and a patient in every record, or a file of your own, or real speeches of which a role is the
+patient. Prints a table and writes JSON. `--minutes` starts no further arm that would end after them, if it took as long as the last.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -39,19 +42,36 @@ def write_world(path: Path, sites: int, patients: int, records: int) -> None:
                     file.write(json.dumps({**record, "ward": f"w{site:02}", "patient": f"p{patient:03}"}) + "\n")
 
 
+def write_speeches(speeches: Path, data: Path, held_out: Path, sites: int, records: int) -> None:
+    """Writes real speeches (JSONL: client, text) as JSONL: fields text, ward, patient. A patient is a role, of which at most `records` speeches
+    are kept; a keyed hash of the role's name, and nothing else, says at which site it is, or that it is among the tenth that is held out.
+    """
+    spoken: dict[str, list[str]] = {}
+    for line in speeches.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        spoken.setdefault(row["client"].upper(), []).append(row["text"])
+    with data.open("w") as trained, held_out.open("w") as kept:
+        for role, texts in spoken.items():
+            number = int.from_bytes(hashlib.blake2b(role.encode(), digest_size=8, key=b"silos").digest())
+            texts = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), key=b"silos").digest())[:records]
+            for text in texts:
+                row = {"text": text, "ward": f"w{number // 10 % sites:02}", "patient": role}
+                (kept if number % 10 == 0 else trained).write(json.dumps(row) + "\n")
+
+
 def run_arm(name: str, seed: int, args: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """One run: its plan, its epsilons, and what base model and run reach."""
     from drencoder import load_recipe, run
     from drencoder.runs.plan_overview import privacy_plan
 
     client = "privacy.unit=client" in ARMS[name]
-    units = {"owner": args.patients, "record": args.patients * args.records}
+    units = {"owner": args.patients, "record": args.patients * (args.mean_records or args.records)}
     unit = next(setting.partition("=")[2] for setting in ARMS[name] if setting.startswith("privacy.unit"))
     recipe = load_recipe(
         "quickstart",
         [
             f"seed={seed}", f"model.source={args.model}", f"data.source={data}", f"data.client_field={args.site_field}",
-            f"data.owner_field={args.owner_field}", f"data.examples_per_client={args.records * (4 if client else 1)}",
+            f"data.owner_field={args.owner_field}", f"data.examples_per_client={args.site_records if client else args.records}",
             f"federation.population={args.sites}", f"federation.sampling_rate={args.rate}", f"federation.rounds={args.rounds}",
             f"federation.nodes={args.sites}", f"federation.units_per_site={units.get(unit, 0)}", "prior.source=none",
             "encoder.name=random", f"encoder.ratio={args.ratio}", f"privacy.epsilon={args.epsilon}", "privacy.delta=1e-5",
@@ -74,12 +94,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("sites", 40), ("patients", 25), ("records", 12), ("rounds", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--site-records", type=int, help="of a site that is protected as a whole, in a round; default: 4 patients'"
+    )
+    parser.add_argument("--mean-records", type=int, help="that everybody takes a patient to have; default: --records")
     for name, number in (("epsilon", 4.0), ("rate", 0.3), ("ratio", 64.0), ("learning-rate", 0.02)):
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--data", type=Path, help="a file of your own; default: the embedded world's text")
+    parser.add_argument(
+        "--speeches", type=Path, help="a file of speeches (JSONL: client, text): each role is a patient"
+    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="bound of all arms together")
     parser.add_argument("--site-field", default="ward")
     parser.add_argument("--owner-field", default="patient")
     parser.add_argument("--held-out", default="embedded", help="evaluation.data")
@@ -90,15 +118,23 @@ def main() -> None:
     if args.smoke:
         args.sites, args.patients, args.records, args.rounds, args.arms = 10, 2, 2, 1, [list(ARMS)[2]]
         args.set += ["evaluation.examples=8", "privacy.delta=1e-3"]
-    rows = []
+    args.site_records = args.site_records or 4 * args.records
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         data = args.data or Path(temporary) / "notes.jsonl"
-        if args.data is None:
+        if args.speeches is not None:
+            args.held_out = Path(temporary) / "held-out.jsonl"
+            write_speeches(args.speeches, data, args.held_out, args.sites, args.records)
+        elif args.data is None:
             write_world(data, args.sites, args.patients, args.records)
         folder = Path(temporary) / "runs"
         folder.mkdir()
         for seed in args.seeds:
             for arm in args.arms:
+                if rows and time.perf_counter() - started + rows[-1]["seconds"] > 60 * args.minutes:
+                    print(f"{arm}, seed {seed}: not run, for lack of time", flush=True)
+                    continue
                 rows.append(run_arm(arm, seed, args, data, folder))
                 print(f"{arm}, seed {seed}: {rows[-1]['seconds']:.0f} s", flush=True)
                 if args.json:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from speed_parts.machine import peak_mib, tree_cpu_seconds
+from speed_parts.record_ways import RECORD_WAYS
 from speed_parts.task import Task
 from speed_parts.ways import WAYS, Round
 
@@ -34,7 +35,7 @@ def main() -> None:
                 torch.save(result_D, line.strip())
                 print(json.dumps(row), file=answers, flush=True)
 
-    WAYS[way](Task.load(path), path, loop)
+    (WAYS | RECORD_WAYS)[way](Task.load(path), path, loop)
 
 
 if __name__ == "__main__":

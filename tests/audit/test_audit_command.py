@@ -82,6 +82,50 @@ def test_a_certificate_of_another_plan_is_named(finished: Path) -> None:
     assert any("certificate's plan" in failure for failure in found.failures)
 
 
+@pytest.fixture
+def sites(tiny_folder: Path, tmp_path: Path) -> Path:
+    settings = [
+        "privacy.unit=owner", "federation.population=6", "federation.nodes=6", "federation.units_per_site=8", "federation.rounds=2",
+    ]  # fmt: skip
+    recipe = load_checked_recipe("quickstart", [*tiny_overrides(tiny_folder), *SMALL, *settings])
+    return experiment.run(recipe, tmp_path / "sites").folder
+
+
+def test_units_of_a_run_are_audited_against_what_its_certificate_says_of_the_worst_site(
+    sites: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(["audit", str(sites), "--canaries", "64", "--json", "-q"], monkeypatch) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["facts"]["unit"] == "owner"
+    assert "whether one owner took part" in found["sentence"]
+    whole = {view["observer"]: view for view in found["views"] if view["sees"].startswith("all 2 releases")}
+    stated = json.loads((sites / "certificate.json").read_text())["unit_terms"]["by_site"][0]["epsilon"]["add_remove"]
+    assert set(whole) == {"server", "clients", "public"}
+    for observer, view in whole.items():
+        assert view["promised"] == pytest.approx(stated[observer], rel=1e-3)
+        assert {"gaussian", "gdp", "one_run", "any"} == set(view["bounds"])
+    assert {view["relation"] for view in found["views"]} == {"add_remove", "replace_one"}
+    names = {check["name"] for check in found["checks"]}
+    assert names >= {
+        "sites draw no more often than was charged", "no draw of a site comes twice", "a unit counts once, whoever else takes part",
+        "the certificate's epsilon of the worst site", "nothing but releases depends on an owner's data",
+    }  # fmt: skip
+    assert not verify_run(sites, {}).trouble
+
+
+def test_a_certificate_that_understates_its_worst_site_is_named(sites: Path) -> None:
+    path = sites / "certificate.json"
+    certificate = json.loads(path.read_text())
+    certificate["unit_terms"]["by_site"][0]["epsilon"]["add_remove"]["server"] *= 0.9
+    path.write_text(json.dumps(certificate))
+
+    class Silent:
+        def say(self, text: str) -> None: ...
+
+    found = audit_run_folder(sites, Silent(), canaries=32, records=False)
+    assert any("too small an epsilon of its worst site against the server" in failure for failure in found.failures)
+
+
 def test_a_fault_that_only_real_records_show_is_kept_without_their_numbers(finished: Path) -> None:
     class Silent:
         def say(self, text: str) -> None: ...
@@ -135,8 +179,25 @@ def test_what_cannot_be_audited_is_one_sentence(
         (["privacy.trust=central", "privacy.clip=adaptive"], 0.5),
         (["privacy.noise_in=update"], 0.0),  # the encoder drops most of such noise's directions, and of the canary
         (["privacy.trust=central", "encoder.name=kronecker", "prior.public=self"], 0.5),
+        (
+            [
+                "privacy.unit=record",
+                "federation.population=4",
+                "federation.units_per_site=9",
+                "prior.source=moments",
+                "privacy.clip=adaptive",
+                "encoder.name=hybrid",
+                "prior.public=self",
+            ],
+            0.4,
+        ),
     ],
-    ids=["adaptive clip", "noise in the update", "rotated codes of four bits"],
+    ids=[
+        "adaptive clip",
+        "noise in the update",
+        "rotated codes of four bits",
+        "records, stage 1, adaptive clip, hybrid",
+    ],
 )
 def test_other_parts_of_a_recipe_are_audited(extra: list[str], near: float, tiny_folder: Path) -> None:
     class Silent:

@@ -1,6 +1,7 @@
 """Lower bounds on epsilon: exact where a formula is known, true at their level, and near the mark of an ideal audit."""
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.stats import binom, nct
 from drencoder.audit.clopper_pearson_bound import epsilon_from_errors, gdp_mu_from_errors
 from drencoder.audit.gaussian_bound import gaussian_mu
 from drencoder.audit.one_run_bound import one_run_mu, rejects_mu
+from drencoder.audit.sampled_bounds import SampledFamily
 from drencoder.audit.scores import CanaryScores
 from drencoder.audit.trade_off import largest_power, protection_sentence
 from drencoder.privacy.accounting import GaussianEvent, PoissonGaussianEvent, epsilon_gaussian, sigma_gaussian
@@ -96,3 +98,42 @@ def test_what_a_promise_lets_an_attacker_do() -> None:
     sentence = protection_sentence(8.0, 1e-5, 0.254)
     assert "at most 25 of 100" in sentence
     assert sentence.count(".") <= 2
+
+
+FAMILY = SampledFamily((PoissonGaussianEvent(0.3, 0.75),) * 4, 1e-5, 0)
+
+
+def scores_of(family: SampledFamily, scale: float, seed: int) -> CanaryScores:
+    """What 500 canaries on each side score if the noise is `scale` times what the family's first member has."""
+    drawn = replace(family, seed=1000 + seed)
+    return CanaryScores(drawn.simulate(scale, True)[:500], drawn.simulate(scale, False)[:500])
+
+
+def test_a_family_without_sub_sampling_has_the_gaussian_trade_off() -> None:
+    family = SampledFamily((PoissonGaussianEvent(1.0, 0.8),), 1e-5, 0)
+    for alpha in (0.001, 0.05, 0.3):
+        exact = NormalDist().cdf(NormalDist().inv_cdf(1 - alpha) - 1 / 0.8)
+        assert exact - 2e-3 < family.trade_off(1.0, alpha) <= exact + 1e-12
+
+
+def test_sub_sampled_scores_are_bounded_near_the_promise_and_not_above() -> None:
+    promised = FAMILY.epsilon(1.0)
+    found = [FAMILY.bounds(scores_of(FAMILY, 1.0, seed), 0.001) for seed in range(10)]
+    assert all(one[name] <= promised for one in found for name in one)
+    assert max(one["gaussian"] for one in found) > 0.6 * promised
+    assert max(one["gdp"] for one in found) > 0.4 * promised
+    assert max(one["one_run"] for one in found) > 0.1 * promised
+    assert not any(FAMILY.exceeded(scores_of(FAMILY, scale, seed), 1e-6) for scale in (1.0, 1.3) for seed in range(10))
+
+
+def test_sub_sampled_releases_with_too_little_noise_exceed_the_promise() -> None:
+    assert "gaussian" in FAMILY.exceeded(scores_of(FAMILY, 0.5, 0), 1e-6)
+    assert FAMILY.bounds(scores_of(FAMILY, 0.5, 0), 0.001)["gaussian"] > FAMILY.epsilon(1.0)
+
+
+def test_faint_scores_prove_nothing() -> None:
+    """With much noise the mean of scores hardly depends on the noise: a bound from the mean alone was infinite here."""
+    family = SampledFamily((PoissonGaussianEvent(0.3, 4.0),) * 4, 1e-5, 0)
+    promised = family.epsilon(1.0)
+    for seed in range(10):
+        assert max(family.bounds(scores_of(family, 1.0, seed), 0.001).values()) <= promised

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import random
 from pathlib import Path
 
 import pytest
-from audit_faults import FAULTS, Fault, audit_with, recipe_of
+from audit_faults import FAULTS, Fault, audit_with, no_clip, recipe_of
 
 from conftest import tiny_overrides
+from drencoder.errors import PrivacyError
 
 SMALL = [
     "prior.source=none", "federation.population=400", "federation.sampling_rate=0.5", "federation.rounds=1", "privacy.delta=1e-5",
@@ -24,9 +26,10 @@ def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         return hashlib.shake_256(f"draw {next(drawn)}".encode()).digest(size)
 
     monkeypatch.setattr(os, "urandom", known)
+    monkeypatch.setattr(random, "_urandom", known)  # what `secrets` reads
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.breaks}, {fault.trust}")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.breaks}, {fault.trust}, {fault.unit}")
 def test_every_fault_is_named_and_nothing_else(fault: Fault, tiny_folder: Path) -> None:
     embedded = fault.breaks == "evaluation text is the clients' own"
     overrides = [*tiny_overrides(tiny_folder), *SMALL, *(["evaluation.examples=64"] if embedded else [])]
@@ -43,5 +46,19 @@ def test_every_fault_is_named_and_nothing_else(fault: Fault, tiny_folder: Path) 
         "noise from a fixed seed": "drew the same noise",
         "all clients of a batch have the same noise": "the same noise, or a part of it in common",
         "no noise at all, in messages": "epsilon is at least any number",
+        "a site's noise at 2/3 of its size": "which is too little",
+        "a site's share of noise at 2/3 of its size": "which is too little",
+        "a site divides by how many units took part": "a site divides by how many came",
+        "a unit is counted twice": "counted more or less than once",
+        "a record is three times as long as the clip": "counted more or less than once, or not clipped",
+        "all units of a site take part": "more than the amplification counts on",
+        "a site's draw is the same in every round": "who saw one draw knows the next",
+        "a site tells how many units took part": "it is not at its site",
     }
     assert any(expected.get(fault.breaks, "") in failure for failure in failures), failures
+
+
+def test_a_site_that_does_not_clip_is_stopped_by_what_rounds_its_codes(tiny_folder: Path) -> None:
+    fault = Fault("a site does not clip", "local", no_clip, unit="record")
+    with pytest.raises(PrivacyError, match="longer than its clip of 1: clip it before it is rounded"):
+        audit_with(fault, recipe_of(fault, [*tiny_overrides(tiny_folder), *SMALL]), canaries=64)

@@ -170,7 +170,7 @@ def test_nothing_that_is_said_anywhere_follows_the_draw(
 
     if silos.keys:
         pytest.skip("one of the two is enough")
-    monkeypatch.setattr(site_round.SiteCurator, "_draw", lambda *arguments: [])
+    monkeypatch.setattr(site_round.SiteCurator, "draw", lambda *arguments: [])
     empty = Silos(tmp_path, silos.recipe)
     empty.run()
     for site in range(SITES):

@@ -896,7 +896,7 @@ BUGS: tuple[Bug, ...] = (
         "a site tells how many units took part",
         "federated/site_round",
         "return Upload((site,), pack_rows(values_1K, wire, spec.slot), 0)",
-        "return Upload((site,), pack_rows(values_1K, wire, spec.slot), len(self._draw(site, permit)))",
+        "return Upload((site,), pack_rows(values_1K, wire, spec.slot), len(self.draw(site, permit)))",
         _UNITS,
     ),
     Bug(

@@ -24,9 +24,11 @@ from drencoder.audit.result import RunAudit
 from drencoder.audit.secrecy import check_evaluation_text, check_secrecy
 from drencoder.audit.trade_off import largest_power, protection_sentence
 from drencoder.audit.trials import Seen, Trial, Trials, noise_left
+from drencoder.audit.unit_checks import check_units, check_worst_site
 from drencoder.audit.victims import gather_victims
 from drencoder.audit.warm_start import warm_adapter
 from drencoder.audit.whole_run import audit_run, has_more_than_one_release
+from drencoder.data.units import everyone
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.errors import PrivacyError
@@ -118,6 +120,8 @@ def audit_run_folder(
         "." if same else " no longer: it promises something else than what this recipe's run does, or it was edited."
     )
     checks = [Check("the certificate is about this recipe", same, found), _check_published(components, folder)]
+    if components.plan.curated:
+        checks.append(check_worst_site(components.plan, certificate))
     return _audit(
         subject, listener, canaries, seed, records, {"recipe": components.recipe.name, "run": str(path)}, checks
     )
@@ -125,11 +129,6 @@ def audit_run_folder(
 
 def _require_promise(components: Components) -> None:
     plan = components.plan
-    if plan.curated:
-        raise PrivacyError(
-            f"privacy.unit = {plan.unit!r} cannot be audited yet, since canaries are clients and not units inside a site: audit the "
-            "recipe with privacy.unit = 'client', or rest on the neighbour tests (docs/audit.md)."
-        )
     if set(plan.non_private) >= {"round"}:
         raise PrivacyError(
             f"privacy.trust = {components.recipe.privacy.trust!r} promises nothing, so there is no promise to audit: choose another trust."
@@ -162,10 +161,11 @@ def _audit(
             checks += _noise_of(trials, release, done)
             if release.slots[0] > 0:
                 checks.append(_check_denominator(done))
+            if plan.curated:
+                checks += check_units(done, "messages" if plan.trust == "local" else "sum", plan.rate(release.slots[0]))
         if has_more_than_one_release(plan):
             listener.say("canaries that are followed through whole runs")
-            whole = audit_run(trials, subject.query, plan, canaries=canaries, seed=seed)
-            views += [whole] if whole else []
+            views += audit_run(trials, subject.query, plan, canaries=canaries, seed=seed)
         if plan.trust == "secure-aggregation":
             listener.say("masks of secure aggregation")
             checks += _masks(subject, seed)
@@ -277,11 +277,11 @@ def _real_records(subject: _Subject, seed: int) -> tuple[list[Attack], list[str]
 def _check_published(components: Components, folder: RunFolder) -> Check:
     """Whether a client's reply stands in a text file of the run folder."""
     name, long = "no client's text is in the run folder", 40
-    population = components.plan.population
-    step = max(1, population // 512)
+    everybody = everyone(components.texts.source, components.plan.population)
+    step = max(1, len(everybody) // 512)
     replies = {
         record["response"].strip()
-        for client in range(0, population, step)
+        for client in everybody[::step]
         for record in components.texts.source.client(client)
         if len(record["response"].strip()) >= long
     }
@@ -305,7 +305,7 @@ def _facts(subject: _Subject, canaries: int, seed: int) -> dict[str, Any]:
     return {
         "model": components.recipe.model.source,
         "trust": plan.trust,
-        "unit": "client",
+        "unit": plan.unit,
         "epsilon": epsilon_pld(
             plan.composition(plan.budget_observer, plan.schedule()) or (), plan.gaussian_delta, plan.relation
         ),
@@ -325,7 +325,7 @@ def _protection(subject: _Subject) -> str:
     plan = subject.components.plan
     events = plan.composition(plan.budget_observer, plan.schedule()) or ()
     epsilon = epsilon_pld(events, plan.gaussian_delta, plan.relation)
-    return protection_sentence(epsilon, plan.delta, largest_power(events, plan.relation))
+    return protection_sentence(epsilon, plan.delta, largest_power(events, plan.relation), plan.unit)
 
 
 def _estimate(subject: _Subject, canaries: int, records: bool) -> str:

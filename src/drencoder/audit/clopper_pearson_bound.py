@@ -17,12 +17,12 @@ from statistics import NormalDist
 
 from drencoder.audit.scores import CanaryScores
 
-__all__ = ["epsilon_from_errors", "gdp_mu_from_errors"]
+__all__ = ["epsilon_from_errors", "error_bounds", "gdp_mu_from_errors"]
 
 
 def gdp_mu_from_errors(scores: CanaryScores, significance: float) -> float:
     """The largest mu that these errors reject with an error of at most `significance`; 0 where they reject none."""
-    alpha, beta = _error_bounds(scores, significance)
+    alpha, beta = error_bounds(scores, significance)
     if max(alpha, beta) >= 1:
         return 0.0
     normal = NormalDist()
@@ -31,12 +31,12 @@ def gdp_mu_from_errors(scores: CanaryScores, significance: float) -> float:
 
 def epsilon_from_errors(scores: CanaryScores, delta: float, significance: float) -> float:
     """The largest epsilon at `delta` that these errors reject with an error of at most `significance`; 0 where they reject none."""
-    alpha, beta = _error_bounds(scores, significance)
+    alpha, beta = error_bounds(scores, significance)
     ratios = [(1 - beta - delta) / alpha, (1 - alpha - delta) / beta]
     return math.log(max(1.0, *ratios))
 
 
-def _error_bounds(scores: CanaryScores, significance: float) -> tuple[float, float]:
+def error_bounds(scores: CanaryScores, significance: float) -> tuple[float, float]:
     """Upper bounds on the false positive and the false negative rate, which hold together but for a chance of `significance`."""
     false_positives, false_negatives = int((scores.outside >= 0).sum()), int((scores.inside < 0).sum())
     return (

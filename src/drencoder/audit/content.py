@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drencoder.audit.auc import Auc, estimate_auc, estimate_clustered_auc, gaussian_max_auc
-from drencoder.audit.canaries import Planted, contributions, draw_coins
+from drencoder.audit.canaries import Planted, contributions, draw_coins, record_canaries
 from drencoder.audit.inversion import CodeReader, present_tokens, share_of_tokens_found
 from drencoder.audit.residual import score_by_residual
 from drencoder.audit.span import SpanAttack
@@ -61,15 +61,15 @@ def attack_content(
 
     Returns the attacks, and in words those that could not be tried.
     """
-    trial_list = list(_everybody_in(trials, queries, plan, victims))
+    trial_list, order = _everybody_in(trials, queries, plan, victims)
     query, vocabulary = trial_list[0].query, lora.base.vocabulary
     seen, sees = (
-        ("messages", "a message")
+        ("messages", f"a message with one {plan.unit}'s text in it" if plan.curated else "a message")
         if plan.trust != "secure-aggregation"
-        else ("sum", "a sum with one client's text in it")
+        else ("sum", f"a sum with one {plan.unit}'s text in it")
     )
     values = torch.cat([rows if (rows := trial_values(trial, seen)).dim() == 2 else rows[None] for trial in trial_list])  # type: ignore[arg-type]
-    present_NV = present_tokens(victims.texts[: len(values)], vocabulary)
+    present_NV = present_tokens([victims.texts[victim] for victim in order], vocabulary)
     events = known_cohort(plan, "server", query.spec.slot, trial_list[0].contributors)
     mu = None if events is None else gdp_mu(events, "replace_one")
     bound = None if mu is None else gaussian_max_auc(mu)
@@ -93,27 +93,29 @@ def attack_content(
     return attacks, notes
 
 
-def _everybody_in(trials: Trials, queries: QueryMaker, plan: PrivacyPlan, victims: Victims) -> list[Trial]:
-    """Releases with the victims in them: all in one round where the server sees messages, one in each where it sees sums."""
+def _everybody_in(
+    trials: Trials, queries: QueryMaker, plan: PrivacyPlan, victims: Victims
+) -> tuple[list[Trial], list[int]]:
+    """Releases with the victims in them, all in one round where the server sees messages, one in each where it sees sums; and who was in."""
     slots = [slot for slot in plan.slots if slot > 0]
     alone = plan.trust == "secure-aggregation"
+    most = _ALONE if alone else len(victims.texts)
     done: list[Trial] = []
-    count = 0
+    order: list[int] = []
 
     def plant(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
-        left = range(count, len(victims.texts))
-        clients = cohort[: 1 if alone else len(left)]
-        rows = victims.update_ND[left.start : left.start + len(clients)]
-        answering = cohort if alone else clients
-        return Planted(clients, np.ones(len(clients), dtype=bool), lambda _query, places: rows[list(places)], answering)
+        rows = victims.update_ND[len(order) :][: 1 if alone else None]
+        return record_canaries(plan, cohort, rows, np.ones(len(rows), dtype=bool), everybody_answers=alone)
 
     for trial in trials.without_end(queries, slots, plant):
-        count += len(trial.planted.clients)
         if trial.planted.clients:
             done.append(trial)
-        if count >= len(victims.texts) or (alone and count >= _ALONE):
-            return done
-    return done
+        drawn = trial.planted.clients if plan.curated else range(len(trial.planted.clients))
+        first = len(order)
+        order += [first + victim for victim in drawn]
+        if len(order) >= most:
+            return done, order
+    return done, order
 
 
 def attack_membership(
@@ -126,10 +128,11 @@ def attack_membership(
     mus: list[float | None] = []
 
     def plant(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
-        clients = cohort[: len(victims.texts)]
-        coin_N = draw_coins(seed, len(clients), -2, len(scores))
-        answering = cohort if permit.shares is not None else clients
-        return Planted(clients, coin_N, lambda _query, places: victims.update_ND[list(places)], answering)
+        coin_N = draw_coins(seed, len(victims.texts), -2, len(scores))
+        everybody_answers = permit.shares is not None
+        return record_canaries(
+            plan, cohort, victims.update_ND, coin_N, everybody_answers=everybody_answers, alone=False
+        )
 
     for trial in trials.without_end(queries, slots, plant):
         if len(trial.planted.clients) < 4:

@@ -11,7 +11,15 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from drencoder.audit.canaries import Plant, Planted, crafted, draw_coins, num_directions
+from drencoder.audit.canaries import (
+    Plant,
+    Planted,
+    crafted,
+    draw_coins,
+    num_directions,
+    record_canaries,
+    spread_over_sites,
+)
 from drencoder.audit.clopper_pearson_bound import gdp_mu_from_errors
 from drencoder.audit.gaussian_bound import gaussian_mu
 from drencoder.audit.one_run_bound import one_run_mu
@@ -30,10 +38,11 @@ LEVELS = {"95": 0.05, "99.9": 0.001}
 ALARM = 1e-6
 """The error of the bound that an alarm rests on: an audit has about a hundred bounds and must not cry wolf."""
 
+_SAMPLED = "or, under a secret draw, Gaussian and sub-sampled at the plan's rates"
 BOUNDS = {
-    "gaussian": "scores are independent and Gaussian",
-    "gdp": "scores are independent; the release is Gaussian differentially private",
-    "one_run": "the coins are fair; the release is Gaussian differentially private",
+    "gaussian": f"scores are independent and Gaussian, {_SAMPLED}",
+    "gdp": f"scores are independent; the release is Gaussian differentially private, {_SAMPLED}",
+    "one_run": f"the coins are fair; the release is Gaussian differentially private, {_SAMPLED}",
     "any": "scores are independent; any (epsilon, delta) mechanism",
 }
 """Name of a bound and what it assumes."""
@@ -176,8 +185,14 @@ def _crafted_plant(plan: PrivacyPlan, canaries: int, seed: int, replace_one: boo
     def plant(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
         nonlocal planted
         # At least two trials, so that noise which comes twice is seen.
-        clients = cohort[: min(num_directions(query), max(1, -(-canaries // 2)))]
+        half, room = max(1, -(-canaries // 2)), num_directions(query)
         planted += 1
+        if plan.curated:
+            units = range(min(room, math.ceil(half / plan.rate(query.spec.slot))))
+            coin_N = draw_coins(seed, len(units), query.spec.slot, planted)
+            homes = spread_over_sites(len(units), cohort[:-1])  # the last one looks on
+            return crafted(units, coin_N, cohort, replace_one=replace_one, site_of=homes)
+        clients = cohort[: min(room, half)]
         coin_N = draw_coins(seed, len(clients), query.spec.slot, planted)
         answering = cohort if permit.shares is not None else clients
         return crafted(clients, coin_N, answering, replace_one=replace_one)
@@ -208,11 +223,14 @@ def _views(trials: Sequence[Trial], release: Release, plan: PrivacyPlan) -> Iter
 def _observers(trial: Trial, plan: PrivacyPlan) -> Iterator[tuple[str, Seen, str]]:
     """(observer, what is scored, the same in words) for all that leaves in this trial and is promised something about."""
     if plan.trust == "local":
-        yield "server", "messages", "a client's message"
+        yield "server", "messages", f"a {'site' if plan.curated else 'client'}'s message"
         if not trial.sums_codes:  # then clients do not hide behind each other, and the sum tells less than the messages
             return
     who = "server" if plan.trust == "secure-aggregation" else "public"
     yield who, "sum", "the released sum"
+    if plan.curated:
+        own = "message" if plan.trust == "local" else "share of noise"
+        yield "clients", "sum of others", f"the released sum, of which a site knows its own {own},"
     if trial.step_D is not None and trial.sums_codes:
         yield "public", "adapter", "the adapter's step"
 
@@ -232,10 +250,9 @@ def audit_records(
     coin_N = draw_coins(seed, len(update_ND), -3)
 
     def plant(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
-        clients = cohort[: 1 if alone else most - count]
-        rows, coins = update_ND[count : count + len(clients)], coin_N[count : count + len(clients)]
-        answering = cohort if permit.shares is not None else clients
-        return Planted(clients, coins, lambda _query, places: rows[list(places)], answering)
+        stop = count + (1 if alone else most - count)
+        rows, coins = update_ND[count:stop], coin_N[count:stop]
+        return record_canaries(plan, cohort, rows, coins, everybody_answers=permit.shares is not None)
 
     for trial in trials.without_end(queries, [slot for slot in plan.slots if slot > 0], plant):
         count += len(trial.planted.clients)

@@ -16,14 +16,14 @@ them may come from one release. The price is a bound far below what scores that 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
 
 from drencoder.audit.scores import CanaryScores
 
-__all__ = ["GUESS_SHARES", "one_run_mu", "rejects_mu"]
+__all__ = ["GUESS_SHARES", "guesses_of", "one_run_mu", "rejects", "rejects_mu"]
 
 GUESS_SHARES: Sequence[float] = (0.25, 0.5, 1.0)
 """Which shares of the canaries are guessed, those with the most telling scores; the error is divided by their number."""
@@ -34,22 +34,27 @@ _LARGEST_MU = 64.0
 
 def one_run_mu(scores: CanaryScores, significance: float) -> float:
     """The largest mu that the guesses reject with an error of at most `significance`; 0 where they reject none."""
+    counts = [guesses_of(scores, share) for share in GUESS_SHARES]
+    return max(_largest_rejected(scores.count, *count, significance / len(counts)) for count in counts)
+
+
+def guesses_of(scores: CanaryScores, share: float) -> tuple[int, int]:
+    """How many of the canaries are guessed, those with the most telling scores, and how many of these guesses are right."""
     right_N = scores.mirrored[np.argsort(-np.abs(scores.mirrored), kind="stable")] > 0
-    best = 0.0
-    for share in GUESS_SHARES:
-        guesses = max(1, round(share * right_N.size))
-        best = max(
-            best,
-            _largest_rejected(right_N.size, guesses, int(right_N[:guesses].sum()), significance / len(GUESS_SHARES)),
-        )
-    return best
+    guesses = max(1, round(share * right_N.size))
+    return guesses, int(right_N[:guesses].sum())
 
 
 def rejects_mu(canaries: int, guesses: int, right: int, mu: float, significance: float) -> bool:
     """Whether so many right guesses have a chance below `significance` under mu-GDP."""
+    return rejects(canaries, guesses, right, lambda x: _blow_down(x, mu), significance)
+
+
+def rejects(canaries: int, guesses: int, right: int, blow_down: Callable[[float], float], significance: float) -> bool:
+    """The same for any f-DP mechanism; `blow_down` is g of the module's recursion, f(1 - x) for a symmetric f."""
     r, h = significance * right / canaries, significance * (guesses - right) / canaries
     for j in range(right - 1, -1, -1):
-        higher = max(h, _blow_down(r, mu))
+        higher = max(h, blow_down(r))
         if higher == h:
             break
         r, h = min(1.0, r + j / (guesses - j) * (higher - h)), higher

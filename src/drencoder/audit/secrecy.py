@@ -4,7 +4,8 @@ A short run of the recipe is made several times, with noise and cohorts that are
 then every message is replaced by one of zeros, so that all releases are the same whatever the clients hold. What the runs
 tell (lines of the console, rows of the metrics, the certificate) and leave (every file of the run folder) must then be the same,
 byte for byte, in every world of a canary client: with its own text, with an update that is not finite, with one a million times
-as long, and under central trust without its answer. What differs between two runs of the same world (the run's number) is left out.
+as long, and under central trust without its answer. Where a record or an owner inside a site is protected, the canary is such a unit, which
+took part in the run, and the last world is a site without it. What differs between two runs of the same world (the run's number) is left out.
 
 This is non-interference (Goguen and Meseguer 1982, https://doi.org/10.1109/SP.1982.10014) with the release as the one declared channel.
 """
@@ -15,7 +16,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 
 from drencoder.audit.noise_checks import Check
-from drencoder.data.sources import FileSource
+from drencoder.data.sources import Record
+from drencoder.data.units import SiteUnits, everyone, file_of
 from drencoder.encoders.wire import pack_rows
 from drencoder.federated.in_process import AlwaysThere, InProcessEngine
 from drencoder.federated.query import Query
 from drencoder.federated.round import SecureSum, Upload, message_wire
+from drencoder.federated.site_round import SiteCurator
 from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource
@@ -75,21 +78,28 @@ def check_secrecy(recipe: Recipe) -> list[Check]:
         own, again = (_told(components, folder / run, "own") for run in ("own", "again"))
         steady = {key for key in own if own[key] == again.get(key)}
         checks = []
-        for world, words in WORLDS.items():
-            if world == "absent" and components.plan.trust != "central":
+        unit = components.plan.unit
+        who = "an owner" if unit == "owner" else f"a {unit}"
+        worlds = WORLDS | ({"absent": "it is not at its site"} if components.plan.curated else {})
+        for world, words in worlds.items():
+            if world == "absent" and not components.plan.secret_draw:
                 continue  # who answers is no secret there
             other = _told(components, folder / world.replace(" ", "-"), world)
             moved = sorted(key for key in steady | (other.keys() - own.keys()) if own.get(key) != other.get(key))
-            found = f"With a client of which {words}, {len(steady)} things that a run tells or leaves are the same."
+            found = f"With {who} of which {words}, {len(steady)} things that a run tells or leaves are the same."
             if moved:
-                found = f"With a client of which {words}, {moved[0]} is another: it tells something of the client's data without noise."
-            checks.append(Check("nothing but releases depends on a client's data", not moved, found))
+                found = f"With {who} of which {words}, {moved[0]} is another: it tells something of the {unit}'s data without noise."
+            checks.append(Check(f"nothing but releases depends on {who}'s data", not moved, found))
     return checks
 
 
 def _told(components: Components, folder: Path, world: str) -> dict[str, bytes]:
     """What a run in this world tells and leaves, by name, without what no two runs have in common."""
-    engine = _BlindedEngine(components.trainer, components.recipe.federation.nodes, components.recipe.threshold, world)
+    federation, units = components.recipe.federation, components.texts.source
+    engine = _BlindedEngine(
+        components.trainer, federation.nodes, components.recipe.threshold, world,
+        units if isinstance(units, SiteUnits) else None, components.recipe.seed,
+    )  # fmt: skip
     listener, screen = _Lines(), io.StringIO()
     with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
         run_built(replace(components, engine=engine), folder, listener)
@@ -156,7 +166,8 @@ class _BlindedEngine(AlwaysThere):
     nodes: int
     threshold: int
     world: str
-    asked: list[int] = field(default_factory=list)
+    units: SiteUnits | None  # of the sites, where a unit of theirs is the canary
+    seed: int
 
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
@@ -164,11 +175,16 @@ class _BlindedEngine(AlwaysThere):
         """See `Engine.gather`."""
         if not cohort:
             return
-        answering = [client for client in cohort if not (self.world == "absent" and client == cohort[0])]
-        trainer = _CanaryWorld(self.trainer, cohort[0], self.world)
-        for answer in InProcessEngine(trainer, self.nodes, self.threshold).gather(
-            query, adapter_D, answering, permit, noise
-        ):
+        canary, curator, answering = cohort[0], None, list(cohort)
+        if self.units is not None:
+            canary = self._canary_unit(cohort, permit)
+            there = _Without(self.units, canary) if self.world == "absent" else self.units
+            curator = SiteCurator(there, _CanaryWorld(self.trainer, canary, self.world), self.seed)
+        elif self.world == "absent":
+            answering = answering[1:]
+        trainer = _CanaryWorld(self.trainer, canary, self.world)
+        engine = InProcessEngine(trainer, self.nodes, self.threshold, curator=curator)
+        for answer in engine.gather(query, adapter_D, answering, permit, noise):
             if isinstance(answer, SecureSum):
                 yield replace(answer, sum_V=np.zeros_like(answer.sum_V))
                 continue
@@ -176,6 +192,31 @@ class _BlindedEngine(AlwaysThere):
             dtype = torch.int64 if wire.integers else torch.float32
             zeros_NK = torch.zeros(len(answer.messages), wire.code_size, dtype=dtype)
             yield replace(answer, messages=pack_rows(zeros_NK, wire, query.spec.slot))
+
+    def _canary_unit(self, cohort: Sequence[int], permit: Permit) -> int:
+        """The first unit of the first site that the replayed draw puts into the slot; -1 where it puts none."""
+        assert self.units is not None
+        curator = SiteCurator(self.units, self.trainer, self.seed)
+        return next((unit for site in cohort for unit in curator.draw(site, permit)), -1)
+
+
+@final
+@dataclass(frozen=True)
+class _Without:
+    """Sites without one of their units."""
+
+    whole: SiteUnits
+    unit: int
+
+    @property
+    def provenance(self) -> str:
+        return self.whole.provenance
+
+    def client(self, client: int) -> list[Record]:
+        return self.whole.client(client)
+
+    def units(self, site: int) -> Sequence[int]:
+        return [unit for unit in self.whole.units(site) if unit != self.unit]
 
 
 # --- evaluation text ---------------------------------------------------------------------------------
@@ -187,14 +228,13 @@ def check_evaluation_text(components: Components) -> Check:
     if components.texts.evaluation is None:
         return Check(name, True, "The recipe measures on no text.")
     measured = components.texts.evaluation(components.recipe.evaluation.examples)
-    if isinstance(source, FileSource) and (
-        both := set(source.server) & {one for owner in source.owned for one in owner}
-    ):
+    file = file_of(source)
+    if file is not None and (both := set(file.server) & {one for owner in file.owned for one in owner}):
         found = f"{len(both)} records that are set aside for evaluation are clients' records, too."
         return Check(name, False, found, of_records=True)
-    population = components.plan.population
-    step = max(1, population * components.recipe.data.examples_per_client // _RECORDS)
-    held = {_digest(record) for client in range(0, population, step) for record in source.client(client)}
+    everybody = everyone(source, components.plan.population)
+    step = max(1, len(everybody) * components.recipe.data.examples_per_client // _RECORDS)
+    held = {_digest(record) for client in everybody[::step] for record in source.client(client)}
     shared = sum(_digest(record) in held for record in measured)
     found = f"{shared} of {len(measured)} evaluation texts are also a client's, word for word"
     if 2 * shared > len(measured):

@@ -43,11 +43,13 @@ __all__ = [
     "known_cohort",
     "noise_left",
     "promised_std",
+    "received_messages",
     "score_trial",
+    "telling_values",
     "trial_values",
 ]
 
-Seen = Literal["messages", "sum", "adapter"]
+Seen = Literal["messages", "sum", "sum of others", "adapter"]
 
 QueryMaker = Callable[[int], Query]
 """The query of a slot."""
@@ -67,6 +69,7 @@ class Trial:
     released: CohortRelease
     expected_cohort: float
     step_D: Tensor | None  # the adapter's change; None in stage 1
+    own_share_K: Tensor | None = None  # of noise, of a site that looks on under secure aggregation
 
     @cached_property
     def own_NV(self) -> Tensor:
@@ -124,7 +127,7 @@ class Trials:
 
     def _ask(self, query: Query, ledger: Ledger, plant: Plant) -> Trial:
         recipe, plan = self._components.recipe, self._components.plan
-        engine = CanaryEngine(plant, recipe.federation.nodes, recipe.threshold)
+        engine = CanaryEngine(plant, recipe.federation.nodes, recipe.threshold, plan.curated)
         components = replace(self._components, engine=engine)
         released, permit = ask_cohort(components, ledger, query, self._adapter_D)
         assert engine.planted is not None
@@ -134,7 +137,9 @@ class Trials:
             rate = learning_rate(recipe.server, slot, plan.rounds)
             step_D = server_step(ServerState.start(self._adapter_D), direction_D, recipe.server, rate).adapter_D
             step_D = step_D - self._adapter_D.cpu()
-        return Trial(query, engine.planted, permit, engine.seen, released, plan.denominator(slot), step_D)
+        return Trial(
+            query, engine.planted, permit, engine.seen, released, plan.denominator(slot), step_D, engine.own_share_K
+        )
 
 
 # --- what an observer sees, as values ----------------------------------------------------------------
@@ -142,12 +147,7 @@ class Trials:
 
 def score_trial(trial: Trial, seen: Seen) -> Floats:
     """The score (N,) of each canary of a trial in what this observer sees, float64."""
-    values, own_NV = trial_values(trial, seen), trial.own_NV
-    if values.dim() == 1 and trial.query.spec.adaptive_clip is not None:
-        own_NV = own_NV.clone()
-        own_NV[:, -1] = (
-            0.0  # the value that tells of the norm is common to all canaries of a sum, and says nothing about one
-        )
+    values, own_NV = trial_values(trial, seen), telling_values(trial, seen)
     length_N = torch.linalg.vector_norm(own_NV, dim=1, dtype=torch.float64).clamp(min=1e-30)
     products_N = (values * own_NV).sum(1, dtype=torch.float64) if values.dim() == 2 else own_NV @ values
     along_N = products_N.double() / length_N
@@ -155,19 +155,28 @@ def score_trial(trial: Trial, seen: Seen) -> Floats:
     return np.asarray(score_N.numpy() / trial.query.spec.clip_l2)
 
 
+def telling_values(trial: Trial, seen: Seen) -> Tensor:
+    """What each canary adds to what is seen (N, V), without the value that tells of its norm where that is summed over canaries.
+
+    It is common to all of them there, and says nothing about one.
+    """
+    together = seen != "messages" or bool(trial.planted.site_of)
+    if trial.query.spec.adaptive_clip is None or not together:
+        return trial.own_NV
+    return torch.cat([trial.own_NV[:, :-1], torch.zeros(len(trial.own_NV), 1)], dim=1)
+
+
 def trial_values(trial: Trial, seen: Seen) -> Tensor:
     """What is seen, decoded from what left: messages (N, K) in the order of the canaries, a sum (V,), or the adapter's step as a sum (V,)."""
     if seen == "messages":
-        rows: dict[int, Tensor] = {}
-        wire = message_wire(trial.query, trial.permit)
-        for upload in trial.received:
-            assert isinstance(upload, Upload)
-            got = unpack_rows(upload.messages, wire, trial.query.spec.slot)
-            values_NK = code_values(trial.query, trial.permit, got.code_NK)
-            rows |= {upload.clients[place]: row for place, row in zip(got.accepted, values_NK, strict=True)}
-        return torch.stack([rows[client] for client in trial.planted.clients])
+        rows = received_messages(trial)
+        return torch.stack([rows[sender] for sender in trial.planted.senders])
     if seen == "sum":
         return trial.released.release.value
+    if seen == "sum of others":
+        share_K = trial.own_share_K
+        own_K = received_messages(trial)[trial.planted.answering[-1]] if share_K is None else share_K
+        return (trial.released.release.value.double() - own_K.double()).float()
     assert trial.step_D is not None
     step_D, mean_D = (
         trial.step_D.double(),
@@ -178,6 +187,18 @@ def trial_values(trial: Trial, seen: Seen) -> Tensor:
     return trial.query.encode(sum_D[None])[0] if trial.sums_codes else sum_D
 
 
+def received_messages(trial: Trial) -> dict[int, Tensor]:
+    """Local trust: sender -> its message (K,), decoded from the bytes that left."""
+    rows: dict[int, Tensor] = {}
+    wire = message_wire(trial.query, trial.permit)
+    for upload in trial.received:
+        assert isinstance(upload, Upload)
+        got = unpack_rows(upload.messages, wire, trial.query.spec.slot)
+        values_NK = code_values(trial.query, trial.permit, got.code_NK)
+        rows |= {upload.clients[place]: row for place, row in zip(got.accepted, values_NK, strict=True)}
+    return rows
+
+
 def _in_the_sum(trial: Trial, code_NK: Tensor) -> Tensor:
     if trial.sums_codes:
         return code_NK
@@ -186,7 +207,16 @@ def _in_the_sum(trial: Trial, code_NK: Tensor) -> Tensor:
 
 
 def noise_left(trial: Trial, seen: Seen) -> Tensor:
-    """What is seen less what the canaries put into it, in units of the noise that was promised, float64: (N, K), or a sum as (1, V)."""
+    """What is seen less what the canaries put into it, in units of the noise that was promised, float64: (N, K), or a sum as (1, V).
+
+    Of messages of sites there is one row for each site.
+    """
+    if seen == "messages" and trial.planted.site_of:
+        rest_of = {site: row.double() for site, row in received_messages(trial).items()}
+        signs = trial.planted.signs(range(len(trial.own_NV)))
+        for site, own_V, sign in zip(trial.planted.site_of, trial.own_NV.double(), signs, strict=True):
+            rest_of[site] = rest_of[site] - sign * own_V
+        return torch.stack(list(rest_of.values())) / promised_std(trial, seen)
     values, std = trial_values(trial, seen).double(), promised_std(trial, seen)
     rest = (values if values.dim() == 2 else values[None]).clone()
     sent_NV = trial.own_NV.double() * trial.planted.signs(range(len(trial.own_NV)))[:, None]
@@ -196,14 +226,15 @@ def noise_left(trial: Trial, seen: Seen) -> Tensor:
 def promised_std(trial: Trial, seen: Seen) -> float:
     """The least standard deviation of the noise on each value that is seen, as the permit has it."""
     permit, clip = trial.permit, trial.query.spec.clip_l2
+    together = trial.contributors - (seen == "sum of others")
     if permit.shares is not None:
-        return permit.shares.multiplier * clip * trial.contributors**0.5
-    many = trial.contributors if permit.trust == "local" and seen != "messages" else 1
+        return permit.shares.multiplier * clip * together**0.5
+    many = together if permit.trust == "local" and seen != "messages" else 1
     return permit.noise_multiplier * clip * many**0.5
 
 
 def known_cohort(plan: PrivacyPlan, observer: str, slot: int, contributors: int) -> tuple[Event, ...] | None:
-    """The events of one release for an observer who knows who was asked; None where nothing is promised."""
+    """The events of one release for an observer who knows who was asked, or drawn by a site; None where nothing is promised."""
     event = plan.event(slot)
     if plan.trust == "central":
         if observer == "server" or isinstance(event, NonPrivateEvent):
@@ -211,4 +242,8 @@ def known_cohort(plan: PrivacyPlan, observer: str, slot: int, contributors: int)
         assert isinstance(event, PoissonGaussianEvent)
         return (GaussianEvent(event.noise_multiplier),)
     events = plan.composition(observer, {slot: (1, contributors)})
-    return None if not events or any(isinstance(one, NonPrivateEvent) for one in events) else events
+    if not events or any(isinstance(one, NonPrivateEvent) for one in events):
+        return None
+    return tuple(
+        GaussianEvent(one.noise_multiplier, one.count) for one in events if not isinstance(one, NonPrivateEvent)
+    )

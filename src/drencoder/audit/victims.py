@@ -13,6 +13,7 @@ from typing import final
 from torch import Tensor
 
 from drencoder.data.tokenization import Example
+from drencoder.data.units import everyone
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components
@@ -44,10 +45,10 @@ def gather_victims(
         ]
     if len(known) < _LEAST_SHADOWS:
         return None
-    population = components.plan.population
-    start, texts = derive_seed(seed, "audit-victims") % population, []
-    for client in range(start, start + population):
-        texts += components.texts.client(client % population, 1)[:1]
+    everybody = everyone(components.texts.source, components.plan.population)
+    start, texts = derive_seed(seed, "audit-victims") % len(everybody), []
+    for place in range(start, start + len(everybody)):
+        texts += components.texts.client(everybody[place % len(everybody)], 1)[:1]
         if len(texts) == victims:
             break
     return Victims(

@@ -1,6 +1,6 @@
 """The whole run in the view of those who see all of it: canary clients take part as the recipe's own sampler says.
 
-Legend: N followed clients, T slots.
+Legend: N followed clients, or units of sites, T slots.
 
 N clients are in or out by a coin each, for the whole run. A client that is in answers whenever it is asked; one that is out sends
 nothing of its own. The attacker sees every release of the run and does not know secret cohorts. With x_t a client's part of release t in units
@@ -9,26 +9,32 @@ likelihood ratio (Neyman and Pearson 1933),
 
     sum over t of log(1 - q_t + q_t exp((r x_t - r^2 / 2) / s_t^2)).
 
-Where nothing is sub-sampled it is Gaussian, and all bounds of `observers` apply. Else the composition is not mu-GDP, and the bound is
-`clopper_pearson_bound.epsilon_from_errors` at a threshold that is chosen on simulated scores of the promised mechanism, before any
-score is seen.
+Where nothing is sub-sampled it is Gaussian, and all bounds of `observers` apply. Else the composition is not mu-GDP, and the bounds are
+those of `sampled_bounds`, and `clopper_pearson_bound.epsilon_from_errors`, which assumes nothing of the mechanism, at a threshold that is
+chosen on simulated scores of the promised mechanism, before any score is seen.
+
+A unit of a site is in it for the whole run, or is no unit of it; the site's curator draws among those that it has. The promise is what a
+certificate says of the worst site: one that was asked in every slot.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from drencoder.audit.canaries import Planted, crafted, draw_coins, num_directions
+from drencoder.audit.canaries import Planted, crafted, draw_coins, num_directions, spread_over_sites
 from drencoder.audit.clopper_pearson_bound import epsilon_from_errors
 from drencoder.audit.observers import ALARM, LEVELS, View, measure
+from drencoder.audit.sampled_bounds import SampledFamily, log_ratio
 from drencoder.audit.scores import CanaryScores, Floats
-from drencoder.audit.trials import QueryMaker, Trial, Trials, trial_values
+from drencoder.audit.trials import QueryMaker, Seen, Trial, Trials, trial_values
 from drencoder.federated.query import Query
-from drencoder.privacy.accounting import GaussianEvent, Relation, epsilon_pld, gdp_mu
+from drencoder.privacy.accounting import Event, NonPrivateEvent, PoissonGaussianEvent, Relation, epsilon_pld, gdp_mu
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.rng import derive_seed
@@ -40,32 +46,23 @@ _MOST_SLOTS = {
     "central": 1500,
     "secure-aggregation": 60,
 }  # of all runs; a secure one takes half a second
-_SIMULATED = 20_000
 _ADD_REMOVE: Relation = "add_remove"
 
 
 def has_more_than_one_release(plan: PrivacyPlan) -> bool:
-    """Whether a client can be in more than one release, so that the whole run tells more than one of them."""
-    return len(plan.slots) > 1 if plan.trust == "central" else len(plan.blocks) > 1
+    """Whether a client can be in more than one release. Units of sites are followed all the same: only so is the draw a secret."""
+    return plan.curated or (len(plan.blocks) if plan.capped else len(plan.slots)) > 1
 
 
-def audit_run(
-    trials: Trials,
-    queries: QueryMaker,
-    plan: PrivacyPlan,
-    *,
-    canaries: int,
-    seed: int,
-) -> View | None:
-    """Whole runs of the plan until so many clients were followed; None where the view is not promised anything."""
-    observer = plan.budget_observer if plan.trust != "secure-aggregation" else "server"
-    events = plan.composition(observer, plan.schedule())
-    if not events or plan.non_private:
-        return None
+def audit_run(trials: Trials, queries: QueryMaker, plan: PrivacyPlan, *, canaries: int, seed: int) -> list[View]:
+    """Whole runs of the plan until so many clients were followed; none where nothing is promised, or there is nobody to compare with."""
+    charged = {slot: (1, plan.population) for slot in plan.slots} if plan.curated else plan.schedule()
+    onlookers = [(who, seen, plan.composition(who, charged)) for who, seen in _onlookers(plan)]
+    if plan.non_private or not all(events for _, _, events in onlookers):
+        return []
     room = min(num_directions(queries(slot)) for slot in (plan.slots[0], plan.slots[-1]))
-    most = (
-        canaries if plan.trust == "local" else min(canaries, room)
-    )  # of a sum every canary needs a direction of its own
+    # Of a sum every canary needs a direction of its own.
+    most = canaries if plan.trust == "local" and not plan.curated else min(canaries, room)
     most_runs = max(1, _MOST_SLOTS[plan.trust] // len(plan.slots))
     score_parts: list[Floats] = []
     coin_parts: list[npt.NDArray[np.bool_]] = []
@@ -74,33 +71,68 @@ def audit_run(
         following = _Following(plan, min(most, canaries - followed), seed, len(score_parts))
         for trial in trials.of_one_run(queries, plan.slots, following.plant, following.choose):
             following.add(trial)
-        score_parts.append(following.score_N)
+        score_parts.append(following.score_ON)
         coin_parts.append(following.coin_N)
         followed += len(following.coin_N)
-    score_N, coin_N = np.concatenate(score_parts), np.concatenate(coin_parts)
+    score_ON, coin_N = np.concatenate(score_parts, axis=1), np.concatenate(coin_parts)
     if min(int(coin_N.sum()), int((~coin_N).sum())) < 2:
-        return None
-    words = {"observer": observer, "sees": f"all {len(plan.slots)} releases of the run", "canary": "worst case"}
-    mu = gdp_mu(events, _ADD_REMOVE)
-    if mu is not None:
-        return measure(
-            CanaryScores.of(2 * score_N / mu**2, coin_N),
-            relation=_ADD_REMOVE,
-            mu=mu,
-            delta=plan.gaussian_delta,
-            **words,
-        )
-    threshold = _best_threshold(plan, canaries, seed)
-    scores = CanaryScores.of(score_N - threshold, coin_N)
-    promised = epsilon_pld(events, plan.gaussian_delta, _ADD_REMOVE)
-    bounds = {
-        "any": {level: epsilon_from_errors(scores, plan.gaussian_delta, error) for level, error in LEVELS.items()}
+        return []
+    views = []
+    for score_N, (observer, seen, events) in zip(score_ON, onlookers, strict=True):
+        words = {"observer": observer, "sees": _words(plan, seen), "canary": "worst case"}
+        mu = gdp_mu(events or (), _ADD_REMOVE)
+        if mu is None:
+            views.append(_sampled_view(plan, CanaryScores.of(score_N, coin_N), events or (), canaries, seed, words))
+        else:
+            scores = CanaryScores.of(2 * score_N / mu**2, coin_N)
+            views.append(measure(scores, relation=_ADD_REMOVE, mu=mu, delta=plan.gaussian_delta, **words))
+    return views
+
+
+def _onlookers(plan: PrivacyPlan) -> list[tuple[str, Seen]]:
+    """Who looks on, and what is scored."""
+    if plan.curated and plan.trust == "local":
+        return [("server", "messages"), ("clients", "sum of others"), ("public", "sum")]
+    if plan.curated:
+        return [("server", "sum"), ("clients", "sum of others")]
+    return [("server" if plan.capped else "public", "messages" if plan.trust == "local" else "sum")]
+
+
+def _words(plan: PrivacyPlan, seen: Seen) -> str:
+    what = f"all {len(plan.slots)} releases of the run"
+    own = "message" if plan.trust == "local" else "share of noise"
+    parts = {
+        "messages": "each site by itself",
+        "sum of others": f"sums, of which a site knows its own {own}",
+        "sum": "sums",
     }
-    exceeded = ("any",) if epsilon_from_errors(scores, plan.gaussian_delta, ALARM) > promised else ()
+    return f"{what} ({parts[seen]})" if plan.curated else what
+
+
+def _sampled_view(
+    plan: PrivacyPlan,
+    scores: CanaryScores,
+    events: tuple[Event, ...],
+    canaries: int,
+    seed: int,
+    words: Mapping[str, str],
+) -> View:
+    delta = plan.gaussian_delta
+    slots = [event for event in events if isinstance(event, PoissonGaussianEvent) for _ in range(event.count)]
+    family = SampledFamily(tuple(replace(event, count=1) for event in slots), delta, seed)
+    threshold = _best_threshold(family, canaries)
+    moved = CanaryScores(scores.inside - threshold, scores.outside - threshold)
+    bounds: dict[str, dict[str, float]] = {name: {} for name in ("gaussian", "gdp", "one_run", "any")}
+    for level, error in LEVELS.items():
+        for name, epsilon in (family.bounds(scores, error) | {"any": epsilon_from_errors(moved, delta, error)}).items():
+            bounds[name][level] = epsilon
+    promised = epsilon_pld(events, delta, _ADD_REMOVE)
+    exceeded = family.exceeded(scores, ALARM)
+    exceeded += ("any",) if epsilon_from_errors(moved, delta, ALARM) > promised else ()
     return View(
-        relation=_ADD_REMOVE, inside=scores.inside.size, outside=scores.outside.size, promised=promised, delta=plan.gaussian_delta,
-        estimate=_from_rates(scores, plan.gaussian_delta), bounds=bounds, exceeded=exceeded, found=scores.power_at_one_percent, **words,
-        note="sub-sampled: no test of so few canaries comes near the promise",
+        relation=_ADD_REMOVE, inside=scores.inside.size, outside=scores.outside.size, promised=promised, delta=delta,
+        estimate=_from_rates(moved, delta), bounds=bounds, exceeded=exceeded, found=scores.power_at_one_percent, **words,
+        note="sub-sampled by a draw that the attacker does not know",
     )  # fmt: skip
 
 
@@ -113,12 +145,14 @@ class _Following:
         self._clients: Sequence[int] = ()
         self._places: list[int] = []
         self.coin_N: npt.NDArray[np.bool_] = np.zeros(0, dtype=bool)
-        self.score_N: Floats = np.zeros(0)
+        self.score_ON: Floats = np.zeros((0, 0))  # of each onlooker
 
     def choose(self, ledger: Ledger) -> None:
         """Follows clients that nobody chose by what they do; where cohorts are no secret, those that are asked most often."""
         plan = self._plan
-        if plan.capped:
+        if plan.curated:
+            self._clients = range(self._most)
+        elif plan.capped:
             asked = Counter(client for slot in plan.slots for client in ledger.sampler().cohort(slot))
             often = max(asked.values(), default=0)
             self._clients = sorted(client for client, times in asked.items() if times == often)[: self._most]
@@ -127,11 +161,16 @@ class _Following:
             first = derive_seed(self._seed, "audit-followed", self._run) % (plan.population - most + 1)
             self._clients = range(first, first + most)
         self.coin_N = draw_coins(self._seed, len(self._clients), -1, self._run)
-        self.score_N = np.zeros(len(self._clients))
+        self.score_ON = np.zeros((len(_onlookers(plan)), len(self._clients)))
 
     def plant(self, query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
         """All followed clients of the cohort are canaries. Under central trust the others have canaries' directions, too, and are out."""
-        asked, room = set(cohort), num_directions(query)
+        room = num_directions(query)
+        if self._plan.curated:
+            homes = spread_over_sites(len(self._clients), cohort[:-1])  # the last one looks on
+            along = [unit % room for unit in self._clients]
+            return crafted(self._clients, self.coin_N, cohort, directions=along, site_of=homes, secret=True)
+        asked = set(cohort)
         self._places = [place for place, client in enumerate(self._clients) if client in asked]
         here = [self._clients[place] for place in self._places]
         answering = cohort if permit.shares is not None else here
@@ -140,70 +179,62 @@ class _Following:
     def add(self, trial: Trial) -> None:
         """Adds what one release says about each followed client."""
         plan, slot = self._plan, trial.query.spec.slot
-        if plan.trust == "central":
-            event = plan.event(slot)
-            x_N, length = _along_directions(trial, len(self._clients))
-            exponent_N = (length * x_N - length**2 / 2) / event.noise_multiplier**2  # type: ignore[union-attr]
-            rate = plan.rate(slot)
-            self.score_N += np.logaddexp(np.log1p(-rate) if rate < 1 else -np.inf, math.log(rate) + exponent_N)
+        if plan.secret_draw:
+            for row, (observer, seen) in enumerate(_onlookers(plan)):
+                x_N, length = _along_directions(trial, seen, len(self._clients))
+                noise = math.sqrt(self._variance(observer, slot, trial.contributors))
+                self.score_ON[row] += log_ratio(x_N, length, noise, plan.rate(slot))
             return
         if not self._places:
             return
         own_NV, clip = trial.own_NV.double(), trial.query.spec.clip_l2
         length_N = own_NV.norm(dim=1)
-        values = trial_values(trial, "messages" if plan.trust == "local" else "sum").double()
+        ((observer, seen),) = _onlookers(plan)
+        values = trial_values(trial, seen).double()
         along_N = ((values if values.dim() == 2 else values[None]) * own_NV).sum(1) / length_N
-        variance = self._variance(slot, trial.contributors)
-        self.score_N[self._places] += ((length_N * along_N - length_N**2 / 2) / (clip**2 * variance)).numpy()
+        variance = self._variance(observer, slot, trial.contributors)
+        self.score_ON[0, self._places] += ((length_N * along_N - length_N**2 / 2) / (clip**2 * variance)).numpy()
 
-    def _variance(self, slot: int, contributors: int) -> float:
+    def _variance(self, observer: str, slot: int, contributors: int) -> float:
         """Of the noise that the accounting promises in this view, in squared clips."""
-        (event,) = self._plan.composition("server", {slot: (1, contributors)}) or ()
-        assert isinstance(event, GaussianEvent)
+        (event,) = self._plan.composition(observer, {slot: (1, contributors)}) or ()
+        assert not isinstance(event, NonPrivateEvent)
         return float(event.noise_multiplier**2)
 
 
-def _along_directions(trial: Trial, count: int) -> tuple[Floats, float]:
-    """The released sum along the direction of each followed client (N,), in units of the clip, and a contribution's length in the same unit.
+def _along_directions(trial: Trial, seen: Seen, count: int) -> tuple[Floats, float]:
+    """What is seen along the direction of each followed client (N,), in units of the clip, and a contribution's length in the same unit.
 
     Crafted codes are unit vectors times the clip wherever the sum is one of codes, so no client's update need be encoded.
     """
-    everybody = crafted(range(count), np.ones(count, dtype=bool), ())
     room, clip = num_directions(trial.query), trial.query.spec.clip_l2
-    values = trial_values(trial, "sum").double()
-    shown = Trial(
-        trial.query, crafted(range(min(count, room, 2)), np.ones(min(count, room, 2), dtype=bool), ()), trial.permit, (),
-        trial.released, trial.expected_cohort, None,
-    )  # fmt: skip
+    values = trial_values(trial, seen).double()
     if trial.sums_codes and trial.query.spec.kind == "update" and trial.query.spec.adaptive_clip is None:
-        own_NV = shown.own_NV.double()
+        few = min(count, room, 2)
+        own_NV = _codes(trial, range(few))
         if bool((own_NV.diagonal().abs() > 0.999 * clip).all()):
-            return (values[np.arange(count) % room] / clip).numpy(), 1.0
-    shown = Trial(trial.query, everybody, trial.permit, (), trial.released, trial.expected_cohort, None)
-    own_NV = shown.own_NV.double()
+            along = np.arange(count) % room
+            return (values[..., along].diagonal() if values.dim() == 2 else values[along]).numpy() / clip, 1.0
+    own_NV = _codes(trial, [place % room for place in range(count)])
     if trial.query.spec.adaptive_clip is not None:
         own_NV[:, -1] = 0.0  # common to all of a sum
     length_N = own_NV.norm(dim=1)
-    return ((own_NV @ values) / length_N / clip).numpy(), float(length_N.mean()) / clip
+    return ((values * own_NV).sum(1) / length_N / clip).numpy(), float(length_N.mean()) / clip
 
 
-def _best_threshold(plan: PrivacyPlan, canaries: int, seed: int) -> float:
+def _codes(trial: Trial, directions: Sequence[int]) -> Tensor:
+    """What canaries with these directions add to what is seen (N, V), float64."""
+    everybody = crafted(range(len(directions)), np.ones(len(directions), dtype=bool), (), directions=directions)
+    return replace(trial, planted=everybody).own_NV.double()
+
+
+def _best_threshold(family: SampledFamily, canaries: int) -> float:
     """The threshold under which simulated scores of the promised mechanism give the largest bound."""
-    generator = np.random.Generator(np.random.Philox(derive_seed(seed, "audit-threshold")))
-    totals = {}
-    for inside in (True, False):
-        total_N = np.zeros(_SIMULATED)
-        for slot in plan.slots:
-            event, rate = plan.event(slot), plan.rate(slot)
-            sigma = event.noise_multiplier  # type: ignore[union-attr]
-            asked_N = generator.random(_SIMULATED) < rate if inside else np.zeros(_SIMULATED, dtype=bool)
-            x_N = asked_N + sigma * generator.standard_normal(_SIMULATED)
-            total_N += np.logaddexp(np.log1p(-rate) if rate < 1 else -np.inf, math.log(rate) + (x_N - 0.5) / sigma**2)
-        totals[inside] = total_N
+    totals = {inside: family.simulate(1.0, inside) for inside in (True, False)}
     half = max(2, canaries // 2)
     best = max(
         np.quantile(totals[False], np.linspace(0.5, 0.999, 40)),
-        key=lambda cut: epsilon_from_errors(_expected(totals, cut, half), plan.gaussian_delta, LEVELS["95"]),
+        key=lambda cut: epsilon_from_errors(_expected(totals, cut, half), family.delta, LEVELS["95"]),
     )
     return float(best)
 

@@ -39,7 +39,7 @@ def audit(
 ) -> None:
     """Audits your own recipe or run: what can an attacker really tell, and is it less than was promised?
 
-    Canary clients are in or out by a coin, in the real encoder, clip, noise and release. Their scores give lower bounds on epsilon for every
+    Canary clients, or units of sites, are in or out by a coin, in the real encoder, clip, noise and release. Their scores give lower bounds on epsilon for every
     observer; real records are attacked, and the noise, the masks and everything that a run leaves are tested. Trains nothing into
     a run and charges nothing to it. Exit code 1 if a promise does not hold.
     """

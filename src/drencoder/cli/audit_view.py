@@ -13,7 +13,8 @@ __all__ = ["audit_tables"]
 
 _CAPTION = (
     "Lower bounds with 95 % (99.9 %) confidence, each under its own assumption. Gaussian: scores are independent and Gaussian. GDP: scores are "
-    "independent, releases are Gaussian differentially private. one run: the coins are fair. any: any (epsilon, delta) mechanism."
+    "independent, releases are Gaussian differentially private. one run: the coins are fair. any: any (epsilon, delta) mechanism. "
+    "Where a draw is secret the first three take releases to be Gaussian and sub-sampled at the plan's rates."
 )
 
 

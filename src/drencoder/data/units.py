@@ -28,7 +28,7 @@ from drencoder.data.sources import (
 from drencoder.errors import DataError
 from drencoder.recipe.recipe import Recipe
 
-__all__ = ["EmbeddedUnits", "FileUnits", "SiteUnits", "file_of", "open_text"]
+__all__ = ["EmbeddedUnits", "FileUnits", "SiteUnits", "everyone", "file_of", "open_text"]
 
 _EMBEDDED_SITE = 1 << 32  # numbers of an embedded site's units, at most
 
@@ -89,6 +89,13 @@ class EmbeddedUnits:
 
     def units(self, site: int) -> Sequence[int]:
         return range(site * _EMBEDDED_SITE, site * _EMBEDDED_SITE + self.site_units)
+
+
+def everyone(source: Source, population: int) -> Sequence[int]:
+    """The numbers of all clients of a source, or of the units of all its sites."""
+    if not isinstance(source, SiteUnits):
+        return range(population)
+    return list(chain.from_iterable(source.units(site) for site in range(population)))
 
 
 def file_of(source: Source) -> FileSource | None:

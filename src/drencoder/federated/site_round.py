@@ -73,13 +73,13 @@ class SiteCurator:
         spec = query.spec
         if spec.noise_in != "code" or not spec.summable:
             raise PrivacyError("A site sums codes: it needs noise_in = 'code' and a linear encoder.")
-        joining = self._draw(site, permit)
+        joining = self.draw(site, permit)
         for start in range(0, len(joining), self.trainer.batch_clients):
             batch = joining[start : start + self.trainer.batch_clients]
             update_ND = self.trainer.train_clients(adapter_D, batch, spec.slot, spec.epochs)
             yield batch, clip_rows(query.encode(update_ND), spec.clip_l2)
 
-    def _draw(self, site: int, permit: Permit) -> list[int]:
+    def draw(self, site: int, permit: Permit) -> list[int]:
         """The site's secret: which of its units are in the slot, at the rate that was charged."""
         if not isinstance(permit.event, PoissonGaussianEvent):
             raise PrivacyError(f"Slot {permit.slot} was not charged for a draw among a site's units: check the plan.")
