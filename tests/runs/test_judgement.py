@@ -44,6 +44,24 @@ def test_local_trust(population: int, epsilon: float, words: str) -> None:
     assert promised == pytest.approx(privacy_plan(central).k_star(), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("trust", "words", "rate"), [("local", "as the cap leaves room for", 0.333), ("central", "in every round", 1.0)]
+)
+def test_a_larger_cohort_is_recommended_as_far_as_it_may_go(trust: str, words: str, rate: float) -> None:
+    """Under local trust a larger cohort costs no epsilon, but each client answers so often only."""
+    few = recipe_of(
+        federation__population=100, federation__sampling_rate=0.05, privacy__trust=trust, privacy__epsilon=4.0
+    )
+    assert "worse than it was" in judged(few)[0]
+    (tip,) = [sentence for sentence in judged(few) if sentence.startswith("With ")]
+    assert f"{words} (federation.sampling_rate = {rate:g})" in tip
+    more = few.changed({"federation.sampling_rate": rate})
+    promised = float(re.search(r"k\* would be ([\d,.]*\d)", tip)[1].replace(",", ""))  # type: ignore[index]
+    assert promised == pytest.approx(privacy_plan(more).k_star(), rel=0.05)
+    assert promised > 1.5 * privacy_plan(few).k_star()
+    assert not any(sentence.startswith("With ") for sentence in judged(more))
+
+
 def test_what_does_not_go_with_the_recipe_is_not_recommended() -> None:
     recipe = recipe_of(federation__population=30, privacy__epsilon=2.0, encoder__wire_dtype="rotated4")
     assert not any("secure aggregation" in sentence for sentence in judged(recipe))

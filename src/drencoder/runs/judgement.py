@@ -1,6 +1,7 @@
 """What a plan comes to, in words: whether so many clients under this trust and epsilon can teach anything. No torch."""
 
 from dataclasses import replace
+from math import floor
 
 from drencoder.errors import PrivacyError, RecipeError
 from drencoder.privacy.plan import PrivacyPlan
@@ -28,18 +29,24 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
     begin = f"{who} under {_TRUSTS[trust]} at epsilon {epsilon:g}"
     if k_star >= LITTLE:
         return [f"{begin}: k* {_few_digits(k_star)}, so a round can learn."]
-    sentences = [f"{begin}: k* {_few_digits(k_star)}, {verdict_of(k_star)}."]
+    sentences = [
+        f"{begin}: k* {_few_digits(k_star)}, {verdict_of(k_star)}, and the noise may leave the model worse than it was."
+    ]
     others = {_TRUSTS[other]: _k_star(recipe, other) for other in _TRUSTS if other != trust}
     better = {name: value for name, value in others.items() if value is not None and value > 1.5 * k_star}
     if better:
         given = [f"{name} would give k* {_few_digits(value)}" for name, value in better.items()]
         sentences.append(f"{'; '.join(given)[:1].upper()}{'; '.join(given)[1:]}.")
-    if recipe.sampling_rate < 1:
-        more = _k_star(replace(recipe, federation=replace(recipe.federation, sampling_rate=1.0)), trust)
+    most = _largest_rate(recipe, plan)
+    if recipe.sampling_rate < most:
+        more = _k_star(replace(recipe, federation=replace(recipe.federation, sampling_rate=most)), trust)
         if more is not None and more > 1.5 * k_star:
-            sentences.append(
-                f"With every {plan.unit} in every round (federation.sampling_rate = 1) k* would be {_few_digits(more)}."
+            who = (
+                f"every {plan.unit} in every round"
+                if most == 1
+                else "as many clients a round as the cap leaves room for"
             )
+            sentences.append(f"With {who} (federation.sampling_rate = {most:g}) k* would be {_few_digits(more)}.")
     if records and records > 2 * plan.population and plan.unit == "client":
         single = with_unit(recipe, "record", -(-records // plan.population))
         alone = None if single is None else _k_star(single, single.privacy.trust)
@@ -49,6 +56,14 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
                 f"k* {_few_digits(alone)}: set privacy.unit = 'record' and federation.units_per_site."
             )
     return sentences
+
+
+def _largest_rate(recipe: Recipe, plan: PrivacyPlan) -> float:
+    """The largest sampling rate at which few clients meet their participation cap; epsilon is the same at all of them."""
+    if not plan.capped or plan.curated:
+        return 1.0
+    slots = plan.rounds + (plan.stage1_rate > 0)
+    return min(1.0, floor(1000 * plan.participation_cap / slots) / 1000)
 
 
 def _k_star(recipe: Recipe, trust: str) -> float | None:
