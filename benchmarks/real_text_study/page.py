@@ -240,9 +240,13 @@ def _meaning(cells: Sequence[Cell], rows: dict[str, Row], told: Sequence[tuple[C
     for cell in cells:
         row = rows[cell.key]
         if loss_of(row) > row["results"]["base model"]["value"]:
+            task, arm, trust, *_ = _words(cell)
+            why = "The rate was too large for it"
+            if trust == "local":
+                why = "The noise of so few clients, each with its own, is too much for this rate (`drencoder plan` warns of it)"
             sentences.append(
-                f"*{_words(cell)[0]}*, {_words(cell)[1]}: the run ended worse than it began, so that its rate was too large for it. Such a row is no "
-                "measure of what the method can do."
+                f"*{task}*, {arm}, {trust} trust, rate x{2.0**cell.rate_step:g}: the run ended worse than it began. {why}. Such a row is no "
+                "measure of what the method can do.".replace("- trust", "no privacy")
             )
     return "**What it means for a choice of encoder.**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
