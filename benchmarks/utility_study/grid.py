@@ -194,7 +194,7 @@ _ALL = (
     Arm("lora", _SILENT, 0.75, **_MIDDLE | {"trusts": ("non-private",), "rank": 2, "reason": "how far training comes"}),
     _variant("both-tensors", 1.5, "LoRA's A sent as well", retired=True),
     _variant("self-written", 3.0, "public text by the base model itself", prior={"public": "self"}),
-    _variant("no-refresh", 3.0, "bases of the start in all rounds", prior={"refresh": 1000}),
+    _variant("no-refresh", 3.0, "bases of the start in all rounds", retired=True),
     _variant("adaptive-clip", 3.0, "what a clip that follows is worth", privacy={"clip": "adaptive"}),
     _variant("preconditioned", 6.0, "a decoding that knows prior and noise", retired=True),
     _variant("wiener-decoding", 3.0, "shrinkage in every round", retired=True),
