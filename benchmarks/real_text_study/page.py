@@ -40,7 +40,8 @@ def write_page(out: Path, results: Path) -> None:
     parts = [
         _opening(cells, rows, facts),
         _losses(cells, rows),
-        f"![Held-out loss against uploaded bytes]({NAME}.png)",
+        f"![Held-out loss against uploaded bytes]({NAME}.png)\n\nEach point is compared with the base model on the same texts: an eighth of the held-out ones in a round, all of them "
+        "at the end (the last point).",
         _comparisons(out, cells, rows),
         _energy(cells, rows),
         _benchmarks(out),
@@ -109,36 +110,37 @@ def _estimate(row: dict[str, float]) -> str:
 
 
 def _draw(cells: Sequence[Cell], rows: dict[str, Row], path: Path) -> None:
-    """Loss of each measured round against the bytes that all clients have sent by then, one panel a task."""
+    """What each measured round has gained over the base model, against the bytes that all clients have sent by then, one panel a task.
+
+    Rounds are measured on fewer texts than the end, and both are compared with the base model on the same texts.
+    """
     from matplotlib.figure import Figure
 
     tasks = [task for task in study.TASKS if any(cell.track.setting.startswith(f"{task}/") for cell in cells)]
-    figure = Figure(figsize=(4.6 * len(tasks), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(tasks), 4.6), layout="constrained")
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for cell in cells:
             if not cell.track.setting.startswith(f"{task}/"):
                 continue
             row = rows[cell.key]
+            start = row["metrics"][0]["loss"]
             points = [
-                (one["bytes_up"] / 1e6, one["loss"]) for one in row["metrics"] if one["bytes_up"] and "loss" in one
+                (one["bytes_up"] / 1e6, one["loss"] - start)
+                for one in row["metrics"][1:-1]
+                if one["bytes_up"] and "loss" in one
             ]
-            points.append((row["bytes_up"] / 1e6, loss_of(row)))
+            points.append((row["bytes_up"] / 1e6, loss_of(row) - row["results"]["base model"]["value"]))
             dashed = cell.track.epsilon != 8 or "local" in cell.track.setting
             label = " ".join(_label(cell))
             axis.plot(*zip(*points, strict=True), color=_COLOURS[cell.track.method], linestyle="--" if dashed else "-", marker="o", markersize=3, label=label)  # fmt: skip
-        axis.axhline(_base(cells, rows, task), linestyle=":", color="#57606a", label="base model")
+        axis.axhline(0.0, linestyle=":", color="#57606a", label="base model")
         axis.set_xscale("log")
         axis.set_title(task, fontsize=10)
         axis.set_xlabel("MB uploaded by all clients so far")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="upper right")
-    figure.axes[0].set_ylabel("held-out loss (nats per token)")
+        axis.legend(fontsize=7)
+    figure.axes[0].set_ylabel("held-out loss minus the base model's (nats per token)")
     save_figure(figure, path)
-
-
-def _base(cells: Sequence[Cell], rows: dict[str, Row], task: str) -> float:
-    first = next(cell for cell in cells if cell.track.setting.startswith(f"{task}/"))
-    return float(rows[first.key]["results"]["base model"]["value"])
 
 
 def _label(cell: Cell) -> list[str]:
