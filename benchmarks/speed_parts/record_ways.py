@@ -7,22 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from speed_parts.task import CLIP_L2, Task, peft_model, trainable
+from speed_parts.task import CLIP_L2, Task, as_batch, peft_model, trainable
 from speed_parts.ways import Loop
 
 __all__ = ["RECORD_WAYS", "UNLIKE"]
 
 
 def _one_batch(task: Task) -> tuple[Tensor, Tensor]:
-    """All records as one batch: input ids and labels, (records, length), padded on the right."""
-    records = [client[0] for client in task.clients]
-    length = max(len(tokens) for tokens, _ in records)
-    input_ids = torch.full((len(records), length), task.pad_id)
-    labels = torch.full((len(records), length), -100)
-    for row, (tokens, prompt) in enumerate(records):
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
-    return input_ids, labels
+    """The record of every client, as one batch."""
+    return as_batch(task, [client[0] for client in task.clients])
 
 
 def _summed_loss(model: torch.nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ it is longer. A round is the mean over the cohort's clients. There is no noise a
 Legend: K clients, D adapter values.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CLIP_L2", "SCALING", "Task", "clipped", "make_task", "padded"]
+__all__ = ["CLIP_L2", "SCALING", "Task", "as_batch", "clipped", "make_task", "padded"]
 
 CLIP_L2 = 0.3  # about the length of an update of the embedded model, so that some are clipped
 RANK, SCALING = 8, 16.0
@@ -86,8 +87,12 @@ def make_task(model: str, clients: int, records: int) -> Task:
 
 
 def padded(task: Task, client: int) -> tuple[Tensor, Tensor]:
-    """A client's batch: input ids and labels, (records, length), padded on the right."""
-    records = task.clients[client]
+    """A client's batch."""
+    return as_batch(task, task.clients[client])
+
+
+def as_batch(task: Task, records: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
+    """Records as one batch: input ids and labels, (records, length), padded on the right."""
     length = max(len(tokens) for tokens, _ in records)
     input_ids = torch.full((len(records), length), task.pad_id)
     labels = torch.full((len(records), length), -100)

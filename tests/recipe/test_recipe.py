@@ -28,7 +28,11 @@ def test_no_recipe_but_a_model_or_data_of_ones_own_is_the_defaults(tmp_path: Pat
     """The quickstart's rate and clip were tuned for the embedded model: with another one they teach nothing."""
     empty = tmp_path / "empty.toml"
     empty.write_text("")
-    for own in (["model.source=mine"], ["data.source=notes.jsonl", "privacy.epsilon=4"]):
+    for own in (
+        ["model.source=mine"],
+        ["data.source=notes.jsonl", "privacy.epsilon=4"],
+        ["data.source=embedded-notes.jsonl"],
+    ):
         assert load_recipe(None, own) == load_recipe(empty, own)
         assert load_recipe(None, own).server != load_recipe("quickstart").server
     with pytest.raises(RecipeError, match="did you mean 'epsilon'"):

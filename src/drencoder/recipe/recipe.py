@@ -104,15 +104,19 @@ class Recipe:
 
         Where a client may answer so often only, as under local trust, it is no more than that leaves room for.
         """
-        federation, of_sites = self.federation, self.privacy.unit != "client"
+        federation = self.federation
         if federation.sampling_rate:
             return federation.sampling_rate
-        units = federation.population * (federation.units_per_site if of_sites else 1)
-        rate = min(1.0, _LEAST_COHORT / units)
-        if self.privacy.trust in ("local", "secure-aggregation") and not of_sites:
-            slots = federation.rounds + (self.prior.source != "none")
-            rate = min(rate, 1.0 / math.ceil(slots / self.privacy.participation_cap))
-        return max(_SAMPLING_RATE, rate)
+        units = federation.population * (1 if self.privacy.unit == "client" else federation.units_per_site)
+        return max(_SAMPLING_RATE, min(self.rate_within_cap, _LEAST_COHORT / units))
+
+    @property
+    def rate_within_cap(self) -> float:
+        """The largest sampling rate that the participation cap leaves room for; 1 where there is no cap."""
+        if self.privacy.trust not in ("local", "secure-aggregation") or self.privacy.unit != "client":
+            return 1.0
+        slots = self.federation.rounds + (self.prior.source != "none")
+        return 1.0 / math.ceil(slots / self.privacy.participation_cap)
 
     @property
     def stage1_rate(self) -> float:
@@ -329,7 +333,7 @@ def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ())
 
 def _names_own(tables: Mapping[str, Any], section: str) -> bool:
     table = tables.get(section, {})
-    return not str(table.get("source", "embedded")).startswith("embedded")
+    return str(table.get("source", "embedded")).partition(":")[0] != "embedded"
 
 
 def _read(source: str | Path) -> tuple[str, str]:

@@ -37,7 +37,7 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
     if better:
         given = [f"{name} would give k* {_few_digits(value)}" for name, value in better.items()]
         sentences.append(f"{'; '.join(given)[:1].upper()}{'; '.join(given)[1:]}.")
-    most = _largest_rate(recipe, plan)
+    most = floor(1000 * recipe.rate_within_cap) / 1000
     if recipe.sampling_rate < most:
         more = _k_star(replace(recipe, federation=replace(recipe.federation, sampling_rate=most)), trust)
         if more is not None and more > 1.5 * k_star:
@@ -56,14 +56,6 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
                 f"k* {_few_digits(alone)}: set privacy.unit = 'record' and federation.units_per_site."
             )
     return sentences
-
-
-def _largest_rate(recipe: Recipe, plan: PrivacyPlan) -> float:
-    """The largest sampling rate at which few clients meet their participation cap; epsilon is the same at all of them."""
-    if not plan.capped or plan.curated:
-        return 1.0
-    slots = plan.rounds + (plan.stage1_rate > 0)
-    return min(1.0, floor(1000 * plan.participation_cap / slots) / 1000)
 
 
 def _k_star(recipe: Recipe, trust: str) -> float | None:
