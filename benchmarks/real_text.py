@@ -136,6 +136,9 @@ CELLS = [
     _cell("shakespeare", "dp-lora", seed=1),
     _cell("dolly", "hybrid", seed=1),
     _cell("dolly", "dp-lora", seed=1),
+    _cell("bank", "hybrid", trust="local", step=-2),
+    _cell("bank", "hybrid", trust="local", step=-4),
+    _cell("dolly", "dp-lora", step=-2),
 ]
 
 

@@ -19,6 +19,7 @@ from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.federated.query import update_query
 from drencoder.federated.round import client_message, released_update, server_release
 from drencoder.federated.server_optimizer import ServerState, server_step
+from drencoder.federated.server_rate import learning_rate
 from drencoder.models.base_model import load_base, open_tokenizer
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
@@ -68,7 +69,7 @@ with tempfile.TemporaryDirectory() as folder, Ledger.create(Path(folder) / "ledg
     outcome = server_release(query, [upload], permit, SecureNoise())
     ledger.record_contributors(ROUND, len(cohort))
     direction_D = released_update(query, outcome.release, permit, plan.expected_cohort)
-    state = server_step(state, direction_D, recipe.server, recipe.server.learning_rate)
+    state = server_step(state, direction_D, recipe.server, learning_rate(recipe.server, plan, ROUND))
 
     # 4. What it cost, against each observer and under which assumption.
     for observer, guarantee in ledger.guarantees().items():

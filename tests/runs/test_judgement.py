@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from drencoder.recipe.recipe import Recipe, load_recipe
+from drencoder.federated.server_rate import planned_rate
+from drencoder.recipe.recipe import Recipe, Server, load_recipe
 from drencoder.runs.judgement import judge
 from drencoder.runs.plan_overview import privacy_plan
 
@@ -60,6 +61,19 @@ def test_a_larger_cohort_is_recommended_as_far_as_it_may_go(trust: str, words: s
     assert promised == pytest.approx(privacy_plan(more).k_star(), rel=0.05)
     assert promised > 1.5 * privacy_plan(few).k_star()
     assert not any(sentence.startswith("With ") for sentence in judged(more))
+
+
+def test_noise_is_warned_of_where_a_named_rate_is_too_long_for_it() -> None:
+    knobs = {"federation__population": 100, "server__optimizer": "fedadam"}
+    chosen = judged(recipe_of(**knobs, server__learning_rate=0.0))[0]
+    named = judged(recipe_of(**knobs, server__learning_rate=0.02))[0]
+    short = judged(recipe_of(**knobs, server__learning_rate=1e-5))[0]
+    assert "worse than it was" not in chosen + short
+    rate = planned_rate(Server(), privacy_plan(recipe_of(**knobs)))
+    assert (
+        f"at server.learning_rate = 0.02 the noise may leave the model worse than it was: leave the rate out, and it is {rate:.2g}."
+        in named
+    )
 
 
 def test_what_does_not_go_with_the_recipe_is_not_recommended() -> None:

@@ -27,7 +27,8 @@ from drencoder.audit.scores import Floats
 from drencoder.encoders.wire import unpack_rows
 from drencoder.federated.query import Query
 from drencoder.federated.round import CohortRelease, SecureSum, Upload, code_values, message_wire, released_update
-from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
+from drencoder.federated.server_optimizer import ServerState, server_step
+from drencoder.federated.server_rate import learning_rate
 from drencoder.privacy.accounting import Event, GaussianEvent, NonPrivateEvent, PoissonGaussianEvent
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import clip_rows
@@ -134,7 +135,7 @@ class Trials:
         slot, step_D = query.spec.slot, None
         if query.spec.kind == "update":
             direction_D = released_update(query, released.release, permit, plan.expected_cohort)
-            rate = learning_rate(recipe.server, slot, plan.rounds)
+            rate = learning_rate(recipe.server, plan, slot)
             step_D = server_step(ServerState.start(self._adapter_D), direction_D, recipe.server, rate).adapter_D
             step_D = step_D - self._adapter_D.cpu()
         return Trial(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drencoder.recipe import recipe as config
 
-__all__ = ["ServerState", "learning_rate", "server_step"]
+__all__ = ["ServerState", "server_step"]
 
 _ADAM_BETA2 = 0.99  # of fedadam, as in Reddi et al. 2021
 _ADAM_FLOOR = 1e-8  # Adam's usual epsilon: it only keeps a value that never moved from being divided by zero
@@ -39,15 +39,6 @@ class ServerState:
     def of(cls, tensors: Mapping[str, Tensor], steps: int) -> "ServerState":
         """The state of `tensors()`."""
         return cls(tensors["adapter"], tensors["first"], tensors["second"], steps)
-
-
-def learning_rate(server: config.Server, slot: int, rounds: int) -> float:
-    """The server's learning rate in round `slot` of 1..rounds: linear, from its value to `final_share` of it.
-
-    A falling rate averages the last rounds' noise away, which a private run needs more than others (docs/log.md).
-    """
-    done = (slot - 1) / max(1, rounds - 1)
-    return server.learning_rate * (1.0 + (server.final_share - 1.0) * done)
 
 
 def server_step(state: ServerState, direction_D: Tensor, server: config.Server, lr: float) -> ServerState:

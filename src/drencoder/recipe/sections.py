@@ -179,7 +179,11 @@ class Server(Checked):
     """The server's optimiser (FedOpt, Reddi et al. 2021, https://arxiv.org/abs/2003.00295)."""
 
     optimizer: str = knob("fedadam", "the server's step", choices=("fedavg", "fedavgm", "fedadam"))
-    learning_rate: float = knob(0.02, "server learning rate", above=0)
+    learning_rate: float = knob(
+        0.0,
+        "server learning rate; 0 = 0.02, or less with fedadam where the plan's noise lets a round learn few coordinates (k*)",
+        low=0,
+    )
     final_share: float = knob(1.0, "the last round's share of the learning rate; falls linearly to it", low=0, high=1)
     momentum: float = knob(
         0.9,

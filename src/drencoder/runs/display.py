@@ -126,6 +126,7 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
             )
         run.add_row("clip", overview.clip)
         run.add_row("k*", f"{_few_digits(overview.k_star)} coordinates that the noise lets a round learn")
+    run.add_row("server", overview.server_step)
     _add_size_rows(run, overview, encoder)
     observers = {key: value.to_dict() for key, value in plan.epsilons().items()}
     return [run, observers_table(observers, plan.delta, plan.unit)]

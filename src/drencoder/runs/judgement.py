@@ -4,6 +4,7 @@ from dataclasses import replace
 from math import floor
 
 from drencoder.errors import PrivacyError, RecipeError
+from drencoder.federated.server_rate import planned_rate
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plan_overview import privacy_plan
@@ -29,9 +30,7 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
     begin = f"{who} under {_TRUSTS[trust]} at epsilon {epsilon:g}"
     if k_star >= LITTLE:
         return [f"{begin}: k* {_few_digits(k_star)}, so a round can learn."]
-    sentences = [
-        f"{begin}: k* {_few_digits(k_star)}, {verdict_of(k_star)}, and the noise may leave the model worse than it was."
-    ]
+    sentences = [f"{begin}: k* {_few_digits(k_star)}, {verdict_of(k_star)}{_what_noise_may_do(recipe, plan)}."]
     others = {_TRUSTS[other]: _k_star(recipe, other) for other in _TRUSTS if other != trust}
     better = {name: value for name, value in others.items() if value is not None and value > 1.5 * k_star}
     if better:
@@ -56,6 +55,20 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
                 f"k* {_few_digits(alone)}: set privacy.unit = 'record' and federation.units_per_site."
             )
     return sentences
+
+
+def _what_noise_may_do(recipe: Recipe, plan: PrivacyPlan) -> str:
+    """What little signal means for the server's step, unless the plan chose the step for it."""
+    server = recipe.server
+    if server.optimizer != "fedadam":
+        return ", and the noise may leave the model worse than it was"
+    chosen = planned_rate(replace(server, learning_rate=0.0), plan)
+    if not server.learning_rate or server.learning_rate <= chosen:
+        return ""
+    return (
+        f", and at server.learning_rate = {server.learning_rate:g} the noise may leave the model worse than it was: leave the rate out, and it "
+        f"is {chosen:.2g}"
+    )
 
 
 def _k_star(recipe: Recipe, trust: str) -> float | None:

@@ -28,6 +28,7 @@ from drencoder.encoders.planning import (
     wire_dtype,
 )
 from drencoder.errors import RecipeError
+from drencoder.federated.server_rate import step_words
 from drencoder.models.place import locate
 from drencoder.models.planned_layers import adapted_matrices, planned_size
 from drencoder.models.training_size import ModelSize, free_memory, gigabytes
@@ -60,6 +61,7 @@ class Overview:
     encoder_warning: str = ""  # what speaks against the encoder, in one sentence
     owners: str = ""  # who the clients are
     evaluation_rests_on: str = ""  # whose text the loss is measured on, in one sentence
+    server_step: str = ""  # the server's optimiser and its rate, in words
     clip: str = ""  # the bound of a client's contribution, and where it comes from, in words
     weight_bytes: int | None = None  # memory of the base model; None: not known
     training_bytes: tuple[int, int] | None = (
@@ -197,6 +199,7 @@ def survey(recipe: Recipe) -> Overview:
         encoder_warning=_encoder_warning(recipe),
         owners=owners,
         evaluation_rests_on=basis,
+        server_step=step_words(recipe.server, plan),
         clip=clip,
         weight_bytes=weights,
         training_bytes=memory,

@@ -24,7 +24,8 @@ from drencoder.evaluation.verdict import verdict
 from drencoder.federated.adaptive_clip import AdaptiveClip
 from drencoder.federated.query import update_query
 from drencoder.federated.round import released_update
-from drencoder.federated.server_optimizer import ServerState, learning_rate, server_step
+from drencoder.federated.server_optimizer import ServerState, server_step
+from drencoder.federated.server_rate import learning_rate
 from drencoder.privacy.ledger import Ledger
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs.asking import ask_cohort, downloaded_bytes, uploaded_bytes
@@ -264,7 +265,7 @@ def _round(
     if plan.capped and (result.rejected or result.nonfinite):
         listener.say(f"round {slot}: {result.rejected} messages rejected, {result.nonfinite} updates not finite")
     sent = uploaded_bytes(result, plan.senders(slot), query)
-    state = server_step(progress.state, direction_D, recipe.server, learning_rate(recipe.server, slot, plan.rounds))
+    state = server_step(progress.state, direction_D, recipe.server, learning_rate(recipe.server, plan, slot))
     ledger.record_release(slot, float32_bytes(state.adapter_D), "adapter")
     if adaptive_clip:
         progress = replace(progress, clip_l2=adaptive_clip.after(result.release.value, plan.expected_cohort).clip_l2)

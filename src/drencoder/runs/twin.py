@@ -13,6 +13,7 @@ from typing import Any
 from drencoder.encoders.code_sizes import auto_ratio
 from drencoder.encoders.planning import declared, planned_start, wire_dtype
 from drencoder.errors import RecipeError
+from drencoder.federated.server_rate import planned_rate
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.build import Components
 from drencoder.runs.plan_overview import Overview, survey
@@ -67,8 +68,8 @@ def check_twin(recipe: Recipe, *, wanted: bool, here: bool) -> None:
 def twin_components(components: Components, certificate: Mapping[str, Any]) -> Components:
     """The same model, text and trainer under the twin's recipe.
 
-    The encoder, its size and the adapter's start follow from the noise where a recipe leaves them open; the twin has the run's. It keeps
-    the clip, so that its steps are as long.
+    The encoder, its size, the adapter's start and the server's rate follow from the noise where a recipe leaves them open; the twin has the
+    run's. It keeps the clip, so that its steps are as long.
     """
     recipe, plan = components.recipe, components.plan
     dtype, encoder = wire_dtype(recipe), declared(recipe)
@@ -79,6 +80,7 @@ def twin_components(components: Components, certificate: Mapping[str, Any]) -> C
         "encoder.wire_dtype": dtype,
         "encoder.ratio": recipe.encoder.ratio or auto_ratio(components.lora.layout.size, plan.k_star(), dtype),
         "adapter.start": planned_start(recipe, plan),
+        "server.learning_rate": planned_rate(recipe.server, plan),
     }
     if recipe.privacy.clip == "fixed":
         changes["privacy.clip_l2"] = certificate["clip"]["clip_l2"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from drencoder.encoders.code_sizes import AUTOENCODERS
 from drencoder.errors import RecipeError
+from drencoder.federated.server_rate import RATE
 from drencoder.recipe.recipe import Recipe
 
 __all__ = ["CENTRALISED", "METHODS", "Method", "method_named", "start_rates"]
@@ -35,9 +36,9 @@ class Method:
     public: bool = False
 
     def first_rate(self, base: Recipe, rates: Mapping[str, float]) -> float:
-        """The learning rate that tuning starts from; `rates` are those of `start_rates`."""
+        """The learning rate that tuning starts from; `rates` are those of `start_rates`. Where the recipe leaves it open, that without noise."""
         section, _, key = self.rate_knob.partition(".")
-        return rates.get(self.name, getattr(getattr(base, section), key))
+        return rates.get(self.name, getattr(getattr(base, section), key) or RATE)
 
     def recipe(self, base: Recipe, *, epsilon: float | None, seed: int, rate: float) -> Recipe:
         """The recipe of one run of this method with this learning rate.
