@@ -45,7 +45,7 @@ class Size:
 SMOKE = Size(rounds=1, cohort=4, records=1, tokens=32, measured=8)
 OWNERS = 10_000  # simulated ones of banking77's questions
 SHORT = 400  # characters of a Dolly record, all fields together
-RATE = 0.02  # of the server: the default; a step of a cell halves or doubles it
+RATE = 0.02  # of the server, for all but the default, whose plan chooses; a step of a cell halves or doubles it
 
 _BANK = {"instruction": "text", "response": "category"}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -136,8 +136,7 @@ CELLS = [
     _cell("shakespeare", "dp-lora", seed=1),
     _cell("dolly", "hybrid", seed=1),
     _cell("dolly", "dp-lora", seed=1),
-    _cell("bank", "hybrid", trust="local", step=-2),
-    _cell("bank", "hybrid", trust="local", step=-4),
+    _cell("bank", "hybrid", trust="local", step=2),
     _cell("dolly", "dp-lora", step=-2),
 ]
 
@@ -145,6 +144,8 @@ CELLS = [
 def recipe_of(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Recipe:
     """The recipe of a cell; the population is counted from the data."""
     from drencoder.data.survey import with_population
+    from drencoder.federated.server_rate import planned_rate
+    from drencoder.runs.plan_overview import privacy_plan
 
     task, trust = cell.track.setting.split("/")
     place = data if task == "bank" else out
@@ -165,8 +166,7 @@ def recipe_of(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Reci
         "privacy.trust": trust.replace("no-privacy", "central"),
     }
     arm = ARMS[cell.track.method]
-    knobs["server.learning_rate"] = arm.knobs.get("server.learning_rate", RATE) * 2.0**cell.rate_step
-    knobs |= {key: value for key, value in arm.knobs.items() if key != "server.learning_rate"}
+    knobs |= arm.knobs
     if cell.track.epsilon is not None:
         knobs["privacy.epsilon"] = cell.track.epsilon
     knobs["federation.population"] = 0  # as many as the data have
@@ -175,7 +175,10 @@ def recipe_of(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Reci
         knobs["federation.population"] = min(OWNERS, questions)
     recipe = with_population(Recipe().changed(knobs))
     rate = knobs.get("federation.sampling_rate", min(1.0, size.cohort / recipe.federation.population))
-    return recipe.changed({"federation.sampling_rate": rate})
+    recipe = recipe.changed({"federation.sampling_rate": rate})
+    first = planned_rate(recipe.server, privacy_plan(recipe)) if cell.track.method.startswith("hybrid") else RATE
+    first = arm.knobs.get("server.learning_rate", first)
+    return recipe.changed({"server.learning_rate": first * 2.0**cell.rate_step})
 
 
 def run_real(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Row:

@@ -67,7 +67,7 @@ SmolLM2-135M-Instruct (frozen, float32, a LoRA adapter of rank 8 on q, k, v and 
 {tasks}
 
 Every run has {size.rounds} rounds of {size.cohort} clients on average, {size.records} records of at most {size.tokens} tokens each, the plain template, FedAdam
-at a rate of {study.RATE:g} unless the table says otherwise, δ = 1e-5, and {size.measured} held-out texts; everything else is the default of this version. The first clip
+at a rate of {study.RATE:g} unless the table says otherwise (the default's follows from its plan), δ = 1e-5, and {size.measured} held-out texts; everything else is the default of this version. The first clip
 is measured on text that the model writes itself. **{len(cells)} of {len(study.CELLS)} planned runs were made**, one at a time with one thread, on a machine of {machine["cores"]} cores
 ({machine["processor"]}, PyTorch {machine["torch"]}) that was busy with other work, {minutes:.0f} minutes altogether. Most arms have one seed, so a difference between two rows is
 believed here only where its interval, over the held-out texts, leaves zero out; it says nothing about other seeds. Differences below {SMALL:g} nats are called small. Made by
@@ -215,7 +215,7 @@ def _meaning(cells: Sequence[Cell], rows: dict[str, Row], told: Sequence[tuple[C
     sentences = []
     for cell in cells:
         task, trust = cell.track.setting.split("/")
-        if (cell.track.method, cell.seed) == ("hybrid", 0):
+        if (cell.track.method, cell.seed, cell.rate_step) == ("hybrid", 0, 0):
             row = rows[cell.key]
             base, value = row["results"]["base model"]["value"], loss_of(row)
             sentences.append(
@@ -245,7 +245,7 @@ def _meaning(cells: Sequence[Cell], rows: dict[str, Row], told: Sequence[tuple[C
             task, arm, trust, *_ = _words(cell)
             why = "The rate was too large for it"
             if trust == "local":
-                why = "The noise of so few clients, each with its own, is too much for this rate (`drencoder plan` warns of it)"
+                why = "The noise of so few clients, each with its own, is too much for this rate (the plan chooses a lower one)"
             sentences.append(
                 f"*{task}*, {arm}, {trust} trust, rate x{2.0**cell.rate_step:g}: the run ended worse than it began. {why}. Such a row is no "
                 "measure of what the method can do.".replace("- trust", "no privacy")
