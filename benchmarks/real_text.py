@@ -176,8 +176,10 @@ def recipe_of(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Reci
     recipe = with_population(Recipe().changed(knobs))
     rate = knobs.get("federation.sampling_rate", min(1.0, size.cohort / recipe.federation.population))
     recipe = recipe.changed({"federation.sampling_rate": rate})
-    first = planned_rate(recipe.server, privacy_plan(recipe)) if cell.track.method.startswith("hybrid") else RATE
-    first = arm.knobs.get("server.learning_rate", first)
+    default = cell.track.method.startswith("hybrid")
+    if default and not cell.rate_step:
+        return recipe
+    first = planned_rate(recipe.server, privacy_plan(recipe)) if default else recipe.server.learning_rate or RATE
     return recipe.changed({"server.learning_rate": first * 2.0**cell.rate_step})
 
 
@@ -191,6 +193,8 @@ def run_real(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Row:
     from real_text_study.energy import CohortEnergy
 
     from drencoder.federated import in_process
+    from drencoder.federated.server_rate import planned_rate
+    from drencoder.runs.plan_overview import privacy_plan
     from drencoder.runs.run_folder import RunFolder
     from drencoder.study.cell_run import federated
 
@@ -204,7 +208,7 @@ def run_real(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Row:
     ]
     certificate = RunFolder(folder).read_json(RunFolder(folder).certificate)
     return row | {
-        "rate": recipe.server.learning_rate,
+        "rate": planned_rate(recipe.server, privacy_plan(recipe)),
         "results": {name: result["loss"] for name, result in certificate["results"].items()},
         "uniform": certificate["uniform_loss"],
         "clients": [recipe.federation.population, size.cohort],
