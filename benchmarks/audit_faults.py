@@ -30,7 +30,8 @@ from drencoder.encoders.planning import load_checked_recipe
 from drencoder.encoders.wire import pack_rows, unpack_rows
 from drencoder.federated import in_process, site_round
 from drencoder.federated import round as one_round
-from drencoder.privacy.mechanism import ReplayNoise, quantiser_for
+from drencoder.privacy.mechanism import quantiser_for
+from drencoder.privacy.noise_source import ReplayNoise
 from drencoder.privacy.sampling import UnitSampler
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs import asking, run, stage1

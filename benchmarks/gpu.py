@@ -41,7 +41,8 @@ from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel, embedded_folder
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
-from drencoder.privacy.mechanism import SecureNoise, clip_rows
+from drencoder.privacy.mechanism import clip_rows
+from drencoder.privacy.noise_source import SecureNoise
 from drencoder.recipe import recipe as config
 from drencoder.secure_aggregation.quantise import Quantiser
 

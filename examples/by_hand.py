@@ -25,7 +25,7 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.make_plan import make_plan
-from drencoder.privacy.mechanism import SecureNoise
+from drencoder.privacy.noise_source import SecureNoise
 
 POPULATION, ROUND = 100, 1
 

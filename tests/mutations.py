@@ -5,8 +5,6 @@ import os
 import random
 from typing import Any
 
-__all__ = ["as_json", "mutated", "mutations_of", "number_of_mutations", "restructured"]
-
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**29, 10**399, -(10**399), 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"),
     "", " ", "x", "\0", "\ud800", "\x1b[2J", "[/x]", "..", "../../x", "a" * 300, "9" * 400, "nan", "0x10", [], {}, [None], [[]],

@@ -15,8 +15,6 @@ from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["client_update", "plain_loss"]
-
 
 def client_update(
     lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example], local: config.Local, seed: int

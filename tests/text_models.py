@@ -6,8 +6,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["CHAT", "KINDS", "make_tokenizer", "save_model"]
-
 WORDS = [
     "Say",
     "the",

@@ -9,8 +9,6 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-__all__ = ["CAUSAL", "NOT_CAUSAL", "make_model"]
-
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = _SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}

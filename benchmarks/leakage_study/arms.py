@@ -25,13 +25,12 @@ from drencoder.federated.round import client_message, code_values, message_wire,
 from drencoder.privacy.accounting import NonPrivateEvent, Relation, gdp_mu
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.make_plan import make_plan
-from drencoder.privacy.mechanism import NoiseSource, Release, ReplayNoise, clip_rows
+from drencoder.privacy.mechanism import NoiseSource, Release, clip_rows
+from drencoder.privacy.noise_source import ReplayNoise
 from drencoder.privacy.plan import PrivacyPlan, Trust
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
-
-__all__ = ["Arm", "Channel", "audit_plan", "bound_mu", "expected_messages", "open_channel"]
 
 _UNCLIPPED = 1e6  # an un-protected update travels as it is
 

@@ -5,8 +5,6 @@ from typing import Any, final
 
 from drencoder.audit.auc import Auc
 
-__all__ = ["LEAKAGES", "Audit", "Finding"]
-
 LEAKAGES = {
     "tokens": "Tokens of a client's text, from what it uploads",
     "training set": "Membership of a client's gradient in the encoder's training set",

@@ -21,8 +21,6 @@ from leakage_study.subjects import gather_subjects
 from leakage_study.tokens import SpanAttack, token_findings
 from leakage_study.training_set import training_set_findings
 
-__all__ = ["audit_leakages"]
-
 _ENCODER = "autoencoder-cnn1d"  # of the whole adapter: the published variant that carries most (1/32)
 _MIN_TRIALS = 8
 _NOTES = (

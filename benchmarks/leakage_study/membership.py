@@ -33,8 +33,6 @@ from leakage_study.arms import Arm, expected_messages, open_channel
 from leakage_study.findings import Finding
 from leakage_study.setup import AuditSetup
 
-__all__ = ["cohort_attack", "release_findings", "server_attack", "smallest_cohort"]
-
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(release_K, expected_NK, present_N) -> score_N."""
 

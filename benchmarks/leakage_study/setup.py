@@ -26,8 +26,6 @@ from drencoder.runs.plan_overview import privacy_plan
 from leakage_study.arms import Arm, audit_plan, open_channel
 from leakage_study.subjects import Subjects
 
-__all__ = ["AuditSetup", "plan_under"]
-
 Segments = tuple[Segment, ...]
 
 _VALIDATION_SHARE = 0.25

@@ -21,8 +21,6 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components
 
-__all__ = ["MIN_CLIENTS", "Subjects", "gather_subjects"]
-
 MIN_CLIENTS = 8
 _WARM_STEPS = 4
 _WARM_EXAMPLES = 32  # of each step

@@ -32,8 +32,6 @@ from leakage_study.arms import Arm, bound_mu, expected_messages, open_channel
 from leakage_study.findings import Finding
 from leakage_study.setup import AuditSetup
 
-__all__ = ["score_by_shadow_clients", "token_findings"]
-
 
 def score_by_shadow_clients(query: Query, value_NK: Tensor, shadow_MD: Tensor, shadow_MV: Tensor) -> Tensor:
     """Returns the inner products of messages with the shadow clients' mean message per token, (N, V); zero for unseen tokens.

@@ -28,8 +28,6 @@ from drencoder.published.fitting import AutoencoderOptions
 from leakage_study.findings import Finding
 from leakage_study.setup import AuditSetup
 
-__all__ = ["TrainingSetScores", "attack_training_set", "training_set_findings"]
-
 _PAIRS = 2  # LoRA pairs of the sub-adapter; they lie at the start of an update
 _OVERFIT_RATE = 2e-3  # ten times the published learning rate
 _OVERFIT_LENGTH = 3  # times the published number of steps

@@ -22,8 +22,6 @@ from speed_parts.machine import describe_machine
 from speed_parts.task import make_task
 from speed_parts.ways import WAYS
 
-__all__ = ["compare", "installed_ways"]
-
 _FOLDER = Path(__file__).parents[1]
 _START_S, _ROUND_S = 300.0, 3600.0
 _TOLERANCE = 1e-4  # relative, of the round's result

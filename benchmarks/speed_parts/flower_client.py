@@ -13,8 +13,6 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from speed_parts.task import Task, padded, peft_model, trainable
 
-__all__ = ["make_client_app"]
-
 
 @lru_cache(maxsize=1)
 def _task(path: str) -> Task:

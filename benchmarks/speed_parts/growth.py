@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-__all__ = ["TABLES", "growth", "run_alone"]
-
 Row: TypeAlias = Callable[[], dict[str, Any]]
 
 _FOLDER = Path(__file__).parents[1]

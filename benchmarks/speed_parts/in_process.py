@@ -83,7 +83,7 @@ def encoders(size: int, repeats: int = 7) -> dict[str, Any]:
 
     from drencoder.encoders.random_sketch import RandomSketch
     from drencoder.models.adapter_layout import Segment
-    from drencoder.privacy.mechanism import SecureNoise
+    from drencoder.privacy.noise_source import SecureNoise
     from drencoder.published.architectures import fresh_network
     from drencoder.published.autoencoder import Autoencoder
     from drencoder.secure_aggregation.quantise import Quantiser

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "peak_mib", "tree_cpu_seconds"]
-
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 

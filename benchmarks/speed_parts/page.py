@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["write_page"]
-
 _SIZES = (1, 8, 64, 512)
 _WAYS = ("plain PEFT", "drencoder", "pfl", "Flower, FlowerTune's client", "Flower, model kept")
 _PUBLISHED = (

@@ -13,8 +13,6 @@ from typing import Any
 from speed_parts.growth import run_alone
 from speed_parts.machine import describe_machine
 
-__all__ = ["SHAPES", "published", "tiny_dolly"]
-
 # hidden, intermediate, layers, heads
 SHAPES = {"small": (64, 176, 2, 2), "1b": (2048, 5632, 22, 32), "llama-7b": (4096, 11008, 32, 32)}
 _KNOBS = [

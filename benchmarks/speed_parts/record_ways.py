@@ -10,8 +10,6 @@ from torch.nn import functional
 from speed_parts.task import CLIP_L2, Task, as_batch, peft_model, trainable
 from speed_parts.ways import Loop
 
-__all__ = ["RECORD_WAYS", "UNLIKE"]
-
 
 def _one_batch(task: Task) -> tuple[Tensor, Tensor]:
     """The record of every client, as one batch."""

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CLIP_L2", "SCALING", "Task", "as_batch", "clipped", "make_task", "padded"]
-
 CLIP_L2 = 0.3  # about the length of an update of the embedded model, so that some are clipped
 RANK, SCALING = 8, 16.0
 

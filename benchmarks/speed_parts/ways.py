@@ -13,8 +13,6 @@ from torch import Tensor
 
 from speed_parts.task import CLIP_L2, Task, clipped, padded, peft_model, trainable
 
-__all__ = ["WAYS"]
-
 Round: TypeAlias = Callable[[], Tensor]
 Loop: TypeAlias = Callable[[Round], None]
 

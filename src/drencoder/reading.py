@@ -13,19 +13,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "NotJsonError",
-    "cut",
-    "one_line",
-    "parse_json",
-    "parse_toml",
-    "printable",
-    "read_bytes",
-    "read_text",
-    "reason",
-    "shown",
-]
-
 _MOST_NESTED = 64
 _MOST_DIGITS = 300  # of a whole number: a longer one is beyond what a float can be
 _MOST_TOML = 1 << 20  # characters; recipes have a few thousand

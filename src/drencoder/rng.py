@@ -7,8 +7,6 @@ release and the secret cohorts of a real run, does not come from here but from t
 
 import hashlib
 
-__all__ = ["derive_seed"]
-
 
 def derive_seed(run_seed: int | str, purpose: str, *indices: int) -> int:
     """Hashes a run seed, a purpose and indices (round, client, ...) into an integer in [0, 2**63).

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_faults import SMALL, known_noise
+from test_faults import SMALL
 
 from conftest import tiny_overrides
 from drencoder.audit.audit import audit_recipe, audit_run_folder
@@ -18,7 +18,7 @@ from drencoder.encoders.planning import load_checked_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.verify import verify_run
 
-__all__ = ["known_noise"]
+pytestmark = pytest.mark.usefixtures("known_noise")
 
 
 def ended(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:

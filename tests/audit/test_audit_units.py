@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_faults import SMALL, known_noise
+from test_faults import SMALL
 
 from conftest import tiny_overrides
 from drencoder.audit.observers import Release, audit_releases
@@ -14,7 +14,7 @@ from drencoder.federated.query import update_query
 from drencoder.privacy.plan import Trust
 from drencoder.runs.build import build
 
-__all__ = ["known_noise"]
+pytestmark = pytest.mark.usefixtures("known_noise")
 
 SITES = [
     "privacy.unit=record", "federation.population=6", "federation.nodes=6", "federation.units_per_site=20", "privacy.clip_l2=1",

@@ -1,8 +1,5 @@
 """Broken mechanisms, planted one at a time: the audit names each, and finds nothing where nothing is broken."""
 
-import hashlib
-import os
-import random
 from pathlib import Path
 
 import pytest
@@ -11,22 +8,12 @@ from audit_faults import FAULTS, Fault, audit_with, no_clip, recipe_of
 from conftest import tiny_overrides
 from drencoder.errors import PrivacyError
 
+pytestmark = pytest.mark.usefixtures("known_noise")
+
 SMALL = [
     "prior.source=none", "federation.population=400", "federation.sampling_rate=0.5", "federation.rounds=1", "privacy.delta=1e-5",
     "encoder.name=random", "encoder.ratio=4", "encoder.gate=warn",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def known_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's generator, but the same in every run of the tests: chance must not fail one."""
-    drawn = iter(range(10**9))
-
-    def known(size: int) -> bytes:
-        return hashlib.shake_256(f"draw {next(drawn)}".encode()).digest(size)
-
-    monkeypatch.setattr(os, "urandom", known)
-    monkeypatch.setattr(random, "_urandom", known)  # what `secrets` reads
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.breaks}, {fault.trust}, {fault.unit}")

@@ -24,7 +24,7 @@ from drencoder.federated.query import update_query
 from drencoder.federated.round import client_message, server_release
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger
-from drencoder.privacy.mechanism import ReplayNoise
+from drencoder.privacy.noise_source import ReplayNoise
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.plan_overview import privacy_plan
 from encoder_toys import pack, unpack

@@ -30,8 +30,8 @@ from drencoder.federated.server_rate import learning_rate, planned_rate, step_wo
 from drencoder.models.adapter_layout import Segment
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.make_plan import make_plan
-from drencoder.privacy.mechanism import ReplayNoise
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.privacy.noise_source import ReplayNoise
 from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe, load_recipe

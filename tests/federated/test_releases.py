@@ -21,7 +21,8 @@ from drencoder.federated.query import Query, update_query
 from drencoder.federated.round import CohortRelease, client_message, released_update, server_release
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.make_plan import make_plan
-from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise, quantiser_for
+from drencoder.privacy.mechanism import NoiseSource, quantiser_for
+from drencoder.privacy.noise_source import ReplayNoise, SecureNoise
 from drencoder.recipe.recipe import load_recipe
 from drencoder.secure_aggregation.discrete import discrete_gaussian
 from encoder_toys import SEGMENTS, SIZE

@@ -20,14 +20,8 @@ from drencoder.federated.secure_round import clients_by_node, round_settings, se
 from drencoder.privacy.accounting import GaussianEvent, epsilon_gaussian, epsilon_pld
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.make_plan import make_plan
-from drencoder.privacy.mechanism import (
-    ReplayNoise,
-    SecureNoise,
-    clip_rows,
-    quantiser_for,
-    release_shares,
-    unmasked_sum,
-)
+from drencoder.privacy.mechanism import clip_rows, quantiser_for, release_shares, unmasked_sum
+from drencoder.privacy.noise_source import ReplayNoise, SecureNoise
 from drencoder.privacy.noise_terms import noise_terms
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import load_recipe

@@ -18,7 +18,8 @@ from drencoder.federated.round import Upload, message_wire, released_update, ser
 from drencoder.federated.site_round import SiteCurator
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.make_plan import make_plan
-from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
+from drencoder.privacy.mechanism import NoiseSource
+from drencoder.privacy.noise_source import ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import load_recipe
 from encoder_toys import SEGMENTS, SIZE

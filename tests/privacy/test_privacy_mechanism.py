@@ -21,8 +21,6 @@ from drencoder.privacy.mechanism import (
     BoundedSum,
     Release,
     Releases,
-    ReplayNoise,
-    SecureNoise,
     clip_rows,
     received_codes,
     release_codes,
@@ -30,6 +28,7 @@ from drencoder.privacy.mechanism import (
     release_unnoised,
     sum_releases,
 )
+from drencoder.privacy.noise_source import ReplayNoise, SecureNoise
 
 SIGMA, CLIP = 1.7, 0.3
 KEY = bytes(range(32))

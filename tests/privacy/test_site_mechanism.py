@@ -14,8 +14,8 @@ from drencoder.federated.query_encoders import UpdatesEncoder
 from drencoder.federated.round import Upload, message_wire, server_release
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.make_plan import make_plan
-from drencoder.privacy.mechanism import ReplayNoise, SecureNoise, clip_rows, quantiser_for
-from drencoder.privacy.noise_source import NoiseSource
+from drencoder.privacy.mechanism import clip_rows, quantiser_for
+from drencoder.privacy.noise_source import NoiseSource, ReplayNoise, SecureNoise
 from drencoder.privacy.site_mechanism import release_site_sum
 
 SIZE, CLIP, SIGMA, SITES = 4000, 1.5, 0.9, 4

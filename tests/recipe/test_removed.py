@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from drencoder.errors import RecipeError
-from drencoder.recipe import removed, sections
-from drencoder.recipe.recipe import load_recipe
+from drencoder.recipe import removed
+from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.recipe.removed import REMOVED
 
-_SECTIONS = {name.lower(): getattr(sections, name) for name in sections.__all__}
+_SECTIONS = {field.name: field.type for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.type)}
 
 
 def _gone(entry: str) -> bool:

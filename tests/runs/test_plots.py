@@ -202,7 +202,7 @@ def test_long_runs_show_at_most_nine_rows():
 
 def test_no_global_figures_and_no_import_before_it_is_needed():
     code = (
-        "import sys; import drencoder.runs.report, drencoder.cli.budget_view; from drencoder.runs.plots import *;"
+        "import sys; import drencoder.runs.report, drencoder.cli.budget_view; from drencoder.runs.plots import plot_rounds, svg_text;"
         "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules and 'scipy' not in sys.modules;"
         "svg_text(plot_rounds([{'round': 0, 'loss': 1.0, 'accuracy': 0.5}]));"
         "assert 'matplotlib.pyplot' not in sys.modules"

@@ -5,8 +5,6 @@ A bug's `old` stands exactly once in its file (tests/test_sabotage.py holds that
 
 from dataclasses import dataclass
 
-__all__ = ["BUGS", "Bug"]
-
 
 @dataclass(frozen=True)
 class Bug:

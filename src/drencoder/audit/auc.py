@@ -24,8 +24,6 @@ from torch import Tensor
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
-__all__ = ["Auc", "estimate_auc", "estimate_clustered_auc", "gaussian_max_auc", "gaussian_mu_from_auc"]
-
 _TAIL = 0.025  # chance to lie beyond one end of the interval
 _ALARM_TAIL = 0.0005  # the same for `floor`
 _RESAMPLES = 2000

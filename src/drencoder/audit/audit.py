@@ -49,8 +49,6 @@ from drencoder.runs.start_clip import stage1_clip
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import RoundSettings
 
-__all__ = ["Listener", "audit_recipe", "audit_run_folder"]
-
 _VICTIMS, _SHADOWS = 64, 512
 _SILENT_RELEASES = 12  # of which nothing but noise is looked at
 _MASKED_VALUES = 1 << 14

@@ -34,18 +34,6 @@ from drencoder.rng import derive_seed
 from drencoder.secure_aggregation.discrete import Words
 from drencoder.secure_aggregation.quantise import Quantiser
 
-__all__ = [
-    "CanaryEngine",
-    "Plant",
-    "Planted",
-    "contributions",
-    "crafted",
-    "draw_coins",
-    "num_directions",
-    "record_canaries",
-    "spread_over_sites",
-]
-
 _LONGER = 1e3  # times the clip: an encoder may shorten what it decoded, and the code must fill the clip all the same
 _BATCH_VALUES = 1 << 24  # 64 MiB of float32
 

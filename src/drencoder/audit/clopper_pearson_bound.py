@@ -17,8 +17,6 @@ from statistics import NormalDist
 
 from drencoder.audit.scores import CanaryScores
 
-__all__ = ["epsilon_from_errors", "error_bounds", "gdp_mu_from_errors"]
-
 
 def gdp_mu_from_errors(scores: CanaryScores, significance: float) -> float:
     """The largest mu that these errors reject with an error of at most `significance`; 0 where they reject none."""

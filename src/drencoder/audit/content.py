@@ -27,8 +27,6 @@ from drencoder.privacy.accounting import gdp_mu
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["Attack", "attack_content", "attack_membership"]
-
 _ALONE = 16  # victims under secure aggregation, with a round for each
 
 

@@ -16,8 +16,6 @@ from statistics import NormalDist
 
 from drencoder.audit.scores import CanaryScores
 
-__all__ = ["gaussian_mu"]
-
 _FAR = (
     37.0  # beyond it the non-central t is not computed reliably; its normal approximation is within a thousandth there
 )

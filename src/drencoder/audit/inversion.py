@@ -20,8 +20,6 @@ from torch.nn import functional
 from drencoder.data.tokenization import Example
 from drencoder.rng import derive_seed
 
-__all__ = ["CodeReader", "present_tokens", "share_of_tokens_found"]
-
 _DIRECTIONS = 256  # of the shadows' codes, those with most energy
 _HIDDEN = 256
 _BATCH = 64

@@ -21,8 +21,6 @@ from drencoder.secure_aggregation.crypto import SECRET_BYTES, NodeKey, apply_mas
 from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings, unpack_rows, unpack_values
 from drencoder.secure_aggregation.shamir import SHARE_BYTES, combine
 
-__all__ = ["check_masks"]
-
 Residues = npt.NDArray[np.uint32]
 
 _ALARM = 1e-6

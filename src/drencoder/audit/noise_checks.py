@@ -18,8 +18,6 @@ from torch import Tensor
 from drencoder.errors import EngineError
 from drencoder.privacy.mechanism import NoiseSource
 
-__all__ = ["Check", "RestartCheck", "check_noise"]
-
 _ALARM = 1e-6
 _LOUDEST = 0.98  # of the promised spread: rounding to a wire format may take a little
 _PAIRS = 256  # rows that are compared with each other

@@ -30,8 +30,6 @@ from drencoder.privacy.accounting import Relation, epsilon_gaussian, gdp_mu
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["ALARM", "BOUNDS", "LEVELS", "REAL_RECORDS", "Release", "View", "audit_records", "audit_releases", "measure"]
-
 LEVELS = {"95": 0.05, "99.9": 0.001}
 """Confidence in per cent, as it is reported, and the error that it allows."""
 

@@ -23,8 +23,6 @@ import numpy as np
 
 from drencoder.audit.scores import CanaryScores
 
-__all__ = ["GUESS_SHARES", "guesses_of", "one_run_mu", "rejects", "rejects_mu"]
-
 GUESS_SHARES: Sequence[float] = (0.25, 0.5, 1.0)
 """Which shares of the canaries are guessed, those with the most telling scores; the error is divided by their number."""
 

@@ -10,8 +10,6 @@ knows nothing about the other clients: a weaker and more realistic adversary tha
 import torch
 from torch import Tensor
 
-__all__ = ["score_by_residual"]
-
 
 def score_by_residual(candidate_NV: Tensor, released_RV: Tensor) -> Tensor:
     """Minus the share of each candidate's squared length that is outside of the span of the releases, float64 (N,); higher for members.

@@ -9,8 +9,6 @@ from drencoder.audit.content import Attack
 from drencoder.audit.noise_checks import Check
 from drencoder.audit.observers import BOUNDS, REAL_RECORDS, View
 
-__all__ = ["WITHOUT_RECORDS", "RunAudit"]
-
 WITHOUT_RECORDS = (
     "Attacks on real records, and comparisons with them, are shown to whoever starts the audit and are not kept with the run: their numbers "
     "follow from clients' text without noise."

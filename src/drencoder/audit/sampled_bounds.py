@@ -34,8 +34,6 @@ from drencoder.audit.scores import CanaryScores, Floats
 from drencoder.privacy.accounting import PoissonGaussianEvent, Relation, delta_pld, epsilon_pld
 from drencoder.rng import derive_seed
 
-__all__ = ["SampledFamily", "log_ratio"]
-
 _SCALES: Sequence[float] = tuple(2.0 ** (k / 24) for k in range(48, -73, -1))  # from four times the noise to an eighth
 _EPSILONS = tuple(0.02 * 1.05**k for k in range(140))  # to 18: no audit of so few canaries passes it
 _GROWTH_E = np.exp(np.asarray(_EPSILONS))

@@ -39,8 +39,6 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.runs.build import Components, build
 from drencoder.runs.run import run_built
 
-__all__ = ["check_evaluation_text", "check_secrecy", "short_recipe"]
-
 _TRAINED = 4  # clients of a cohort that really train; the others send zero
 # What two runs of one world do not have in common: a run's number, hashes of what has it in it, and the time of day. The digits of
 # a fraction are none of these. The time must go, too: two runs that end within one second share it, and a third does not.

@@ -20,8 +20,6 @@ from drencoder.errors import ModelError
 from drencoder.models.adapter_layout import Segment
 from drencoder.models.lora import LoraModel
 
-__all__ = ["SpanAttack"]
-
 _FIRST_INPUT = re.compile(r"(?P<module>.*\.layers\.0\.\w+\.(q|k|v)_proj)\.lora_A\.weight")
 _RANK_TOLERANCE = 1e-5  # singular values below this share of the largest are rounding
 _PEFT_PREFIX = "base_model.model."

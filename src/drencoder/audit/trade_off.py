@@ -11,8 +11,6 @@ from statistics import NormalDist
 
 from drencoder.privacy.accounting import Event, Relation, epsilon_pld, gdp_mu
 
-__all__ = ["FALSE_ALARMS", "largest_power", "protection_sentence"]
-
 FALSE_ALARMS = 0.01
 
 _NORMAL = NormalDist()

@@ -36,20 +36,6 @@ from drencoder.privacy.plan import PrivacyPlan
 from drencoder.runs.asking import ask_cohort
 from drencoder.runs.build import Components
 
-__all__ = [
-    "QueryMaker",
-    "Seen",
-    "Trial",
-    "Trials",
-    "known_cohort",
-    "noise_left",
-    "promised_std",
-    "received_messages",
-    "score_trial",
-    "telling_values",
-    "trial_values",
-]
-
 Seen = Literal["messages", "sum", "sum of others", "adapter"]
 
 QueryMaker = Callable[[int], Query]

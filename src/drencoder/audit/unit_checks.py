@@ -19,8 +19,6 @@ from drencoder.privacy.accounting import REPORT_INTERVAL
 from drencoder.privacy.observers import epsilons_by_observer
 from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["check_units", "check_worst_site"]
-
 _ALARM = 1e-6
 _ROUNDING = 0.02  # what rounding to integers may move a weight by
 

@@ -18,8 +18,6 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components
 
-__all__ = ["Victims", "gather_victims", "one_record_updates"]
-
 _LEAST_SHADOWS = 32
 
 

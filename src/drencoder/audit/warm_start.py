@@ -13,8 +13,6 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.recipe import recipe as config
 from drencoder.runs.build import Components
 
-__all__ = ["warm_adapter"]
-
 _STEPS = 4
 _EXAMPLES = 32  # of each step
 _SERVER = config.Server(optimizer="fedadam", learning_rate=0.001)

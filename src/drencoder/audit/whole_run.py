@@ -39,8 +39,6 @@ from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.rng import derive_seed
 
-__all__ = ["audit_run", "has_more_than_one_release"]
-
 _MOST_SLOTS = {
     "local": 1000,
     "central": 1500,

@@ -13,8 +13,6 @@ from drencoder.evaluation.statistics import Assessment, BenchmarkAssessment, Dif
 from drencoder.reading import printable
 from drencoder.runs.display import estimate_cell, make_console, make_progress, make_table
 
-__all__ = ["assessment_tables", "progress_lines"]
-
 
 class _Report(Protocol):
     def __call__(self, what: str, done: int, total: int) -> None: ...

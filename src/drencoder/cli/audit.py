@@ -13,8 +13,6 @@ from drencoder.encoders.planning import load_checked_recipe
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.reading import printable
 
-__all__ = ["audit"]
-
 
 def audit(
     target: Annotated[

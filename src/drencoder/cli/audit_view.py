@@ -9,8 +9,6 @@ from rich.text import Text
 from drencoder.runs.audit_words import bound_cell, short_checks
 from drencoder.runs.display import make_table
 
-__all__ = ["audit_tables"]
-
 _CAPTION = (
     "Lower bounds with 95 % (99.9 %) confidence, each under its own assumption. Gaussian: scores are independent and Gaussian. GDP: scores are "
     "independent, releases are Gaussian differentially private. one run: the coins are fair. any: any (epsilon, delta) mechanism. "

@@ -6,8 +6,6 @@ from rich.table import Table
 
 from drencoder.privacy.budget_table import BudgetPoint, BudgetTable, NoiseBudget
 
-__all__ = ["budget_tables"]
-
 _SHOWN_ROUNDS = 9
 
 

@@ -15,8 +15,6 @@ from drencoder.runs.display import make_progress, make_table
 from drencoder.study.cells import Cell, Track
 from drencoder.study.compare_table import Row, short_cells
 
-__all__ = ["CompareDisplay", "comparison_table"]
-
 
 class CompareDisplay:
     """A live table on a terminal, one line per finished cell elsewhere."""

@@ -13,8 +13,6 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.runs.display import make_table
 from drencoder.runs.unit_table import UnitRow
 
-__all__ = ["data_table", "read_data", "unit_table"]
-
 
 def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
     """What is in the recipe's data, and why that is not known where it need not be.

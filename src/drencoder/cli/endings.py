@@ -8,8 +8,6 @@ from typing import Any, NoReturn
 
 from drencoder.reading import one_line, shown
 
-__all__ = ["end", "end_disk", "end_usage", "stop_writing"]
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

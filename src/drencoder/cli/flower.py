@@ -21,8 +21,6 @@ from drencoder.cli.options import (
 from drencoder.errors import EngineError, RecipeError
 from drencoder.reading import printable, read_text, reason, shown
 
-__all__ = ["add_flower_commands"]
-
 _MOST_CLIENTS = 1 << 20  # bytes of the file that names a site's clients
 QuorumOption = Annotated[
     float, typer.Option("--quorum", help="share of the cohort (central trust: of the population) that must answer")

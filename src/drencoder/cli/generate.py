@@ -11,8 +11,6 @@ import typer
 from drencoder.errors import RecipeError
 from drencoder.reading import shown
 
-__all__ = ["generate"]
-
 
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],

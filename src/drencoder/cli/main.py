@@ -33,8 +33,6 @@ from drencoder.errors import DrencoderError, RecipeError, hide_crash_messages
 from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe, shipped_recipes
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,

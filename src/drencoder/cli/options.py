@@ -13,18 +13,6 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from drencoder.runs.run import RunResult
 
-__all__ = [
-    "JsonOption",
-    "OutOption",
-    "QuietOption",
-    "RecipeArgument",
-    "ResumeOption",
-    "SetOption",
-    "choose_run",
-    "print_result",
-    "tell_interrupted",
-]
-
 RecipeArgument = Annotated[
     str | None,
     typer.Argument(

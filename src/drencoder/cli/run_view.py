@@ -11,8 +11,6 @@ from drencoder.reading import printable
 from drencoder.runs.display import estimate_cell, make_table, show_note
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["show_samples", "show_twin"]
-
 
 def show_samples(console: Console, path: Path) -> None:
     """Prints what base and adapted model answered to public prompts, if they were asked."""

@@ -9,8 +9,6 @@ from rich.text import Text
 
 from drencoder.reading import printable
 
-__all__ = ["verify"]
-
 
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],

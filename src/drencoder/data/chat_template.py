@@ -16,18 +16,6 @@ from drencoder.data.prompts_template import PLAIN_TEMPLATE, PlainTemplate, Rende
 from drencoder.errors import DataError
 from drencoder.reading import cut, read_text, reason
 
-__all__ = [
-    "MARK",
-    "TEMPLATES",
-    "ChatTemplate",
-    "Template",
-    "control_pattern",
-    "mark_control_tokens",
-    "open_template",
-    "read_template",
-    "saved_template",
-]
-
 MARK = "\ue000"
 """Breaks up a control token in a user's text. A private-use character; where a text has it already, it is replaced."""
 

@@ -22,20 +22,6 @@ from drencoder.errors import DataError
 from drencoder.recipe import sections
 from drencoder.recipe.recipe import Recipe
 
-__all__ = [
-    "NO_EVALUATION",
-    "OWNER_KINDS",
-    "SIMULATED_OWNERS",
-    "Basis",
-    "OwnerKind",
-    "describe_owners",
-    "evaluation_basis",
-    "evaluation_rests_on",
-    "open_evaluation",
-    "owner_kind",
-    "set_aside_share",
-]
-
 Basis = Literal["server", "generated", "owners", "records", "nothing"]
 
 _RECORD_SHARE = 0.05  # of a file with simulated owners, where data.held_out_share says nothing

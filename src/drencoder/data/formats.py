@@ -14,8 +14,6 @@ from typing import Any
 from drencoder.errors import DataError
 from drencoder.reading import NotJsonError, cut, parse_json, read_bytes, reason
 
-__all__ = ["FileState", "Row", "kind_of", "read_rows", "state_of", "usual_split"]
-
 Row = tuple[str, Any]
 """Where a row stands ("notes.csv, line 3"), and what it is: a mapping, unless the file is ill-shaped."""
 

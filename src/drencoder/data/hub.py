@@ -7,8 +7,6 @@ from typing import Any
 from drencoder.errors import DataError
 from drencoder.reading import cut, shown
 
-__all__ = ["config_names", "load_rows", "split_names"]
-
 
 def load_rows(source: str, split: str, *, knob: str, config: str | None = None) -> list[dict[str, Any]]:
     """All rows of one split of `source` (a hub id or a folder), in order; `knob` is named in an error message.

@@ -15,8 +15,6 @@ from typing import Any
 
 from drencoder.errors import DataError
 
-__all__ = ["check_spellings", "owner_key"]
-
 _WHOLE = re.compile(r"(-?\d+)\.0*")  # a whole number with decimal places
 _NUMBER = re.compile(r"([+-]?)0*(\d*)(?:\.(\d*?)0*)?", re.ASCII)  # sign, digits, decimal places
 

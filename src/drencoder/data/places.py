@@ -14,8 +14,6 @@ from drencoder.data.hub import load_rows
 from drencoder.data.schemas import Record, Records, to_records
 from drencoder.errors import DataError
 
-__all__ = ["Place", "place_of", "read_data", "read_records"]
-
 _CLIENTS_SPLITS = {"mmlu": AUXILIARY, "ceval": "dev"}  # what clients own: no question of a benchmark's score is in it
 
 

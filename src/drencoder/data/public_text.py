@@ -15,8 +15,6 @@ from drencoder.data.places import read_records
 from drencoder.errors import DataError
 from drencoder.rng import derive_seed
 
-__all__ = ["PublicText", "open_public"]
-
 Text = Mapping[str, str] | tuple[str, str]
 """A record, or a prompt and its response that are a text of their own."""
 

@@ -12,8 +12,6 @@ from drencoder.data.formats import Row, kind_of
 from drencoder.data.prompts_template import pack_history
 from drencoder.errors import DataError
 
-__all__ = ["ROLES", "Record", "Records", "to_records"]
-
 Record = dict[str, str]
 
 ROLES = ("instruction", "context", "response", "category", "system", "messages", "text")

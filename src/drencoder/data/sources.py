@@ -27,21 +27,6 @@ from drencoder.reading import shown
 from drencoder.recipe import sections
 from drencoder.rng import derive_seed
 
-__all__ = [
-    "AbsentSource",
-    "EmbeddedSource",
-    "FileSource",
-    "Record",
-    "SiteSource",
-    "Source",
-    "check_usable",
-    "embedded_task",
-    "in_hashed_order",
-    "open_source",
-    "read_source",
-]
-
-
 CONCENTRATION = 0.5
 """Of the Dirichlet draw that spreads categories over simulated clients: these differ much, as in the published experiments."""
 

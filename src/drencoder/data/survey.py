@@ -15,8 +15,6 @@ from drencoder.data.units import FileUnits, file_of, open_text
 from drencoder.errors import DataError
 from drencoder.recipe.recipe import Recipe
 
-__all__ = ["DataSurvey", "Duplicates", "count_duplicates", "survey_data", "with_population"]
-
 _BYTES_OF_A_TOKEN = 4  # of UTF-8, over many languages and tokenizers; good to a third
 _COUNTED_BYTES = 4_000_000  # of a larger file, tokens are counted in records at even distances
 CountTokens = Callable[[list[str]], list[int]]

@@ -13,8 +13,6 @@ from drencoder.data.tokenization import RecordTokenizer
 from drencoder.data.units import file_of
 from drencoder.errors import DataError
 
-__all__ = ["report_records", "report_source"]
-
 _COUNTED = 5_000  # records at most: a million would take minutes
 
 

@@ -24,8 +24,6 @@ from drencoder.data.chat_template import (
 from drencoder.data.prompts_template import PlainTemplate, Rendered, history_of, pack_history, render_pair
 from drencoder.errors import DataError
 
-__all__ = ["Batch", "Example", "RecordTokenizer", "Tokenised", "collate"]
-
 _LEAST_ROOM = 8  # tokens that a chat template must leave for a question and its answer
 _TRIES = 8  # shortenings of one record; each takes away what is too much, up to how tokens meet at a cut
 

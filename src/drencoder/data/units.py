@@ -28,8 +28,6 @@ from drencoder.data.sources import (
 from drencoder.errors import DataError
 from drencoder.recipe.recipe import Recipe
 
-__all__ = ["EmbeddedUnits", "FileUnits", "SiteUnits", "everyone", "file_of", "open_text"]
-
 _EMBEDDED_SITE = 1 << 32  # numbers of an embedded site's units, at most
 
 

@@ -10,35 +10,6 @@ from dataclasses import dataclass
 
 from drencoder.errors import EncoderError
 
-__all__ = [
-    "AUTOENCODERS",
-    "BITS_PER_VALUE",
-    "CELL",
-    "FEW_COORDINATES",
-    "HEADER_BYTES",
-    "NOISY_RATIO",
-    "SMALL_RATIO",
-    "AdapterShape",
-    "auto_ratio",
-    "bytes_text",
-    "code_shape",
-    "few_coordinates",
-    "image_shape",
-    "input_shape",
-    "message_bytes",
-    "noise_dominates",
-    "plain_lora_bytes",
-    "power_ranks",
-    "size_by_ratio",
-    "size_of_autoencoder",
-    "size_of_cores",
-    "size_of_hybrid",
-    "size_of_lora_b",
-    "size_of_power",
-    "size_of_update",
-    "stage1_values",
-]
-
 BITS_PER_VALUE = {
     "float32": 32, "rotated4": 4, "rotated2": 2, "rotated1": 1, "integer16": 16, "integer24": 24, "integer32": 32
 }  # fmt: skip

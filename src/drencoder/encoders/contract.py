@@ -18,21 +18,6 @@ from torch import Tensor
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = [
-    "Encoder",
-    "Fact",
-    "check_code",
-    "check_segments",
-    "check_update",
-    "common_facts",
-    "fingerprint_of",
-    "is_lora_b",
-    "mark_non_finite",
-    "no_state",
-    "tensor_of_text",
-    "text_of_tensor",
-]
-
 Fact = str | int | float | bool
 
 

@@ -9,8 +9,6 @@ from typing import Literal, final
 
 from drencoder.encoders.code_sizes import AdapterShape, size_by_ratio
 
-__all__ = ["EncoderDeclaration", "SizeRule"]
-
 SizeRule = Callable[[AdapterShape, float], int]
 """(adapter, D / K that the recipe or the plan asks for) -> K."""
 

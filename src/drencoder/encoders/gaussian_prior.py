@@ -30,8 +30,6 @@ from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["GaussianPrior", "MomentQuery", "SyntheticGradients", "moment_statistics", "sample_structured"]
-
 # A segment's standard deviation is at least this share of the adapter's root mean square. LoRA's A has no
 # gradient while B is zero, and noise can push a small second moment below zero; neither may make a
 # tensor unreachable for the encoder for the rest of the run.

@@ -35,8 +35,6 @@ from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["HybridEncoder", "make_hybrid"]
-
 # A direction of which the head leaves less than this share of the length is rounding.
 _LEAST = 1e-3
 

@@ -22,8 +22,6 @@ from drencoder.encoders.contract import (
 from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_size
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["IdentityEncoder", "make_identity"]
-
 
 @final
 @dataclass(frozen=True)

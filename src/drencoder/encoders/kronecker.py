@@ -35,8 +35,6 @@ from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["KroneckerEncoder", "make_kronecker"]
-
 
 @final
 @dataclass(frozen=True, eq=False)

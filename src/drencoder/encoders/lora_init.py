@@ -14,9 +14,8 @@ from torch import Tensor
 from drencoder.data.tokenization import Example, collate
 from drencoder.encoders.matrix_normal_prior import top_directions
 from drencoder.errors import ModelError
-from drencoder.models.lora import LoraModel, orthonormal_rows
-
-__all__ = ["START_TEXTS", "public_start"]
+from drencoder.models.lora import LoraModel
+from drencoder.models.peft_adapter import orthonormal_rows
 
 START_TEXTS = 64
 _AT_ONCE = 16  # texts in one pass of the model

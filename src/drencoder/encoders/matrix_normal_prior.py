@@ -24,8 +24,6 @@ from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["MatrixNormalPrior", "Origin", "PublicUpdates", "SecondMoment", "matrix_shape", "top_directions"]
-
 # Values of the stacked updates that one singular value decomposition sees at most: 512 rows of 4,096.
 _BLOCK_VALUES = 1 << 21
 # Directions kept between two blocks, per direction asked for: what a block drops could have grown in the next.

@@ -14,18 +14,6 @@ from drencoder.errors import EncoderError, RecipeError
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe, load_recipe
 
-__all__ = [
-    "check_encoder",
-    "clip_text",
-    "clip_words",
-    "declared",
-    "load_checked_recipe",
-    "planned_code_size",
-    "planned_start",
-    "public_text",
-    "wire_dtype",
-]
-
 
 def load_checked_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """`load_recipe`, `check_encoder` and `with_population`: what a command does with a recipe before anything else.

@@ -31,8 +31,6 @@ from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["UNIFORM_SHARE", "RandomSketch", "allocate_code", "make_random"]
-
 # Of a code, spread evenly whatever the prior says: the prior is of the start, and later rounds move other tensors.
 UNIFORM_SHARE = 0.6
 

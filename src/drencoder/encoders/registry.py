@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from drencoder.encoders.contract import Encoder
     from drencoder.encoders.request import EncoderRequest, SavedState
 
-__all__ = ["ENCODERS", "EncoderRow", "build_encoder", "declaration_of"]
-
 
 @final
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, PublicUpda
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["EncoderRequest", "SavedState", "StepCallback", "TrainingGradients", "check_fixed_size"]
-
 SavedState = Mapping[str, Tensor] | None
 """`Encoder.state()` of the encoder to restore; None to make a new one."""
 

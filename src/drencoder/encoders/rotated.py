@@ -25,8 +25,6 @@ from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["Rotation", "levels", "quantise", "unit"]
-
 
 class Rotation:
     """An orthonormal map of K values, the same for all who know `seed`: signs and Hadamard blocks, a permutation, and both again.

@@ -19,8 +19,6 @@ from drencoder.encoders.contract import Encoder, check_update
 from drencoder.errors import EncoderError, ViabilityError
 from drencoder.rng import derive_seed
 
-__all__ = ["GateResult", "measure_viability", "require_viable"]
-
 _CONFIDENCE = 0.99
 # An encoder has to reach this share of the random sketch's cosine. The sketch costs nothing, needs no
 # training and is always at hand; a quarter of its energy is the least that can be called working.

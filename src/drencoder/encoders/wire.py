@@ -48,14 +48,6 @@ from drencoder.encoders.rotated import Rotation, quantise, unit
 from drencoder.errors import CodeError
 from drencoder.rng import derive_seed
 
-__all__ = [
-    "UnpackedRows",
-    "WireDtype",
-    "WireFormat",
-    "pack_rows",
-    "unpack_rows",
-]
-
 WireDtype = Literal["float32", "rotated4", "rotated2", "rotated1", "integer16", "integer24", "integer32"]
 
 _MAGIC = b"DREC"

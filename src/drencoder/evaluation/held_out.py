@@ -15,16 +15,6 @@ from drencoder.errors import DataError
 from drencoder.evaluation.statistics import Estimate, ratio_of_sums, wilson
 from drencoder.models.lora import LoraModel
 
-__all__ = [
-    "Estimate",
-    "choice_picks",
-    "choice_scores",
-    "held_out_loss",
-    "held_out_outcomes",
-    "multiple_choice",
-    "question_examples",
-]
-
 # Tokens of one evaluation batch, padding included: keeps memory flat whatever the number of examples.
 _BATCH_TOKENS = 8192
 _BATCH_LOGITS = 1 << 26  # predicted tokens times vocabulary: 256 MiB

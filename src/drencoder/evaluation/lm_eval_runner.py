@@ -8,8 +8,6 @@ from drencoder.errors import DataError
 from drencoder.evaluation.lm_eval_tasks import LoadedBenchmark, quiet_lm_eval
 from drencoder.models.base_model import BaseModel
 
-__all__ = ["ItemLog", "ask_tasks"]
-
 # Which of a task's metrics says whether an answer was right, the first that it has.
 _METRICS = ("acc", "exact_match", "em")
 

@@ -24,8 +24,6 @@ from drencoder.data.embedded_world.world import Question
 from drencoder.data.prompts_template import LETTERS
 from drencoder.errors import DataError
 
-__all__ = ["LoadedBenchmark", "load_tasks", "quiet_lm_eval", "unify_names"]
-
 _FEW_SHOT_SEED = 1234  # lm-eval's default, for tasks that draw their worked examples
 _CONTINUOUS = "loglikelihood_rolling"
 

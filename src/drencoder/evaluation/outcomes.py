@@ -17,8 +17,6 @@ from drencoder.evaluation.held_out import choice_picks, held_out_outcomes
 from drencoder.evaluation.statistics import outcome_estimates
 from drencoder.models.lora import LoraModel
 
-__all__ = ["Outcomes", "Questions", "measure", "measure_all"]
-
 
 @dataclass(frozen=True)
 class Outcomes:

@@ -14,8 +14,6 @@ from drencoder.data.tokenization import RecordTokenizer
 from drencoder.errors import ModelError
 from drencoder.models.lora import LoraModel
 
-__all__ = ["Answer", "answer"]
-
 
 @dataclass(frozen=True)
 class Answer:

@@ -16,24 +16,6 @@ from scipy.special import ndtri
 from drencoder.data.benchmarks.taxonomy import Taxonomy
 from drencoder.errors import DataError
 
-__all__ = [
-    "Assessment",
-    "BenchmarkAssessment",
-    "Difference",
-    "Estimate",
-    "LossAssessment",
-    "McNemar",
-    "Row",
-    "accuracy_difference",
-    "assess_rows",
-    "loss_difference",
-    "mcnemar",
-    "outcome_estimates",
-    "paired_over_seeds",
-    "ratio_of_sums",
-    "wilson",
-]
-
 _Z95 = float(ndtri(0.975))
 _DRAWS = 10_000
 _CHUNK_VALUES = 2_000_000  # of a bootstrap's index table, so that memory stays flat

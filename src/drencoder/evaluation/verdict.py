@@ -6,8 +6,6 @@ from typing import Any
 
 from drencoder.evaluation.statistics import ratio_of_sums
 
-__all__ = ["is_uniform_loss", "verdict"]
-
 _FEWEST_TEXTS = 8  # an interval of fewer is itself a guess
 
 

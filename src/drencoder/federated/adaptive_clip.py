@@ -18,8 +18,6 @@ from torch import Tensor
 
 from drencoder.federated.query_encoders import WrappedEncoder
 
-__all__ = ["NORM_BIT_WEIGHT", "AdaptiveClip", "AdaptiveClipEncoder"]
-
 # w: how loud the extra value is. At 0.2 it costs 2 % of noise.
 NORM_BIT_WEIGHT = 0.2
 

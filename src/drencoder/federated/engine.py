@@ -19,8 +19,6 @@ from drencoder.privacy.mechanism import NoiseSource
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe
 
-__all__ = ["Engine", "RunComponents", "SiteFacts"]
-
 
 @dataclass(frozen=True)
 class SiteFacts:

@@ -20,8 +20,6 @@ from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import ProtocolStep
 
-__all__ = ["AlwaysThere", "InProcessEngine"]
-
 
 def _nobody(slot: int, stage: ProtocolStep, node: int) -> bool:
     return False

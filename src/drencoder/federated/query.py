@@ -31,8 +31,6 @@ from drencoder.models.adapter_layout import Segment
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["Query", "QueryKind", "QuerySpec", "gradient_query", "moment_query", "update_query"]
-
 QueryKind = Literal["moments", "gradients", "update"]
 
 _NOT_CLIPPED = 1e20  # the mechanism's largest bound

@@ -17,8 +17,6 @@ from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.gaussian_prior import MomentQuery
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["MomentsEncoder", "RelativeEncoder", "UpdatesEncoder", "WrappedEncoder"]
-
 
 class _Stage1:
     """What both encoders of stage 1 share: no tensors to save, no way back, and messages that may be added up."""

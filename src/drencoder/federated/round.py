@@ -45,20 +45,6 @@ from drencoder.privacy.mechanism import (
     unmasked_sum,
 )
 
-__all__ = [
-    "CohortRelease",
-    "SecureSum",
-    "Upload",
-    "client_message",
-    "client_share",
-    "code_values",
-    "message_rows",
-    "message_wire",
-    "modulus_bits",
-    "released_update",
-    "server_release",
-]
-
 
 @dataclass(frozen=True)
 class Upload:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
 
-__all__ = ["encode_rows", "is_row_exact", "rows_at_once"]
-
 _BLOCK = 16
 
 

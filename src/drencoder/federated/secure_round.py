@@ -22,8 +22,6 @@ from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import RoundSettings
 from drencoder.secure_aggregation.server import Exchange, SecAggServer, aggregate
 
-__all__ = ["clients_by_node", "node_share", "round_settings", "secure_node", "secure_sum"]
-
 
 def clients_by_node(cohort: Sequence[int], nodes: int) -> list[list[int]]:
     """The cohort's clients on each node: client number modulo nodes."""

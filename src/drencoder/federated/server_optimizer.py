@@ -12,8 +12,6 @@ from torch import Tensor
 
 from drencoder.recipe import recipe as config
 
-__all__ = ["ServerState", "server_step"]
-
 _ADAM_BETA2 = 0.99  # of fedadam, as in Reddi et al. 2021
 _ADAM_FLOOR = 1e-8  # Adam's usual epsilon: it only keeps a value that never moved from being divided by zero
 

@@ -5,8 +5,6 @@ from math import sqrt
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Server
 
-__all__ = ["RATE", "learning_rate", "planned_rate", "step_words"]
-
 RATE = 0.02  # of fedadam, for a recipe that names none; how it was chosen: docs/results/real-text.md
 _ENOUGH = 700.0  # k* at which RATE is not yet too long: between what learned at RATE and what did not (docs/results/real-text.md)
 

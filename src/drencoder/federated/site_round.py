@@ -34,8 +34,6 @@ from drencoder.privacy.mechanism import BoundedCodes, NoiseSource, clip_rows, qu
 from drencoder.privacy.sampling import KEY_BYTES, UnitSampler
 from drencoder.privacy.site_mechanism import release_site_sum
 
-__all__ = ["SiteCurator"]
-
 
 @final
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from flwr.supercore.inflatable import inflatable_utils
 
 from drencoder.flower.superlink import check_version
 
-__all__ = ["shorten_backoff"]
-
 _FIRST = 0.05  # s
 _LONGEST = 0.5  # s
 _TRIES = 10_000  # as long as Flower's own 500 tries, 10 s apart, would go on

@@ -25,8 +25,6 @@ from drencoder.reading import one_line
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.build import Components, SiteText, build_site
 
-__all__ = ["app", "make_client_app", "open_site"]
-
 
 def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
     """Returns a ClientApp that hands every message to the site of its node.

@@ -32,8 +32,6 @@ from drencoder.flower.supernode import POLL
 from drencoder.flower.tasks import TaskClient, build_app_bundle, digest_app
 from drencoder.runs import run as experiment
 
-__all__ = ["run_server", "run_site"]
-
 _START_TIMEOUT = 120.0
 _POLL = 0.1
 _RESTART_PAUSES = (1.0, 2.0, 5.0, 10.0)  # s between two starts of a SuperNode that ends by itself

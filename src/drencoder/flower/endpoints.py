@@ -23,8 +23,6 @@ from drencoder.errors import ArtifactError, EngineError
 from drencoder.federated.remote.agreement import ClientSet
 from drencoder.flower.keys import check_authority, check_server_certificate
 
-__all__ = ["ServerEndpoint", "SiteEndpoint", "Trouble", "bypass_proxies", "watch"]
-
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _TIMEOUT = 4.0  # s for one step of reaching the server
 _PATIENCE = 8.0  # s for all of them

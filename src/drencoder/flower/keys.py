@@ -35,8 +35,6 @@ from drencoder.reading import read_bytes, read_text, reason, shown
 from drencoder.runs.run_folder import storing
 from drencoder.runs.signatures import make_signing_key
 
-__all__ = ["check_authority", "check_server_certificate", "make_certificates", "read_client_sets", "read_public_keys"]
-
 _LONGEST = 4096  # bytes of a public key file; a real one has about 250
 _LONGEST_LIST = 1 << 20  # bytes of a list of clients, or of a chain of certificates
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from drencoder.errors import EngineError
 
-__all__ = ["QUIET_ENVIRONMENT", "ChildProcess", "die_with_parent", "find_free_port", "make_environment"]
-
 _PR_SET_PDEATHSIG = 1
 _PARENT = "DRENCODER_PARENT"
 

@@ -20,8 +20,6 @@ from drencoder.runs import run as experiment
 from drencoder.runs.display import RunDisplay, make_console
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["ServerOptions", "app", "serve"]
-
 
 @final
 @dataclass(frozen=True)

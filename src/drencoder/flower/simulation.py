@@ -24,8 +24,6 @@ from drencoder.flower.server_app import ServerOptions, serve
 from drencoder.runs import run as experiment
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["isolate_network", "simulate_run"]
-
 _ISOLATED = "DRENCODER_ALONE"
 _SITES: dict[tuple[str, str], Site] = {}
 

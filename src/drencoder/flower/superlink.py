@@ -22,8 +22,6 @@ import uvicorn
 from drencoder.errors import EngineError, hide_crash_messages
 from drencoder.flower.processes import die_with_parent
 
-__all__ = ["COUNTS", "Guard", "check_version"]
-
 COUNTS = "DRENCODER_GUARD_COUNTS"  # environment: a file that the counts are written to
 _VERSION = "1.42."
 _LOOPBACK = ("127.0.0.1", "::1")

@@ -14,8 +14,6 @@ from drencoder.errors import hide_crash_messages
 from drencoder.flower.backoff import shorten_backoff
 from drencoder.flower.processes import die_with_parent
 
-__all__ = ["POLL"]
-
 _RECONNECT = 5
 POLL = "DRENCODER_POLL"  # environment: seconds between two looks at most
 

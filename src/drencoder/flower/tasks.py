@@ -36,8 +36,6 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 from drencoder.federated.remote.refusal import Refusal
 from drencoder.flower.transport import REFUSED
 
-__all__ = ["TaskClient", "build_app_bundle", "digest_app"]
-
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _SERVER_RETRY_SECONDS = 60.0  # s of trying again
 _SITE_RETRY_SECONDS = 10.0

@@ -11,8 +11,6 @@ from flwr.serverapp import Grid
 from drencoder.federated.remote.refusal import refusal_frame
 from drencoder.federated.remote.transport import Traffic
 
-__all__ = ["REFUSED", "GridTransport", "read_payload", "wrap_payload"]
-
 _RECORD, _ARRAY, _STYPE = "drencoder", "frame", "drencoder.frame"
 REFUSED = 1000  # Flower's error codes above it are a site's refusals
 _POLL = 0.1  # s between two looks for answers

@@ -17,8 +17,6 @@ from drencoder.errors import ModelError
 from drencoder.models.targets import choose_targets, is_automatic, last_part
 from drencoder.reading import shown
 
-__all__ = ["AdaptedLayers", "choose_layers", "is_linear", "is_quantised", "keeps_clients_apart"]
-
 _ROWS, _LENGTH = 3, 8  # of the probe
 # PEFT refuses Mamba's output projection, whose weight the fast kernels read past the adapter.
 _MAMBA_FAMILIES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")

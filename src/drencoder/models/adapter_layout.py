@@ -13,8 +13,6 @@ from torch import Tensor
 
 from drencoder.errors import ModelError
 
-__all__ = ["AdapterLayout", "LoraPair", "Segment"]
-
 _EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 

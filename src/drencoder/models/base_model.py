@@ -26,8 +26,6 @@ from drencoder.models.place import ModelPlace, embedded_folder, locate
 from drencoder.models.quantised import quantised_weights
 from drencoder.recipe import recipe as config
 
-__all__ = ["BaseModel", "embedded_folder", "load_base", "open_tokenizer", "resolve_device"]
-
 _UNKNOWN = "unknown"  # the hub's own tag for a licence that nobody states
 _TAG = "[A-Za-z0-9.+-]{1,60}"
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Pair", "add_adapter", "own_products"]
-
 # From so many weights on, a product in 16 bits is faster by itself than among others: `bmm` makes a copy of the weight first (4,096 x
 # 4,096 in bfloat16 on a CPU: 150 ms in place of 4). Below, the calls take longer than the products.
 _WIDE_16_BIT = 1 << 16

@@ -17,8 +17,6 @@ from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["ClientTrainer", "CohortTrainer"]
-
 
 class ClientTrainer(Protocol):
     """Trains clients. It knows neither codes, noise, rounds of a protocol nor epsilon."""

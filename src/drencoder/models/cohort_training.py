@@ -23,8 +23,6 @@ from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from drencoder.rng import derive_seed
 
-__all__ = ["adapter_after", "cohort_updates", "num_steps"]
-
 Steps = list[list[Example]]
 
 # Values of all adapters of clients that go through their steps together: an optimiser has four of each.

@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 from drencoder.errors import ModelError
 from drencoder.reading import cut
 
-__all__ = ["GgufHeader", "read_gguf_header"]
-
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST = 1 << 26  # bytes of a text, items of an array: more is no file of a model

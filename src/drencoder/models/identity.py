@@ -9,8 +9,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-__all__ = ["BaseDigests", "digest_model", "digest_tokenizer"]
-
 # Where a model came from and how it is run: not what it computes.
 _FREE_CONFIG = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 _PROBE = "The answer is 42.\n\tÜber naïve 你好 🙂  end"

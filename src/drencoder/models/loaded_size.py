@@ -8,8 +8,6 @@ from drencoder.errors import ModelError
 from drencoder.models.adapted_layers import is_linear, is_quantised
 from drencoder.models.training_size import ModelSize, free_memory, gigabytes
 
-__all__ = ["check_memory", "free_memory_of", "measure_size", "room_for_weights"]
-
 _UNKNOWN_FREE = 4 << 30  # where the system does not say
 _FOR_WEIGHTS = 0.6  # of free memory, where a model is spread; the rest is for training
 

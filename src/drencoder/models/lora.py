@@ -1,22 +1,20 @@
 """A base model's LoRA adapter, and how many adapters run through one copy of the base.
 
-The one door to peft. Legend: K adapters (clients), R examples of each, L tokens,
-M predicted tokens, D adapter values, r rank.
+Legend: K adapters (clients), R examples of each, L tokens, M predicted tokens, D adapter values, r rank.
 
 A `LoraModel` holds PEFT's own adapter (reference path, saving) and forward hooks on the same linear
 layers that add *stacked* adapters: client k's rows of the batch meet client k's A and B in one batched
 product, so that K clients train in one pass through the frozen base. While they do, the base's own linear layers work
-client by client as well (`_multiply`): how many clients share a batch, and what they hold, changes no bit of another's.
+client by client as well (`client_products`): how many clients share a batch, and what they hold, changes no bit of another's.
 """
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,16 +23,14 @@ from transformers.pytorch_utils import Conv1D
 
 from drencoder.data.tokenization import Batch
 from drencoder.errors import ModelError
-from drencoder.models.adapted_layers import AdaptedLayers, choose_layers, is_linear, keeps_clients_apart
+from drencoder.models.adapted_layers import choose_layers, is_linear, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
 from drencoder.models.client_products import Pair, add_adapter, own_products
 from drencoder.models.loaded_size import free_memory_of, measure_size
+from drencoder.models.peft_adapter import attach_adapter
 from drencoder.models.recomputation import recomputed
 from drencoder.recipe import recipe as config
-from drencoder.rng import derive_seed
-
-__all__ = ["LoraModel", "orthonormal_rows"]
 
 _LOGITS = 1 << 26  # values that are made at a time: 256 MiB
 _MOST_STEP, _CARD_LENGTH_STEP = 8, 64  # tokens that a length is rounded up to
@@ -76,7 +72,7 @@ class LoraModel:
         layers = choose_layers(base.model, knobs.targets, base.source)
         self.left_out = layers.left_out
         linear = [layer for layer in base.model.modules() if is_linear(layer)]
-        self._peft = _attach(base, knobs, layers, seed)
+        self._peft = attach_adapter(base, knobs, layers, seed)
         tensors = self._peft_tensors()
         self.layout = AdapterLayout.from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         self.initial_D = self.layout.flatten(tensors).clone()
@@ -353,60 +349,3 @@ def _positions_before(predicted: Tensor) -> Tensor:
     before = torch.zeros_like(predicted)
     before[:, :-1] = predicted[:, 1:]
     return before
-
-
-def _attach(base: BaseModel, knobs: config.Adapter, layers: AdaptedLayers, seed: int) -> Any:
-    """Wraps the target layers with a PEFT adapter whose random start depends on the seed alone."""
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=knobs.rank,
-        lora_alpha=knobs.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a fraction is fine
-        lora_dropout=knobs.dropout,
-        target_modules=layers.peft_targets(base.model),
-        bias="none",
-    )
-    devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says that GPT-2's layers are transposed, and takes care of it
-        torch.manual_seed(derive_seed(seed, "adapter"))
-        with _standing_in(base.model):
-            attached = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
-    if base.hub_id:  # rather than where this machine keeps it
-        lora.base_model_name_or_path, lora.revision = base.hub_id, base.revision or None
-    for name, parameter in attached.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-        if ".lora_A." in name and knobs.start == "orthonormal":
-            parameter.data = orthonormal_rows(parameter.data, float(parameter.data.norm()))
-    return attached
-
-
-@contextlib.contextmanager
-def _standing_in(model: nn.Module) -> Iterator[None]:
-    """Gives layers that are on the disk or in main memory a weight without memory, so that PEFT sees type and device of a real one."""
-    linear: list[Any] = [layer for layer in model.modules() if is_linear(layer)]
-    away = [layer for layer in linear if layer.weight.is_meta]
-    weights = [layer.weight for layer in away]
-    for layer, weight in zip(away, weights, strict=True):
-        one = torch.zeros((), dtype=weight.dtype, device=layer._hf_hook.execution_device)
-        layer.weight = nn.Parameter(one.expand(weight.shape), requires_grad=False)
-    try:
-        yield
-    finally:
-        for layer, weight in zip(away, weights, strict=True):
-            layer.weight = weight
-
-
-def orthonormal_rows(A_rI: Tensor, norm: float) -> Tensor:
-    """Rows that span the same spaces, one by one, and are orthogonal, all of one length; `norm` is the Frobenius norm.
-
-    ModelError if there are more rows than a space of I dimensions can have.
-    """
-    rank, width = A_rI.shape
-    if rank > width:
-        raise ModelError(
-            f"adapter.start = 'orthonormal' or 'public' cannot give {rank} orthogonal rows of {width} values: lower adapter.rank to "
-            f"{width} or set adapter.start = 'peft'."
-        )
-    rows_rI = torch.linalg.qr(A_rI.T).Q.T
-    return rows_rI * (norm / rank**0.5)

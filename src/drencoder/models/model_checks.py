@@ -11,8 +11,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from drencoder.errors import DrencoderError, ModelError
 from drencoder.reading import cut, shown
 
-__all__ = ["check_config", "check_model", "check_tokenizer", "explained", "num_positions"]
-
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 _TOLERANCE = {torch.float32: 1e-5}  # of a probe's largest logit; 16-bit types round at 2^-8
 _COARSE_TOLERANCE = 1e-2

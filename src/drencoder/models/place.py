@@ -9,8 +9,6 @@ from drencoder.errors import ModelError
 from drencoder.reading import shown
 from drencoder.recipe.sections import Model
 
-__all__ = ["ModelPlace", "embedded_folder", "locate"]
-
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")  # of the hub's own cache
 
 

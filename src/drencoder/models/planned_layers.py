@@ -13,8 +13,6 @@ from drencoder.models.targets import ALL_LINEAR, choose_targets, is_automatic, l
 from drencoder.models.training_size import ModelSize
 from drencoder.reading import parse_json, read_bytes, reason
 
-__all__ = ["adapted_matrices", "known_matrices", "planned_size"]
-
 _LLAMA_7B = {
     **{f"self_attn.{side}_proj": (4096, 4096) for side in "qkvo"},
     "mlp.gate_proj": (11008, 4096),

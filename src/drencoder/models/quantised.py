@@ -10,8 +10,6 @@ from transformers import BitsAndBytesConfig
 
 from drencoder.errors import DeviceError
 
-__all__ = ["quantised_weights"]
-
 
 def quantised_weights(dtype: str, device: torch.device) -> dict[str, Any]:
     """What transformers is told to load `model.dtype` = int8 or nf4; nothing for the other types.

@@ -11,8 +11,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["recomputed"]
-
 
 @contextlib.contextmanager
 def recomputed(model: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:

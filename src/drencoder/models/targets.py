@@ -10,8 +10,6 @@ from types import MappingProxyType
 from drencoder.errors import ModelError
 from drencoder.reading import shown
 
-__all__ = ["ALL_LINEAR", "AUTO", "FAMILY_TARGETS", "choose_targets", "is_automatic", "last_part"]
-
 AUTO, ALL_LINEAR = "auto", "all-linear"
 
 FAMILY_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ModelSize", "free_memory", "gigabytes"]
-
 # Multiplications of one matrix in one pass that keep a core busy: with less, the time goes into calling the operations, and with
 # much more a batch leaves the caches (docs/log.md has the measurement; benchmarks/speed.py compares with other software).
 _WORK = 80_000_000

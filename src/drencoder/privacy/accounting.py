@@ -29,31 +29,6 @@ if TYPE_CHECKING:  # importing dp_accounting takes 0.7 s, all of scipy: only fun
     import numpy as np
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-__all__ = [
-    "COARSE_INTERVAL",
-    "QUICK_INTERVAL",
-    "RELATIONS",
-    "REPORT_INTERVAL",
-    "Event",
-    "GaussianEvent",
-    "NonPrivateEvent",
-    "PoissonGaussianEvent",
-    "Relation",
-    "clt_mu",
-    "delta_pld",
-    "epsilon_gaussian",
-    "epsilon_pld",
-    "epsilon_rdp",
-    "epsilons_pld",
-    "event_from_dict",
-    "event_to_dict",
-    "fine_enough",
-    "gdp_mu",
-    "merge",
-    "sigma_gaussian",
-    "to_dp_event",
-]
-
 Relation = Literal["add_remove", "replace_one"]
 RELATIONS: tuple[Relation, ...] = ("add_remove", "replace_one")
 

@@ -22,8 +22,6 @@ from drencoder.privacy.accounting import (
 )
 from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["BudgetPoint", "BudgetTable", "NoiseBudget", "budget_table", "chosen_view", "composed_events", "with_noise"]
-
 OBSERVERS = ("server", "clients", "public")
 _MAX_POINTS = 25  # rounds that are evaluated for one noise multiplier where each takes a PLD
 _MAX_EXACT_POINTS = 400  # where each is a closed form

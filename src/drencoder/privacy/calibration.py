@@ -22,8 +22,6 @@ from drencoder.privacy.plan_checks import refuse
 if TYPE_CHECKING:
     from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["LEAST_SAMPLED_NOISE", "calibrate", "sigma_for"]
-
 LEAST_SAMPLED_NOISE = 0.1
 """The smallest noise multiplier of secret cohorts: less protects nobody, and its privacy loss fits on no grid."""
 _MOST_NOISE = 1e4

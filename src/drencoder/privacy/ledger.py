@@ -33,8 +33,6 @@ from drencoder.privacy.observers import OBSERVERS, ObserverGuarantee, epsilons_b
 from drencoder.privacy.plan import Noise, PrivacyPlan, Stage, Trust
 from drencoder.privacy.sampling import KEY_BYTES, Sampler
 
-__all__ = ["ROUNDING", "Ledger", "Permit"]
-
 _MOST_ROUNDS = 1_000_000
 ROUNDING = 1e-6  # a charge may pass the budget by no more than this
 _TOKEN = object()

@@ -9,8 +9,6 @@ from drencoder.privacy.ledger import ROUNDING, Ledger
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.reading import cut
 
-__all__ = ["SAME_FLOAT", "ledger_troubles", "plan_differences"]
-
 SAME_FLOAT = 1e-9  # relative: another version of SciPy calibrates another last digit
 _CALIBRATED = ("noise_multiplier", "stage1_noise_multiplier")
 _LOOSE = 1e-6  # relative, of the two calibrated ones: searches of two versions end that near to each other

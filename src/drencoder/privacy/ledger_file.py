@@ -14,8 +14,6 @@ from typing import Any
 from drencoder.errors import ArtifactError
 from drencoder.reading import parse_json
 
-__all__ = ["FORMAT", "LedgerFile", "encode", "parse"]
-
 FORMAT = 2
 _WRITTEN_BY = {1: "drencoder 0.1"}  # formats of which the header does not say it itself
 _GENESIS = "0" * 64

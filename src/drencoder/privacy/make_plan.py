@@ -8,8 +8,6 @@ from drencoder.privacy.calibration import calibrate
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.plan_checks import Noise, Stage, Trust, Unit, check_noise, refuse
 
-__all__ = ["make_plan"]
-
 
 def make_plan(
     *,

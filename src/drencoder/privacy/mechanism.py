@@ -21,28 +21,8 @@ import torch
 from drencoder.errors import PrivacyError
 from drencoder.privacy.accounting import Relation
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.noise_source import NoiseSource, ReplayNoise, SecureNoise
+from drencoder.privacy.noise_source import NoiseSource
 from drencoder.secure_aggregation.quantise import Quantiser
-
-__all__ = [
-    "BoundedCodes",
-    "BoundedSum",
-    "NoiseSource",
-    "Release",
-    "Releases",
-    "ReplayNoise",
-    "SecureNoise",
-    "check_kind_of_noise",
-    "clip_rows",
-    "quantiser_for",
-    "received_codes",
-    "release_codes",
-    "release_shares",
-    "release_sum",
-    "release_unnoised",
-    "sum_releases",
-    "unmasked_sum",
-]
 
 _TOKEN = object()
 _CLIP_RANGE = (1e-20, 1e20)  # float32 keeps seven digits of every clipped value inside it

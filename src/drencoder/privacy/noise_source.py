@@ -9,8 +9,6 @@ from drencoder.privacy.plan import Noise
 from drencoder.rng import derive_seed
 from drencoder.secure_aggregation.discrete import Words
 
-__all__ = ["NoiseSource", "ReplayNoise", "SecureNoise"]
-
 
 class NoiseSource(Protocol):
     """Randomness for rounding and noise; `kind` says whether anybody could compute it again."""

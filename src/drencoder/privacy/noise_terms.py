@@ -10,8 +10,6 @@ if TYPE_CHECKING:  # numpy's distributions take their time, and only a run needs
     from drencoder.privacy.plan import PrivacyPlan
     from drencoder.secure_aggregation.quantise import Quantiser
 
-__all__ = ["DISCRETE_SHARE", "NoiseTerms", "ShareTerms", "noise_terms"]
-
 DISCRETE_SHARE = 1e-6  # of delta, set aside for all that keeps discrete noise from being Gaussian noise
 _MOST_RELEASES = 1e6  # that share it
 _LARGEST_RATIO = 1e-30  # what log probabilities may differ by: it adds to epsilon, where no digit shows it

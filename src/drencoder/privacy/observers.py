@@ -18,16 +18,6 @@ from drencoder.privacy.accounting import (
 if TYPE_CHECKING:
     from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = [
-    "ASSUMPTIONS",
-    "OBSERVERS",
-    "SITE_ASSUMPTIONS",
-    "EpsilonReport",
-    "ObserverGuarantee",
-    "epsilons_by_observer",
-    "report",
-]
-
 OBSERVERS = ("server", "clients", "public")
 
 ASSUMPTIONS = {

@@ -43,8 +43,6 @@ from drencoder.privacy.observers import ASSUMPTIONS, OBSERVERS, SITE_ASSUMPTIONS
 from drencoder.privacy.plan_checks import Noise, Stage, Trust, Unit, check_facts, refuse, unused_fields
 from drencoder.privacy.sampling import CappedSampler, PoissonSampler, Sampler, binomial_quantile, split_blocks
 
-__all__ = ["ALIGNMENT", "Noise", "PrivacyPlan", "ShareTerms", "Stage", "Trust", "Unit"]
-
 ALIGNMENT = 0.5  # |mean clipped update|^2 / C^2, as plans assume it
 
 _COHORT_RISK = 1e-6  # chance that one round's cohort is smaller than the plan says

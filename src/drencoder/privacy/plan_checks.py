@@ -9,8 +9,6 @@ from drencoder.privacy.accounting import RELATIONS
 if TYPE_CHECKING:
     from drencoder.privacy.plan import PrivacyPlan
 
-__all__ = ["Noise", "Stage", "Trust", "Unit", "check_facts", "check_noise", "refuse", "unused_fields"]
-
 _LEAST_NOISE, _MOST_NOISE = 1e-4, 1e6  # beyond them floating point numbers end before epsilon does
 
 _SHARE_FIELDS = {"dropout_share", "honest_share"}

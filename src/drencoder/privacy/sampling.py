@@ -19,16 +19,6 @@ import numpy.typing as npt
 
 from drencoder.errors import PrivacyError
 
-__all__ = [
-    "KEY_BYTES",
-    "CappedSampler",
-    "PoissonSampler",
-    "Sampler",
-    "UnitSampler",
-    "binomial_quantile",
-    "split_blocks",
-]
-
 KEY_BYTES = 32
 _RATE_SLACK = 1e-9  # twenty rates of 0.05 sum to 1 + 2e-16; that is still one
 

@@ -10,8 +10,6 @@ from drencoder.privacy.accounting import RELATIONS, REPORT_INTERVAL
 from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.observers import epsilons_by_observer
 
-__all__ = ["SITE_TRUST", "UNITS", "site_epsilons", "unit_terms"]
-
 UNITS = {
     "client": "one client with all its text",
     "record": "one record of a site",

@@ -21,8 +21,6 @@ from drencoder.privacy.observers import epsilons_by_observer
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.reading import cut, parse_json
 
-__all__ = ["AnsweredError", "ForeignRunError", "SiteLedger"]
-
 _FORMAT = 1
 
 

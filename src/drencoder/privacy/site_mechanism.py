@@ -13,8 +13,6 @@ from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import BoundedCodes, check_kind_of_noise, quantiser_for
 from drencoder.privacy.noise_source import NoiseSource
 
-__all__ = ["release_site_sum"]
-
 
 def release_site_sum(
     batches: Iterable[tuple[list[int], BoundedCodes]],

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from drencoder.encoders.code_sizes import code_shape, input_shape
 from drencoder.errors import EncoderError
 
-__all__ = ["ARCHITECTURES", "Architecture", "AutoencoderNetwork", "architecture", "blank_network", "fresh_network"]
-
 _STAGES = (1, 2, 4, 8, 16, 32, 64)  # ResNet: channels of the stem and after each stride-2 stage
 _BLOCKS = 3
 _WAVES = (1, 8, 16, 32)  # 1-D CNN: channels before the code

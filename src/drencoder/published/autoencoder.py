@@ -39,8 +39,6 @@ from drencoder.published.fedcg import RealGradients
 from drencoder.published.fitting import AutoencoderOptions, Frame, fit_network
 from drencoder.rng import derive_seed
 
-__all__ = ["TRAINING", "Autoencoder", "AutoencoderNetwork", "AutoencoderOptions", "make_autoencoder"]
-
 TrainedOn = Literal["synthetic", "real"]
 
 _VALIDATION_SHARE = 0.2  # of the real gradients

@@ -20,8 +20,6 @@ from drencoder.privacy.accounting import NonPrivateEvent
 from drencoder.privacy.ledger import Permit
 from drencoder.rng import derive_seed
 
-__all__ = ["D1_SHARE", "RealGradients"]
-
 D1_SHARE = 0.3  # of each client's records: D1, which only stage 1 uses (arXiv 2405.13746)
 
 _ONLY_COLLECTED = object()

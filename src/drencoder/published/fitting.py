@@ -19,8 +19,6 @@ from drencoder.models.adapter_layout import Segment
 from drencoder.published.architectures import AutoencoderNetwork, architecture, fresh_network
 from drencoder.rng import derive_seed
 
-__all__ = ["AutoencoderOptions", "Fitted", "Frame", "fit_network"]
-
 _HEADROOM = 4.0  # this many root mean squares fill Tanh's range
 
 

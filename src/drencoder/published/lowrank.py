@@ -43,8 +43,6 @@ from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
 
-__all__ = ["LowRankEncoder", "make_core", "make_power"]
-
 # Singular values below this share of the largest are rounding, not directions.
 _RESOLUTION = 1e-5
 

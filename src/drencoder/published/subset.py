@@ -39,8 +39,6 @@ from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_s
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
-__all__ = ["SubsetEncoder", "make_ffa", "make_top_k"]
-
 
 @final
 @dataclass(frozen=True, eq=False)

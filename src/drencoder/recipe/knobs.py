@@ -14,8 +14,6 @@ from drencoder.errors import RecipeError
 from drencoder.reading import cut, shown
 from drencoder.recipe.removed import reject_removed_value
 
-__all__ = ["Checked", "Table", "coerce", "knob"]
-
 Table = tuple[tuple[str, str], ...]
 """The type of a knob that is a table of texts, as ((key, value), ...): `{ key = "value" }` in a recipe."""
 

@@ -34,8 +34,6 @@ from drencoder.recipe.sections import (
     Speed,
 )
 
-__all__ = ["STUDY_TABLE", "Recipe", "describe_knobs", "load_recipe", "read_section", "read_tables", "shipped_recipes"]
-
 Section = TypeVar("Section")
 
 EMBEDDED_CLIENTS, EMBEDDED_SITES = 10_000, 10

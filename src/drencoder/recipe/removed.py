@@ -6,8 +6,6 @@ The table is read only for a key or a value that is not valid any more, so an en
 from drencoder.errors import RecipeError
 from drencoder.reading import shown
 
-__all__ = ["REMOVED", "reject_removed_key", "reject_removed_value"]
-
 _FIXED = "it is always {}"
 _LM_EVAL = "`drencoder evaluate RUN --tasks ...` asks whole benchmarks as lm-eval does"
 _ROTATED = "use rotated4, rotated2 or rotated1, or float32"

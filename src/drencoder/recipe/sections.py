@@ -9,20 +9,6 @@ from drencoder.errors import RecipeError
 from drencoder.reading import shown
 from drencoder.recipe.knobs import Checked, knob
 
-__all__ = [
-    "Adapter",
-    "Data",
-    "Encoder",
-    "Evaluation",
-    "Federation",
-    "Local",
-    "Model",
-    "Prior",
-    "Privacy",
-    "Server",
-    "Speed",
-]
-
 
 @dataclass(frozen=True)
 class Model(Checked):

@@ -14,8 +14,6 @@ from drencoder.federated.round import CohortRelease, server_release
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.runs.build import Components
 
-__all__ = ["ask_cohort", "downloaded_bytes", "uploaded_bytes"]
-
 
 def ask_cohort(components: Components, ledger: Ledger, query: Query, adapter_D: Tensor) -> tuple[CohortRelease, Permit]:
     """Charges the slot, asks the cohort that was charged, and releases the sum of its answers, in this order.

@@ -33,8 +33,6 @@ from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["assess", "read_adapter"]
-
 Progress = Callable[[str, int, int], None]
 """(what is asked, requests answered, requests in all)."""
 

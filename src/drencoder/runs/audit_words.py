@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["AUDIT_FILE", "bound_cell", "short_checks"]
-
 AUDIT_FILE = "audit.json"
 """What `drencoder audit RUN` leaves in the run folder, for the report. It is no part of the run and has no digest in its ledger."""
 

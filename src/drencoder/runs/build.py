@@ -33,13 +33,12 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.identity import BaseDigests
 from drencoder.models.loaded_size import check_memory
 from drencoder.models.lora import LoraModel
-from drencoder.privacy.mechanism import NoiseSource, ReplayNoise, SecureNoise
+from drencoder.privacy.mechanism import NoiseSource
+from drencoder.privacy.noise_source import ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.plan_overview import Overview, survey
-
-__all__ = ["Components", "EngineMaker", "SiteText", "build", "build_site"]
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
 _PUBLIC_TOKENS = 2 * _WRITTEN_TOKENS  # that a record of a make-believe client is reckoned with

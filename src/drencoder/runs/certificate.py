@@ -28,17 +28,6 @@ if TYPE_CHECKING:  # these import torch
     from drencoder.runs.build import Components
     from drencoder.runs.checkpoint import Progress
 
-__all__ = [
-    "BYTES_COUNTED",
-    "check_same_recipe",
-    "derived_part",
-    "file_digests",
-    "flat_gate",
-    "lost_sentences",
-    "make_certificate",
-    "recipe_digest",
-]
-
 # What a resumed run may change: how fast it is and on which device, and what a plain run ignores.
 _FREE_SECTIONS = ("speed", "compare")
 _FREE_KNOBS = {"model": ("device",)}

@@ -22,8 +22,6 @@ from drencoder.privacy.ledger import Ledger
 from drencoder.reading import parse_json
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["Progress", "float32_bytes", "load_checkpoint", "save_checkpoint"]
-
 _NAME = "latest.safetensors"
 
 

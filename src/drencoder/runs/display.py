@@ -25,19 +25,6 @@ from drencoder.reading import printable
 from drencoder.runs.certificate import lost_sentences
 from drencoder.runs.plan_overview import Overview
 
-__all__ = [
-    "RunDisplay",
-    "estimate_cell",
-    "make_console",
-    "make_progress",
-    "make_table",
-    "observers_table",
-    "plan_tables",
-    "show_note",
-    "show_run_folder",
-    "summary_table",
-]
-
 _SHOWN_ROUNDS = 10
 _RUN_FILES = "adapter/, ledger.jsonl, certificate.json, report.html"
 

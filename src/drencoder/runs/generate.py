@@ -12,8 +12,6 @@ from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.assess import read_adapter
 from drencoder.runs.run_folder import RunFolder
 
-__all__ = ["generate"]
-
 
 def generate(
     path: Path,

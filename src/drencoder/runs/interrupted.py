@@ -8,8 +8,6 @@ from drencoder.reading import printable
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.tensor_files import read_tensors
 
-__all__ = ["resume_hint"]
-
 
 def resume_hint(command: str, path: Path) -> str:
     """Returns how to go on with `drencoder <command>` after an interruption, and what was lost: nothing only where that is so.

@@ -10,8 +10,6 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plan_overview import privacy_plan
 from drencoder.runs.unit_table import LITTLE, verdict_of, with_unit
 
-__all__ = ["judge"]
-
 _TRUSTS = {"local": "local trust", "central": "central trust", "secure-aggregation": "secure aggregation"}
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from drencoder.privacy.site_epsilons import UNITS
 
-__all__ = ["write_model_card"]
-
 _TAGS = ("lora", "differential-privacy", "federated-learning", "drencoder")
 
 

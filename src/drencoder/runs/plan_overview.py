@@ -38,8 +38,6 @@ from drencoder.privacy.plan import PrivacyPlan, Stage
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.messages import round_bytes
 
-__all__ = ["Overview", "integer_bits", "privacy_plan", "sent_dtype", "survey"]
-
 
 @dataclass(frozen=True)
 class Overview:

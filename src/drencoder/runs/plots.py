@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "plot_accuracy_against_bytes",
-    "plot_budget",
-    "plot_loss_against_epsilon",
-    "plot_rounds",
-    "save_figure",
-    "svg_text",
-]
-
 Row = Mapping[str, Any]
 
 SUFFIXES = (".png", ".svg", ".pdf")

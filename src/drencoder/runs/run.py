@@ -48,8 +48,6 @@ from drencoder.runs.twin import (
     twin_components,
 )
 
-__all__ = ["Listener", "RunResult", "resume", "run", "run_built"]
-
 
 class Listener(Protocol):
     """Is told what happens, in order; shows it or not."""

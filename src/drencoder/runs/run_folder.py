@@ -31,8 +31,6 @@ from typing import Any, final
 from drencoder.errors import ArtifactError
 from drencoder.reading import parse_json
 
-__all__ = ["RunFolder", "storing"]
-
 _RUST_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 

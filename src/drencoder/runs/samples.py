@@ -18,8 +18,6 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.build import Components
 
-__all__ = ["Samples", "answer_prompts"]
-
 _PROMPTS = 3
 _TOKENS = 40  # of an answer: two models answer, and the cost must stay far below that of a round
 _GENERAL = (

@@ -21,8 +21,6 @@ from drencoder.privacy.ledger import Ledger
 from drencoder.reading import parse_json, read_bytes
 from drencoder.runs.run_folder import RunFolder, storing
 
-__all__ = ["check_signatures", "fingerprint", "make_signing_key", "read_signers", "sign_run"]
-
 _CONTEXT = "drencoder ledger 1"
 _HOW = "make one with drencoder certs or ssh-keygen -t ed25519"
 _LONGEST = 4096  # bytes of a line or of a key file; a real one has about 200

@@ -26,8 +26,6 @@ from drencoder.runs.build import Components
 from drencoder.runs.checkpoint import Progress, float32_bytes
 from drencoder.runs.start_clip import measured_clip, stage1_clip
 
-__all__ = ["fit_encoder", "refresh_encoder", "run_stage1"]
-
 Say = Callable[[str], None]
 
 _GATE_UPDATES = 64  # synthetic ones at most

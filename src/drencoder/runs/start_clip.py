@@ -15,8 +15,6 @@ from drencoder.federated.query import moment_query, update_query
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.build import Components
 
-__all__ = ["measured_clip", "stage1_clip"]
-
 
 def measured_clip(recipe: Recipe, encoder: Encoder, public: PublicUpdates) -> float:
     """The median L2 norm of what make-believe clients would send in a round before clip and noise, to three digits.

@@ -10,8 +10,6 @@ from typing import Any
 from drencoder.errors import ArtifactError
 from drencoder.reading import parse_json
 
-__all__ = ["StoredTensor", "adapter_digest", "read_tensors"]
-
 _LONGEST_HEADER = 100_000_000  # as the format's own library
 
 

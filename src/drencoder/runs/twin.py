@@ -19,17 +19,6 @@ from drencoder.runs.build import Components
 from drencoder.runs.plan_overview import Overview, survey
 from drencoder.runs.run_folder import RunFolder, storing
 
-__all__ = [
-    "TWIN",
-    "TWIN_SENTENCE",
-    "TwinLines",
-    "check_twin",
-    "forget_weights",
-    "is_finished",
-    "make_private_folder",
-    "twin_components",
-]
-
 TWIN = "twin"
 """Its folder, inside the run's."""
 

@@ -10,8 +10,6 @@ from drencoder.privacy.site_epsilons import UNITS
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plan_overview import privacy_plan
 
-__all__ = ["UnitRow", "compare_units", "other_number", "verdict_of", "with_unit"]
-
 NOTHING, LITTLE = 4.0, 64.0  # coordinates a round: below, nothing is learned; below, less than without noise
 
 

@@ -27,8 +27,6 @@ from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.signatures import check_signatures
 from drencoder.runs.tensor_files import adapter_digest, read_tensors
 
-__all__ = ["Verification", "verify_run"]
-
 _TOLERANCE = 1e-6  # of an epsilon, absolute below 1 and relative above
 _CHECKPOINT = "latest.safetensors"
 _MOST_TROUBLES = 20

@@ -38,18 +38,6 @@ from drencoder.secure_aggregation.messages import (
 )
 from drencoder.secure_aggregation.shamir import SHARE_BYTES, split
 
-__all__ = [
-    "KEY_SHARE",
-    "SEED_SHARE",
-    "SecAggClient",
-    "commit_to_seed",
-    "derive_own_mask_key",
-    "derive_pair_mask_key",
-    "digest_keys",
-    "digest_survivors",
-    "pair_mask_sign",
-]
-
 KEY_SHARE, SEED_SHARE = b"\1", b"\2"
 
 

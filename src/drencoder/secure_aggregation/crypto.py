@@ -18,20 +18,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from drencoder.errors import SecureError
 
-__all__ = [
-    "PUBLIC_KEY_BYTES",
-    "SEAL_BYTES",
-    "SECRET_BYTES",
-    "SIGNATURE_BYTES",
-    "KeyAgreement",
-    "NodeKey",
-    "apply_mask",
-    "digest",
-    "open_sealed",
-    "public_key_bytes",
-    "seal",
-]
-
 SECRET_BYTES = 32  # of every seed, X25519 key and derived key
 PUBLIC_KEY_BYTES = 49  # a compressed point of P-384
 SIGNATURE_BYTES = 96  # r and s

@@ -25,8 +25,6 @@ import numpy.typing as npt
 
 from drencoder.errors import PrivacyError
 
-__all__ = ["SMOOTHING_STD", "DiscreteGaussian", "Words", "continuous_distance", "discrete_gaussian", "sum_distance"]
-
 Words: TypeAlias = Callable[[int], npt.NDArray[np.uint64]]
 """A stream of uniform 64-bit words: each call gives that many new ones."""
 

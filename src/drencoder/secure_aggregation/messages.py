@@ -41,18 +41,6 @@ from drencoder.errors import SecureError
 from drencoder.secure_aggregation.crypto import PUBLIC_KEY_BYTES, SEAL_BYTES, SECRET_BYTES, SIGNATURE_BYTES
 from drencoder.secure_aggregation.shamir import SHARE_BYTES
 
-__all__ = [
-    "KEYS_BYTES",
-    "SEALED_BYTES",
-    "ProtocolStep",
-    "RoundSettings",
-    "pack_rows",
-    "pack_values",
-    "round_bytes",
-    "unpack_rows",
-    "unpack_values",
-]
-
 _MAGIC, _VERSION = b"DRSA", 1
 _HEADER = struct.Struct("<4sBBBBI32s")
 _NUMBER = struct.Struct("<I")

@@ -32,8 +32,6 @@ from drencoder.secure_aggregation.discrete import (
     sum_distance,
 )
 
-__all__ = ["Quantiser"]
-
 _GROWTH = 0.01  # rounding may lengthen a code by this share of the clip
 _FINE_GROWTH, _FINE_STEPS = 2.0**-12, 2.0**20  # where nothing travels: at most so much, and at least so many
 _MOST_GROWTH = 0.25

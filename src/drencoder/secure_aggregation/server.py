@@ -34,8 +34,6 @@ from drencoder.secure_aggregation.messages import (
 )
 from drencoder.secure_aggregation.shamir import SHARE_BYTES, combine
 
-__all__ = ["Exchange", "ModularSum", "SecAggServer", "aggregate"]
-
 Exchange: TypeAlias = Callable[[ProtocolStep, Mapping[int, bytes]], Mapping[int, bytes]]
 
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 
 from drencoder.errors import SecureError
 
-__all__ = ["SHARE_BYTES", "combine", "split"]
-
 _PRIME = 2**521 - 1
 _SECRET_BYTES = 32
 SHARE_BYTES = 66

@@ -17,8 +17,6 @@ from drencoder.rng import derive_seed
 from drencoder.runs.run_folder import RunFolder
 from drencoder.study.cells import Row
 
-__all__ = ["centralised", "facts", "federated"]
-
 _BATCH = 32
 _ENCODER_FACTS = ("name", "code_size", "update_size", "head", "directions", "random", "expected_capture")
 

@@ -20,8 +20,6 @@ from drencoder.errors import ArtifactError
 from drencoder.reading import cut, parse_json, read_bytes, shown
 from drencoder.runs.run_folder import RunFolder, storing
 
-__all__ = ["CELLS", "STUDY", "Cell", "CellStore", "Row", "Track", "loss_of", "read_rows"]
-
 CELLS, STUDY = "cells.jsonl", "study.json"
 Row = dict[str, Any]
 

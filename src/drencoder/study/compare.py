@@ -23,8 +23,6 @@ from drencoder.study.pool import run_study
 from drencoder.study.settings import Compare
 from drencoder.study.tuning import TuningPlan
 
-__all__ = ["Watcher", "cell_folder", "compare", "run_method", "tracks_of", "tuning_plan"]
-
 
 class Watcher(Protocol):
     """Is told how far a comparison is."""

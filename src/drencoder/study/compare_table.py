@@ -25,8 +25,6 @@ from drencoder.study.settings import Compare
 from drencoder.study.tables import Spread, json_ready, markdown_table, mean_of_known
 from drencoder.study.tuning import tuned_steps
 
-__all__ = ["Row", "cells_of_table", "rows_of", "short_cells", "write_comparison"]
-
 REFERENCE = "dp-lora"
 Results = Mapping[Cell, Mapping[str, Any]]
 

@@ -15,8 +15,6 @@ from drencoder.errors import RecipeError
 from drencoder.federated.server_rate import RATE
 from drencoder.recipe.recipe import Recipe
 
-__all__ = ["CENTRALISED", "METHODS", "Method", "method_named", "start_rates"]
-
 CENTRALISED = "centralised"
 
 

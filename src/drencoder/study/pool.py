@@ -18,8 +18,6 @@ from drencoder.errors import ArtifactError, DataError, DeviceError, DrencoderErr
 from drencoder.study.cells import Cell, CellStore, Row, Track, loss_of
 from drencoder.study.tuning import TuningPlan, next_cells
 
-__all__ = ["CellWatcher", "Outcome", "run_cell", "run_study", "stored_results"]
-
 _PARENT_CHECK_S = 5.0
 Work = Callable[[Cell], Row]
 

@@ -9,8 +9,6 @@ from drencoder.encoders.planning import check_encoder
 from drencoder.recipe.knobs import Checked, knob
 from drencoder.recipe.recipe import STUDY_TABLE, Recipe, read_section, read_tables
 
-__all__ = ["Compare", "load_comparison"]
-
 
 @dataclass(frozen=True)
 class Compare(Checked):

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-__all__ = ["Spread", "json_ready", "markdown_table", "mean_of_known"]
-
 
 @dataclass(frozen=True)
 class Spread:

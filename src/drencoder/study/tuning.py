@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from drencoder.study.cells import Cell, Track
 
-__all__ = ["Losses", "TuningPlan", "is_at_edge", "most_cells", "next_cells", "tuned_steps", "tuning_losses"]
-
 Losses = Mapping[Cell, float]  # held-out losses of the finished cells of one track
 Step = TypeVar("Step", float, int)
 

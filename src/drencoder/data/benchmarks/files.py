@@ -19,8 +19,6 @@ from drencoder.data.prompts_template import LETTERS
 from drencoder.errors import DataError
 from drencoder.reading import cut, read_bytes, reason, shown
 
-__all__ = ["AUXILIARY", "read_questions", "same_split"]
-
 AUXILIARY = "auxiliary_train"
 """MMLU's training split: questions of other sets, of no subject. Text for clients, never a benchmark."""
 

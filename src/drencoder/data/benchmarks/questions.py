@@ -14,15 +14,6 @@ from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 
-__all__ = [
-    "DEFAULT_SPLIT",
-    "EXAMPLE_SPLIT",
-    "Benchmark",
-    "check_apart",
-    "load_benchmark",
-    "load_benchmarks",
-]
-
 DEFAULT_SPLIT = {"mmlu": "test", "ceval": "val"}
 """The split whose answers are public and that is reported."""
 

@@ -12,8 +12,6 @@ from functools import cached_property
 from drencoder.errors import DataError
 from drencoder.reading import shown
 
-__all__ = ["TAXONOMIES", "Taxonomy"]
-
 
 @dataclass(frozen=True)
 class Taxonomy:

@@ -10,8 +10,6 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["Subject", "Table", "WorldTables", "all_subjects", "world_tables"]
-
 Table = tuple[tuple[str, str], ...]
 
 

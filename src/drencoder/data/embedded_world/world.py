@@ -24,17 +24,6 @@ from hashlib import blake2b
 from drencoder.data.embedded_world.subjects import Subject, Table, all_subjects, world_tables
 from drencoder.data.prompts_template import LETTERS, render
 
-__all__ = [
-    "BENCHMARKS",
-    "TASKS",
-    "Question",
-    "Subject",
-    "World",
-    "instruction_of",
-    "prompt_of",
-    "record_of",
-]
-
 TASKS = ("letters", "next", "facts")
 """What clients' records teach: see `record_of`."""
 

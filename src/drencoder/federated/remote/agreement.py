@@ -13,8 +13,6 @@ from drencoder.errors import RecipeError
 from drencoder.reading import shown
 from drencoder.recipe.recipe import Recipe
 
-__all__ = ["ClientSet", "agreement"]
-
 # Where a machine keeps things, how fast it is, and what the server alone does: free on each side.
 _FREE_SECTIONS = ("name", "server", "evaluation", "speed")
 _FREE_KNOBS = {

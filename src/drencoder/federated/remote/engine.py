@@ -35,8 +35,6 @@ from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource, quantiser_for
 from drencoder.secure_aggregation.messages import ProtocolStep, round_bytes
 
-__all__ = ["RemoteEngine", "RoundTimeouts", "make_remote_engine"]
-
 _BATCH = 32  # messages that are unpacked at once
 _MEND = "Mend the sites and start them again, then go on with --resume."
 _TAIL = 8.0  # standard deviations: noise that long has a chance of 1e-14

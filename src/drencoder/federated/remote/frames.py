@@ -28,8 +28,6 @@ from typing import Any, final
 from drencoder.errors import CodeError
 from drencoder.reading import parse_json
 
-__all__ = ["Frame", "Kind", "pack_frame", "unpack_frame"]
-
 _PREFIX = struct.Struct("<4sBBH32sIQQ")
 _MAGIC = b"DRFL"
 _VERSION = 2

@@ -21,16 +21,6 @@ from drencoder.federated.query import Query, QuerySpec
 from drencoder.models.adapter_layout import Segment
 from drencoder.reading import parse_json
 
-__all__ = [
-    "Answer",
-    "Instruction",
-    "adapter_bytes",
-    "adapter_of",
-    "encoder_bytes",
-    "encoder_of",
-    "fingerprint",
-]
-
 
 @final
 @dataclass(frozen=True)

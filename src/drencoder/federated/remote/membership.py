@@ -19,8 +19,6 @@ from drencoder.federated.remote.refusal import Refusal, refusal_of
 from drencoder.federated.remote.transport import Transport
 from drencoder.models.identity import BaseDigests
 
-__all__ = ["Membership"]
-
 _HELLO_TIMEOUT = 30.0
 _HELLO_PAUSE = 20.0  # s until a node that did not say who it is is asked again
 

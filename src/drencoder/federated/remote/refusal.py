@@ -5,8 +5,6 @@ from enum import IntEnum
 from drencoder.errors import CodeError
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 
-__all__ = ["Refusal", "refusal_frame", "refusal_of"]
-
 
 class Refusal(IntEnum):
     """Why a site does not answer. The number travels and nothing else does."""

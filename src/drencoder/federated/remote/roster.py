@@ -15,8 +15,6 @@ from drencoder.reading import read_bytes, reason
 from drencoder.recipe.recipe import Recipe
 from drencoder.secure_aggregation.crypto import NodeKey, public_key_bytes
 
-__all__ = ["Roster", "is_secure", "named_keys", "node_key"]
-
 _MOST_BYTES = 1 << 24  # of a file of keys
 
 

@@ -16,8 +16,6 @@ from drencoder.federated.remote.roster import Roster
 from drencoder.federated.remote.transport import Transport
 from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 
-__all__ = ["FirstStepAsker", "NodeDirectory", "ProtocolMessages", "parse_answer"]
-
 # Carries the first stage inside the query: {node: (clients, request)} -> {node: (name of its round, answer)}.
 FirstStepAsker: TypeAlias = Callable[[Mapping[int, tuple[list[int], bytes]]], Mapping[int, tuple[str, bytes]]]
 

@@ -19,8 +19,6 @@ from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings
 
-__all__ = ["SecAggSession"]
-
 _REQUEST_BYTES = 256  # of a later stage's request, per node and once more; see the table in secure.messages
 
 

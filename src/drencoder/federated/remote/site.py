@@ -39,8 +39,6 @@ from drencoder.privacy.site_ledger import AnsweredError, ForeignRunError, SiteLe
 from drencoder.reading import one_line
 from drencoder.secure_aggregation.messages import ProtocolStep
 
-__all__ = ["Site"]
-
 _SAME = 1e-6  # relative; two calibrations of one plan differ by rounding only
 _ENCODER_SLACK = 1 << 20  # bytes of names and of the prior
 _PATH_FACTOR = 64  # an encoder may have this many times the adapter's bytes

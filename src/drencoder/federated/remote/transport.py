@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Traffic", "Transport"]
-
 
 @dataclass
 class Traffic:
