@@ -1,4 +1,4 @@
-"""The rules of the rooms: a room imports only rooms below it, and each outside library has one door and one version."""
+"""The rules of the rooms: a room imports only rooms below it, each outside library has one door and one version, files are short."""
 
 import ast
 import re
@@ -38,6 +38,7 @@ DOORS = {  # library -> rooms, or files of a room, that may import it
 }
 # What must answer in about a second: `import drencoder`, the commands' help, `plan` and `verify`.
 TORCH_FREE = ("drencoder", "drencoder.cli.main", "drencoder.runs.plan_overview", "drencoder.runs.verify")
+TABLES = {"tests/sabotage/bugs.py"}  # one entry a bug, all alike: longer than a file of code may be
 
 
 def files() -> Iterator[tuple[str, Path]]:
@@ -106,3 +107,15 @@ def test_the_lock_files_agree() -> None:
                 versions.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), set()).add(match[2])
     assert len(versions) > 50
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+def test_no_file_has_more_lines_than_a_reader_takes_in_at_once() -> None:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        if path.relative_to(ROOT).as_posix() not in TABLES:
+            assert len(path.read_text("utf-8").splitlines()) <= 400, f"split {path.name} along what it is about"
+
+
+def test_only_the_package_itself_lists_its_names() -> None:
+    """What a module offers are its names without an underscore; a second list of them would be kept in step by hand."""
+    for name, path in files():
+        assert not re.search(r"^__all__\b", path.read_text("utf-8"), re.MULTILINE), f"{name} lists its own names"

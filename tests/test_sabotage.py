@@ -1,5 +1,6 @@
-"""The list of planted bugs fits the code: each can be planted, in one place, and still compiles (tests/sabotage/plant.py)."""
+"""The list of planted bugs fits the code and docs/guarantee.md: each can be planted in one place and compiles (tests/sabotage/plant.py)."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ sys.path.append(str(Path(__file__).parent / "sabotage"))
 
 from bugs import BUGS, Bug
 
-SOURCE = Path(__file__).parents[1] / "src" / "drencoder"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "drencoder"
 
 
 def test_there_are_sixty_bugs_and_each_is_another() -> None:
@@ -23,4 +25,11 @@ def test_a_bug_can_be_planted(bug: Bug) -> None:
     assert text.count(bug.old) == 1
     compile(text.replace(bug.old, bug.new), bug.module, "exec")
     for name in bug.tests:
-        assert (Path(__file__).parent / name).exists()
+        assert (ROOT / "tests" / name).exists()
+
+
+def test_the_tests_that_the_documents_name_are_there() -> None:
+    named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)", (ROOT / "docs" / "guarantee.md").read_text("utf-8"))
+    assert len(named) >= 60
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{file} has no {test}"

@@ -21,7 +21,7 @@ class Bug:
 
 
 _MECHANISM = ("privacy/test_privacy_mechanism.py", "federated/test_releases.py", "federated", "test_neighbours.py")
-_LEDGER = ("privacy", "runs/test_verify.py", "runs/test_run.py")
+_LEDGER = ("privacy", "runs/test_verify.py", "runs/test_run.py", "runs/test_run_killed.py")
 _ACCOUNT = ("privacy", "runs/test_verify.py")
 _SECURE = ("secure_aggregation", "federated/test_secure_trust.py", "federated/test_secure_runs.py")
 _ROUND = ("federated/test_releases.py", "federated", "runs/test_secrets.py", "runs/test_run.py", "test_neighbours.py")
@@ -34,7 +34,14 @@ _UNITS = (
     "privacy/test_site_plan.py",
     "test_neighbour_units.py",
 )
-_RUN = ("runs/test_secrets.py", "runs/test_run.py", "runs/test_verify.py", "test_neighbours.py", "cli")
+_RUN = (
+    "runs/test_secrets.py",
+    "runs/test_run.py",
+    "runs/test_run_killed.py",
+    "runs/test_verify.py",
+    "test_neighbours.py",
+    "cli",
+)
 
 _SECAGG_SEED = "self._seed = secrets.token_bytes(SECRET_BYTES)"
 _SECAGG_KEYS = "self._sealing, self._masking = KeyAgreement(), KeyAgreement()"
@@ -690,14 +697,14 @@ BUGS: tuple[Bug, ...] = (
         "models/lora",
         "line = 64 // min",
         "line = 1 // min",
-        ("models/test_cohort_training.py",),
+        ("models/test_cohort_training.py", "models/test_company.py"),
     ),
     Bug(
         "layers that are run again draw other dropout masks",
         "models/recomputation",
         "        one.set_state(state)\n    try:",
         "        one.get_state()\n    try:",
-        ("models/test_cohort_training.py",),
+        ("models/test_company.py",),
     ),
     Bug(
         "a layer that gets a part of the tokens has an adapter",
