@@ -33,7 +33,8 @@ def _train_through_peft(
 ) -> Tensor:
     adapter_D = adapter_D.to(lora.device)
     with lora.peft(adapter_D) as model:
-        parameters = lora.peft_parameters()
+        named = {name.replace(".default", ""): one for name, one in model.named_parameters()}
+        parameters = {segment.name: named[segment.name] for segment in lora.layout.segments}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
             parameter.grad = None

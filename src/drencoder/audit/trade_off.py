@@ -17,17 +17,17 @@ _NORMAL = NormalDist()
 _DELTAS = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 17))
 
 
-def largest_power(events: tuple[Event, ...], relation: Relation, false_alarms: float = FALSE_ALARMS) -> float:
-    """The largest true positive rate of any test of these releases whose false positive rate is `false_alarms`."""
+def largest_power(events: tuple[Event, ...], relation: Relation) -> float:
+    """The largest true positive rate of any test of these releases whose false positive rate is `FALSE_ALARMS`."""
     mu = gdp_mu(events, relation)
     if mu is not None:
-        return 1.0 if math.isinf(mu) else _NORMAL.cdf(_NORMAL.inv_cdf(false_alarms) + mu)
+        return 1.0 if math.isinf(mu) else _NORMAL.cdf(_NORMAL.inv_cdf(FALSE_ALARMS) + mu)
     bounds = []
     for delta in _DELTAS:
         epsilon = epsilon_pld(events, delta, relation)
         bounds += [
-            math.exp(min(700.0, epsilon)) * false_alarms + delta,
-            1 - math.exp(-epsilon) * (1 - delta - false_alarms),
+            math.exp(min(700.0, epsilon)) * FALSE_ALARMS + delta,
+            1 - math.exp(-epsilon) * (1 - delta - FALSE_ALARMS),
         ]
     return min(1.0, *bounds)
 

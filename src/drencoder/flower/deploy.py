@@ -46,8 +46,8 @@ def run_server(options: ServerOptions, endpoint: ServerEndpoint) -> experiment.R
     """
     shorten_backoff()
     options = replace(options, keys=named_keys(options.config, endpoint.nodes), clients=endpoint.clients)
-    with _private_folder() as (work, secret), _run_superlink(endpoint, work, secret) as authority:
-        run = _start_run(endpoint, authority)
+    with _private_folder() as (work, secret), _run_superlink(endpoint, work) as authority:
+        run = _start_run(endpoint)
         tasks = TaskClient(endpoint.local, secret, authority)
         token = _wait_for_task(tasks, run)
         try:
@@ -73,7 +73,7 @@ def _private_folder() -> Iterator[tuple[Path, bytes]]:
 
 
 @contextlib.contextmanager
-def _run_superlink(endpoint: ServerEndpoint, work: Path, secret: bytes) -> Iterator[bytes]:
+def _run_superlink(endpoint: ServerEndpoint, work: Path) -> Iterator[bytes]:
     """Runs a SuperLink and yields the authority's certificate (PEM). The SuperLink keeps everything in memory: no update is on its disk."""
     files = endpoint.certificates
     arguments = [
@@ -116,7 +116,7 @@ def _explain_failed_start(endpoint: ServerEndpoint, child: ChildProcess) -> str:
     return f"the SuperLink did not start on {endpoint.host}:{endpoint.port}: its log is {endpoint.log}."
 
 
-def _start_run(endpoint: ServerEndpoint, authority: bytes) -> int:
+def _start_run(endpoint: ServerEndpoint) -> int:
     """Registers the nodes' keys, starts the run and returns its number. The guard lets both pass, from the loopback only."""
     control = ControlHttpClient.from_server_address(
         endpoint.local,

@@ -150,12 +150,6 @@ class LoraModel:
         finally:
             self._peft.base_model.disable_adapter_layers()
 
-    def peft_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable tensors of PEFT's adapter, by their names in the layout."""
-        parameters = dict(self._peft.named_parameters())
-        names = {name.replace(".default", ""): name for name in parameters if ".lora_" in name}
-        return {segment.name: parameters[names[segment.name]] for segment in self.layout.segments}
-
     def save(self, vector_D: Tensor, folder: Path) -> None:
         """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`)."""
         with self.peft(vector_D):
