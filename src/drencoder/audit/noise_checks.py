@@ -123,7 +123,7 @@ class RestartCheck:
 
 
 _DRAW = (
-    "import sys; from drencoder.privacy.mechanism import SecureNoise; "
+    "import sys; from drencoder.privacy.noise_source import SecureNoise; "
     "sys.stdout.buffer.write(SecureNoise().words(1, 0)(32).tobytes())"
 )
 
