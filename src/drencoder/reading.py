@@ -74,6 +74,11 @@ def one_line(message: object) -> str:
 # --- reading -----------------------------------------------------------------------------------------
 
 
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10. ValueError for a number of thousands of digits."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def read_bytes(path: Path, most: int | None = None) -> bytes:
     """Returns a file's bytes.
 

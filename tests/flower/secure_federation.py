@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from deployment import small_recipe
 from drencoder.federated.remote.engine import RoundTimeouts, make_remote_engine
 from drencoder.federated.remote.frames import Kind, unpack_frame
@@ -93,11 +91,6 @@ class Lines:
     def planned(self, overview: Any) -> None: ...
     def round_done(self, row: Any) -> None: ...
     def finished(self, certificate: Any) -> None: ...
-
-
-@pytest.fixture
-def federation(tmp_path: Path) -> Callable[..., Federation]:
-    return lambda *overrides: Federation(tmp_path, secure_recipe(*overrides))
 
 
 def refusal(data: bytes) -> Refusal:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drencoder.errors import ModelError
+from drencoder.reading import natural_order
 
 _EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +66,7 @@ class AdapterLayout:
         if not shapes:
             raise ModelError("the adapter has no tensors: check adapter.targets against the model's module names.")
         segments, start = [], 0
-        for name in sorted(shapes, key=_natural):
+        for name in sorted(shapes, key=natural_order):
             segments.append(Segment(name, start, tuple(shapes[name])))
             start = segments[-1].stop
         return cls(tuple(segments))
@@ -125,8 +126,3 @@ class AdapterLayout:
 
 
 _LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?P<tail>.*)")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,14 +1,13 @@
 """The bytes of the tensors in a safetensors file, without torch: what an auditor's digests are of."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drencoder.errors import ArtifactError
-from drencoder.reading import parse_json
+from drencoder.reading import natural_order, parse_json
 
 _LONGEST_HEADER = 100_000_000  # as the format's own library
 
@@ -64,12 +63,7 @@ def adapter_digest(path: Path) -> str | None:
     if any(tensor.dtype != "F32" for tensor in tensors.values()):
         return None
     try:
-        names = sorted(tensors, key=_natural)
+        names = sorted(tensors, key=natural_order)
     except ValueError:  # a number of thousands of digits
         raise ArtifactError(f"{path} is damaged: restore it from a copy of the run.") from None
     return hashlib.sha256(b"".join(tensors[name].data for name in names)).hexdigest()
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """The order of `models.adapter_layout`: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
