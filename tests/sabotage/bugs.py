@@ -299,15 +299,15 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "the sampling rate is squared",
         "privacy/accounting",
-        "single = dp.PoissonSampledDpEvent(event.sampling_rate, gaussian)",
-        "single = dp.PoissonSampledDpEvent(event.sampling_rate**2, gaussian)",
+        "sampling_prob=event.sampling_rate if",
+        "sampling_prob=event.sampling_rate**2 if",
         _ACCOUNT,
     ),
     Bug(
         "a plan's epsilon at ten times the delta",
         "privacy/accounting",
-        "return float(accountant.compose(to_dp_event(events)).get_epsilon(delta))",
-        "return float(accountant.compose(to_dp_event(events)).get_epsilon(10 * delta))",
+        "return float(_composed_pld(events, relation, interval).get_epsilon_for_delta(delta))",
+        "return float(_composed_pld(events, relation, interval).get_epsilon_for_delta(10 * delta))",
         _ACCOUNT,
     ),
     Bug(

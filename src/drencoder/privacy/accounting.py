@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from drencoder.errors import PrivacyError
@@ -150,30 +150,7 @@ def fine_enough(ten_times_coarser: float, value: float) -> bool:
 
 @lru_cache(maxsize=4096)
 def _pld(events: tuple[Event, ...], delta: float, relation: Relation, interval: float) -> float:
-    from dp_accounting.pld import PLDAccountant
-
-    accountant = PLDAccountant(_neighbours(relation), interval)
-    return float(accountant.compose(to_dp_event(events)).get_epsilon(delta))
-
-
-def epsilons_pld(
-    compositions: Sequence[Iterable[Event]], delta: float, relation: Relation, interval: float
-) -> list[float]:
-    """Upper bounds on epsilon at `delta`, one for each of many compositions of the same few events.
-
-    As `epsilon_pld` at this `interval`, but an event's own privacy loss distribution is made once and kept,
-    which makes the rounds of a whole run several times quicker.
-    """
-
-    def one(events: tuple[Event, ...]) -> float:
-        if any(isinstance(event, NonPrivateEvent) for event in events):
-            return math.inf
-        mu = gdp_mu(events, relation)
-        if mu is not None:
-            return epsilon_gaussian(mu, delta)
-        return float(_composed_pld(events, relation, interval).get_epsilon_for_delta(delta))
-
-    return [one(merge(events)) for events in compositions]
+    return float(_composed_pld(events, relation, interval).get_epsilon_for_delta(delta))
 
 
 def delta_pld(
@@ -191,20 +168,21 @@ def delta_pld(
 
 
 def _composed_pld(events: tuple[Event, ...], relation: Relation, interval: float) -> "PrivacyLossDistribution":
-    """What PLDAccountant composes, from kept parts. `events` are merged, not empty and all private."""
-    parts = []
+    """What dp_accounting's PLDAccountant composes, to the last bit, from kept parts. `events` are merged and all private."""
+    from dp_accounting.pld.privacy_loss_distribution import identity
+
+    composed = identity(value_discretization_interval=interval)
     for event in events:
         _check(event)
         if isinstance(event, GaussianEvent):  # a composition of equal Gaussians is one Gaussian
-            one = GaussianEvent(event.noise_multiplier / math.sqrt(event.count))
-            parts.append(_single_pld(one, relation, interval))
+            part = _single_pld(GaussianEvent(event.noise_multiplier / math.sqrt(event.count)), relation, interval)
         else:
-            single = _single_pld(replace(event, count=1), relation, interval)
-            parts.append(single.self_compose(event.count) if event.count > 1 else single)
-    return reduce(lambda left, right: left.compose(right), parts)
+            part = _single_pld(replace(event, count=1), relation, interval).self_compose(event.count)
+        composed = composed.compose(part)
+    return composed
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # megabytes each on a fine grid; a run has a few
 def _single_pld(event: Event, relation: Relation, interval: float) -> "PrivacyLossDistribution":
     from dp_accounting.pld import privacy_loss_distribution
 

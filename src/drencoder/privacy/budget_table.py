@@ -17,7 +17,6 @@ from drencoder.privacy.accounting import (
     Relation,
     epsilon_pld,
     epsilon_rdp,
-    epsilons_pld,
     gdp_mu,
 )
 from drencoder.privacy.plan import PrivacyPlan
@@ -161,10 +160,10 @@ def _budget(plan: PrivacyPlan, observer: str, relation: Relation) -> NoiseBudget
     closed_form = gdp_mu(whole, relation) is not None
     rounds = _chosen_rounds(plan, _MAX_EXACT_POINTS if closed_form else _MAX_POINTS)
     events = {number: composed_events(plan, observer, number) for number in rounds}
-    epsilons = epsilons_pld(list(events.values()), plan.gaussian_delta, relation, _INTERVAL)
+    epsilons = [epsilon_pld(one, plan.gaussian_delta, relation, _INTERVAL) for one in events.values()]
     error = 0.0
     if not closed_form:
-        coarse = epsilons_pld(list(events.values()), plan.gaussian_delta, relation, _CHECK_INTERVAL)
+        coarse = [epsilon_pld(one, plan.gaussian_delta, relation, _CHECK_INTERVAL) for one in events.values()]
         # The grid's error falls with the square of its interval: the difference is 99 times what is left.
         pairs = [(c, e) for c, e in zip(coarse, epsilons, strict=True) if math.isfinite(c)]
         error = max([0.0, *(c - e for c, e in pairs)]) / 99
