@@ -7,7 +7,7 @@ random signs, an orthonormal Hadamard transform of each block, k_l random coordi
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar, final
@@ -310,8 +310,18 @@ class RandomSketch:
             columns += [(at, min(at + width, stop), run.log_size) for at in range(run.start, stop, width)]
         return tuple(columns)
 
-    def _pieces(self, seed: int, device: torch.device) -> Iterator[_Piece]:
-        """The round's map, piece by piece. Everything is drawn on the CPU, so that all devices agree."""
+    def _pieces(self, seed: int, device: torch.device) -> Iterable[_Piece]:
+        """The round's map, piece by piece; kept for one round where it is small, since a core's rows come one by one."""
+        if self.update_size > _PIECE:
+            return self._make_pieces(seed, device)
+        key = (seed, device)
+        if key not in self._kept:
+            self._kept.clear()
+            self._kept[key] = tuple(self._make_pieces(seed, device))
+        return self._kept[key]
+
+    def _make_pieces(self, seed: int, device: torch.device) -> Iterator[_Piece]:
+        """Everything is drawn on the CPU, so that all devices agree."""
         index_K, byte, lasts = self._drawn(seed, device)
         table = (1.0 - 2.0 * ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.float32)).to(device)
         first = 0
@@ -337,6 +347,10 @@ class RandomSketch:
 
     @cached_property
     def _rounds(self) -> dict[tuple[int, torch.device], tuple[Tensor, Tensor, list[int]]]:
+        return {}
+
+    @cached_property
+    def _kept(self) -> dict[tuple[int, torch.device], tuple[_Piece, ...]]:
         return {}
 
     def _draw_index(self, generator: torch.Generator) -> Tensor:
