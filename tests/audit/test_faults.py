@@ -6,6 +6,7 @@ import pytest
 from audit_faults import FAULTS, Fault, audit_with, no_clip, recipe_of
 
 from conftest import tiny_overrides
+from drencoder.audit import audit
 from drencoder.errors import PrivacyError
 
 pytestmark = pytest.mark.usefixtures("known_noise")
@@ -16,11 +17,18 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_real_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks on real records train their shadows; none of the faults is found by them."""
+    monkeypatch.setattr(audit, "_VICTIMS", 16)
+    monkeypatch.setattr(audit, "_SHADOWS", 64)
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.breaks}, {fault.trust}, {fault.unit}")
 def test_every_fault_is_named_and_nothing_else(fault: Fault, tiny_folder: Path) -> None:
     embedded = fault.breaks == "evaluation text is the clients' own"
     overrides = [*tiny_overrides(tiny_folder), *SMALL, *(["evaluation.examples=64"] if embedded else [])]
-    failures = audit_with(fault, recipe_of(fault, overrides), canaries=300)
+    failures = audit_with(fault, recipe_of(fault, overrides), canaries=150)
     if fault.breaks == "nothing":
         assert failures == ()
         return

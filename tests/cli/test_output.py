@@ -184,7 +184,9 @@ def test_a_crash_in_the_middle_of_a_run_shows_no_message(tiny_folder: Path, tmp_
     assert (tmp_path / "run" / "ledger.jsonl").exists()
 
 
-def test_an_adapted_output_layer_prints_no_record(tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_adapted_output_layer_prints_no_record(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Answers of several lengths under an adapted lm_head once ended in a traceback with 1.8 MB of local variables."""
     records = [
         {"instruction": f"Say number {i} to Mustermann", "response": "red " * (1 + i % 5), "who": f"p{i % 60}"}
@@ -194,11 +196,14 @@ def test_an_adapted_output_layer_prints_no_record(tiny_folder: Path, tmp_path: P
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     own = [f"data.source={file}", "data.client_field=who", "adapter.targets=['lm_head']", "evaluation.benchmarks=[]"]
     sets = [f"--set={text}" for text in [*tiny_overrides(tiny_folder), *own]]
-    done = drencoder("run", "quickstart", *sets, "--out", str(tmp_path / "run"))
-    assert "Mustermann" not in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.returncode in (0, 2, 70)
-    assert len(done.stderr) < 2000
+    monkeypatch.setattr(sys, "argv", ["drencoder", "run", "quickstart", *sets, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert "Mustermann" not in out + err
+    assert "Traceback" not in out + err
+    assert ended.value.code in (0, 2, 70)
+    assert len(err) < 2000
 
 
 # --- text from outside -------------------------------------------------------------------------------

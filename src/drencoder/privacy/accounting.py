@@ -182,7 +182,7 @@ def _composed_pld(events: tuple[Event, ...], relation: Relation, interval: float
     return composed
 
 
-@lru_cache(maxsize=16)  # megabytes each on a fine grid; a run has a few
+@lru_cache(maxsize=64)
 def _single_pld(event: Event, relation: Relation, interval: float) -> "PrivacyLossDistribution":
     from dp_accounting.pld import privacy_loss_distribution
 
