@@ -75,7 +75,7 @@ def plot_rounds(rows: Sequence[Row]) -> "Figure":
         shown.append(("accuracy", "accuracy"))
     width, height = 4.5 * len(shown), 3.2
     # Every run draws this figure, and to search a layout takes as long as all else: inches around the axes, by hand.
-    figure = _figure(width, height, layout="none")
+    figure = _figure(width, height, layout=None)
     figure.subplots_adjust(0.8 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, wspace=0.25)
     rounds = [row["round"] for row in rows]
     for axis, (key, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -281,7 +281,7 @@ def _side_legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str]
 # Small parts
 
 
-def _figure(width: float, height: float, layout: Literal["constrained", "none"] = "constrained") -> "Figure":
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)
