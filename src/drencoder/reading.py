@@ -129,12 +129,17 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
       finite: whether NaN and Infinity, which Python writes and JSON has not, are refused.
 
     Raises:
-      ValueError: it is not JSON (then a NotJsonError), is nested more than 64 levels deep, or has a whole number of more than 300 digits; the
-        message says which and quotes nothing of the text.
+      ValueError: it is not JSON (then a NotJsonError), is nested more than 64 levels deep, has a whole number of more than 300 digits, or
+        an object that names a value twice, so that two readers could take two values; the message says which and quotes nothing of the text.
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text, parse_int=_whole_number, parse_constant=_refuse_constant if finite else None)
+        value = json.loads(
+            text,
+            parse_int=_whole_number,
+            parse_constant=_refuse_constant if finite else None,
+            object_pairs_hook=_object,
+        )
     except json.JSONDecodeError as error:
         raise NotJsonError(f"not valid JSON ({error.msg}, column {error.colno})", error.lineno) from None
     except UnicodeDecodeError:
@@ -165,6 +170,13 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 _TOO_DEEP = f"nested more than {_MOST_NESTED} levels deep"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("an object has two values of one name")
+    return value
 
 
 def _refuse_constant(word: str) -> float:

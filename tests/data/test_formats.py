@@ -1,5 +1,6 @@
 """Files of every format give the same records, and what is wrong with one is a sentence with its place, never with its words."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,16 @@ def read(path: Path, split: str = "train", **fields: str) -> Any:
         ("a.csv", "\ufeff" + as_csv(ROWS, ";")),
         ("a.csv", as_csv(ROWS).replace("\r\n", "\n", 1) + "\n"),
         ("a.tsv", as_csv(ROWS, "\t")),
+        ("a.csv", as_csv(ROWS, "\t")),
+        ("a.csv", as_csv(ROWS, "|")),
+        ("a.csv", as_csv([{**row, "a, b": ""} for row in ROWS], ";").replace("a, b", '"a, b"', 1)),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+        ("a.CSV.GZ", gzip.compress(as_csv(ROWS).encode())),
     ],
 )
-def test_formats_give_the_same_records(name: str, content: str, tmp_path: Path) -> None:
+def test_formats_give_the_same_records(name: str, content: str | bytes, tmp_path: Path) -> None:
     got = read(write(tmp_path / name, content))
-    assert got.records == ROWS
+    assert [{key: value for key, value in record.items() if key != "a, b"} for record in got.records] == ROWS
     assert got.schema == "Dolly (instruction, context, response)"
     assert got.changed == 0
 
@@ -71,6 +77,13 @@ def test_parquet_and_folders(tmp_path: Path) -> None:
     talk = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     pq.write_table(pa.Table.from_pylist(talk), tmp_path / "talk.parquet")
     assert read(tmp_path / "talk.parquet").records[0]["response"] == "b"
+    odd = {"at": pa.array([10**18], pa.timestamp("us")), "who": pa.array([17]).cast(pa.decimal128(38, 0))}
+    pq.write_table(pa.table({**{key: [value] for key, value in ROWS[0].items()}, **odd}), tmp_path / "odd.parquet")
+    assert read(tmp_path / "odd.parquet").records == [{**ROWS[0], "who": "17"}]
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, ["instruction", "response", "response"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet: two columns have the same name"):
+        read(tmp_path / "twice.parquet")
     write(tmp_path / "torn.parquet", b"PAR1" + b"\0" * 30)
     with pytest.raises(DataError, match=r"torn\.parquet cannot be read as Parquet"):
         read(tmp_path / "torn.parquet")
@@ -89,6 +102,25 @@ def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) ->
         read(tmp_path)
 
 
+def test_a_split_may_be_a_folder_and_only_data_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "0000.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path / "Test" / "deeper" / "0000.jsonl", json.dumps(ROWS[1]))
+    for name in ("train/.cache/0000.jsonl", "train/.ipynb_checkpoints/0.jsonl", "__MACOSX/train/._0000.jsonl"):
+        write(tmp_path / name, json.dumps(ROWS[2]))
+    for name in ("dataset_dict.json", "train/dataset_info.json", "train/state.json", "train/notes.txt"):
+        write(tmp_path / name, "{}")
+    assert read(tmp_path).records == ROWS[:1]
+    assert read(tmp_path, "test").records == ROWS[1:2]
+
+
+def test_what_the_datasets_library_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = {"train": datasets.Dataset.from_list(ROWS[:3]), "test": datasets.Dataset.from_list(ROWS[3:])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    assert read(tmp_path / "both").records == ROWS[:3]
+    assert read(tmp_path / "both", "test").records == ROWS[3:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -99,6 +131,9 @@ def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) ->
         ("a.jsonl", '{"instruction": "secret", "response": ' + "1" * 5000 + "}", "a whole number of more than 300 digits"),
         ("a.jsonl", "[" * 90_000, "nested more than 64 levels deep"),
         ("b.json", "[" * 90_000, "nested more than 64 levels deep"),
+        ("a.jsonl", '{"instruction": "secret", "response": "b", "who": "secret", "who": "x"}', "line 1: an object has two values of one name"),
+        ("a.csv.gz", gzip.compress(b"instruction,response\nsecret,b\n" * 99)[:-9], "not a whole gzip file"),
+        ("a.arrow", b"secret", "cannot be read as a stream of Arrow"),
         ("a.json", "null", "null instead of a list of records"),
         ("a.json", '["secret"]', "record 1: a text instead of a record"),
         ("a.jsonl", '{"instruction": "secret", "response": 3}', r"line 1: no text in 'response' but a number"),
@@ -120,8 +155,9 @@ def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) ->
         ("a.txt", "secret words", "of no known format"),
         ("a.jsonl", '{"messages": "secret"}', r"'messages' is a text instead of a list"),
         ("a.jsonl", '{"messages": ["secret"]}', "message 1: a text instead of a message"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', "message 1: null instead of a text"),
-        ("a.jsonl", '{"messages": [{"role": "secret", "content": "a"}]}', "message 1: its role is none of system, user"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', "message 1: null instead of a text: drencoder learns no images"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image", "image": "secret"}]}]}', "message 1: a list instead of a text: drencoder learns no images"),
+        ("a.jsonl", '{"messages": [{"role": "secret", "content": "a"}]}', "message 1: its role is none of system, developer, user"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_one_sentence(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:

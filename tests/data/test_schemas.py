@@ -34,6 +34,13 @@ SHARED = (("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
         ({"text": "a", "label": 3}, "plain text (text)", "a"),
         ({"messages": talk(*TALK)}, "chat messages (messages)", "s\na\nAnswer: b\n\nc\nAnswer: d"),
         ({"conversations": talk(*SHARED, role="from", content="value"), "id": 7}, "ShareGPT conversations (conversations)", "a\nAnswer: b\n\nc\nAnswer: d"),
+        ({"input": "a", "output": "c"}, "input and output (input, output)", "a\nAnswer: c"),
+        ({"input": "a", "context": "b", "output": "c"}, "input and output (input, context, output)", "a\nb\nAnswer: c"),
+        ({"messages": talk(*TALK), "system": "t"}, "chat messages (system, messages)", "t\n\ns\na\nAnswer: b\n\nc\nAnswer: d"),
+        ({"conversations": talk(*SHARED, role="from", content="value"), "system": "s"}, "ShareGPT conversations (system, conversations)", "s\na\nAnswer: b\n\nc\nAnswer: d"),
+        ({"prompt": talk(*TALK[:-1]), "completion": talk(TALK[-1])}, "prompt and completion as messages (prompt, completion)", "s\na\nAnswer: b\n\nc\nAnswer: d"),
+        ({"messages": talk(("developer", "s"), ("user", "a"), ("assistant", "b"))}, "chat messages (messages)", "s\na\nAnswer: b"),
+        ({"messages": [{"role": role, "content": [{"type": "text", "text": text} for text in texts]} for role, texts in (("user", "xy"), ("assistant", "b"))]}, "chat messages (messages)", "xy\nAnswer: b"),
         ({"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}, "Alpaca (instruction, input, output)", "a\nAnswer: b\n\nc\nAnswer: d"),
     ],
 )  # fmt: skip
@@ -101,6 +108,15 @@ def test_messages_that_nothing_replies_to_are_left_out() -> None:
     assert (got.records[0]["instruction"], got.records[0]["response"]) == ("a\n\nb", "c")
     assert history_of(got.records[0]) == []
     assert [record["response"] for record in got.records[1:]] == ["", ""]
+
+
+def test_empty_messages_teach_nothing() -> None:
+    said = talk(("system", " "), ("user", "a"), ("assistant", " "), ("user", "b"), ("assistant", "c"))
+    got = records_of({"messages": said}, {"messages": said[1:3]})
+    assert got.changed == 2
+    assert [(record["instruction"], record["response"]) for record in got.records] == [("a\n\nb", "c"), ("", "")]
+    earlier = {"instruction": "c", "output": "d", "history": [["a", ""], ["x", "y"]]}
+    assert history_of(records_of(earlier).records[0]) == [("x", "y")]
 
 
 def test_fields_of_another_source_do_not_apply_to_text_of_the_server() -> None:

@@ -285,6 +285,40 @@ def test_a_record_that_names_nobody_is_refused(tmp_path: Path, name: object) -> 
         )
 
 
+@pytest.mark.parametrize(
+    ("field", "fields", "row"),
+    [
+        ("player", {"instruction": "player", "response": "speech"}, {"speech": "a"}),
+        ("input", {}, {"instruction": "q", "output": "a"}),
+        ("category", {}, {"instruction": "q", "response": "a"}),
+        ("system", {}, {"instruction": "q", "response": "a"}),
+        ("title", {"text": "body"}, {"body": "a"}),
+    ],
+)
+def test_owners_are_named_by_a_field_that_has_another_use(
+    tmp_path: Path, field: str, fields: dict[str, str], row: dict[str, str]
+) -> None:
+    """The name is kept beside the text, and nothing stands in for one that is not there."""
+    rows = [{**row, field: name} for name in ("Ann", "Bob", "Ann")]
+    path = tmp_path / "records.jsonl"
+    knobs = sections.Data(source=str(path), client_field=field, fields=tuple(fields.items()))
+    path.write_text("".join(json.dumps(record) + "\n" for record in rows))
+    source = open_source(knobs, population=2, seed=0)
+    assert [len(source.client(client)) for client in range(2)] == [2, 1]
+    for nobody in (row, {**row, field: None}) if field not in fields.values() else ():
+        path.write_text("".join(json.dumps(record) + "\n" for record in (*rows, nobody)))
+        with pytest.raises(DataError, match=f"record 4 has no field '{field}'"):
+            open_source(knobs, population=2, seed=0)
+
+
+@pytest.mark.parametrize("names", [(0, -0.0, 1), (1e16, 10**16), (1e20, "1e20"), ("12e4", 120000), ("3", "\uff13")])
+def test_one_number_in_two_ways_is_refused(tmp_path: Path, names: tuple[object, ...]) -> None:
+    records = [{"instruction": f"q{n}", "response": "a", "patient": who} for n, who in enumerate(names)]
+    knobs = sections.Data(source=str(write(tmp_path, records)), client_field="patient")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owners"):
+        open_source(knobs, population=len(names), seed=0)
+
+
 def test_an_owners_key_is_its_own_key() -> None:
     for name in (3, 3.0, 2.5, " 3.0 ", "Zoe\u0301", "-4.0", "1e5", "07", "a.0"):
         assert owner_key(owner_key(name)) == owner_key(name)

@@ -1,13 +1,16 @@
-"""File formats: JSONL, JSON, CSV, TSV, Parquet, and a folder of such files. The one door to pyarrow.
+"""File formats: JSONL, JSON, CSV, TSV, Parquet, Arrow, any of them in gzip, and a folder of such files. The one door to pyarrow.
 
 A row comes with the place where it stands, for messages. No message quotes what a file holds.
 """
 
 import csv
+import gzip
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,15 @@ FileState = tuple[tuple[str, int, int, int], ...]
 _SPLITS = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 _SAME_SPLIT = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 _GIVE = "give a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or hub:ORG/NAME"
+_ABOUT = {"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+"""Files that the datasets library keeps beside data: they tell of records and hold none."""
 
 
 def read_rows(path: Path, split: str, *, knob: str) -> Iterator[Row]:
     """The rows of a file, or of the files of a folder; `knob` is named in messages.
 
-    Of a folder whose files are named after splits (train.csv, test.csv), only those of `split` are read; else all are `train`.
+    Of a folder whose files or folders are named after splits (train.csv, test/1.csv), only those of `split` are read; else all are
+    `train`.
 
     Raises:
       DataError: there is no such file, its format is not known, or it is broken; the message names file and line.
@@ -59,18 +65,18 @@ def state_of(path: Path) -> FileState | None:
 
 
 def _files_of(folder: Path, split: str, knob: str) -> list[Path]:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _READERS
-        and path.is_file()
-        and not path.relative_to(folder).as_posix().startswith(".")
-    )
+    files = {
+        path: path.relative_to(folder).parts
+        for path in sorted(folder.rglob("*"))
+        if _format_of(path) in _READERS and path.name not in _ABOUT and path.is_file()
+    }
+    # Copies of editors and what programs leave, such as .ipynb_checkpoints and __MACOSX, are no data.
+    files = {path: parts for path, parts in files.items() if not any(part.startswith((".", "__")) for part in parts)}
     if not files:
         raise DataError(f"{knob} = '{cut(folder)}' is a folder without data files: {_GIVE}.")
-    named = {path: match[1] for path in files if (match := _SPLITS.search(path.stem.lower()))}
+    named = {path: name for path, parts in files.items() if (name := _split_of(parts))}
     if not named and usual_split(split) == "train":
-        return files
+        return list(files)
     chosen = [path for path, name in named.items() if usual_split(name) == usual_split(split)]
     if not chosen:
         there = ", ".join(sorted(set(named.values())))
@@ -81,12 +87,29 @@ def _files_of(folder: Path, split: str, knob: str) -> list[Path]:
     return chosen
 
 
+def _split_of(parts: tuple[str, ...]) -> str:
+    """The split that a file is named after, or the nearest of its folders whose whole name is one; "" if there is none."""
+    if match := _SPLITS.search(Path(parts[-1]).stem.lower()):
+        return match[1]
+    return next((part.lower() for part in reversed(parts[:-1]) if _SPLITS.fullmatch(part.lower())), "")
+
+
+def _format_of(path: Path) -> str:
+    """A file's ending in small letters, without `.gz`."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
 def _read_file(path: Path, knob: str) -> Iterator[Row]:
     try:
         data = read_bytes(path)
     except OSError as error:
         raise _unreadable(path, knob, error) from None
-    reader = _READERS.get(path.suffix.lower())
+    if data.startswith(b"\x1f\x8b"):  # whatever its name
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error):
+            raise DataError(f"{path} is not a whole gzip file: pack it again.") from None
+    reader = _READERS.get(_format_of(path))
     if reader is None:
         if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             raise DataError(f"{knob} = '{cut(path)}' is of no known format: {_GIVE}.")
@@ -157,6 +180,8 @@ def kind_of(value: Any) -> str:
         bool: "true or false",
         int: "a number",
         float: "a number",
+        Decimal: "a number",
+        bytes: "bytes",
     }
     return kinds.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 
@@ -164,8 +189,7 @@ def kind_of(value: Any) -> str:
 def _read_table(delimiter: str) -> Callable[[Path, bytes], Iterator[Row]]:
     def read(path: Path, data: bytes) -> Iterator[Row]:
         text = _text(path, data)
-        first = text.split("\n", 1)[0]
-        mark = ";" if delimiter == "," and ";" in first and "," not in first else delimiter
+        mark = _mark_of(text.split("\n", 1)[0]) if delimiter == "," else delimiter
         before = csv.field_size_limit(sys.maxsize)  # of the process; a text may have more than 128 kB
         try:
             return iter(list(_table_rows(path, csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True))))
@@ -173,6 +197,12 @@ def _read_table(delimiter: str) -> Callable[[Path, bytes], Iterator[Row]]:
             csv.field_size_limit(before)
 
     return read
+
+
+def _mark_of(header: str) -> str:
+    """What stands between the names of a header: a comma, if there is any, or what other programs write in its place."""
+    bare = re.sub(r'"[^"]*"', "", header)
+    return next((mark for mark in ",;\t|" if mark in bare), ",")
 
 
 def _table_rows(path: Path, rows: Any) -> Iterator[Row]:
@@ -199,21 +229,35 @@ def _table_rows(path: Path, rows: Any) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, data: bytes) -> Iterator[Row]:
+    return _columns(path, "Parquet", lambda arrow: arrow.parquet.ParquetFile(arrow.BufferReader(data)).iter_batches())
+
+
+def _read_arrow(path: Path, data: bytes) -> Iterator[Row]:
+    """A stream of Arrow, as `save_to_disk` of the datasets library writes it."""
+    return _columns(path, "a stream of Arrow", lambda arrow: arrow.ipc.open_stream(data))
+
+
+def _columns(path: Path, kind: str, open_batches: Callable[[Any], Iterable[Any]]) -> Iterator[Row]:
     try:
-        from pyarrow import BufferReader
-        from pyarrow.parquet import ParquetFile
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path} needs the pyarrow library: pip install 'drencoder[data]'.") from None
+    number = 0
     try:
-        number = 0
-        for batch in ParquetFile(BufferReader(data)).iter_batches():
-            for row in batch.to_pylist():
+        for batch in open_batches(pyarrow):
+            names = batch.schema.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: two columns have the same name: rename one.")
+            # A time is no text, and some that a file can hold are none that Python has.
+            times = [field.name for field in batch.schema if pyarrow.types.is_temporal(field.type)]
+            for row in batch.drop_columns(times).to_pylist():
                 number += 1
                 yield f"{path}, record {number}", row
     except DataError:
         raise
     except Exception as error:  # pyarrow's own, and what its values cannot become
-        raise DataError(f"{path} cannot be read as Parquet ({type(error).__name__}): write the file again.") from None
+        raise DataError(f"{path} cannot be read as {kind} ({type(error).__name__}): write the file again.") from None
 
 
 _READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
@@ -223,4 +267,5 @@ _READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
     ".csv": _read_table(","),
     ".tsv": _read_table("\t"),
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }

@@ -11,12 +11,13 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
 
 from drencoder.errors import DataError
 
 _WHOLE = re.compile(r"(-?\d+)\.0*")  # a whole number with decimal places
-_NUMBER = re.compile(r"([+-]?)0*(\d*)(?:\.(\d*?)0*)?", re.ASCII)  # sign, digits, decimal places
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,9})?", re.ASCII)
 
 
 def owner_key(value: Any) -> str:
@@ -59,7 +60,7 @@ def check_spellings(keys: Iterable[str], field: str, where: str) -> None:
     if doubtful:
         raise DataError(
             f"{sum(map(len, doubtful))} names in {field!r} of {where} may be only {len(doubtful)} owners: they are alike but for "
-            "upper and lower case, leading zeros or forms of the same letters. Write each owner in one way; give different "
+            "upper and lower case, the ways to write one number, or forms of the same letters. Write each owner in one way; give different "
             "owners names that differ in more."
         )
 
@@ -67,7 +68,10 @@ def check_spellings(keys: Iterable[str], field: str, where: str) -> None:
 def _folded(key: str) -> str:
     """What all spellings of one name have in common."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", key).casefold())
-    number = _NUMBER.fullmatch(text)
-    if number is None or not any(letter.isdigit() for letter in text):
+    if not _NUMBER.fullmatch(text):
         return text
-    return f"{number[1].strip('+')}{number[2]}.{number[3] or ''}"
+    number = Decimal(text)
+    sign, digits, exponent = number.as_tuple()
+    significant = "".join(map(str, digits)).lstrip("0")
+    bare = significant.rstrip("0")
+    return f"{'-' if sign else ''}{bare}e{int(exponent) + len(significant) - len(bare)}" if bare else "0"

@@ -71,11 +71,18 @@ def place_of(where: str) -> str:
     return str(path.resolve()) if path.exists() else prefix + name.strip("/").lower()
 
 
-def read_data(where: str, *, knob: str, split: str = "", fields: Mapping[str, str] | None = None) -> Records:
+def read_data(
+    where: str,
+    *,
+    knob: str,
+    split: str = "",
+    fields: Mapping[str, str] | None = None,
+    owners: tuple[str, ...] = (),
+) -> Records:
     """What a file, a folder of files, or one split of a hub data set or of a benchmark holds; `knob` is named in messages.
 
     `split` is for a place that names none; without it, it is the one that clients own. `fields` says which field is what where its
-    name does not (`data.fields`). The records are not to be changed: who reads the same file next gets the same ones.
+    name does not (`data.fields`), `owners` which fields name an owner. The records are not to be changed: who reads the same file next gets the same ones.
 
     Raises:
       DataError: it is missing, unreadable, empty or ill-shaped.
@@ -84,17 +91,19 @@ def read_data(where: str, *, knob: str, split: str = "", fields: Mapping[str, st
     split = place.split or split or place.clients_split
     stamp = state_of(Path(place.name)) if not place.kind else None
     if stamp is None:  # of a hub, a benchmark, or nothing at all
-        return _read_data(place, split, knob, fields or {})
-    return _read_again(place, split, knob, tuple(sorted((fields or {}).items())), stamp)
+        return _read_data(place, split, knob, fields or {}, owners)
+    return _read_again(place, split, knob, tuple(sorted((fields or {}).items())), owners, stamp)
 
 
 @lru_cache(maxsize=1)
-def _read_again(place: Place, split: str, knob: str, fields: tuple[tuple[str, str], ...], stamp: FileState) -> Records:
+def _read_again(
+    place: Place, split: str, knob: str, fields: tuple[tuple[str, str], ...], owners: tuple[str, ...], stamp: FileState
+) -> Records:
     """The last file that was read: a command counts the owners of a file and then opens it, and a million records take their time."""
-    return _read_data(place, split, knob, dict(fields))
+    return _read_data(place, split, knob, dict(fields), owners)
 
 
-def _read_data(place: Place, split: str, knob: str, fields: Mapping[str, str]) -> Records:
+def _read_data(place: Place, split: str, knob: str, fields: Mapping[str, str], owners: tuple[str, ...]) -> Records:
     kind, name = place.kind, place.name
     rows: Iterable[Row]
     if kind in TAXONOMIES:
@@ -103,7 +112,7 @@ def _read_data(place: Place, split: str, knob: str, fields: Mapping[str, str]) -
         rows = ((f"{name}, row {n}", row) for n, row in enumerate(load_rows(name, split, knob=knob), start=1))
     else:
         rows = read_rows(Path(name), split, knob=knob)
-    return to_records(rows, fields, origin=name, strict=knob == "data.source")
+    return to_records(rows, fields, origin=name, strict=knob == "data.source", owners=owners)
 
 
 def read_records(where: str, *, knob: str, split: str = "", fields: Mapping[str, str] | None = None) -> list[Record]:

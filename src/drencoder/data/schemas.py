@@ -4,8 +4,9 @@ Values stay the texts that they are. A number, a null or something nested where 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from drencoder.data.formats import Row, kind_of
@@ -17,9 +18,15 @@ Record = dict[str, str]
 ROLES = ("instruction", "context", "response", "category", "system", "messages", "text")
 """What a field can be for a record: the keys of `data.fields`."""
 
-_ASKED = ("instruction", "prompt", "question", "query")
+_ASKED = ("instruction", "prompt", "question", "query", "input")
 _REPLIES = ("response", "output", "completion", "answer")
 _OPTIONAL = {"context": ("context", "input"), "category": ("category",), "system": ("system", "system_prompt")}
+_TALKS = {
+    "chat messages": ("messages",),
+    "ShareGPT conversations": ("conversations",),
+    "prompt and completion as messages": ("prompt", "completion"),
+}
+_BESIDE_MESSAGES = {role: _OPTIONAL[role] for role in ("category", "system")}
 _NAMES = {
     ("instruction", "response"): "Dolly",
     ("instruction", "output"): "Alpaca",
@@ -27,10 +34,11 @@ _NAMES = {
     ("question", "answer"): "question and answer",
 }
 _SPEAKERS = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
 }
+_SINGLE = (str, int, float, bool, Decimal)
 _LONE = re.compile("[\ud800-\udfff]")
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}")
 
@@ -48,7 +56,14 @@ class Records:
     changed: int = 0
 
 
-def to_records(rows: Iterable[Row], fields: Mapping[str, str], *, origin: str, strict: bool = True) -> Records:
+def to_records(
+    rows: Iterable[Row],
+    fields: Mapping[str, str],
+    *,
+    origin: str,
+    strict: bool = True,
+    owners: Collection[str] = (),
+) -> Records:
     """Brings rows into one shape.
 
     Args:
@@ -56,6 +71,7 @@ def to_records(rows: Iterable[Row], fields: Mapping[str, str], *, origin: str, s
       fields: role -> field, for roles that are not recognised by their names (`data.fields`). If the first row has none of these
         fields, and `strict` is not asked for, they are those of another source.
       origin: the source, for messages.
+      owners: the fields that name an owner. A record has their values as they are, or lacks the field, whatever else they are.
 
     Raises:
       DataError: there is no row, no schema fits, or a row has no text where one belongs; the message names its place.
@@ -69,6 +85,11 @@ def to_records(rows: Iterable[Row], fields: Mapping[str, str], *, origin: str, s
             mapped = fields if strict or any(field in row for field in fields.values()) else {}
             roles, schema = _recognise(row, mapped, where)
         record, whole = _record(row, roles, where)
+        for field in owners:
+            if field in record and not isinstance(row.get(field), _SINGLE):
+                del record[field]
+            elif field != "history" and isinstance(row.get(field), _SINGLE):
+                record[field] = _word_of(row[field])
         cleaned = {key: _LONE.sub("\ufffd", value) for key, value in record.items()}
         changed += cleaned != record or not whole
         records.append(cleaned)
@@ -85,14 +106,16 @@ def _recognise(row: Mapping[str, Any], fields: Mapping[str, str], where: str) ->
     given = {role: (field,) for role, field in fields.items()}
     if "messages" in given or "text" in given:
         role = "messages" if "messages" in given else "text"
-        return {"category": ("category",), **given}, f"{role} ({given[role][0]})"
+        beside = _BESIDE_MESSAGES if role == "messages" else {"category": ("category",)}
+        return {**beside, **given}, f"{role} ({given[role][0]})"
     taken = set(fields.values())
     free = [field for field in row if field not in taken]
     if "instruction" not in given and "response" not in given:
-        for name in ("messages", "conversations"):
-            if name in free:
-                title = "chat messages" if name == "messages" else "ShareGPT conversations"
-                return {"messages": (name,), **given}, f"{title} ({name})"
+        for title, names in _TALKS.items():
+            if names[0] in free and (len(names) == 1 or all(isinstance(row.get(name), list) for name in names)):
+                roles = {"messages": names, **_BESIDE_MESSAGES, **given}
+                shown = [name for name in (*roles["system"], *names) if name in row]
+                return roles, f"{title} ({', '.join(shown)})"
         if {"question", "A", "B", "C", "D"} <= set(free):
             raise DataError(
                 f"{where}: questions with options A to D: set data.source = 'mmlu:FOLDER' or 'ceval:FOLDER', or name the fields in "
@@ -106,6 +129,7 @@ def _recognise(row: Mapping[str, Any], fields: Mapping[str, str], where: str) ->
         raise DataError(f"{where}: {_unknown(free, asked, reply)}")
     roles = {"instruction": asked, "response": reply, **_OPTIONAL, **given}
     title = "your fields" if given else _NAMES.get((asked[0], reply[0]), f"{asked[0]} and {reply[0]}")
+    roles["context"] = tuple(name for name in roles["context"] if name not in asked)
     shown = [
         name for role in ("system", "instruction", "context", "response") for name in roles.get(role, ()) if name in row
     ]
@@ -127,9 +151,9 @@ def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where:
     """A row as a record, and whether nothing of it was left out."""
     used = {field for names in roles.values() for field in names}
     record = {
-        str(key): "" if value != value else str(value)  # NaN is how tables write an empty cell
+        str(key): _word_of(value)
         for key, value in row.items()
-        if key not in used and key not in (*ROLES, "history") and isinstance(value, str | int | float | bool)
+        if key not in used and key not in (*ROLES, "history") and isinstance(value, _SINGLE)
     }
     whole = True
     parts = {"context": "", "category": "none"}
@@ -142,8 +166,10 @@ def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where:
         if joined or role == "context":
             parts[role] = joined
     if "messages" in roles:
-        said, whole = _conversation(row.get(roles["messages"][0]), where, roles["messages"][0])
-        parts |= said
+        turns = [turn for name in roles["messages"] for turn in _turns_of(row.get(name), where, name)]
+        said, whole = _conversation(turns, where)
+        systems = dict.fromkeys(filter(str.strip, (parts.get("system", ""), said["system"])))
+        parts |= said | {"system": "\n\n".join(systems)}
     elif "text" in roles:
         parts |= {"instruction": "", "response": _text_of(row, roles["text"][0], where)}
     else:
@@ -154,7 +180,7 @@ def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where:
             isinstance(turn, list) and len(turn) == 2 and all(isinstance(words, str) for words in turn)
             for turn in turns
         ):
-            parts["history"] = pack_history([(user, reply) for user, reply in turns])
+            parts["history"] = pack_history([(user, reply) for user, reply in turns if reply.strip()])
     return record | {key: value for key, value in parts.items() if value or key not in ("history", "system")}, whole
 
 
@@ -174,17 +200,24 @@ def _optional_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def _conversation(turns: Any, where: str, field: str) -> tuple[Record, bool]:
-    """Messages as a record: the last reply is its response, what stands before the last question its history.
+def _word_of(value: Any) -> str:
+    return "" if value != value else str(value)  # NaN is how tables write an empty cell
 
-    Messages that follow each other from one speaker are one. What stands before the first question or after the last reply
-    teaches nothing and is left out.
-    """
+
+def _turns_of(turns: Any, where: str, field: str) -> Iterable[Any]:
     if not isinstance(turns, list | tuple):
         raise DataError(f"{where}: {field!r} is {kind_of(turns)} instead of a list of messages.")
-    said: list[tuple[str, str]] = []
-    for number, turn in enumerate(turns, start=1):
-        said.append(_message(turn, f"{where}, message {number}"))
+    return turns
+
+
+def _conversation(turns: Iterable[Any], where: str) -> tuple[Record, bool]:
+    """Messages as a record: the last reply is its response, what stands before the last question its history.
+
+    Messages that follow each other from one speaker are one. An empty message, and what stands before the first question or
+    after the last reply, teaches nothing and is left out.
+    """
+    messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, start=1)]
+    said = [(speaker, words) for speaker, words in messages if words.strip()]
     system = "\n\n".join(words for speaker, words in said if speaker == "system")
     spoken: list[list[str]] = []
     for speaker, words in said:
@@ -202,15 +235,21 @@ def _conversation(turns: Any, where: str, field: str) -> tuple[Record, bool]:
     pairs = [(spoken[at][1], spoken[at + 1][1]) for at in range(0, len(spoken), 2)]
     asked, reply = pairs[-1] if pairs else ("", "")
     record = {"instruction": asked, "response": reply, "history": pack_history(pairs[:-1]), "system": system}
-    return record, len(spoken) == num_said
+    return record, len(spoken) == num_said and len(said) == len(messages)
 
 
 def _message(turn: Any, where: str) -> tuple[str, str]:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: {kind_of(turn)} instead of a message with a role and content.")
     speaker, words = (turn.get(one, turn.get(other)) for one, other in (("role", "from"), ("content", "value")))
+    if isinstance(words, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in words
+    ):
+        words = "".join(part["text"] for part in words)  # as chat templates write parts that are texts
     if not isinstance(words, str):
-        raise DataError(f"{where}: {kind_of(words)} instead of a text: messages hold texts only.")
+        raise DataError(
+            f"{where}: {kind_of(words)} instead of a text: drencoder learns no images, sounds or calls of tools. Leave the record out."
+        )
     if not isinstance(speaker, str) or speaker.lower() not in _SPEAKERS:
         raise DataError(
             f"{where}: its role is none of {', '.join(_SPEAKERS)}: give it one of them, or leave the record out."

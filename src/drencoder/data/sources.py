@@ -81,7 +81,9 @@ def read_source(knobs: sections.Data) -> ReadSource:
     Raises:
       DataError: it is missing, unreadable, empty or ill-shaped.
     """
-    read, place = read_data(knobs.source, knob="data.source", fields=dict(knobs.fields)), Place.parse(knobs.source)
+    owners = tuple(filter(None, (knobs.client_field, knobs.owner_field)))
+    read = read_data(knobs.source, knob="data.source", fields=dict(knobs.fields), owners=owners)
+    place = Place.parse(knobs.source)
     is_benchmark = place.kind in TAXONOMIES
     provenance = f"{place.kind}:{place.name}, split {place.clients_split}" if is_benchmark else knobs.source
     return ReadSource(read.records, provenance, read.schema, read.changed)
