@@ -200,3 +200,40 @@ def test_a_licence_is_read_from_the_models_own_card(tiny_folder: Path, tmp_path:
         (folder / "README.md").write_text(card)
         assert load_base(config.Model(source=str(folder))).licence == licence
     assert load_base(config.Model()).licence == "apache-2.0"
+
+
+SCALED = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = SCALED | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "bound"),
+    [
+        ("llama", {"max_position_embeddings": 48, "rope_parameters": SCALED | {"rope_type": "dynamic"}}, 48),
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32}, 32),
+        ("gemma3_text", {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), LONG)}, 32),
+        ("llama", {"rope_parameters": SCALED | {"rope_type": "yarn"}}, 0),
+        ("llama", {"rope_parameters": SCALED | {"rope_type": "linear"}}, 0),
+    ],
+)
+def test_positions_that_are_scaled_by_a_texts_length_are_a_bound(
+    tiny_folder: Path, tmp_path: Path, family: str, changes: dict[str, Any], bound: int
+) -> None:
+    """Beyond it a client's text is read otherwise beside a longer one of another client."""
+    folder = make_model(family, tmp_path / "model", tiny_folder)
+    edit(folder / "config.json", **changes)
+    load(folder, bound or 256)
+    if bound:
+        with pytest.raises(ModelError, match=rf"more than {bound} .*set data\.max_tokens = {bound} or less"):
+            load(folder, bound + 1)
+        assert load_base(config.Model(source=str(folder))).positions == bound
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_weights_that_are_quantised_already_are_one_sentence(tiny_folder: Path, tmp_path: Path, method: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    facts = {"quant_method": method, "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "format": "x"}
+    edit(folder / "config.json", quantization_config=facts | {"config_groups": {}, "desc_act": False})
+    with pytest.raises(ModelError, match=r"is quantised already.*give the model's own weights"):
+        load(folder)

@@ -18,10 +18,28 @@ _CURE = "choose a decoder-only language model, such as one of the Llama, Qwen, G
 
 
 def num_positions(settings: Any) -> int:
-    """How many positions the config says the model has; 0 if it says nothing."""
+    """How many positions the config says the model has, or can have without `num_steady_positions` to be left; 0 if it says nothing."""
     text = settings.get_text_config()
     values = (getattr(text, key, None) for key in _POSITION_KEYS)
-    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+    stated = next((value for value in values if isinstance(value, int) and value > 0), 0)
+    return num_steady_positions(settings) or stated
+
+
+def num_steady_positions(settings: Any) -> int:
+    """Up to how many tokens each token is read in the same way, however long its text is; 0: always.
+
+    Rotary frequencies of some kinds depend on the longest text of a batch once it is longer ("dynamic": on those before, too). There another
+    client's text would change what a model makes of one's own.
+    """
+    text = settings.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    bounds = []
+    for one in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):  # of all layers, or of each kind
+        kind = str(one.get("rope_type", ""))
+        stated = one.get("original_max_position_embeddings") if kind == "longrope" else None
+        if kind == "longrope" or "dynamic" in kind:
+            bounds.append(int(stated or getattr(text, "max_position_embeddings", 0) or 1))
+    return min(bounds, default=0)
 
 
 @contextlib.contextmanager
@@ -47,6 +65,11 @@ def _explanation(source: str, part: str, words: str, missing_library: bool) -> s
         )
     if missing_library and "gguf" in words.lower():
         return f"model.source = {shown(source)} needs the package gguf: pip install 'drencoder[gguf]'."
+    if re.search("quantiz", words, re.IGNORECASE):
+        return (
+            f"model.source = {shown(source)} is quantised already, and its weights cannot be read here ({words.rstrip('. :')}): give the "
+            "model's own weights, and set model.dtype = 'nf4' or 'int8' where they are to be loaded in fewer bits on a GPU."
+        )
     if "Weights only load failed" in words:
         return (
             f"model.source = {shown(source)}: its .bin weights hold more than numbers, which could be code and is never run: convert "
@@ -165,7 +188,14 @@ def _check_causal(model: Any, source: str, rows: int) -> None:
 
 
 def _check_positions(model: Any, source: str, max_tokens: int) -> None:
-    """Where the config says fewer positions than `max_tokens`, tries: rotary positions have no end, tables have."""
+    """Where the config says fewer positions than `max_tokens`, tries: most rotary positions have no end, tables have."""
+    steady = num_steady_positions(model.config)
+    if 0 < steady < max_tokens:
+        raise ModelError(
+            f"the model of {shown(source)} reads all tokens of a text otherwise if the text has more than {steady} (its rotary positions "
+            f"are scaled by length), so that a longer text of one client would change what another sends, and data.max_tokens = {max_tokens}: "
+            f"set data.max_tokens = {steady} or less."
+        )
     positions = num_positions(model.config)
     if not 0 < positions < max_tokens:
         return
