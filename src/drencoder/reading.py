@@ -153,6 +153,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
 
 def parse_toml(text: str) -> dict[str, Any]:
     """Returns the tables of a TOML text. Raises ValueError as `parse_json`, and for more than 1 MiB or keys of many parts."""
+    text = text.removeprefix("\ufeff")  # a byte order mark, as some editors write it
     if len(text) > _MOST_TOML:
         raise ValueError(f"more than {_MOST_TOML:,} characters")
     if _LONG_KEY.search(text):

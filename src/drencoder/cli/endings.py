@@ -11,6 +11,22 @@ from drencoder.reading import one_line, shown
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def open_streams() -> None:
+    """Lets output go nowhere where it was closed, and be escapes where its encoding lacks a letter.
+
+    Otherwise the first file that is opened would stand in for a closed output.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
+        elif name != "stdin" and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def end_disk(error: OSError) -> NoReturn:
     """Says what the operating system refused; of a file only if the command names it."""
     if error.filename is None and error.errno in _NO_ROOM:

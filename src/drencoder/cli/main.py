@@ -13,7 +13,7 @@ import typer
 
 from drencoder import __version__
 from drencoder.cli.audit import audit
-from drencoder.cli.endings import end, end_disk, end_usage, stop_writing
+from drencoder.cli.endings import end, end_disk, end_usage, open_streams, stop_writing
 from drencoder.cli.flower import add_flower_commands
 from drencoder.cli.generate import generate
 from drencoder.cli.options import (
@@ -328,6 +328,7 @@ add_flower_commands(app)
 
 def main() -> None:
     """Entry point of `drencoder` and of `python -m drencoder`."""
+    open_streams()
     with hide_crash_messages():
         try:
             try:

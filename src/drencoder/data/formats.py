@@ -101,8 +101,12 @@ def _format_of(path: Path) -> str:
 
 def _read_file(path: Path, knob: str) -> Iterator[Row]:
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(
+                f"{knob} = '{cut(path)}' is a pipe or a device, which cannot be read twice: write a file of it."
+            )
         data = read_bytes(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(path, knob, error) from None
     if data.startswith(b"\x1f\x8b"):  # whatever its name
         try:

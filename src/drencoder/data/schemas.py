@@ -166,8 +166,8 @@ def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where:
         if joined or role == "context":
             parts[role] = joined
     if "messages" in roles:
-        turns = [turn for name in roles["messages"] for turn in _turns_of(row.get(name), where, name)]
-        said, whole = _conversation(turns, where)
+        messages = [turn for name in roles["messages"] for turn in _turns_of(row.get(name), where, name)]
+        said, whole = _conversation(messages, where)
         systems = dict.fromkeys(filter(str.strip, (parts.get("system", ""), said["system"])))
         parts |= said | {"system": "\n\n".join(systems)}
     elif "text" in roles:

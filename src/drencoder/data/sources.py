@@ -83,10 +83,15 @@ def read_source(knobs: sections.Data) -> ReadSource:
     """
     owners = tuple(filter(None, (knobs.client_field, knobs.owner_field)))
     read = read_data(knobs.source, knob="data.source", fields=dict(knobs.fields), owners=owners)
+    return ReadSource(read.records, provenance_of(knobs), read.schema, read.changed)
+
+
+def provenance_of(knobs: sections.Data) -> str:
+    """One line for the certificate: which data, and who made it."""
+    if knobs.is_embedded:
+        return EmbeddedSource.provenance
     place = Place.parse(knobs.source)
-    is_benchmark = place.kind in TAXONOMIES
-    provenance = f"{place.kind}:{place.name}, split {place.clients_split}" if is_benchmark else knobs.source
-    return ReadSource(read.records, provenance, read.schema, read.changed)
+    return f"{place.kind}:{place.name}, split {place.clients_split}" if place.kind in TAXONOMIES else knobs.source
 
 
 def check_usable(records: Sequence[Record], where: str) -> None:
@@ -272,7 +277,12 @@ def _split_by_owner(
 
 
 def _check_owners(knobs: sections.Data, clients: int, others: int, population: int, set_aside: float) -> None:
-    """Raises DataError unless the file has as many clients as the recipe says, and somebody is set aside where that is asked."""
+    """Raises DataError unless the file has as many clients as the recipe says, and somebody is set aside where that is asked, but not all."""
+    if not clients:
+        raise DataError(
+            f"data.held_out_share = {set_aside} sets all {others} owners of {knobs.source} aside, and no client is left: lower it, or "
+            "name a file that the server owns in evaluation.data."
+        )
     if set_aside and not others:
         raise DataError(
             f"data.held_out_share = {set_aside} sets none of the {clients} owners of {knobs.source} aside: raise it, or name a "

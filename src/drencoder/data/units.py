@@ -158,6 +158,11 @@ def _file_units(recipe: Recipe, set_aside: float, own: tuple[str, Sequence[int]]
             f"data.held_out_share = {set_aside} sets none of the {recipe.privacy.unit}s of {data.source} aside: raise it, or name a "
             "file that the server owns in evaluation.data."
         )
+    if not owned:
+        raise DataError(
+            f"data.held_out_share = {set_aside} sets all {len(aside)} {recipe.privacy.unit}s of {data.source} aside: lower it, or name a "
+            "file that the server owns in evaluation.data."
+        )
     server = sorted(chain.from_iterable(aside), key=lambda index: _content_hash(read.records[index], recipe.seed))
     file = FileSource(
         read.provenance, read.records, owned, server, data.examples_per_client, schema=read.schema, changed=read.changed
