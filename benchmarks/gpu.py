@@ -38,9 +38,10 @@ from drencoder.encoders.random_sketch import RandomSketch
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.federated.row_encoding import encode_rows, rows_at_once
 from drencoder.models.adapter_layout import AdapterLayout
-from drencoder.models.base_model import BaseModel, embedded_folder
+from drencoder.models.base_model import BaseModel
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.lora import LoraModel
+from drencoder.models.place import embedded_folder
 from drencoder.privacy.mechanism import clip_rows
 from drencoder.privacy.noise_source import SecureNoise
 from drencoder.recipe import recipe as config

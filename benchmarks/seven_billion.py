@@ -24,6 +24,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from drencoder.models import base_model
+from drencoder.models.place import embedded_folder
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.verify import verify_run
@@ -47,7 +48,7 @@ VOCABULARY, SMOKE_VOCABULARY = 32_000, 1_600
 
 def make_folder(folder: Path, layers: int, shape: dict[str, int], vocabulary: int) -> int:
     """Writes a Llama of random weights, layer by layer; returns how many values it has."""
-    embedded = base_model.embedded_folder()
+    embedded = embedded_folder()
     config = json.loads((embedded / "config.json").read_text()) | shape
     config |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": False, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -6,7 +6,7 @@ Checks the ledger's chain of hashes, each line against the plan, the plan agains
 certificate against what dp_accounting makes of the ledger's charges, and every other file against the ledger's last line.
 Prints a table and what does not hold, and exits with 1 if anything does not. `docs/verify.md` lists what is checked.
 The signatures in RUN/signatures.jsonl are checked if `cryptography` is installed; each PUBLIC_KEY_FILE must have signed.
-Copy it together with reaccount_ledger.py and reaccount_files.py.
+Copy it together with reaccount_ledger.py, reaccount_files.py and reaccount_claims.py.
 """
 
 import base64
@@ -27,6 +27,7 @@ from reaccount_ledger import (
     is_curated,
     line_troubles,
     other_numbers,
+    parse,
     read_ledger,
     site_rows,
     slots_of,
@@ -286,7 +287,7 @@ def signature_troubles(run: Path, records: list[dict], head: str, demanded: list
     found, signers = [], set()
     for number, line in enumerate(file.read_bytes().splitlines() if file.exists() else [], start=1):
         try:
-            record = json.loads(line)
+            record = parse(line)
             load_ssh_public_key(record["key"].encode()).verify(base64.b64decode(record["signature"]), message)
             signers.add(record["key"].split()[1])
             print(f"signed by {record['key']:.120}")
@@ -303,7 +304,7 @@ def troubles(run: Path, demanded: list[Path]) -> list[str]:
         return found
     if records[-1]["kind"] != "closed":
         return ["the run is unfinished: its ledger has no line that closes it"]
-    certificate = json.loads((run / "certificate.json").read_bytes())
+    certificate = parse((run / "certificate.json").read_bytes())
     print(f"{len(records)} lines, chain intact, delta {records[0]['plan']['delta']:g}")
     found = certificate_troubles(records, certificate, recipe) + file_troubles(run, records, certificate, recipe)
     return found + signature_troubles(run, records, head, demanded)

@@ -1,12 +1,12 @@
 """For reaccount.py: rounds, bytes, results, adapter and digests of a run's files, against the ledger's last line."""
 
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
 
-from reaccount_ledger import agree, cohort_size, slots_of
+from reaccount_claims import claim_troubles
+from reaccount_ledger import agree, cohort_size, parse, slots_of
 from scipy.stats import norm
 
 Z95 = float(norm.ppf(0.975))
@@ -20,8 +20,8 @@ def read_tensors(path: Path) -> tuple[dict[str, bytes], dict]:
     """(name -> bytes of a float32 tensor, drencoder's facts in the header) of a safetensors file."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    facts = json.loads(header.pop("__metadata__", {}).get("drencoder", "{}"))
+    header, body = parse(data[8 : 8 + length]), data[8 + length :]
+    facts = parse(header.pop("__metadata__", {}).get("drencoder", "{}"))
     spans = {name: entry["data_offsets"] for name, entry in header.items() if entry["dtype"] == "F32"}
     return {name: body[start:stop] for name, (start, stop) in spans.items()}, facts
 
@@ -151,7 +151,7 @@ def file_troubles(run: Path, records: list[dict], certificate: dict, recipe: dic
     later = records[head["seq"] + 1 :] if head["seq"] >= 0 else records
     if not later or any(r["kind"] != "closed" for r in later) or later[0]["prev"] != head["sha256"]:
         found.append("the certificate belongs to another state of the ledger")
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    metrics = [parse(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     if certificate["rounds"] != rounds or [row["round"] for row in metrics] != list(range(rounds + 1)):
         found.append(f"certificate or metrics do not have the {rounds} rounds with which the ledger closes")
     charged = {r["slot"] for r in records if r["kind"] == "charge"}
@@ -190,7 +190,7 @@ def file_troubles(run: Path, records: list[dict], certificate: dict, recipe: dic
                 f"the rounds' contributors sent {least:,} to {most:,} bytes, and the certificate has another number"
             )
 
-    outcomes = json.loads((run / "outcomes.json").read_bytes())
+    outcomes = parse((run / "outcomes.json").read_bytes())
     if outcomes.keys() != certificate["results"].keys():
         found.append("outcomes.json is of other models than the certificate's results")
     for name, outcome in outcomes.items():
@@ -230,9 +230,10 @@ def file_troubles(run: Path, records: list[dict], certificate: dict, recipe: dic
     if known and releases[max(known)] != digest:
         found.append("the checkpoint's adapter is not the one that the ledger says was released")
     parts, _ = read_tensors(run / "adapter" / "adapter_model.safetensors")
-    if parts and hashlib.sha256(b"".join(parts[k] for k in sorted(parts, key=natural))).hexdigest() != digest:
+    if hashlib.sha256(b"".join(parts[k] for k in sorted(parts, key=natural))).hexdigest() != digest:
         found.append("the adapter folder's adapter is not the checkpoint's")
 
+    found += claim_troubles(run, certificate, recipe, facts)
     card = run / "adapter" / "README.md"
     if not card.is_file() or " ".join(certificate["statement"].split()) not in card.read_text("utf-8"):
         found.append("the adapter's model card has not the certificate's statement")

@@ -43,6 +43,18 @@ def agree(found: object, expected: object, tolerance: float = TOLERANCE) -> bool
     return type(found) is type(expected) and found == expected
 
 
+def parse(text: bytes | str) -> object:
+    """A JSON value; ValueError for an object that names a value twice, of which another reader would take the other."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise ValueError("an object has two values of one name")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def read_ledger(path: Path) -> tuple[list[dict], str]:
     """The records and the last line's hash; ValueError when the chain is broken."""
     records, previous = [], "0" * 64
@@ -50,7 +62,7 @@ def read_ledger(path: Path) -> tuple[list[dict], str]:
     if not data.endswith(b"\n"):
         raise ValueError("the ledger's last line was never finished: resume the run with drencoder run --resume")
     for number, line in enumerate(data[:-1].split(b"\n"), start=1):
-        record = json.loads(line)
+        record = parse(line)
         if number == 1 and record.get("format") != 2:
             raise ValueError("the ledger is of another format than 2: use the script of the version that wrote it")
         if json.dumps(record, sort_keys=True, allow_nan=False).encode() != line:

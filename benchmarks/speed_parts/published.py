@@ -55,7 +55,7 @@ def _make_model(shape: str, folder: Path, tokenizer: Path | None, max_tokens: in
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from drencoder.models.base_model import embedded_folder
+    from drencoder.models.place import embedded_folder
 
     source = tokenizer or Path(str(embedded_folder()))
     hidden, intermediate, layers, heads = SHAPES[shape]

@@ -64,7 +64,7 @@ def overrides(model: str, clients: int, records: int) -> list[str]:
 
 def make_task(model: str, clients: int, records: int) -> Task:
     """Builds the cohort with drencoder. A client without as many records as the others is no problem for any way."""
-    from drencoder.models.base_model import embedded_folder
+    from drencoder.models.place import embedded_folder
     from drencoder.recipe.recipe import load_recipe
     from drencoder.runs.build import build
 

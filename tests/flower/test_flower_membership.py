@@ -118,7 +118,7 @@ def test_digests_follow_contents_and_nothing_else(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from drencoder.models.base_model import embedded_folder
+    from drencoder.models.place import embedded_folder
 
     def digests(folder: Path) -> BaseDigests:
         return BaseDigests.of(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -114,12 +115,32 @@ def test_how_to_load_and_what_the_hub_reads(run: Path) -> None:
     def card(**values: Any) -> str:
         return write_model_card({**copy.deepcopy(certificate), **values})
 
-    hub = card(model="org/tiny", base={"hub_id": "org/tiny", "revision": "0123abc", "licence": "mit"})
+    named = {"hub_id": "org/tiny", "revision": "0123abc", "licence": "mit", "dtype": "bfloat16"}
+    hub = card(model="org/tiny", base=named)
     assert 'license: "mit"\nbase_model: "org/tiny"\n' in hub
-    assert 'from_pretrained("org/tiny", revision="0123abc")' in hub
+    assert 'from_pretrained("org/tiny", revision="0123abc", dtype="bfloat16")' in hub
     gguf = card(model="models/small.gguf", base=certificate["base"])
-    assert 'from_pretrained("models", gguf_file="small.gguf")' in gguf
-    assert "from_pretrained(embedded_folder())" in card(model="embedded")
+    assert 'from_pretrained("models", gguf_file="small.gguf", dtype="float32")' in gguf
+    assert 'from_pretrained(embedded_folder(), dtype="float32")' in card(model="embedded")
+    for dtype, bits in {"int8": "load_in_8bit=True", "nf4": "load_in_4bit=True"}.items():
+        quantised = card(model="org/tiny", base={**named, "dtype": dtype})
+        assert f'dtype="bfloat16", quantization_config=BitsAndBytesConfig({bits}' in quantised
+        assert "AutoTokenizer, BitsAndBytesConfig" in quantised
+
+
+def test_the_cards_own_lines_give_the_loss_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers would load the base in the checkpoint's type, and in 16 bits the loss is another."""
+    recipe = load_recipe(run / "recipe.resolved.toml")
+    config = Path(recipe.model.source) / "config.json"
+    before = config.read_text()
+    monkeypatch.chdir(run)
+    names: dict[str, Any] = {}
+    try:
+        config.write_text(json.dumps(json.loads(before) | {"dtype": "bfloat16"}))
+        exec(card_of(run).split("```python\n")[1].split("```")[0], names)
+    finally:
+        config.write_text(before)
+    assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32}
 
 
 def test_what_was_not_measured_is_not_said(run: Path) -> None:

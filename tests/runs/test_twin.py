@@ -15,7 +15,8 @@ from drencoder.federated.in_process import InProcessEngine
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs import run as experiment
 from drencoder.runs.build import build
-from drencoder.runs.twin import TWIN_SENTENCE, check_twin, twin_components
+from drencoder.runs.certificate import TWIN_SENTENCE
+from drencoder.runs.twin import check_twin, twin_components
 from drencoder.runs.verify import verify_run
 
 

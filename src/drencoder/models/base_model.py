@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,15 +18,11 @@ from transformers.utils import logging as hf_logging
 
 from drencoder.data.tokenization import RecordTokenizer
 from drencoder.errors import DeviceError
-from drencoder.models.gguf_header import read_gguf_header
 from drencoder.models.loaded_size import room_for_weights
 from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
-from drencoder.models.place import ModelPlace, embedded_folder, locate
+from drencoder.models.place import UNKNOWN_LICENCE, ModelPlace, licence_in, licence_of, locate
 from drencoder.models.quantised import quantised_weights
 from drencoder.recipe import recipe as config
-
-_UNKNOWN = "unknown"  # the hub's own tag for a licence that nobody states
-_TAG = "[A-Za-z0-9.+-]{1,60}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class BaseModel:
     source: str
     hub_id: str = ""
     revision: str = ""
-    licence: str = _UNKNOWN
+    licence: str = UNKNOWN_LICENCE
 
     @property
     def device(self) -> torch.device:
@@ -232,19 +227,13 @@ def _quiet(place: ModelPlace) -> Iterator[None]:
 
 
 def _licence(place: ModelPlace, name: str, options: dict[str, Any]) -> str:
-    """The licence tag at the head of the model's own card, as the hub reads it, or of a GGUF file."""
-    if place.path == embedded_folder():
-        return "apache-2.0"
-    if place.is_gguf and place.path is not None:
-        stated = str(read_gguf_header(place.path).facts.get("general.license", ""))
-        return stated if re.fullmatch(_TAG, stated) else _UNKNOWN
+    """The licence tag that the model's own files state; a hub's card is fetched if need be."""
+    if place.path is not None:
+        return licence_of(place) or UNKNOWN_LICENCE
     try:
         card = cached_file(
             name, "README.md", _raise_exceptions_for_missing_entries=False, revision=options.get("revision")
         )
-        text = Path(card).read_text("utf-8") if card else ""
     except (OSError, ValueError):
-        return _UNKNOWN
-    head = re.match(r"---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
-    tag = re.search(rf"^license:\s*[\"']?({_TAG})[\"']?\s*$", head[1], re.MULTILINE) if head else None
-    return tag[1] if tag else _UNKNOWN
+        return UNKNOWN_LICENCE
+    return licence_in(Path(card)) if card else UNKNOWN_LICENCE

@@ -6,9 +6,14 @@ from importlib import resources
 from pathlib import Path
 
 from drencoder.errors import ModelError
+from drencoder.models.gguf_header import read_gguf_header
 from drencoder.reading import shown
 from drencoder.recipe.sections import Model
 
+UNKNOWN_LICENCE = "unknown"
+"""The hub's own tag for a licence that nobody states."""
+
+_TAG = "[A-Za-z0-9.+-]{1,60}"
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")  # of the hub's own cache
 
 
@@ -44,6 +49,36 @@ class ModelPlace:
 def embedded_folder() -> Path:
     """The folder of the model that is shipped inside the package."""
     return Path(str(resources.files("drencoder") / "embedded"))
+
+
+def licence_of(place: ModelPlace) -> str | None:
+    """The licence tag that the model's own files state; None where they are not on this machine.
+
+    Raises:
+      ModelError: a GGUF file is damaged.
+    """
+    if place.path == embedded_folder():
+        return "apache-2.0"
+    if place.is_gguf:
+        assert place.path is not None
+        stated = str(read_gguf_header(place.path).facts.get("general.license", ""))
+        return stated if re.fullmatch(_TAG, stated) else UNKNOWN_LICENCE
+    folder = place.folder
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    # A hub's card may not have been fetched.
+    return licence_in(folder / "README.md") if place.path or (folder / "README.md").exists() else None
+
+
+def licence_in(card: Path) -> str:
+    """The licence tag at the head of a model's own card, as the hub reads it."""
+    try:
+        text = card.read_text("utf-8")
+    except (OSError, ValueError):
+        return UNKNOWN_LICENCE
+    head = re.match(r"---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
+    tag = re.search(rf"^license:\s*[\"']?({_TAG})[\"']?\s*$", head[1], re.MULTILINE) if head else None
+    return tag[1] if tag else UNKNOWN_LICENCE
 
 
 def locate(knobs: Model) -> ModelPlace:

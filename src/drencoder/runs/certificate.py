@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from drencoder import __version__
 from drencoder.data.evaluation_text import describe_owners, evaluation_rests_on, owner_kind
+from drencoder.data.sources import provenance_of
 from drencoder.encoders.code_sizes import BITS_PER_VALUE, plain_lora_bytes
 from drencoder.encoders.planning import clip_words, wire_dtype
 from drencoder.errors import ArtifactError
@@ -39,6 +40,26 @@ SIMULATED = (
 
 BYTES_COUNTED = {True: "counted", False: "expected: the size of a secret cohort is not published"}
 """Whether cohorts are no secret -> how the certificate's bytes came about."""
+
+
+TWIN_SENTENCE = (
+    "A twin of this run was trained without noise, as a comparison for who holds all clients' text. Its outputs, in twin/, are NOT private: "
+    "they must not be shared, and epsilon says nothing about them."
+)
+
+STATED = (
+    "adapter_start",
+    "base",
+    "bytes",
+    "clip",
+    "data",
+    "drencoder",
+    "encoder",
+    "finished",
+    "stage1",
+    "uniform_loss",
+)
+"""What a certificate says beside what follows from ledger, recipe and outcomes; the last checkpoint has a copy."""
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -78,6 +99,13 @@ def file_digests(folder: RunFolder) -> dict[str, str]:
         return {path.relative_to(folder.path).as_posix(): _sha256(path) for path in names if path.is_file()}
 
 
+def adapter_digests(folder: RunFolder) -> dict[str, str]:
+    """Name -> SHA-256 of every file of the adapter folder but the model card, which is made from the certificate."""
+    files = [path for path in sorted(folder.adapter.rglob("*")) if path.is_file() and path != folder.model_card]
+    with storing(folder.adapter):
+        return {path.relative_to(folder.adapter).as_posix(): _sha256(path) for path in files}
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -101,6 +129,7 @@ def derived_part(ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
         "evaluation_rests_on": evaluation_rests_on(recipe),
         "slots_without_result": ledger.slots_without_result(),
         "model": recipe.model.source,
+        "data": f"the clients' own text, which stays at {len(sites)} sites" if sites else provenance_of(data),
     }
 
 
@@ -135,10 +164,12 @@ def make_certificate(
             "start": clip_words(recipe, components.texts.public.declared if components.texts.public else ""),
         },
         "adapter_start": components.start,
-        "data": f"the clients' own text, which stays at {len(ledger.sites())} sites"
-        if ledger.sites()
-        else components.texts.source.provenance,
-        "base": {"hub_id": base.hub_id, "revision": base.revision, "licence": base.licence},
+        "base": {
+            "hub_id": base.hub_id,
+            "revision": base.revision,
+            "licence": base.licence,
+            "dtype": recipe.model.dtype,
+        },
     }
 
 

@@ -45,8 +45,10 @@ def float32_bytes(values_V: Tensor) -> bytes:
     return values_V.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
-def save_checkpoint(folder: RunFolder, ledger: Ledger, progress: Progress) -> None:
-    """One file, replaced atomically: tensors, and the rest as JSON in its header."""
+def save_checkpoint(
+    folder: RunFolder, ledger: Ledger, progress: Progress, stated: Mapping[str, Any] | None = None
+) -> None:
+    """One file, replaced atomically: tensors, and the rest as JSON in its header; at the end of a run also what it `stated`."""
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in progress.state.tensors().items()}
     tensors |= {f"encoder.{name}": tensor.contiguous() for name, tensor in (progress.encoder_state or {}).items()}
     facts = {
@@ -59,6 +61,7 @@ def save_checkpoint(folder: RunFolder, ledger: Ledger, progress: Progress) -> No
         "clip_l2": progress.clip_l2,
         "bytes_down": progress.bytes_down,
         "ledger_head": ledger.head,
+        **({"stated": stated} if stated else {}),
     }
     folder.write(folder.checkpoints / _NAME, save(tensors, metadata={"drencoder": json.dumps(facts)}))
 

@@ -10,6 +10,10 @@ from typing import Any
 
 from drencoder.privacy.site_epsilons import UNITS
 
+_BITS = {
+    "int8": "load_in_8bit=True",
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"',
+}
 _TAGS = ("lora", "differential-privacy", "federated-learning", "drencoder")
 
 
@@ -122,10 +126,13 @@ def _loading(source: str, base: Mapping[str, Any]) -> Iterator[str]:
         )
     elif base["hub_id"] and base["revision"]:
         arguments += f", revision={json.dumps(base['revision'])}"
+    bits = _BITS.get(base["dtype"])
+    arguments += f', dtype="{"bfloat16" if bits else base["dtype"]}"'  # that of the checkpoint gives other losses
+    arguments += f", quantization_config=BitsAndBytesConfig({bits})" if bits else ""
     yield "```python"
     yield from filter(None, (first,))
     yield "from peft import PeftModel"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if bits else ''}"
     yield ""
     yield 'folder = "adapter"  # the folder of this file'
     yield "tokenizer = AutoTokenizer.from_pretrained(folder)"

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ td.n{text-align:right;font-variant-numeric:tabular-nums}h1{font-size:1.6rem}h2{f
 """
 
 
+_FIGURE = "<svg></svg>\n"
+
+
 def write_report(path: Path) -> Path:
     """Writes RUN/report.html from the certificate and the metrics, and returns its path.
 
@@ -30,18 +34,37 @@ def write_report(path: Path) -> Path:
       ArtifactError: the run has no certificate yet.
     """
     folder = RunFolder.open(path)
+    folder.write(folder.report, _make_page(folder, plot=True).encode())
+    return folder.report
+
+
+def page_without_figure(folder: RunFolder) -> str:
+    """The page that the run's other files give, but for its figure, which another version of matplotlib draws otherwise.
+
+    Raises:
+      ArtifactError: the run has no certificate yet, or a file is damaged.
+    """
+    return _make_page(folder, plot=False)
+
+
+def without_figure(page: str) -> str:
+    """A page without its figure, as `page_without_figure` has it."""
+    return re.sub("<svg.*?</svg>", _FIGURE.strip(), page, count=1, flags=re.DOTALL)
+
+
+def _make_page(folder: RunFolder, *, plot: bool) -> str:
     certificate = folder.read_json(folder.certificate)
     try:
         samples = folder.read_json(folder.samples) if folder.samples.exists() else None
-        recipe = read_text(folder.recipe)
-        page = _render_page(certificate, folder.read_metrics(), recipe, samples, _read_audit(folder))
-        data = page.encode()
+        metrics = [row for row in folder.read_metrics() if row.get("loss") is not None]
+        figure = _render_plot(metrics) if plot or not metrics else _FIGURE
+        page = _render_page(certificate, figure, read_text(folder.recipe), samples, _read_audit(folder))
+        page.encode()
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise ArtifactError(
-            f"{folder.certificate} or another file of {path} is damaged ({type(error).__name__}): restore it from a copy."
+            f"{folder.certificate} or another file of {folder.path} is damaged ({type(error).__name__}): restore it from a copy."
         ) from None
-    folder.write(folder.report, data)
-    return folder.report
+    return page
 
 
 def remake_report(path: Path) -> Path:
@@ -75,7 +98,7 @@ def _read_audit(folder: RunFolder) -> dict[str, Any] | None:
 
 def _render_page(
     certificate: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
+    figure: str,
     recipe: str,
     samples: Mapping[str, Any] | None,
     audit: Mapping[str, Any] | None,
@@ -101,7 +124,7 @@ def _render_page(
         f"<p>{sent['uploaded']:,} bytes ({html.escape(sent['counted'])}); plain LoRA would send {sent['plain_lora']:,}, "
         f"{sent['plain_lora'] / max(1, sent['uploaded']):.1f} times more.</p>",
         "<h2>Rounds</h2>",
-        _render_plot([row for row in metrics if row.get("loss") is not None]),
+        figure,
         *(f"<p>{html.escape(sentence)}</p>" for sentence in lost_sentences(certificate["slots_without_result"])),
         "<h2>Encoder and stage 1</h2>",
         _render_facts(

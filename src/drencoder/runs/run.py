@@ -30,7 +30,15 @@ from drencoder.privacy.ledger import Ledger
 from drencoder.recipe.recipe import Recipe, load_recipe
 from drencoder.runs.asking import ask_cohort, downloaded_bytes, uploaded_bytes
 from drencoder.runs.build import Components, EngineMaker, build
-from drencoder.runs.certificate import check_same_recipe, file_digests, make_certificate, recipe_digest
+from drencoder.runs.certificate import (
+    STATED,
+    TWIN_SENTENCE,
+    adapter_digests,
+    check_same_recipe,
+    file_digests,
+    make_certificate,
+    recipe_digest,
+)
 from drencoder.runs.checkpoint import Progress, float32_bytes, load_checkpoint, save_checkpoint
 from drencoder.runs.model_card import write_model_card
 from drencoder.runs.plan_overview import Overview
@@ -38,8 +46,6 @@ from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.samples import answer_prompts
 from drencoder.runs.stage1 import fit_encoder, refresh_encoder, run_stage1
 from drencoder.runs.twin import (
-    TWIN,
-    TWIN_SENTENCE,
     TwinLines,
     check_twin,
     forget_weights,
@@ -173,7 +179,7 @@ def _with_twin(result: RunResult, components: Components, listener: Listener, *,
     if not wanted:
         return result
     own, lines = twin_components(components, result.certificate), TwinLines(listener.say)
-    folder = RunFolder(result.folder / TWIN)
+    folder = RunFolder(RunFolder(result.folder).twin)
     if is_finished(folder):
         return replace(result, twin=_result(folder))
     make_private_folder(folder)
@@ -339,11 +345,13 @@ def _finish(
     uniform_loss = math.log(components.lora.base.vocabulary)
     certificate["uniform_loss"] = uniform_loss
     certificate["verdict"] = verdict(stored, uniform_loss, NO_EVALUATION)
-    if extras.twin or (folder.path / TWIN).exists():
+    if extras.twin or folder.twin.exists():
         certificate["twin"] = TWIN_SENTENCE
     if extras.samples and certificate["private"]:
         listener.say("asking base and adapted model a few public prompts")
         folder.write_json(folder.samples, answer_prompts(components, progress.state.adapter_D).to_dict())
+    stated = {key: certificate[key] for key in STATED} | {"adapter": adapter_digests(folder)}
+    save_checkpoint(folder, ledger, progress, stated)
     folder.write_json(folder.certificate, certificate)
     folder.write(folder.model_card, write_model_card(folder.read_json(folder.certificate)).encode())
     write_report(folder.path)

@@ -62,6 +62,7 @@ class RunFolder:
     report = _Inside("report.html")
     samples = _Inside("samples.json")
     signatures = _Inside("signatures.jsonl")
+    twin = _Inside("twin")
     _starting = _Inside(".recipe.starting.toml")  # the recipe of a run whose ledger is not there yet
 
     @staticmethod

@@ -53,15 +53,13 @@ def _parsed(data: bytes) -> tuple[dict[str, StoredTensor], Mapping[str, Any]]:
     return tensors, facts
 
 
-def adapter_digest(path: Path) -> str | None:
-    """SHA-256 of a PEFT adapter's values in the order of the flat adapter vector; None if they are no float32.
+def adapter_digest(path: Path) -> str:
+    """SHA-256 of a PEFT adapter's values in the order of the flat adapter vector.
 
     Raises:
       ArtifactError: the file is missing or damaged.
     """
     tensors, _ = read_tensors(path)
-    if any(tensor.dtype != "F32" for tensor in tensors.values()):
-        return None
     try:
         names = sorted(tensors, key=natural_order)
     except ValueError:  # a number of thousands of digits

@@ -16,17 +16,9 @@ from drencoder.errors import RecipeError
 from drencoder.federated.server_rate import planned_rate
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.build import Components
+from drencoder.runs.certificate import TWIN_SENTENCE
 from drencoder.runs.plan_overview import Overview, survey
 from drencoder.runs.run_folder import RunFolder, storing
-
-TWIN = "twin"
-"""Its folder, inside the run's."""
-
-TWIN_SENTENCE = (
-    "A twin of this run was trained without noise, as a comparison for who holds all clients' text. Its outputs, in twin/, are NOT private: "
-    "they must not be shared, and epsilon says nothing about them."
-)
-
 
 _WARNING = "NOT-PRIVATE.txt"  # written last
 

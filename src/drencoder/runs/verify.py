@@ -26,6 +26,7 @@ from drencoder.runs.plan_overview import privacy_plan, survey
 from drencoder.runs.run_folder import RunFolder
 from drencoder.runs.signatures import check_signatures
 from drencoder.runs.tensor_files import adapter_digest, read_tensors
+from drencoder.runs.verify_claims import claim_troubles
 
 _TOLERANCE = 1e-6  # of an epsilon, absolute below 1 and relative above
 _CHECKPOINT = "latest.safetensors"
@@ -89,6 +90,7 @@ def verify_run(path: Path, signed_by: Mapping[str, str] | None = None) -> Verifi
             if not troubles:
                 troubles += _checkpoint_troubles(ledger, folder, certificate)
                 troubles += _card_troubles(folder, certificate)
+                troubles += claim_troubles(ledger, folder, recipe, certificate, derived)
         except _OTHER_KINDS as error:
             troubles.append(f"a file of the run has a value of another kind than runs write ({type(error).__name__}).")
         troubles += _file_troubles(ledger, folder)
@@ -281,7 +283,7 @@ def _checkpoint_troubles(ledger: Ledger, folder: RunFolder, certificate: Mapping
     digest = hashlib.sha256(state.data).hexdigest()
     if ledger.released_adapter(rounds) not in (None, digest):
         yield "the checkpoint's adapter is not the one that the ledger says was released."
-    if adapter_digest(folder.adapter / "adapter_model.safetensors") not in (None, digest):
+    if adapter_digest(folder.adapter / "adapter_model.safetensors") != digest:
         yield "the adapter folder's adapter is not the checkpoint's."
 
 
