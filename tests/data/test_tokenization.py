@@ -1,9 +1,11 @@
 """A record is one text and is tokenised once; control tokens in its words stay words; what is too long is cut where it hurts least."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from drencoder.data.prompts_template import pack_history, render
 from drencoder.data.tokenization import Example, RecordTokenizer, collate
@@ -205,3 +207,20 @@ def test_a_text_that_asks_nothing_is_learned_whole() -> None:
     for template in ("plain", "chat"):
         example = of(tokenizer, template=template).tokenise({"instruction": "", "response": "red river"}).example
         assert example == Example((*tokenizer("red river")["input_ids"], 2), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("asked", ["Say it", " \u4f60\u597d", "\t1 "])
+def test_the_saved_tokenizer_gives_the_tokens_that_were_taught(
+    kind: str, start: bool, asked: str, tmp_path: Path
+) -> None:
+    """By `apply_chat_template` too, where some tokenizers put no space behind a start token that is written out."""
+    tokeniser = of(make_tokenizer(kind, start=start), start=start)
+    tokeniser.save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    example = tokeniser.tokenise({"instruction": asked, "response": "red river"}).example
+    assert example is not None
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "red river"}]
+    text = saved.apply_chat_template(turns, tokenize=False)
+    assert tuple(saved(text, add_special_tokens=False)["input_ids"]) == example.tokens

@@ -174,9 +174,9 @@ class RecordTokenizer:
         Raises:
           OSError: the files cannot be written.
         """
-        own, start = self.tokenizer.chat_template, self.tokenizer.decode(list(self.start))
+        own = self.tokenizer.chat_template
         try:
-            self.tokenizer.chat_template = saved_template(self.template, start) or own
+            self.tokenizer.chat_template = saved_template(self.template, self._written_start()) or own
             self.tokenizer.save_pretrained(str(folder))
         except OSError:
             raise
@@ -184,6 +184,14 @@ class RecordTokenizer:
             raise OSError(str(error)) from None
         finally:
             self.tokenizer.chat_template = own
+
+    def _written_start(self) -> str:
+        """What a text begins with that gives, by itself, the tokens which this tokenizer puts before a text, and the first word's own.
+
+        Some put a space before a text's first word, and none behind a start token that is written out.
+        """
+        start, tokens = self.tokenizer.decode(list(self.start)), [*self.start, *self._places("a", control=False)[0]]
+        return next((one for one in (start, f"{start} ") if self._places(f"{one}a", control=True)[0] == tokens), start)
 
     # --- a record that is too long ----------------------------------------------------------------
 
