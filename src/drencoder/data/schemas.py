@@ -40,7 +40,55 @@ _SPEAKERS = {
 }
 _SINGLE = (str, int, float, bool, Decimal)
 _LONE = re.compile("[\ud800-\udfff]")
-_PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}")
+_USUAL_NAMES = frozenset(
+    [
+        "a",
+        "answers",
+        "article",
+        "author",
+        "body",
+        "chosen",
+        "comment",
+        "content",
+        "context",
+        "conversation",
+        "data",
+        "description",
+        "dialogue",
+        "document",
+        "examples",
+        "highlights",
+        "id",
+        "inputs",
+        "label",
+        "labels",
+        "messages",
+        "name",
+        "note",
+        "notes",
+        "passage",
+        "q",
+        "query",
+        "question",
+        "reference",
+        "rejected",
+        "reply",
+        "sentence",
+        "source",
+        "subject",
+        "summary",
+        "target",
+        "targets",
+        "test",
+        "text",
+        "title",
+        "topic",
+        "train",
+        "translation",
+        "user",
+    ]
+)
+"""Names of fields that a message may show. In a table without a header, or an object of persons, other names are somebody's words."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +185,11 @@ def _recognise(row: Mapping[str, Any], fields: Mapping[str, str], where: str) ->
 
 
 def _unknown(free: list[str], asked: tuple[str, ...], reply: tuple[str, ...]) -> str:
-    """Says that no schema fits. A file without a header has a record's words in place of names: those are not shown."""
+    """Says that no schema fits. A file without a header has a record's words in place of names: only usual names are shown."""
     lacking = " and ".join(f"no field {verb}" for verb, found in (("asks", asked), ("replies", reply)) if not found)
-    names = ", ".join(free[:12]) if free and all(_PLAIN_NAME.fullmatch(name) for name in free) else ""
+    usual = [name for name in free if name.lower() in _USUAL_NAMES | {*_ASKED, *_REPLIES, *ROLES}]
+    others = f"{len(free) - len(usual)} of other names" if len(usual) < len(free) else ""
+    names = " and ".join(filter(None, (", ".join(usual[:12]), others)))
     return (
         f"{lacking}{f' (there are {names})' if names else ''}: known are instruction, prompt or question "
         "with response, output, completion or answer; messages; conversations; text. Name others in data.fields, such as "
