@@ -261,7 +261,7 @@ def _answer(value: Any, where: str) -> int:
 
 def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
-        raise DataError(f"{where}: there is no column {column!r} (found: {cut(', '.join(row))}): add it.")
+        raise DataError(f"{where}: there is no column {column!r}: add it.")
     return row[column]
 
 
