@@ -12,10 +12,11 @@ from drencoder.data.embedded_world.world import World
 from drencoder.data.public_text import PublicText, open_public
 from drencoder.data.tokenization import Example
 from drencoder.errors import DataError
-from drencoder.models.base_model import load_base
+from drencoder.models.base_model import BaseModel, load_base
 from drencoder.models.training_size import ModelSize
 from drencoder.recipe import sections
 from drencoder.recipe.recipe import load_recipe
+from drencoder.runs import run as experiment
 from drencoder.runs.build import Components, build
 
 
@@ -91,8 +92,10 @@ def test_own_text_is_the_base_models() -> None:
     text = open_public("self", "", write)
     assert text is not None
     assert text.declared == "written by the base model itself"
-    assert text.draw(2, 9) == [("", "text 9/0"), ("", "text 9/1")]
+    for _ in range(2):  # what was written is kept
+        assert text.draw(2, 9) == [("", "text 9/0"), ("", "text 9/1")]
     assert asked == [(2, 9)]
+    assert text.draw(1, 8) == [("", "text 8/0")]
 
 
 def test_the_base_model_writes_from_its_own_distribution(tiny_folder: Path) -> None:
@@ -132,8 +135,11 @@ def test_written_tokens_follow_the_models_probabilities(tiny_folder: Path) -> No
     assert len({text[0] for text in written if text}) > 0.9 * len(letters)  # and texts begin in all ways
 
 
-def test_make_believe_clients_are_the_same_again_and_others_in_another_slot(tiny_folder: Path) -> None:
-    knobs = ["encoder.name=kronecker", "prior.public=self", "prior.source=none"]
+@pytest.mark.parametrize("public", ["self", "embedded"])
+def test_make_believe_clients_are_the_same_again_and_have_other_text_in_another_slot_unless_the_model_wrote_it(
+    public: str, tiny_folder: Path
+) -> None:
+    knobs = ["encoder.name=kronecker", f"prior.public={public}", "prior.source=none"]
     live = build(load_recipe("quickstart", [*tiny_overrides(tiny_folder), *knobs]))
     first = live.public_updates(live.lora.initial_D, 1)
     assert first is not None
@@ -146,7 +152,29 @@ def test_make_believe_clients_are_the_same_again_and_others_in_another_slot(tiny
     assert torch.equal(again.update_ND, first.update_ND)
     other = live.public_updates(live.lora.initial_D, 2)
     assert other is not None
-    assert not torch.allclose(other.update_ND, first.update_ND)
+    assert torch.equal(other.update_ND, first.update_ND) == (public == "self")
+    moved = live.public_updates(live.lora.initial_D + 0.01, 2)  # the same text gives other bases at another adapter
+    assert moved is not None
+    assert not torch.allclose(moved.update_ND, other.update_ND)
+
+
+@pytest.mark.parametrize(("evaluation", "writings"), [("embedded:facts", 1), ("none", 2)])
+def test_the_model_writes_once_a_run_and_other_text_for_a_gate_that_has_no_other(
+    evaluation: str, writings: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = ["encoder.name=hybrid", "prior.public=self", "adapter.start=peft", "privacy.clip_l2=0", f"evaluation.data={evaluation}", "encoder.gate=warn"]  # fmt: skip
+    recipe = load_recipe("quickstart", [*tiny_overrides(tiny_folder), *knobs])
+    asked: list[tuple[int, int]] = []
+    write = BaseModel.write
+
+    def counted(self: BaseModel, count: int, max_tokens: int, seed: int) -> list[str]:
+        asked.append((count, seed))
+        return write(self, count, max_tokens, seed)
+
+    monkeypatch.setattr(BaseModel, "write", counted)
+    result = experiment.run(recipe, tmp_path / "run")
+    assert result.certificate["rounds"] == recipe.federation.rounds > 1
+    assert len(asked) == len(set(asked)) == writings
 
 
 def test_a_make_believe_client_of_a_large_model_has_one_record(

@@ -1,5 +1,7 @@
 """A that starts at the directions which public text fills."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,31 @@ def test_a_starts_at_the_leading_directions_of_its_inputs(monkeypatch: pytest.Mo
         assert stepped == pytest.approx(best, rel=1e-2)  # steps forget a little of the weak directions
     for name in set(before) - set(names):
         assert not after[name].any()
+
+
+def test_the_directions_of_an_input_that_layers_share_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query, key and value of a layer get one tensor, its output projection another; an input that only looks like it is its own."""
+    lora, taken, directions_of = LoraModel(tiny_base(), config.Adapter(rank=3), seed=5), [], starts.top_directions
+
+    def counted(rows_XL: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append(rows_XL.shape)
+        return directions_of(rows_XL, rank)
+
+    monkeypatch.setattr(starts, "top_directions", counted)
+    shared = public_start(lora, texts(20))
+    assert len(taken) == 2 * 2 * 2  # two passes, two layers, two inputs each
+    watched = LoraModel.watched
+
+    @contextlib.contextmanager
+    def copied(self: LoraModel) -> Iterator[dict[str, torch.Tensor]]:
+        with watched(self) as inputs:
+            own: dict[str, torch.Tensor] = {}
+            yield own
+            own |= {name: values.clone() for name, values in inputs.items()}
+
+    monkeypatch.setattr(LoraModel, "watched", copied)
+    assert torch.equal(public_start(lora, texts(20)), shared)
+    assert len(taken) == 8 + 16
 
 
 def test_a_layer_with_too_few_directions_keeps_random_rows() -> None:

@@ -6,6 +6,7 @@ Nothing here can check that a text is public: who runs says where it is from, an
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import final
@@ -25,10 +26,14 @@ _WRITTEN = "written by the base model itself"
 @final
 @dataclass(frozen=True)
 class PublicText:
-    """`draw(count, seed)` gives records, or prompts and responses; the same for the same seed."""
+    """`draw(count, seed)` gives records, or prompts and responses; the same for the same seed.
+
+    `written_once`: a draw is dear and other text is no better, so that all rounds of a run share the first one.
+    """
 
     declared: str
     draw: Callable[[int, int], list[Text]]
+    written_once: bool = False
 
 
 def open_public(
@@ -53,7 +58,7 @@ def open_public(
     if public == "embedded":
         return PublicText(provenance or _EMBEDDED, _documents)
     if public == "self":
-        return PublicText(provenance or _WRITTEN, lambda count, seed: [("", text) for text in write(count, seed)])
+        return PublicText(provenance or _WRITTEN, _kept(write), written_once=True)
     if not provenance.strip():
         raise DataError(
             f"prior.public = {public!r} needs prior.provenance: say in words whose text this is and why the server "
@@ -66,6 +71,12 @@ def open_public(
         return list(chance.choices(records, k=count) if count > len(records) else chance.sample(records, count))
 
     return PublicText(f"{provenance} ({_short(public)})", draw)
+
+
+def _kept(write: Callable[[int, int], list[str]]) -> Callable[[int, int], list[Text]]:
+    """Has the model write the texts of a count and seed when they are first drawn; afterwards they are at hand."""
+    written = cache(write)
+    return lambda count, seed: [("", text) for text in written(count, seed)]
 
 
 def _documents(count: int, seed: int) -> list[Text]:

@@ -40,9 +40,13 @@ def public_start(lora: LoraModel, examples: Sequence[Example]) -> Tensor:
         real_RL = torch.arange(batch.input_ids.shape[1], device=lora.device) < length_R1
         with torch.no_grad(), lora.watched() as inputs:
             lora.logits_before(batch.input_ids, batch.predicted)
+        found: dict[tuple[int, ...], Tensor] = {}  # query, key and value get one tensor: its directions are taken once
         for name, values in inputs.items():  # values (R, L, I), or (R * L, I) of some layers
-            row_TI = values.reshape(*real_RL.shape, -1)[real_RL]
-            known[name] = _leading(known.get(name), row_TI.float().cpu(), lora.rank)
+            same = (id(known.get(name)), values.data_ptr(), *values.shape, *values.stride())
+            if same not in found:
+                row_TI = values.reshape(*real_RL.shape, -1)[real_RL]
+                found[same] = _leading(known.get(name), row_TI.float().cpu(), lora.rank)
+            known[name] = found[same]
     tensors = dict(lora.layout.unflatten(lora.initial_D.cpu()))
     for name, direction_QI in known.items():
         A_rI = tensors[name]

@@ -217,7 +217,7 @@ class Prior(Checked):
     public: str = knob(
         "",
         "public text for the structured prior: `embedded` (what the embedded model was trained on), `self` (written by the "
-        "base model), or a file, folder or `hub:ORG/NAME` as in data.source; empty = self for an encoder made from public text, none for others",
+        "base model, the same in all rounds), or a file, folder or `hub:ORG/NAME` as in data.source; empty = self for an encoder made from public text, none for others",
     )
     provenance: str = knob("", "whose text `public` is and why the server may look at it; the certificate repeats it")
 

@@ -42,7 +42,7 @@ from drencoder.runs.plan_overview import Overview, survey
 
 _WRITTEN_TOKENS = 64  # of a text by the base model itself
 _PUBLIC_TOKENS = 2 * _WRITTEN_TOKENS  # that a record of a make-believe client is reckoned with
-_GATE_DRAW = -1  # of public text; those of the slots are 1 and above
+_GATE_DRAW, _ONLY_DRAW = -1, 1  # of public text; those of the slots are 1 and above
 _PUBLIC_CLIENTS = 16  # make-believe ones, per estimate of the structured prior: 64 do no better (docs/log.md)
 
 
@@ -151,7 +151,7 @@ class Components:
     def public_updates(self, adapter_D: torch.Tensor, slot: int) -> PublicUpdates | None:
         """Updates of make-believe clients with public text at this adapter; None if the encoder is not made from any.
 
-        Other text in every slot, the same whenever that slot is computed again.
+        Other text in every slot, but the model's own is written once for all of them; the same whenever a slot is computed again.
         """
         return self.updates_of_public_text(adapter_D, slot) if self.encoder_has_public_text else None
 
@@ -159,7 +159,8 @@ class Components:
         """The same, whatever the encoder is made from; None without public text."""
         if self.texts.public is None:
             return None
-        return PublicUpdates(self._updates_of_public_text(adapter_D, slot), self.texts.public.declared)
+        draw = _ONLY_DRAW if self.texts.public.written_once else slot
+        return PublicUpdates(self._updates_of_public_text(adapter_D, draw), self.texts.public.declared)
 
     @cached_property
     def start_updates(self) -> PublicUpdates:
@@ -179,18 +180,20 @@ class Components:
                 return None
             return self._updates_of_public_text(adapter_D, _GATE_DRAW), "public text, drawn anew"
         # With little text they hold less of it: of two or three updates the gate could say nothing with confidence.
-        size = min(self.recipe.data.examples_per_client, max(1, len(held_out) // clients))
+        size = min(self._records_each, max(1, len(held_out) // clients))
         groups = [held_out[start : start + size] for start in range(0, min(len(held_out), clients * size), size)]
         while len(groups) < 2:  # the gate compares at least two
             groups.append(held_out)
         return self.updates_of(groups, adapter_D), "server-held text"
 
     def _updates_of_public_text(self, adapter_D: torch.Tensor, draw: int) -> torch.Tensor:
-        # Of a large model one record of each carries as much as eight, at a fifth of the cost (docs/log.md).
-        affordable = max(1, self.lora.size.busy_tokens // _PUBLIC_TOKENS)
-        size = min(self.recipe.data.examples_per_client, affordable)
-        groups = self.texts.public_clients(_PUBLIC_CLIENTS, size, derive_seed(self.recipe.seed, "public", draw))
-        return self.updates_of(groups, adapter_D)
+        seed = derive_seed(self.recipe.seed, "public", draw)
+        return self.updates_of(self.texts.public_clients(_PUBLIC_CLIENTS, self._records_each, seed), adapter_D)
+
+    @property
+    def _records_each(self) -> int:
+        """Records of a make-believe client: of a large model one carries as much as eight, at a fifth of the cost (docs/log.md)."""
+        return min(self.recipe.data.examples_per_client, max(1, self.lora.size.busy_tokens // _PUBLIC_TOKENS))
 
     def updates_of(self, groups: Sequence[list[Example]], adapter_D: torch.Tensor) -> torch.Tensor:
         """What clients with these examples would compute (N, D), on text that the server holds itself."""
