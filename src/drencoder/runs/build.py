@@ -40,8 +40,8 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.rng import derive_seed
 from drencoder.runs.plan_overview import Overview, survey
 
-_WRITTEN_TOKENS = 64  # of a text by the base model itself
-_PUBLIC_TOKENS = 2 * _WRITTEN_TOKENS  # that a record of a make-believe client is reckoned with
+_WRITTEN_TOKENS = 32  # of a text by the base model itself: 64 carry no more, 16 a little less (docs/log.md)
+_PUBLIC_TOKENS = 128  # that a record of a make-believe client is reckoned with
 _GATE_DRAW, _ONLY_DRAW = -1, 1  # of public text; those of the slots are 1 and above
 _PUBLIC_CLIENTS = 16  # make-believe ones, per estimate of the structured prior: 64 do no better (docs/log.md)
 
