@@ -305,10 +305,14 @@ def test_owners_are_named_by_a_field_that_has_another_use(
     path.write_text("".join(json.dumps(record) + "\n" for record in rows))
     source = open_source(knobs, population=2, seed=0)
     assert [len(source.client(client)) for client in range(2)] == [2, 1]
-    for nobody in (row, {**row, field: None}) if field not in fields.values() else ():
-        path.write_text("".join(json.dumps(record) + "\n" for record in (*rows, nobody)))
-        with pytest.raises(DataError, match=f"record 4 has no field '{field}'"):
-            open_source(knobs, population=2, seed=0)
+    if field not in fields.values():
+        for nobody, words in (
+            (row, f"record 4 has no field '{field}'"),
+            ({**row, field: None}, f"line 4: null in '{field}'"),
+        ):
+            path.write_text("".join(json.dumps(record) + "\n" for record in (*rows, nobody)))
+            with pytest.raises(DataError, match=words):
+                open_source(knobs, population=2, seed=0)
 
 
 @pytest.mark.parametrize("names", [(0, -0.0, 1), (1e16, 10**16), (1e20, "1e20"), ("12e4", 120000), ("3", "\uff13")])
@@ -317,6 +321,37 @@ def test_one_number_in_two_ways_is_refused(tmp_path: Path, names: tuple[object, 
     knobs = sections.Data(source=str(write(tmp_path, records)), client_field="patient")  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owners"):
         open_source(knobs, population=len(names), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"), [(True, "true or false"), (["p2"], "a list"), ({"id": 2}, "an object"), (None, "null")]
+)
+def test_an_owner_that_is_neither_text_nor_number_is_refused_with_its_place(
+    tmp_path: Path, wrong: object, kind: str
+) -> None:
+    records = [{"instruction": f"q{n}", "response": "a", "patient": who} for n, who in enumerate(["p1", wrong])]
+    path = write(tmp_path, records)  # type: ignore[arg-type]
+    expected = f"{path}, line 2: {kind} in 'patient', where data.client_field expects an owner's name"
+    with pytest.raises(DataError, match=re.escape(expected)):
+        open_source(sections.Data(source=str(path), client_field="patient"), population=2, seed=0)
+    assert open_source(
+        sections.Data(source=str(path)), population=2, seed=0
+    )  # a field that names no owner may be anything
+
+
+def test_a_reply_that_rows_call_otherwise_names_no_owner(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match="line 1: no field 'response', where data.client_field expects an owner's name"):
+        open_source(sections.Data(source=str(path), client_field="response"), population=1, seed=0)
+
+
+def test_a_tables_column_of_true_and_false_names_no_owners(tmp_path: Path) -> None:
+    path = tmp_path / "notes.csv"
+    path.write_text("instruction,response,smoker\nq0,a,True\nq1,a,False\nq2,a,true\n")
+    with pytest.raises(
+        DataError, match=r"'smoker' of .*notes\.csv has nothing but true and false where an owner's name"
+    ):
+        open_source(sections.Data(source=str(path), client_field="smoker"), population=2, seed=0)
 
 
 def test_an_owners_key_is_its_own_key() -> None:

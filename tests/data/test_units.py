@@ -114,7 +114,7 @@ def test_the_embedded_world_has_sites_too() -> None:
 @pytest.mark.parametrize(
     ("changes", "spoil", "words"),
     [
-        ({}, {"ward": None}, "field 'ward'"),
+        ({}, {"ward": None}, "line 30: null in 'ward', where data.client_field"),
         ({}, {"patient": ""}, "field 'patient': an empty name"),
         ({"data__owner_field": "who"}, {}, "record 1 has no field 'who': set data.owner_field"),
         ({"data__owner_field": ""}, {}, "name the field in data.owner_field"),
@@ -122,6 +122,8 @@ def test_the_embedded_world_has_sites_too() -> None:
         ({"federation__population": 2}, {}, "names 3 sites in 'ward', and the recipe has federation.population = 2"),
         ({"data__held_out_share": 1e-9}, {}, "sets none of the owners"),
         ({}, {"patient": "P0"}, "may be only 1 owners"),
+        ({}, {"patient": True}, "line 30: true or false in 'patient', where data.owner_field expects an owner's name"),
+        ({}, {"ward": ["w0"]}, "line 30: a list in 'ward', where data.client_field expects an owner's name"),
     ],
 )
 def test_what_cannot_be_meant_is_one_sentence(tmp_path: Path, changes: Row, spoil: Row, words: str) -> None:

@@ -46,13 +46,19 @@ def owner_key(value: Any) -> str:
 
 
 def check_spellings(keys: Iterable[str], field: str, where: str) -> None:
-    """Checks that no two owners' keys could be one person: alike but for upper and lower case, or as numbers.
+    """Checks that no two owners' keys could be one person: alike but for upper and lower case, or as numbers; and that they are
+    names, not a table's column of true and false.
 
     `field` and `where` are named in the message, the owners are not.
 
     Raises:
-      DataError: some could.
+      DataError: some could, or all are true or false.
     """
+    keys = set(keys)
+    if keys and {key.casefold() for key in keys} <= {"true", "false"}:
+        raise DataError(
+            f"{field!r} of {where} has nothing but true and false where an owner's name is expected: name a field that does."
+        )
     alike: dict[str, set[str]] = defaultdict(set)
     for key in keys:
         alike[_folded(key)].add(key)

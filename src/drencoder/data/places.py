@@ -77,12 +77,12 @@ def read_data(
     knob: str,
     split: str = "",
     fields: Mapping[str, str] | None = None,
-    owners: tuple[str, ...] = (),
+    owners: Mapping[str, str] | None = None,
 ) -> Records:
     """What a file, a folder of files, or one split of a hub data set or of a benchmark holds; `knob` is named in messages.
 
     `split` is for a place that names none; without it, it is the one that clients own. `fields` says which field is what where its
-    name does not (`data.fields`), `owners` which fields name an owner. The records are not to be changed: who reads the same file next gets the same ones.
+    name does not (`data.fields`), `owners` which fields name owners, and for which knob. The records are not to be changed: who reads the same file next gets the same ones.
 
     Raises:
       DataError: it is missing, unreadable, empty or ill-shaped.
@@ -91,19 +91,20 @@ def read_data(
     split = place.split or split or place.clients_split
     stamp = state_of(Path(place.name)) if not place.kind else None
     if stamp is None:  # of a hub, a benchmark, or nothing at all
-        return _read_data(place, split, knob, fields or {}, owners)
-    return _read_again(place, split, knob, tuple(sorted((fields or {}).items())), owners, stamp)
+        return _read_data(place, split, knob, fields or {}, owners or {})
+    named = tuple(tuple(sorted((given or {}).items())) for given in (fields, owners))
+    return _read_again(place, split, knob, named, stamp)
 
 
 @lru_cache(maxsize=1)
 def _read_again(
-    place: Place, split: str, knob: str, fields: tuple[tuple[str, str], ...], owners: tuple[str, ...], stamp: FileState
+    place: Place, split: str, knob: str, named: tuple[tuple[tuple[str, str], ...], ...], stamp: FileState
 ) -> Records:
     """The last file that was read: a command counts the owners of a file and then opens it, and a million records take their time."""
-    return _read_data(place, split, knob, dict(fields), owners)
+    return _read_data(place, split, knob, *map(dict, named))
 
 
-def _read_data(place: Place, split: str, knob: str, fields: Mapping[str, str], owners: tuple[str, ...]) -> Records:
+def _read_data(place: Place, split: str, knob: str, fields: Mapping[str, str], owners: Mapping[str, str]) -> Records:
     kind, name = place.kind, place.name
     rows: Iterable[Row]
     if kind in TAXONOMIES:

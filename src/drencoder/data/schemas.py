@@ -4,7 +4,7 @@ Values stay the texts that they are. A number, a null or something nested where 
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -110,7 +110,7 @@ def to_records(
     *,
     origin: str,
     strict: bool = True,
-    owners: Collection[str] = (),
+    owners: Mapping[str, str] | None = None,
 ) -> Records:
     """Brings rows into one shape.
 
@@ -119,10 +119,11 @@ def to_records(
       fields: role -> field, for roles that are not recognised by their names (`data.fields`). If the first row has none of these
         fields, and `strict` is not asked for, they are those of another source.
       origin: the source, for messages.
-      owners: the fields that name an owner. A record has their values as they are, or lacks the field, whatever else they are.
+      owners: field -> the knob that takes it to name a record's owner. A record has their values as they are, or lacks the field, whatever else they are.
 
     Raises:
-      DataError: there is no row, no schema fits, or a row has no text where one belongs; the message names its place.
+      DataError: there is no row, no schema fits, or a row has no text where one belongs, or an owner that is neither text nor a
+        number; the message names its place.
     """
     roles: dict[str, tuple[str, ...]] = {}
     schema, records, changed = "", [], 0
@@ -132,11 +133,13 @@ def to_records(
         if not roles:
             mapped = fields if strict or any(field in row for field in fields.values()) else {}
             roles, schema = _recognise(row, mapped, where)
+        for field, knob in (owners or {}).items():
+            _check_names_an_owner(row, field, knob, where)
         record, whole = _record(row, roles, where)
-        for field in owners:
-            if field in record and not isinstance(row.get(field), _SINGLE):
-                del record[field]
-            elif field != "history" and isinstance(row.get(field), _SINGLE):
+        for field in owners or {}:
+            if field not in row:
+                record.pop(field, None)
+            elif field != "history":
                 record[field] = _word_of(row[field])
         cleaned = {key: _LONE.sub("\ufffd", value) for key, value in record.items()}
         changed += cleaned != record or not whole
@@ -195,6 +198,18 @@ def _unknown(free: list[str], asked: tuple[str, ...], reply: tuple[str, ...]) ->
         "with response, output, completion or answer; messages; conversations; text. Name others in data.fields, such as "
         '{ instruction = "title", response = "body" }.'
     )
+
+
+def _check_names_an_owner(row: Mapping[str, Any], field: str, knob: str, where: str) -> None:
+    value = row.get(field, "")
+    if field == "response" and field not in row:  # what a record calls its reply, whatever its row calls it
+        raise DataError(
+            f"{where}: no field 'response', where {knob} expects an owner's name: name one that every record has."
+        )
+    if isinstance(value, bool) or not isinstance(value, _SINGLE):
+        raise DataError(
+            f"{where}: {kind_of(value)} in {field!r}, where {knob} expects an owner's name: name a field with a text or a number."
+        )
 
 
 def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where: str) -> tuple[Record, bool]:

@@ -11,7 +11,7 @@ import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -58,7 +58,7 @@ def open_source(
     kind = knobs.source.partition(":")[0]
     if kind == "embedded":
         return EmbeddedSource(knobs, seed, embedded_task(knobs.source, "data.source"))
-    read = read_source(knobs)
+    read = read_source(knobs, {knobs.client_field: "data.client_field"} if knobs.client_field else {})
     source = FileSource.split(
         read.records, knobs, population=population, seed=seed, set_aside=set_aside, at_site=at_site
     )
@@ -75,13 +75,12 @@ class ReadSource:
     changed: int
 
 
-def read_source(knobs: sections.Data) -> ReadSource:
-    """Reads `data.source`, which is no embedded world.
+def read_source(knobs: sections.Data, owners: Mapping[str, str]) -> ReadSource:
+    """Reads `data.source`, which is no embedded world; `owners`: the fields that name owners, and the knobs that say so.
 
     Raises:
       DataError: it is missing, unreadable, empty or ill-shaped.
     """
-    owners = tuple(filter(None, (knobs.client_field, knobs.owner_field)))
     read = read_data(knobs.source, knob="data.source", fields=dict(knobs.fields), owners=owners)
     return ReadSource(read.records, provenance_of(knobs), read.schema, read.changed)
 
