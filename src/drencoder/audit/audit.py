@@ -8,6 +8,7 @@ run's own noise source. Nothing of it is charged to a run that exists.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -18,16 +19,16 @@ from torch import Tensor
 from drencoder.audit.canaries import Planted, contributions
 from drencoder.audit.content import Attack, attack_content, attack_membership
 from drencoder.audit.masks import check_masks
-from drencoder.audit.noise_checks import Check, RestartCheck, check_noise
+from drencoder.audit.noise_checks import Check, RestartCheck, check_noise, check_shares
 from drencoder.audit.observers import Release, View, audit_records, audit_releases
 from drencoder.audit.result import RunAudit
 from drencoder.audit.secrecy import check_evaluation_text, check_secrecy
 from drencoder.audit.trade_off import largest_power, protection_sentence
 from drencoder.audit.trials import Seen, Trial, Trials, noise_left
-from drencoder.audit.unit_checks import check_units, check_worst_site
+from drencoder.audit.unit_checks import check_observers, check_units, check_worst_site
 from drencoder.audit.victims import gather_victims
 from drencoder.audit.warm_start import warm_adapter
-from drencoder.audit.whole_run import audit_run, has_more_than_one_release
+from drencoder.audit.whole_run import audit_run, follows_runs
 from drencoder.data.units import everyone
 from drencoder.encoders.contract import Encoder
 from drencoder.encoders.gaussian_prior import GaussianPrior
@@ -111,13 +112,18 @@ def audit_run_folder(
     _require_promise(components)
     with Ledger.open(folder.ledger, read_only=True) as ledger:
         progress = load_checkpoint(folder, ledger, components.lora.initial_D, components.lora.layout.segments)
+        stated = check_observers(ledger, certificate)
     encoder = components.encoder(progress.prior, dict(progress.encoder_state or {}))
     subject = _Subject(components, progress.state.adapter_D, encoder, progress.prior, progress.clip_l2)
     same = certificate.get("plan") == components.plan.to_dict()
     found = "The certificate's plan is that of the recipe" + (
         "." if same else " no longer: it promises something else than what this recipe's run does, or it was edited."
     )
-    checks = [Check("the certificate is about this recipe", same, found), _check_published(components, folder)]
+    checks = [
+        Check("the certificate is about this recipe", same, found),
+        stated,
+        _check_published(components, folder),
+    ]
     if components.plan.curated:
         checks.append(check_worst_site(components.plan, certificate))
     return _audit(
@@ -161,9 +167,11 @@ def _audit(
                 checks.append(_check_denominator(done))
             if plan.curated:
                 checks += check_units(done, "messages" if plan.trust == "local" else "sum", plan.rate(release.slots[0]))
-        if has_more_than_one_release(plan):
+        if follows_runs(plan):
             listener.say("canaries that are followed through whole runs")
-            views += audit_run(trials, subject.query, plan, canaries=canaries, seed=seed)
+            found, of_runs = audit_run(trials, subject.query, plan, canaries=canaries, seed=seed)
+            views += found
+            checks += of_runs
         if plan.trust == "secure-aggregation":
             listener.say("masks of secure aggregation")
             checks += _masks(subject, seed)
@@ -200,16 +208,17 @@ def _noise_of(trials: Trials, release: Release, done: Sequence[Trial]) -> list[C
     where = f"{'messages' if seen == 'messages' else 'the released sums'} of {release.words}"
     if done[0].query.spec.noise_in == "update" and seen == "messages":  # the noise passed the encoder
         return []
-    parts = [noise_left(trial, seen) for trial in done]
+    parts, shares = [noise_left(trial, seen) for trial in done], list[Check]()
     if seen == "sum":
 
         def nobody(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
             answering = cohort if permit.shares is not None else ()
             return Planted((), np.zeros(0, dtype=bool), lambda _query, _places: torch.zeros(0), answering)
 
-        silent = trials.without_end(release.queries, release.slots, nobody)
-        parts += [noise_left(next(silent), seen) for _ in range(_SILENT_RELEASES)]
-    return check_noise(torch.cat(parts), where)
+        silent = [*islice(trials.without_end(release.queries, release.slots, nobody), _SILENT_RELEASES)]
+        parts += [noise_left(trial, seen) for trial in silent]
+        shares = [check_shares(silent, release.words)] if silent[0].permit.shares is not None else []
+    return check_noise(torch.cat(parts), where) + shares
 
 
 def _check_denominator(done: Sequence[Trial]) -> Check:
@@ -337,7 +346,7 @@ def _estimate(subject: _Subject, canaries: int, records: bool) -> str:
     seconds = 10 + 4 * canaries * each
     if plan.trust == "secure-aggregation":
         seconds += 60 + canaries * each
-    if has_more_than_one_release(plan):
+    if follows_runs(plan):
         seconds += 20
     if records:
         seconds += 75

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from drencoder.audit.overheard import Overheard
 from drencoder.federated.in_process import AlwaysThere, InProcessEngine
 from drencoder.federated.query import Query
 from drencoder.federated.query_encoders import MomentsEncoder
@@ -29,10 +30,8 @@ from drencoder.federated.round import SecureSum, Upload
 from drencoder.federated.site_round import SiteCurator
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import NoiseSource, clip_rows, quantiser_for
-from drencoder.privacy.plan import Noise, PrivacyPlan
+from drencoder.privacy.plan import PrivacyPlan
 from drencoder.rng import derive_seed
-from drencoder.secure_aggregation.discrete import Words
-from drencoder.secure_aggregation.quantise import Quantiser
 
 _LONGER = 1e3  # times the clip: an encoder may shorten what it decoded, and the code must fill the clip all the same
 _BATCH_VALUES = 1 << 24  # 64 MiB of float32
@@ -227,37 +226,13 @@ class _CanaryUnits:
 
 
 @final
-class _Overheard:
-    """A source of noise of which one site keeps what it draws: it has no canary, so that its share is its noise."""
-
-    def __init__(self, source: NoiseSource, site: int) -> None:
-        self._source, self._site, self._heard = source, site, list[npt.NDArray[np.uint64]]()
-        self.kind: Noise = source.kind
-
-    def words(self, *indices: int) -> Words:
-        words = self._source.words(*indices)
-        return self._listening(words) if indices[1:] == (self._site,) else words
-
-    def _listening(self, words: Words) -> Words:
-        def kept(count: int) -> npt.NDArray[np.uint64]:
-            self._heard.append(words(count))
-            return self._heard[-1]
-
-        return kept
-
-    def share(self, quantiser: Quantiser) -> Tensor:
-        """The site's share once more, from the words that it drew, float64 (K,) in units of the code."""
-        heard = iter(self._heard)
-        return torch.from_numpy(quantiser.noise(lambda _count: next(heard)) * np.float64(quantiser.step))
-
-
-@final
 @dataclass
 class CanaryEngine(AlwaysThere):
     """The in-process engine with canaries in the place of training; keeps what passed it, which is what the server sees.
 
-    `curated`: whether sites draw among their units. Then `planted` has those of the canaries that were drawn, unless the draw is secret,
-    and under secure aggregation `own_share_K` what the last site added to the sum: another site's own share of noise.
+    `curated`: whether sites draw among their units. Then `planted` has those of the canaries that were drawn, unless the draw is secret;
+    `joined` has them in any case. Under secure aggregation `heard` has what the last site added to the sum, which is another site's
+    own share of noise; or, where nobody was planted, the shares of all contributors.
     """
 
     plant: Plant
@@ -266,7 +241,8 @@ class CanaryEngine(AlwaysThere):
     curated: bool = False
     planted: Planted | None = None
     seen: list[Upload | SecureSum] = field(default_factory=list)
-    own_share_K: Tensor | None = None
+    joined: Sequence[int] = ()
+    heard: Overheard | None = None
 
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
@@ -276,11 +252,16 @@ class CanaryEngine(AlwaysThere):
         trainer = _CanaryTrainer(self.planted, query, adapter_D.numel())
         curator = SiteCurator(_CanaryUnits(self.planted), trainer, 0) if self.curated else None
         engine = InProcessEngine(trainer, self.nodes, self.threshold, curator=curator)
-        heard = _Overheard(noise, cohort[-1]) if self.curated and permit.shares is not None else None
-        for answer in engine.gather(query, adapter_D, self.planted.answering, permit, heard or noise):
+        nobody = not self.planted.clients
+        self.heard = None
+        if permit.shares is not None and (self.curated or nobody):
+            quantiser = quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2)
+            self.heard = Overheard(noise, quantiser, None if nobody else cohort[-1])
+        for answer in engine.gather(query, adapter_D, self.planted.answering, permit, self.heard or noise):
             self.seen.append(answer)
-            if heard is not None:
-                self.own_share_K = heard.share(quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2))
+            if self.heard is not None:
+                self.heard.finish()
             yield answer
+        self.joined = tuple(trainer.asked)
         if self.curated and not self.planted.secret:
             self.planted = self.planted.drawn(trainer.asked)

@@ -9,14 +9,17 @@ one in a million.
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 from torch import Tensor
 
+from drencoder.audit.trials import Trial
 from drencoder.errors import EngineError
-from drencoder.privacy.mechanism import NoiseSource
+from drencoder.federated.round import SecureSum
+from drencoder.privacy.mechanism import NoiseSource, quantiser_for
 
 _ALARM = 1e-6
 _LOUDEST = 0.98  # of the promised spread: rounding to a wire format may take a little
@@ -47,12 +50,53 @@ def check_noise(rest_RK: Tensor, where: str) -> list[Check]:
     ]
 
 
+def check_run_noise(total_RK: Tensor, slots: int) -> Check:
+    """Tests the noise of all `slots` rounds of R runs, added up, in units of what was promised of such a sum: float64 (R, K).
+
+    Noise that takes back in one round what it added in another is loud in each of them, and hides nobody who is in all.
+    """
+    low, found = _too_quiet(total_RK, f"all {slots} rounds of a run together")
+    return Check("noise does not cancel over a run", not low, found)
+
+
+def check_shares(trials: Sequence[Trial], where: str) -> Check:
+    """Secure aggregation: tests releases of nobody's data, which must be, to the last bit, the shares that contributors drew."""
+    name = "every contributor's share of noise is in the sum"
+    for trial in trials:
+        (secure,), heard, contributors = trial.received, trial.heard, len(trial.planted.answering)
+        assert isinstance(secure, SecureSum)
+        assert heard is not None
+        if sorted(heard.drew) != sorted(trial.planted.answering):
+            few = contributors - len(set(heard.drew))
+            found = f"{few} of {contributors} contributors to {where} drew no share of noise from the run's source, or not all of it."
+            return Check(name, False, found)
+        quantiser = quantiser_for(trial.permit, secure.sum_V.size, trial.query.spec.clip_l2)
+        rest_V = quantiser.to_steps(quantiser.to_residues(secure.sum_V.astype(np.int64) - heard.total_V))
+        if rest_V.any():
+            share = math.sqrt(float(np.square(rest_V.astype(np.float64)).mean())) / quantiser.std_steps
+            found = (
+                f"A sum of {where} has not all the noise that its {contributors} contributors drew: what differs, in {np.count_nonzero(rest_V)} of "
+                f"{rest_V.size} values, is {share:.2f} times as loud as the share of one."
+            )
+            return Check(name, False, found)
+    return Check(
+        name,
+        True,
+        f"{len(trials)} sums of {where}, of nobody's data, are to the last bit the noise that their contributors drew.",
+    )
+
+
 def _check_scale(rest_RK: Tensor, where: str) -> Check:
-    """The sum of squares of all values against chi-square with as many degrees of freedom."""
+    low, found = _too_quiet(rest_RK, where)
+    return Check("noise is as loud as promised", not low, found)
+
+
+def _too_quiet(rest_RK: Tensor, where: str) -> tuple[bool, str]:
+    """The sum of squares of all values against chi-square with as many degrees of freedom: whether it is too small, and what was found."""
     count, power = rest_RK.numel(), float(rest_RK.square().mean())
     low = _chi2_below(power * count, count) < _ALARM and power < _LOUDEST**2
     found = f"The noise of {where} has {math.sqrt(power):.3f} times the promised spread ({count:,} values)"
-    return Check("noise is as loud as promised", not low, found + (", which is too little." if low else "."))
+    return low, found + (", which is too little." if low else ".")
 
 
 def _check_each_value(rest_RK: Tensor, where: str) -> Check:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from drencoder.audit.canaries import CanaryEngine, Plant, Planted, contributions
+from drencoder.audit.overheard import Overheard
 from drencoder.audit.scores import Floats
 from drencoder.encoders.wire import unpack_rows
 from drencoder.federated.query import Query
@@ -33,10 +34,12 @@ from drencoder.privacy.accounting import Event, GaussianEvent, NonPrivateEvent, 
 from drencoder.privacy.ledger import Ledger, Permit
 from drencoder.privacy.mechanism import clip_rows
 from drencoder.privacy.plan import PrivacyPlan
+from drencoder.recipe.recipe import Recipe
 from drencoder.runs.asking import ask_cohort
 from drencoder.runs.build import Components
 
-Seen = Literal["messages", "sum", "sum of others", "adapter"]
+Seen = Literal["messages", "sum", "sum of others", "adapter", "states"]
+"""What is scored. "states": the sums of a whole run, as its published states tell them (`published`)."""
 
 QueryMaker = Callable[[int], Query]
 """The query of a slot."""
@@ -56,7 +59,10 @@ class Trial:
     released: CohortRelease
     expected_cohort: float
     step_D: Tensor | None  # the adapter's change; None in stage 1
-    own_share_K: Tensor | None = None  # of noise, of a site that looks on under secure aggregation
+    joined: Sequence[int] = ()  # the canaries that sites drew, where they curate: a secret of theirs
+    heard: Overheard | None = (
+        None  # secure aggregation: the share of noise of a site that looks on, or all shares where nobody is planted
+    )
 
     @cached_property
     def own_NV(self) -> Tensor:
@@ -87,7 +93,11 @@ class Trials:
     """Slots of a recipe's plan, one after the other, each with the canaries that a `Plant` puts into its cohort."""
 
     def __init__(self, components: Components, adapter_D: Tensor) -> None:
-        self._components, self._adapter_D = components, adapter_D
+        self._components, self.adapter_D = components, adapter_D
+
+    @property
+    def recipe(self) -> Recipe:
+        return self._components.recipe
 
     def without_end(self, queries: QueryMaker, slots: Sequence[int], plant: Plant) -> Iterator[Trial]:
         """These slots of one run, then of the next, and so on."""
@@ -102,7 +112,7 @@ class Trials:
         begun: Callable[[Ledger], None] = lambda _ledger: None,
     ) -> Iterator[Trial]:
         """These slots of one new ledger, which lies in a temporary folder; `begun` is shown it before the first."""
-        recipe, plan = self._components.recipe, self._components.plan
+        recipe, plan = self.recipe, self._components.plan
         replayed = plan.noise == "replay"
         key = hashlib.sha256(f"replay/{recipe.seed}".encode()).digest() if replayed else None
         with ExitStack() as stack:
@@ -113,19 +123,27 @@ class Trials:
                 yield self._ask(queries(slot), ledger, plant)
 
     def _ask(self, query: Query, ledger: Ledger, plant: Plant) -> Trial:
-        recipe, plan = self._components.recipe, self._components.plan
+        recipe, plan = self.recipe, self._components.plan
         engine = CanaryEngine(plant, recipe.federation.nodes, recipe.threshold, plan.curated)
         components = replace(self._components, engine=engine)
-        released, permit = ask_cohort(components, ledger, query, self._adapter_D)
+        released, permit = ask_cohort(components, ledger, query, self.adapter_D)
         assert engine.planted is not None
         slot, step_D = query.spec.slot, None
         if query.spec.kind == "update":
             direction_D = released_update(query, released.release, permit, plan.expected_cohort)
             rate = learning_rate(recipe.server, plan, slot)
-            step_D = server_step(ServerState.start(self._adapter_D), direction_D, recipe.server, rate).adapter_D
-            step_D = step_D - self._adapter_D.cpu()
+            step_D = server_step(ServerState.start(self.adapter_D), direction_D, recipe.server, rate).adapter_D
+            step_D = step_D - self.adapter_D.cpu()
         return Trial(
-            query, engine.planted, permit, engine.seen, released, plan.denominator(slot), step_D, engine.own_share_K
+            query,
+            engine.planted,
+            permit,
+            engine.seen,
+            released,
+            plan.denominator(slot),
+            step_D,
+            engine.joined,
+            engine.heard,
         )
 
 
@@ -161,8 +179,7 @@ def trial_values(trial: Trial, seen: Seen) -> Tensor:
     if seen == "sum":
         return trial.released.release.value
     if seen == "sum of others":
-        share_K = trial.own_share_K
-        own_K = received_messages(trial)[trial.planted.answering[-1]] if share_K is None else share_K
+        own_K = received_messages(trial)[trial.planted.answering[-1]] if trial.heard is None else trial.heard.total_K
         return (trial.released.release.value.double() - own_K.double()).float()
     assert trial.step_D is not None
     step_D, mean_D = (
@@ -171,7 +188,13 @@ def trial_values(trial: Trial, seen: Seen) -> Tensor:
     )
     scale = float(step_D @ mean_D) / max(1e-300, float(mean_D @ mean_D))  # the optimiser is public
     sum_D = (step_D / (scale or 1.0)).float()
-    return trial.query.encode(sum_D[None])[0] if trial.sums_codes else sum_D
+    return encoded_sum(trial.query, sum_D) if trial.sums_codes else sum_D
+
+
+def encoded_sum(query: Query, sum_D: Tensor) -> Tensor:
+    """The code (K,) of a sum of updates. It is encoded as a short update, and lengthened again: an encoder may clip what is long."""
+    short = 1e-3 * query.spec.clip_l2 / max(1e-30, float(sum_D.norm()))
+    return query.encode((sum_D * short)[None])[0] / short
 
 
 def received_messages(trial: Trial) -> dict[int, Tensor]:

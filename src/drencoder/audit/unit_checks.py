@@ -16,6 +16,7 @@ import numpy as np
 from drencoder.audit.noise_checks import Check
 from drencoder.audit.trials import Seen, Trial, promised_std, telling_values, trial_values
 from drencoder.privacy.accounting import REPORT_INTERVAL
+from drencoder.privacy.ledger import Ledger
 from drencoder.privacy.observers import epsilons_by_observer
 from drencoder.privacy.plan import PrivacyPlan
 
@@ -26,6 +27,20 @@ _ROUNDING = 0.02  # what rounding to integers may move a weight by
 def check_units(trials: Sequence[Trial], seen: Seen, rate: float) -> list[Check]:
     """Checks releases with canaries of sites in them; `rate` is what each unit's draw was charged with."""
     return [_check_rate(trials, rate), _check_draws_differ(trials, rate), _check_weight(trials, seen)]
+
+
+def check_observers(ledger: Ledger, certificate: Mapping[str, Any]) -> Check:
+    """Whether a certificate states for every observer what the run's charges and contributors, as its ledger has them, cost."""
+    relation, low = ledger.plan.relation, []
+    for who, guarantee in ledger.guarantees().items():
+        row = certificate.get("observers", {}).get(who, {}).get("by_relation", {}).get(relation, {})
+        stated, due = float(row.get("epsilon_pld", 0.0)), guarantee.by_relation[relation].epsilon_pld
+        if stated < due * (1 - 1e-3):
+            low.append(f"{due:.2f} is due against the {who}, and {stated:.2f} is stated")
+    found = f"The certificate states too small an epsilon: {'; '.join(low)}."
+    if not low:
+        found = "The certificate states for every observer what the ledger's charges and contributors cost."
+    return Check("the certificate's epsilon of every observer", not low, found)
 
 
 def check_worst_site(plan: PrivacyPlan, certificate: Mapping[str, Any]) -> Check:

@@ -15,6 +15,11 @@ chosen on simulated scores of the promised mechanism, before any score is seen.
 
 A unit of a site is in it for the whole run, or is no unit of it; the site's curator draws among those that it has. The promise is what a
 certificate says of the worst site: one that was asked in every slot.
+
+Under secure aggregation the server and the public are followed each with its own bytes: the server has the sums, the public the states that
+a run publishes after each round, which tell the sums (`published`). Their promise counts the contributors that these runs had, as a
+certificate does. All rounds are followed also where a cap lets nobody be in two of them: that is what shows whether the cap is kept.
+Under every trust the noise of all rounds is added up, too, since it could be loud in each and cancel over the run.
 """
 
 import math
@@ -25,14 +30,17 @@ from typing import final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from drencoder.audit.canaries import Planted, crafted, draw_coins, num_directions, spread_over_sites
 from drencoder.audit.clopper_pearson_bound import epsilon_from_errors
+from drencoder.audit.noise_checks import Check, check_run_noise
 from drencoder.audit.observers import ALARM, LEVELS, View, measure
+from drencoder.audit.published import PublishedRun
 from drencoder.audit.sampled_bounds import SampledFamily, log_ratio
 from drencoder.audit.scores import CanaryScores, Floats
-from drencoder.audit.trials import QueryMaker, Seen, Trial, Trials, trial_values
+from drencoder.audit.trials import QueryMaker, Seen, Trial, Trials, promised_std, telling_values, trial_values
 from drencoder.federated.query import Query
 from drencoder.privacy.accounting import Event, NonPrivateEvent, PoissonGaussianEvent, Relation, epsilon_pld, gdp_mu
 from drencoder.privacy.ledger import Ledger, Permit
@@ -45,38 +53,60 @@ _MOST_SLOTS = {
     "secure-aggregation": 60,
 }  # of all runs; a secure one takes half a second
 _ADD_REMOVE: Relation = "add_remove"
+_AT_ONCE = 256  # codes
 
 
-def has_more_than_one_release(plan: PrivacyPlan) -> bool:
-    """Whether a client can be in more than one release. Units of sites are followed all the same: only so is the draw a secret."""
-    return plan.curated or (len(plan.blocks) if plan.capped else len(plan.slots)) > 1
+def follows_runs(plan: PrivacyPlan) -> bool:
+    """Whether there are several releases to put together. Units of sites are followed in any case: only so is the draw a secret."""
+    return plan.curated or len(plan.slots) > 1
 
 
-def audit_run(trials: Trials, queries: QueryMaker, plan: PrivacyPlan, *, canaries: int, seed: int) -> list[View]:
-    """Whole runs of the plan until so many clients were followed; none where nothing is promised, or there is nobody to compare with."""
-    charged = {slot: (1, plan.population) for slot in plan.slots} if plan.curated else plan.schedule()
-    onlookers = [(who, seen, plan.composition(who, charged)) for who, seen in _onlookers(plan)]
-    if plan.non_private or not all(events for _, _, events in onlookers):
-        return []
+def audit_run(
+    trials: Trials, queries: QueryMaker, plan: PrivacyPlan, *, canaries: int, seed: int
+) -> tuple[list[View], list[Check]]:
+    """Whole runs of the plan until so many clients were followed; nothing where nothing is promised, or there is nobody to compare with."""
+    if plan.non_private or not all(plan.composition(who, plan.schedule()) for who, _ in _onlookers(plan)):
+        return [], []
     room = min(num_directions(queries(slot)) for slot in (plan.slots[0], plan.slots[-1]))
     # Of a sum every canary needs a direction of its own.
     most = canaries if plan.trust == "local" and not plan.curated else min(canaries, room)
     most_runs = max(1, _MOST_SLOTS[plan.trust] // len(plan.slots))
-    score_parts: list[Floats] = []
-    coin_parts: list[npt.NDArray[np.bool_]] = []
-    followed = 0
-    while followed < canaries and len(score_parts) < most_runs:
-        following = _Following(plan, min(most, canaries - followed), seed, len(score_parts))
+    runs: list[_Following] = []
+    while sum(len(run.coin_N) for run in runs) < canaries and len(runs) < most_runs:
+        published = PublishedRun(trials.recipe.server, plan, trials.adapter_D)
+        following = _Following(
+            plan, published, min(most, canaries - sum(len(run.coin_N) for run in runs)), seed, len(runs)
+        )
         for trial in trials.of_one_run(queries, plan.slots, following.plant, following.choose):
             following.add(trial)
-        score_parts.append(following.score_ON)
-        coin_parts.append(following.coin_N)
-        followed += len(following.coin_N)
-    score_ON, coin_N = np.concatenate(score_parts, axis=1), np.concatenate(coin_parts)
+        runs.append(following)
+    score_ON = np.concatenate([run.score_ON for run in runs], axis=1)
+    return _views(plan, score_ON, runs, canaries, seed), [*_check_cap(plan, runs), *_check_noise(runs)]
+
+
+def _check_cap(plan: PrivacyPlan, runs: "Sequence[_Following]") -> list[Check]:
+    """Where cohorts are no secret: whether anybody is asked more often than the plan charges each client for."""
+    if plan.curated or not plan.capped:
+        return []
+    often, cap = max(run.often for run in runs), len(plan.blocks)
+    found = f"Nobody was asked in more than {often} of {len(plan.slots)} releases of a run, and each pays for {cap}"
+    return [Check("clients are asked no more often than was charged", often <= cap, f"{found}.")]
+
+
+def _check_noise(runs: "Sequence[_Following]") -> list[Check]:
+    rows = [run.rest_V / math.sqrt(run.rounds) for run in runs if run.rest_V is not None and run.rounds > 1]
+    return [check_run_noise(torch.stack(rows), runs[0].rounds)] if rows else []
+
+
+def _views(plan: PrivacyPlan, score_ON: Floats, runs: "Sequence[_Following]", canaries: int, seed: int) -> list[View]:
+    coin_N = np.concatenate([run.coin_N for run in runs])
     if min(int(coin_N.sum()), int((~coin_N).sum())) < 2:
         return []
-    views = []
-    for score_N, (observer, seen, events) in zip(score_ON, onlookers, strict=True):
+    charged, views = plan.schedule(), []
+    if plan.capped:  # contributors are no secret
+        charged = {slot: (1, min(run.contributors[slot] for run in runs)) for slot in plan.slots}
+    for score_N, (observer, seen) in zip(score_ON, _onlookers(plan), strict=True):
+        events = plan.composition(observer, charged)
         words = {"observer": observer, "sees": _words(plan, seen), "canary": "worst case"}
         mu = gdp_mu(events or (), _ADD_REMOVE)
         if mu is None:
@@ -92,8 +122,10 @@ def _onlookers(plan: PrivacyPlan) -> list[tuple[str, Seen]]:
     if plan.curated and plan.trust == "local":
         return [("server", "messages"), ("clients", "sum of others"), ("public", "sum")]
     if plan.curated:
-        return [("server", "sum"), ("clients", "sum of others")]
-    return [("server" if plan.capped else "public", "messages" if plan.trust == "local" else "sum")]
+        return [("server", "sum"), ("clients", "sum of others"), ("public", "states")]
+    if plan.trust == "secure-aggregation":
+        return [("server", "sum"), ("public", "states")]
+    return [("server", "messages") if plan.trust == "local" else ("public", "sum")]
 
 
 def _words(plan: PrivacyPlan, seen: Seen) -> str:
@@ -103,8 +135,9 @@ def _words(plan: PrivacyPlan, seen: Seen) -> str:
         "messages": "each site by itself",
         "sum of others": f"sums, of which a site knows its own {own}",
         "sum": "sums",
+        "states": "computed back from what it publishes",
     }
-    return f"{what} ({parts[seen]})" if plan.curated else what
+    return f"{what} ({parts[seen]})" if plan.curated or seen == "states" else what
 
 
 def _sampled_view(
@@ -136,10 +169,18 @@ def _sampled_view(
 
 @final
 class _Following:
-    """The followed clients of one run, and the sum of their log likelihood ratios."""
+    """The followed clients of one run, and the sum of their log likelihood ratios.
 
-    def __init__(self, plan: PrivacyPlan, most: int, seed: int, run: int) -> None:
-        self._plan, self._most, self._seed, self._run = plan, most, seed, run
+    `rest_V` is the noise of all `rounds` of its rounds, added up, in units of what was promised of one: float64 (V,), or None where no
+    round's noise can be told from what else is in its sum. `contributors`: slot -> how many there were. `often`: in how many releases a
+    client was at most, where cohorts are no secret.
+    """
+
+    def __init__(self, plan: PrivacyPlan, published: PublishedRun, most: int, seed: int, run: int) -> None:
+        self._plan, self._published, self._most, self._seed, self._run = plan, published, most, seed, run
+        self.rest_V: Tensor | None = None
+        self.rounds = self.often = 0
+        self.contributors: dict[int, int] = {}
         self._clients: Sequence[int] = ()
         self._places: list[int] = []
         self.coin_N: npt.NDArray[np.bool_] = np.zeros(0, dtype=bool)
@@ -152,8 +193,8 @@ class _Following:
             self._clients = range(self._most)
         elif plan.capped:
             asked = Counter(client for slot in plan.slots for client in ledger.sampler().cohort(slot))
-            often = max(asked.values(), default=0)
-            self._clients = sorted(client for client, times in asked.items() if times == often)[: self._most]
+            self.often = max(asked.values(), default=0)
+            self._clients = sorted(client for client, times in asked.items() if times == self.often)[: self._most]
         else:
             most = min(self._most, plan.population)
             first = derive_seed(self._seed, "audit-followed", self._run) % (plan.population - most + 1)
@@ -177,21 +218,36 @@ class _Following:
     def add(self, trial: Trial) -> None:
         """Adds what one release says about each followed client."""
         plan, slot = self._plan, trial.query.spec.slot
+        self.contributors[slot] = trial.contributors
+        seen_of = {seen: self._values(trial, seen) for _, seen in _onlookers(plan)}
+        self._add_noise(trial)
         if plan.secret_draw:
             for row, (observer, seen) in enumerate(_onlookers(plan)):
-                x_N, length = _along_directions(trial, seen, len(self._clients))
+                x_N, length = _along_directions(trial, seen_of[seen], len(self._clients))
                 noise = math.sqrt(self._variance(observer, slot, trial.contributors))
                 self.score_ON[row] += log_ratio(x_N, length, noise, plan.rate(slot))
             return
         if not self._places:
             return
-        own_NV, clip = trial.own_NV.double(), trial.query.spec.clip_l2
-        length_N = own_NV.norm(dim=1)
-        ((observer, seen),) = _onlookers(plan)
-        values = trial_values(trial, seen).double()
-        along_N = ((values if values.dim() == 2 else values[None]) * own_NV).sum(1) / length_N
-        variance = self._variance(observer, slot, trial.contributors)
-        self.score_ON[0, self._places] += ((length_N * along_N - length_N**2 / 2) / (clip**2 * variance)).numpy()
+        for row, (observer, seen) in enumerate(_onlookers(plan)):
+            own_NV, clip = telling_values(trial, seen).double(), trial.query.spec.clip_l2
+            length_N = own_NV.norm(dim=1)
+            along_N = (seen_of[seen] * own_NV).sum(1) / length_N
+            variance = self._variance(observer, slot, trial.contributors)
+            self.score_ON[row, self._places] += ((length_N * along_N - length_N**2 / 2) / (clip**2 * variance)).numpy()
+
+    def _values(self, trial: Trial, seen: Seen) -> Tensor:
+        return (self._published.next_sum(trial) if seen == "states" else trial_values(trial, seen)).double()
+
+    def _add_noise(self, trial: Trial) -> None:
+        """Adds a round's noise to that of the rounds before, where the sum is one of codes that were noised, or the server's own."""
+        spec, of_codes = trial.query.spec, trial.sums_codes and trial.query.spec.noise_in == "code"
+        if spec.kind != "update" or not trial.contributors or not (of_codes or self._plan.trust == "central"):
+            return
+        sent_V = _sum_of_codes(trial, self.coin_N) if self._plan.curated else _sum_of_planted(trial)
+        rest_V = (trial.released.release.value.double() - sent_V) / promised_std(trial, "sum")
+        self.rest_V = rest_V if self.rest_V is None else self.rest_V + rest_V
+        self.rounds += 1
 
     def _variance(self, observer: str, slot: int, contributors: int) -> float:
         """Of the noise that the accounting promises in this view, in squared clips."""
@@ -200,13 +256,30 @@ class _Following:
         return float(event.noise_multiplier**2)
 
 
-def _along_directions(trial: Trial, seen: Seen, count: int) -> tuple[Floats, float]:
-    """What is seen along the direction of each followed client (N,), in units of the clip, and a contribution's length in the same unit.
+def _sum_of_planted(trial: Trial) -> Tensor:
+    """What the canaries put into a sum (V,), float64."""
+    sign_N = trial.planted.signs(range(len(trial.own_NV))).double()
+    return sign_N @ trial.own_NV.double()
+
+
+def _sum_of_codes(trial: Trial, coin_N: npt.NDArray[np.bool_]) -> Tensor:
+    """What the units that sites drew put into a sum (V,), float64: place i of `coin_N` is unit i."""
+    room = num_directions(trial.query)
+    times = Counter(unit % room for unit in trial.joined if coin_N[unit])
+    total_V = torch.zeros(trial.released.release.value.numel(), dtype=torch.float64)
+    directions = sorted(times)
+    for start in range(0, len(directions), _AT_ONCE):
+        some = directions[start : start + _AT_ONCE]
+        total_V += torch.tensor([times[one] for one in some], dtype=torch.float64) @ _codes(trial, some)
+    return total_V
+
+
+def _along_directions(trial: Trial, values: Tensor, count: int) -> tuple[Floats, float]:
+    """`values` that are seen along the direction of each followed client (N,), in units of the clip, and a contribution's length.
 
     Crafted codes are unit vectors times the clip wherever the sum is one of codes, so no client's update need be encoded.
     """
     room, clip = num_directions(trial.query), trial.query.spec.clip_l2
-    values = trial_values(trial, seen).double()
     if trial.sums_codes and trial.query.spec.kind == "update" and trial.query.spec.adaptive_clip is None:
         few = min(count, room, 2)
         own_NV = _codes(trial, range(few))

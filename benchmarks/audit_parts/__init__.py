@@ -1,0 +1,1 @@
+"""What the audit's study of broken mechanisms is made of."""

@@ -1,0 +1,131 @@
+"""Whole runs under secure aggregation in the public's view: what published states tell, and what it is promised."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from test_faults import SMALL, known_noise
+
+from conftest import tiny_overrides
+from drencoder.audit.canaries import Planted, crafted, draw_coins
+from drencoder.audit.noise_checks import check_shares
+from drencoder.audit.published import PublishedRun
+from drencoder.audit.trials import Trial, Trials
+from drencoder.audit.unit_checks import check_observers
+from drencoder.audit.whole_run import audit_run, follows_runs
+from drencoder.encoders.planning import load_checked_recipe
+from drencoder.federated.adaptive_clip import AdaptiveClip
+from drencoder.federated.query import Query, update_query
+from drencoder.federated.server_optimizer import ServerState
+from drencoder.privacy.ledger import Ledger, Permit
+from drencoder.privacy.observers import epsilons_by_observer
+from drencoder.runs.build import Components, build
+from drencoder.runs.checkpoint import Progress
+from drencoder.runs.stage1 import fit_encoder
+
+__all__ = ["known_noise"]
+
+SECURE = ["privacy.trust=secure-aggregation", "federation.rounds=3", "federation.sampling_rate=0.3"]
+SITES = ["privacy.unit=owner", "federation.population=6", "federation.nodes=6", "federation.units_per_site=20"]
+
+
+def built(folder: Path, *overrides: str) -> Components:
+    return build(load_checked_recipe("quickstart", [*tiny_overrides(folder), *SMALL, *SECURE, *overrides]))
+
+
+def queries_of(components: Components) -> list[Query]:
+    start = Progress(ServerState.start(components.lora.initial_D))
+    progress, encoder = fit_encoder(components, start, None, lambda _text: None)
+    adaptive = AdaptiveClip(1.0) if components.recipe.privacy.clip == "adaptive" else None
+    return [update_query(encoder, components.recipe, slot, adaptive, progress.prior, 1.0) for slot in (1, 2, 3)]
+
+
+def some_canaries(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
+    return crafted(cohort[:20], draw_coins(0, 20, query.spec.slot), cohort)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["server.optimizer=fedavg", "server.final_share=0.1"],
+        ["server.optimizer=fedavgm", "server.momentum=0.5"],
+        ["server.optimizer=fedadam", "encoder.name=hybrid", "prior.public=self"],
+        ["server.optimizer=fedadam", "privacy.clip=adaptive"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_published_states_tell_the_released_sum_of_every_round(overrides: list[str], tiny_folder: Path) -> None:
+    components = built(tiny_folder, *overrides)
+    queries, trials = queries_of(components), Trials(components, components.lora.initial_D)
+    published = PublishedRun(components.recipe.server, components.plan, components.lora.initial_D)
+    for trial in trials.of_one_run(lambda slot: queries[slot - 1], components.plan.slots, some_canaries):
+        told_K, released_K = published.next_sum(trial), trial.released.release.value
+        codes = trial.query.spec.wire.code_size - (trial.query.spec.adaptive_clip is not None)
+        assert float((told_K - released_K)[:codes].norm()) < 1e-4 * float(released_K[:codes].norm())
+
+
+@pytest.mark.parametrize("unit", [[], SITES], ids=["clients", "owners of sites"])
+def test_the_public_sees_what_the_server_sees_and_is_promised_what_a_certificate_states(
+    unit: list[str], tiny_folder: Path
+) -> None:
+    components = built(tiny_folder, *unit)
+    plan, queries = components.plan, queries_of(components)
+    assert follows_runs(plan)
+    trials = Trials(components, components.lora.initial_D)
+    views, checks = audit_run(trials, lambda slot: queries[slot - 1], plan, canaries=64, seed=0)
+    view_of = {view.observer: view for view in views}
+    assert set(view_of) == {"server", "public"} | ({"clients"} if unit else set())
+    public, server = view_of["public"], view_of["server"]
+    assert "computed back from what it publishes" in public.sees
+    assert public.promised == server.promised
+    assert public.bounds["gaussian"]["95"] == pytest.approx(server.bounds["gaussian"]["95"], rel=1e-3)
+    assert public.bounds["gaussian"]["95"] > 0.3 * public.promised
+    if unit:
+        due = epsilons_by_observer(plan, {slot: (1, 6) for slot in plan.slots}, "add_remove")
+        assert public.promised == pytest.approx(due["public"], rel=1e-6)
+    else:  # as many contributors as came, and these are more than the plan's least
+        assert public.promised < epsilons_by_observer(plan, plan.schedule(), "add_remove")["public"]
+    assert all(check.passed for check in checks)
+    names = {check.name for check in checks}
+    assert ("clients are asked no more often than was charged" in names) == (not unit)
+    assert "noise does not cancel over a run" in names
+
+
+def silent_trial(folder: Path) -> Trial:
+    components = built(folder, *SITES)
+    (query, *_), trials = queries_of(components), Trials(components, components.lora.initial_D)
+
+    def nobody(_query: Query, cohort: Sequence[int], _permit: Permit) -> Planted:
+        return Planted((), draw_coins(0, 0), lambda _query, _places: torch.zeros(0), cohort)
+
+    return next(trials.without_end(lambda _slot: query, (1,), nobody))
+
+
+def test_a_sum_that_is_not_to_the_last_bit_its_contributors_shares_is_named(tiny_folder: Path) -> None:
+    trial = silent_trial(tiny_folder)
+    assert check_shares([trial], "a round").passed
+    assert trial.heard is not None
+    assert trial.heard.drew == list(range(6))
+    trial.heard.total_V[3] += 1  # one step in one value
+    assert "in 1 of 96 values" in check_shares([trial], "a round").found
+    trial.heard.total_V[3] -= 1
+    trial.heard.drew.remove(4)
+    found = check_shares([trial], "a round")
+    assert not found.passed
+    assert "1 of 6 contributors to a round drew no share of noise" in found.found
+
+
+@pytest.mark.parametrize("observer", ["server", "clients", "public"])
+def test_a_certificate_that_understates_what_an_observer_learned_is_named(
+    observer: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with Ledger.create(tmp_path / "ledger.jsonl", built(tiny_folder).plan, run_id="run") as ledger:
+        ledger.record_contributors(1, len(ledger.charge(1).cohort))
+        certificate = json.loads(json.dumps(ledger.certificate()))
+        assert check_observers(ledger, certificate).passed
+        certificate["observers"][observer]["by_relation"]["add_remove"]["epsilon_pld"] *= 0.9
+        found = check_observers(ledger, certificate)
+    assert not found.passed
+    assert f"is due against the {observer}" in found.found
