@@ -7,7 +7,7 @@ public's view of the released sum. Secure aggregation: the server's view of the 
 seed decides the canaries' coins. An ideal audit scores exact Gaussian noise of the promised size, with the same bounds.
 
 With --units, records and owners of twelve sites in the place of clients: one release for an attacker who is told whom a site drew, and the whole
-run of four rounds for one who is not, whose promise is what a certificate says of the worst site.
+run of four rounds for one who is not, whose promise is what a certificate says of the worst site. And clients under secure aggregation in the public's view of four rounds together.
 """
 
 import argparse
@@ -40,6 +40,7 @@ SITES = [
     "federation.population=12", "federation.nodes=12", "federation.rounds=4", "federation.sampling_rate=0.3",
     "federation.units_per_site=100",
 ]  # fmt: skip
+FOUR_ROUNDS = ["federation.rounds=4", "federation.sampling_rate=0.25"]
 VIEWS = {"local": "a client's message", "central": "the released sum", "secure-aggregation": "the released sum"}
 UNITS = (("record", "local"), ("owner", "local"), ("record", "secure-aggregation"), ("owner", "secure-aggregation"))
 BOUNDS = ("gaussian", "gdp", "one_run")
@@ -72,8 +73,26 @@ def measured_units(unit: str, trust: str, epsilon: float, canaries: int, seeds: 
     for seed in range(seeds):
         views, _ = audit_releases(trials, release, plan, canaries=canaries, seed=seed)
         found["one release, draw known"].append(next(view for view in views if view.observer == "server"))
-        views = audit_run(trials, release.queries, plan, canaries=canaries, seed=seed)
+        views, _ = audit_run(trials, release.queries, plan, canaries=canaries, seed=seed)
         found["the run, draw secret"].append(next(view for view in views if view.observer == "server"))
+    return found
+
+
+def measured_public(epsilon: float, canaries: int, seeds: int) -> list[View]:
+    """The public's view of whole runs of clients under secure aggregation, of each seed."""
+    settings = ["privacy.trust=secure-aggregation", f"privacy.epsilon={epsilon}", *FOUR_ROUNDS]
+    components = build(load_checked_recipe("quickstart", [*SMALL, *settings]))
+    encoder, trials = components.encoder(None), Trials(components, components.lora.initial_D)
+    found = []
+    for seed in range(seeds):
+        views, _ = audit_run(
+            trials,
+            lambda slot: update_query(encoder, components.recipe, slot),
+            components.plan,
+            canaries=canaries,
+            seed=seed,
+        )
+        found.append(next(view for view in views if view.observer == "public"))
     return found
 
 
@@ -133,6 +152,12 @@ def main() -> None:
             for what, views in measured_units(unit, trust, epsilon, args.canaries, args.seeds).items():
                 rows.append(row(f"{unit}, {trust}: {what}", epsilon, views, (time.perf_counter() - started) / 2))
                 print(json.dumps(rows[-1]), flush=True)
+        if args.units or args.smoke:
+            started = time.perf_counter()
+            views = measured_public(epsilon, args.canaries, args.seeds)
+            what = "client, secure-aggregation: the run, published states"
+            rows.append(row(what, epsilon, views, time.perf_counter() - started))
+            print(json.dumps(rows[-1]), flush=True)
         for trust in ("ideal", *VIEWS) if not args.units else ():
             started = time.perf_counter()
             if trust == "ideal":
