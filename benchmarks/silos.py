@@ -6,7 +6,11 @@
 
 Every arm has the same text, rounds and optimiser, and the plan's noise for its own unit at one epsilon. The text is of the embedded
 world, written to a file with a site and a patient in every record, or a file of your own, or real speeches of which a role is the
-patient. Prints a table and writes JSON. `--minutes` starts no further arm that would end after them, if it took as long as the last.
+patient. The server's rate is the one that each arm's plan gives, or the same for all with `--learning-rate`. Prints a table and writes JSON.
+
+Held-out losses are compared in pairs, text by text: with the base model, and with the first arm that protects a site as a whole.
+`--minutes` starts no further arm that would end after them, if it took as long as the last; `--only-plans` prints what each arm's plan says
+of rounds and rates, and trains nothing.
 """
 
 import argparse
@@ -15,14 +19,30 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from drencoder import Recipe, load_recipe, run
+from drencoder.evaluation.statistics import loss_difference
+from drencoder.federated.server_rate import planned_rate
+from drencoder.runs.plan_overview import privacy_plan
+
+_TOLD = (
+    "sites", "patients", "records", "rounds", "rate", "ratio", "learning_rate", "epsilon", "mean_records", "site_records", "split", "set",
+)  # fmt: skip
+EMBEDDED = [
+    "encoder.name=random", "server.optimizer=fedadam", "server.momentum=0.9", "server.final_share=0.05",
+    "evaluation.benchmarks=['mmlu=embedded']",
+]  # fmt: skip
 _SECURE = ["privacy.trust=secure-aggregation"]
 _LOCAL = ["privacy.trust=local"]
+_WHOLE_SITE = ["privacy.unit=client", "federation.sampling_rate=1"]
 ARMS: dict[str, list[str]] = {
-    "a site as a whole, secure aggregation": ["privacy.unit=client", "federation.sampling_rate=1", *_SECURE],
+    "a site as a whole, secure aggregation": [*_WHOLE_SITE, *_SECURE],
+    "a site as a whole, every site adds full noise": [*_WHOLE_SITE, *_LOCAL],
     "a patient, secure aggregation": ["privacy.unit=owner", *_SECURE],
     "a patient, every site adds full noise": ["privacy.unit=owner", *_LOCAL],
     "a record, secure aggregation": ["privacy.unit=record", *_SECURE],
@@ -42,9 +62,10 @@ def write_world(path: Path, sites: int, patients: int, records: int) -> None:
                     file.write(json.dumps({**record, "ward": f"w{site:02}", "patient": f"p{patient:03}"}) + "\n")
 
 
-def write_speeches(speeches: Path, data: Path, held_out: Path, sites: int, records: int) -> None:
+def write_speeches(speeches: Path, data: Path, held_out: Path, sites: int, records: int, split: str) -> None:
     """Writes real speeches (JSONL: client, text) as JSONL: fields text, ward, patient. A patient is a role, of which at most `records` speeches
-    are kept; a keyed hash of the role's name, and nothing else, says at which site it is, or that it is among the tenth that is held out.
+    are kept; a hash of the role's name under the key `split`, and nothing else, says at which site it is, or that it is among the tenth
+    that is held out.
     """
     spoken: dict[str, list[str]] = {}
     for line in speeches.read_text("utf-8").splitlines():
@@ -52,42 +73,70 @@ def write_speeches(speeches: Path, data: Path, held_out: Path, sites: int, recor
         spoken.setdefault(row["client"].upper(), []).append(row["text"])
     with data.open("w") as trained, held_out.open("w") as kept:
         for role, texts in spoken.items():
-            number = int.from_bytes(hashlib.blake2b(role.encode(), digest_size=8, key=b"silos").digest())
+            number = int.from_bytes(hashlib.blake2b(role.encode(), digest_size=8, key=split.encode()).digest())
             texts = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), key=b"silos").digest())[:records]
             for text in texts:
                 row = {"text": text, "ward": f"w{number // 10 % sites:02}", "patient": role}
                 (kept if number % 10 == 0 else trained).write(json.dumps(row) + "\n")
 
 
-def run_arm(name: str, seed: int, args: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
-    """One run: its plan, its epsilons, and what base model and run reach."""
-    from drencoder import load_recipe, run
-    from drencoder.runs.plan_overview import privacy_plan
-
+def recipe_of(name: str, seed: int, args: argparse.Namespace, data: Path) -> Recipe:
+    """The recipe of an arm: the defaults, but for the embedded model, which has a code and a falling rate that were tuned for it."""
+    embedded = args.model == "embedded"
     client = "privacy.unit=client" in ARMS[name]
     units = {"owner": args.patients, "record": args.patients * (args.mean_records or args.records)}
     unit = next(setting.partition("=")[2] for setting in ARMS[name] if setting.startswith("privacy.unit"))
-    recipe = load_recipe(
-        "quickstart",
+    return load_recipe(
+        "quickstart" if embedded else None,
         [
             f"seed={seed}", f"model.source={args.model}", f"data.source={data}", f"data.client_field={args.site_field}",
             f"data.owner_field={args.owner_field}", f"data.examples_per_client={args.site_records if client else args.records}",
             f"federation.population={args.sites}", f"federation.sampling_rate={args.rate}", f"federation.rounds={args.rounds}",
             f"federation.nodes={args.sites}", f"federation.units_per_site={units.get(unit, 0)}", "prior.source=none",
-            "encoder.name=random", f"encoder.ratio={args.ratio}", f"privacy.epsilon={args.epsilon}", "privacy.delta=1e-5",
-            "privacy.participation_cap=1000", "server.optimizer=fedadam", "server.momentum=0.9", "server.final_share=0.05",
+            f"encoder.ratio={args.ratio}", f"privacy.epsilon={args.epsilon}", "privacy.delta=1e-5",
+            "privacy.participation_cap=1000", *(EMBEDDED if embedded else []),
             f"server.learning_rate={args.learning_rate}", f"evaluation.data={args.held_out}", "evaluation.every=0",
-            *(["evaluation.benchmarks=['mmlu=embedded']"] if args.model == "embedded" else []), *ARMS[name], *args.set,
+            *ARMS[name], *args.set,
         ],
     )  # fmt: skip
-    plan, started = privacy_plan(recipe), time.perf_counter()
-    certificate = run(recipe, folder / f"{len(list(folder.iterdir()))}").certificate
+
+
+def planned(name: str, seed: int, recipe: Recipe) -> dict[str, Any]:
+    """What an arm's plan says, before anything is trained. `gain`: rate times rounds times the root of k*, to which what is learned goes along."""
+    plan = privacy_plan(recipe)
+    rate, k_star = planned_rate(recipe.server, plan), plan.k_star()
     return {
-        "arm": name, "seed": seed, "units": plan.units, "sampling_rate": plan.sampling_rate, "noise": plan.noise_multiplier,
-        "k_star": plan.k_star(), "results": certificate["results"], "statement": certificate["statement"],
-        "epsilon": {key: row["epsilon_pld"] for key, row in certificate["observers"].items()},
-        "uploaded": certificate["bytes"]["uploaded"], "seconds": time.perf_counter() - started,
+        "arm": name, "seed": seed, "units": plan.units, "sampling_rate": plan.sampling_rate, "rounds": plan.rounds,
+        "noise": plan.noise_multiplier, "k_star": k_star, "rate": rate, "gain": rate * plan.rounds * k_star**0.5,
     }  # fmt: skip
+
+
+def run_arm(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """One run: its epsilons, and what base model and run reach, text by text."""
+    started, cpu = time.perf_counter(), time.process_time()
+    finished = run(recipe, folder / f"{len(list(folder.iterdir()))}")
+    certificate = finished.certificate
+    outcomes = json.loads((finished.folder / "outcomes.json").read_text("utf-8"))
+    return {
+        "results": certificate["results"], "statement": certificate["statement"],
+        "epsilon": {key: row["epsilon_pld"] for key, row in certificate["observers"].items()},
+        "outcomes": {who: {key: outcomes[who][key] for key in ("losses", "targets")} for who in ("base model", "this run")},
+        "uploaded": certificate["bytes"]["uploaded"], "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu,
+    }  # fmt: skip
+
+
+def compare(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The paired differences of an arm's held-out loss, nats a token, with a 95 % bootstrap over texts: {other: difference}."""
+    site = next((one for one in rows if one["arm"].startswith("a site") and one["seed"] == row["seed"]), row)
+    others = {"base model": row["outcomes"]["base model"]}
+    if site is not row:
+        others[site["arm"]] = site["outcomes"]["this run"]
+    own = row["outcomes"]["this run"]
+    return {
+        name: asdict(loss_difference(other["losses"], own["losses"], own["targets"], seed=0))
+        for name, other in others.items()
+    }
 
 
 def main() -> None:
@@ -98,7 +147,7 @@ def main() -> None:
         "--site-records", type=int, help="of a site that is protected as a whole, in a round; default: 4 patients'"
     )
     parser.add_argument("--mean-records", type=int, help="that everybody takes a patient to have; default: --records")
-    for name, number in (("epsilon", 4.0), ("rate", 0.3), ("ratio", 64.0), ("learning-rate", 0.02)):
+    for name, number in (("epsilon", 4.0), ("rate", 0.3), ("ratio", 64.0), ("learning-rate", 0.0)):
         parser.add_argument(f"--{name}", type=float, default=number)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
@@ -107,6 +156,8 @@ def main() -> None:
     parser.add_argument(
         "--speeches", type=Path, help="a file of speeches (JSONL: client, text): each role is a patient"
     )
+    parser.add_argument("--split", default="silos", help="the key of the hash that says where a role is")
+    parser.add_argument("--only-plans", action="store_true")
     parser.add_argument("--minutes", type=float, default=1e9, help="bound of all arms together")
     parser.add_argument("--site-field", default="ward")
     parser.add_argument("--owner-field", default="patient")
@@ -119,13 +170,14 @@ def main() -> None:
         args.sites, args.patients, args.records, args.rounds, args.arms = 10, 2, 2, 1, [list(ARMS)[2]]
         args.set += ["evaluation.examples=8", "privacy.delta=1e-3"]
     args.site_records = args.site_records or 4 * args.records
+    arguments = {key: value for key, value in vars(args).items() if key in _TOLD}
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         data = args.data or Path(temporary) / "notes.jsonl"
         if args.speeches is not None:
             args.held_out = Path(temporary) / "held-out.jsonl"
-            write_speeches(args.speeches, data, args.held_out, args.sites, args.records)
+            write_speeches(args.speeches, data, args.held_out, args.sites, args.records, args.split)
         elif args.data is None:
             write_world(data, args.sites, args.patients, args.records)
         folder = Path(temporary) / "runs"
@@ -135,20 +187,44 @@ def main() -> None:
                 if rows and time.perf_counter() - started + rows[-1]["seconds"] > 60 * args.minutes:
                     print(f"{arm}, seed {seed}: not run, for lack of time", flush=True)
                     continue
-                rows.append(run_arm(arm, seed, args, data, folder))
-                print(f"{arm}, seed {seed}: {rows[-1]['seconds']:.0f} s", flush=True)
+                recipe = recipe_of(arm, seed, args, data)
+                plan = planned(arm, seed, recipe)
+                if args.only_plans:
+                    print(json.dumps(plan), flush=True)
+                    continue
+                row = plan | run_arm(recipe, folder)
+                rows.append(row)
+                print(f"{arm}, seed {seed}: {row['seconds']:.0f} s, of one core {row['cpu_seconds']:.0f} s", flush=True)
                 if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(
-        f"\n| what is protected at epsilon {args.epsilon:g} | N | q | noise | k* | held-out loss | accuracy | server | public |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    print(f"| the model before training | - | - | - | - | {_scores(rows[0]['results']['base model'])} | - | - |")
+                    told = [one | {"differences": compare(one, rows)} for one in rows]
+                    args.json.write_text(json.dumps({"arguments": arguments, "arms": told}, indent=1) + "\n")
+    if rows:
+        print(table(rows, args.epsilon))
+
+
+def table(rows: list[dict[str, Any]], epsilon: float) -> str:
+    """The table of the results page."""
+    lines = [
+        f"| what is protected at epsilon {epsilon:g} | N | q | noise | k* | rate | held-out loss | accuracy | less than the base model | less than the "
+        "site's | server | public |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| the model before training | - | - | - | - | - | {_scores(rows[0]['results']['base model'])} | - | - | - | - |",
+    ]
     for row in rows:
-        print(
-            f"| {row['arm']} | {row['units']:,} | {row['sampling_rate']:g} | {row['noise']:.2f} | {row['k_star']:,.1f} | "
-            f"{_scores(row['results']['this run'])} | {float(row['epsilon']['server']):.2f} | {float(row['epsilon']['public']):.2f} |"
+        base, site = [*compare(row, rows).values(), None][:2]
+        lines.append(
+            f"| {row['arm']} | {row['units']:,} | {row['sampling_rate']:g} | {row['noise']:.2f} | {row['k_star']:,.1f} | {row['rate']:.4f} | "
+            f"{_scores(row['results']['this run'])} | {_gain(base)} | {_gain(site)} | {float(row['epsilon']['server']):.2f} | "
+            f"{float(row['epsilon']['public']):.2f} |"
         )
+    return "\n".join(lines)
+
+
+def _gain(difference: dict[str, Any] | None) -> str:
+    """How much lower, with the interval."""
+    if difference is None:
+        return "-"
+    return f"{-difference['value']:+.3f} ({-difference['high']:+.3f} to {-difference['low']:+.3f})"
 
 
 def _scores(result: dict[str, Any]) -> str:
