@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from audit_parts.sites_and_shares import every_round
 from test_faults import SMALL, known_noise
 
 from conftest import tiny_overrides
@@ -35,11 +36,14 @@ def built(folder: Path, *overrides: str) -> Components:
     return build(load_checked_recipe("quickstart", [*tiny_overrides(folder), *SMALL, *SECURE, *overrides]))
 
 
-def queries_of(components: Components) -> list[Query]:
+def queries_of(components: Components) -> dict[int, Query]:
     start = Progress(ServerState.start(components.lora.initial_D))
     progress, encoder = fit_encoder(components, start, None, lambda _text: None)
     adaptive = AdaptiveClip(1.0) if components.recipe.privacy.clip == "adaptive" else None
-    return [update_query(encoder, components.recipe, slot, adaptive, progress.prior, 1.0) for slot in (1, 2, 3)]
+    return {
+        slot: update_query(encoder, components.recipe, slot, adaptive, progress.prior, 1.0)
+        for slot in components.plan.slots
+    }
 
 
 def some_canaries(query: Query, cohort: Sequence[int], permit: Permit) -> Planted:
@@ -60,7 +64,7 @@ def test_published_states_tell_the_released_sum_of_every_round(overrides: list[s
     components = built(tiny_folder, *overrides)
     queries, trials = queries_of(components), Trials(components, components.lora.initial_D)
     published = PublishedRun(components.recipe.server, components.plan, components.lora.initial_D)
-    for trial in trials.of_one_run(lambda slot: queries[slot - 1], components.plan.slots, some_canaries):
+    for trial in trials.of_one_run(queries.__getitem__, components.plan.slots, some_canaries):
         told_K, released_K = published.next_sum(trial), trial.released.release.value
         codes = trial.query.spec.wire.code_size - (trial.query.spec.adaptive_clip is not None)
         assert float((told_K - released_K)[:codes].norm()) < 1e-4 * float(released_K[:codes].norm())
@@ -74,7 +78,7 @@ def test_the_public_sees_what_the_server_sees_and_is_promised_what_a_certificate
     plan, queries = components.plan, queries_of(components)
     assert follows_runs(plan)
     trials = Trials(components, components.lora.initial_D)
-    views, checks = audit_run(trials, lambda slot: queries[slot - 1], plan, canaries=64, seed=0)
+    views, checks = audit_run(trials, queries.__getitem__, plan, canaries=64, seed=0)
     view_of = {view.observer: view for view in views}
     assert set(view_of) == {"server", "public"} | ({"clients"} if unit else set())
     public, server = view_of["public"], view_of["server"]
@@ -93,9 +97,20 @@ def test_the_public_sees_what_the_server_sees_and_is_promised_what_a_certificate
     assert "noise does not cancel over a run" in names
 
 
+def test_the_public_finds_out_that_a_cap_is_not_kept_though_every_release_is_as_promised(tiny_folder: Path) -> None:
+    components = built(tiny_folder, "federation.rounds=8", "federation.sampling_rate=0.125", "encoder.ratio=1")
+    queries, trials = queries_of(components), Trials(components, components.lora.initial_D)
+    assert len(components.plan.blocks) == 1
+    with every_round():  # the clients of the first round are in all
+        views, checks = audit_run(trials, queries.__getitem__, components.plan, canaries=200, seed=0)
+    assert {view.observer for view in views if view.failure} == {"server", "public"}
+    failed = [check.found for check in checks if not check.passed]
+    assert failed == ["Nobody was asked in more than 8 of 8 releases of a run, and each pays for 1."]
+
+
 def silent_trial(folder: Path) -> Trial:
     components = built(folder, *SITES)
-    (query, *_), trials = queries_of(components), Trials(components, components.lora.initial_D)
+    query, trials = queries_of(components)[1], Trials(components, components.lora.initial_D)
 
     def nobody(_query: Query, cohort: Sequence[int], _permit: Permit) -> Planted:
         return Planted((), draw_coins(0, 0), lambda _query, _places: torch.zeros(0), cohort)

@@ -66,8 +66,7 @@ def check_shares(trials: Sequence[Trial], where: str) -> Check:
         (secure,), heard, contributors = trial.received, trial.heard, len(trial.planted.answering)
         assert isinstance(secure, SecureSum)
         assert heard is not None
-        if sorted(heard.drew) != sorted(trial.planted.answering):
-            few = contributors - len(set(heard.drew))
+        if few := len(set(trial.planted.answering) - set(heard.drew)):
             found = f"{few} of {contributors} contributors to {where} drew no share of noise from the run's source, or not all of it."
             return Check(name, False, found)
         quantiser = quantiser_for(trial.permit, secure.sum_V.size, trial.query.spec.clip_l2)
