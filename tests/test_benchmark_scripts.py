@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,23 @@ def test_ways_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) 
     ways, missing = installed_ways({"pfl": "/bin/false"})
     assert ways[:2] == ["plain PEFT", "drencoder"]
     assert missing == ["pfl is left out, since pfl is not installed in /bin/false."]
+
+
+def test_arms_of_the_silo_study_are_compared_text_by_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import silos
+
+    def arm(name: str, after: list[float]) -> dict[str, Any]:
+        outcomes = {
+            "base model": {"losses": [8.0, 90.0], "targets": [2, 8]},
+            "this run": {"losses": after, "targets": [2, 8]},
+        }
+        return {"arm": name, "seed": 0, "outcomes": outcomes}
+
+    rows = [arm("a patient", [6.0, 82.0]), arm("a site as a whole", [7.0, 86.0])]
+    patient, site = (silos.compare(row, rows) for row in rows)
+    # Each text loses one nat a token for the patient, and half of that for the site: no chance is left, however the texts vary.
+    assert patient["base model"]["value"] == patient["base model"]["low"] == patient["base model"]["high"] == -1.0
+    assert patient["a site as a whole"]["value"] == -0.5
+    assert list(site) == ["base model"]
+    assert silos._gain(patient["base model"]) == "+1.000 (+1.000 to +1.000)"
