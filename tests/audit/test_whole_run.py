@@ -12,7 +12,7 @@ from test_faults import SMALL, known_noise
 from conftest import tiny_overrides
 from drencoder.audit.canaries import Planted, crafted, draw_coins
 from drencoder.audit.noise_checks import check_shares
-from drencoder.audit.published import PublishedRun
+from drencoder.audit.published import PublishedRun, code_of
 from drencoder.audit.trials import Trial, Trials
 from drencoder.audit.unit_checks import check_observers
 from drencoder.audit.whole_run import audit_run, follows_runs
@@ -53,7 +53,7 @@ def some_canaries(query: Query, cohort: Sequence[int], permit: Permit) -> Plante
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["server.optimizer=fedavg", "server.final_share=0.1"],
+        ["server.optimizer=fedavg", "server.final_share=0.1", "server.learning_rate=24"],
         ["server.optimizer=fedavgm", "server.momentum=0.5"],
         ["server.optimizer=fedadam", "encoder.name=hybrid", "prior.public=self"],
         ["server.optimizer=fedadam", "privacy.clip=adaptive"],
@@ -66,8 +66,24 @@ def test_published_states_tell_the_released_sum_of_every_round(overrides: list[s
     published = PublishedRun(components.recipe.server, components.plan, components.lora.initial_D)
     for trial in trials.of_one_run(queries.__getitem__, components.plan.slots, some_canaries):
         told_K, released_K = published.next_sum(trial), trial.released.release.value
+        assert torch.equal(told_K, released_K)
+        sum_D = trial.query.decode(released_K[None])[0]
         codes = trial.query.spec.wire.code_size - (trial.query.spec.adaptive_clip is not None)
-        assert float((told_K - released_K)[:codes].norm()) < 1e-4 * float(released_K[:codes].norm())
+        solved_K = code_of(trial.query, sum_D)
+        assert float((solved_K - released_K)[:codes].norm()) < 1e-4 * float(released_K[:codes].norm())
+
+
+def test_states_that_come_from_something_else_than_the_release_tell_that(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = built(tiny_folder)
+    queries, trials = queries_of(components), Trials(components, components.lora.initial_D)
+    trial = next(trials.of_one_run(queries.__getitem__, components.plan.slots, some_canaries))
+    other_D = trial.query.decode(trial.own_NV[:1])[0]
+    monkeypatch.setattr("drencoder.audit.published.released_update", lambda *_: other_D)
+    published = PublishedRun(components.recipe.server, components.plan, components.lora.initial_D)
+    told_K = published.next_sum(trial) / trial.expected_cohort
+    assert float((told_K - trial.own_NV[0]).norm()) < 1e-4 * float(trial.own_NV[0].norm())
 
 
 @pytest.mark.parametrize("unit", [[], SITES], ids=["clients", "owners of sites"])
