@@ -16,18 +16,6 @@ from drencoder.federated import site_round
 from drencoder.privacy.mechanism import quantiser_for
 from drencoder.privacy.sampling import CappedSampler, UnitSampler
 
-__all__ = [
-    "cancelling",
-    "divided",
-    "draw_of",
-    "every_round",
-    "no_clip",
-    "patched",
-    "shares",
-    "site_sums",
-    "told_number",
-]
-
 SiteChange = Callable[[torch.Tensor, torch.Tensor, int, tuple[int, int]], torch.Tensor]
 """(what a site sends, the same without noise, how many of its units took part, (slot, site)) -> what the broken site sends."""
 

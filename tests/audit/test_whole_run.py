@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from audit_parts.sites_and_shares import every_round
-from test_faults import SMALL, known_noise
+from test_faults import SMALL
 
 from conftest import tiny_overrides
 from drencoder.audit.canaries import Planted, crafted, draw_coins
@@ -26,7 +26,7 @@ from drencoder.runs.build import Components, build
 from drencoder.runs.checkpoint import Progress
 from drencoder.runs.stage1 import fit_encoder
 
-__all__ = ["known_noise"]
+pytestmark = pytest.mark.usefixtures("known_noise")
 
 SECURE = ["privacy.trust=secure-aggregation", "federation.rounds=3", "federation.sampling_rate=0.3"]
 SITES = ["privacy.unit=owner", "federation.population=6", "federation.nodes=6", "federation.units_per_site=20"]

@@ -15,8 +15,6 @@ from drencoder.privacy.plan import Noise
 from drencoder.secure_aggregation.discrete import Words
 from drencoder.secure_aggregation.quantise import Quantiser
 
-__all__ = ["Overheard"]
-
 
 @final
 class Overheard:

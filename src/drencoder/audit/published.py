@@ -25,8 +25,6 @@ from drencoder.federated.server_rate import learning_rate
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Server
 
-__all__ = ["PublishedRun", "code_of"]
-
 _SAME = 1e-4
 _STEPS, _EXACT = 50, 1e-12  # of the squared length of what is left
 
