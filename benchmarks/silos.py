@@ -8,6 +8,9 @@ Every arm has the same text, rounds and optimiser, and the plan's noise for its 
 world, written to a file with a site and a patient in every record, or a file of your own, or real speeches of which a role is the
 patient. The server's rate is the one that each arm's plan gives, or the same for all with `--learning-rate`. Prints a table and writes JSON.
 
+A control has the same noise and nothing else: `--noise-alone` runs the arms with clients and units that all send zero. Noise can lower a
+model's loss by itself, if the model is too sure.
+
 Held-out losses are compared in pairs, text by text: with the base model, and with the first arm that protects a site as a whole.
 `--minutes` starts no further arm that would end after them, if it took as long as the last; `--only-plans` prints what each arm's plan says
 of rounds and rates, and trains nothing.
@@ -19,19 +22,26 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+from torch import Tensor
+
 from drencoder import Recipe, load_recipe, run
 from drencoder.evaluation.statistics import loss_difference
+from drencoder.federated.in_process import InProcessEngine
 from drencoder.federated.server_rate import planned_rate
 from drencoder.runs.plan_overview import privacy_plan
 
+_GATHER = InProcessEngine.gather
 _TOLD = (
-    "sites", "patients", "records", "rounds", "rate", "ratio", "learning_rate", "epsilon", "mean_records", "site_records", "split", "set",
+    "sites", "patients", "records", "rounds", "rate", "ratio", "learning_rate", "epsilon", "mean_records", "site_records", "split", "noise_alone", "set",
 )  # fmt: skip
 EMBEDDED = [
     "encoder.name=random", "server.optimizer=fedadam", "server.momentum=0.9", "server.final_share=0.05",
@@ -111,10 +121,28 @@ def planned(name: str, seed: int, recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_arm(recipe: Recipe, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ZeroTrainer:
+    """A `ClientTrainer` whose clients have nothing to say."""
+
+    batch_clients: int
+
+    def train_clients(self, adapter_D: Tensor, clients: Sequence[int], slot: int, epochs: int) -> Tensor:
+        return torch.zeros(len(clients), epochs * adapter_D.numel())
+
+
+def gather_zeros(engine: InProcessEngine, *asked: Any) -> Any:
+    """Like `InProcessEngine.gather`, but every client and every unit of a site sends the zero update."""
+    zero = ZeroTrainer(engine.trainer.batch_clients)
+    curator = None if engine.curator is None else replace(engine.curator, trainer=zero)
+    return _GATHER(replace(engine, trainer=zero, curator=curator), *asked)
+
+
+def run_arm(recipe: Recipe, folder: Path, noise_alone: bool) -> dict[str, Any]:
     """One run: its epsilons, and what base model and run reach, text by text."""
     started, cpu = time.perf_counter(), time.process_time()
-    finished = run(recipe, folder / f"{len(list(folder.iterdir()))}")
+    with mock.patch.object(InProcessEngine, "gather", gather_zeros if noise_alone else _GATHER):
+        finished = run(recipe, folder / f"{len(list(folder.iterdir()))}")
     certificate = finished.certificate
     outcomes = json.loads((finished.folder / "outcomes.json").read_text("utf-8"))
     return {
@@ -158,6 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--split", default="silos", help="the key of the hash that says where a role is")
     parser.add_argument("--only-plans", action="store_true")
+    parser.add_argument("--noise-alone", action="store_true")
     parser.add_argument("--minutes", type=float, default=1e9, help="bound of all arms together")
     parser.add_argument("--site-field", default="ward")
     parser.add_argument("--owner-field", default="patient")
@@ -192,7 +221,7 @@ def main() -> None:
                 if args.only_plans:
                     print(json.dumps(plan), flush=True)
                     continue
-                row = plan | run_arm(recipe, folder)
+                row = plan | run_arm(recipe, folder, args.noise_alone)
                 rows.append(row)
                 print(f"{arm}, seed {seed}: {row['seconds']:.0f} s, of one core {row['cpu_seconds']:.0f} s", flush=True)
                 if args.json:
