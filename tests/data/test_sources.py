@@ -341,7 +341,9 @@ def test_an_owner_that_is_neither_text_nor_number_is_refused_with_its_place(
 
 def test_a_reply_that_rows_call_otherwise_names_no_owner(tmp_path: Path) -> None:
     path = write(tmp_path, [{"question": "q", "answer": "a"}])
-    with pytest.raises(DataError, match="line 1: no field 'response', where data.client_field expects an owner's name"):
+    with pytest.raises(
+        DataError, match=r"line 1: no field 'response', where data\.client_field expects an owner's name"
+    ):
         open_source(sections.Data(source=str(path), client_field="response"), population=1, seed=0)
 
 
