@@ -69,7 +69,7 @@ SmolLM2-135M-Instruct (frozen, float32, a LoRA adapter of rank 8 on q, k, v and 
 Every run has {size.rounds} rounds of {size.cohort} clients on average, {size.records} records of at most {size.tokens} tokens each, the plain template, FedAdam
 at a rate of {study.RATE:g} unless the table says otherwise (the default's follows from its plan), δ = 1e-5, and {size.measured} held-out texts; everything else is the default of this version. The first clip
 is measured on text that the model writes itself. Most runs are of a state of this version in which that text had up to 64 tokens and was new in every round; now it has 32 and is written once, which a pair of
-runs could not tell apart ([log](../log.md#a-model-and-text-of-ones-own-issue-16)). **{len(cells)} of {len(study.CELLS)} planned runs were made**, one at a time with one thread, on a machine of {machine["cores"]} cores
+such runs could not tell apart ([log](../log.md#a-model-and-text-of-ones-own-issue-16)). **{len(cells)} of {len(study.CELLS)} planned runs were made**, one at a time with one thread, on a machine of {machine["cores"]} cores
 ({machine["processor"]}, PyTorch {machine["torch"]}) that was busy with other work, {minutes:.0f} minutes altogether. Most arms have one seed, so a difference between two rows is
 believed here only where its interval, over the held-out texts, leaves zero out; it says nothing about other seeds. Differences below {SMALL:g} nats are called small. Made by
 
