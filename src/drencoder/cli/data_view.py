@@ -11,7 +11,7 @@ from drencoder.models.place import locate
 from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.display import make_table
-from drencoder.runs.unit_table import UnitRow
+from drencoder.runs.unit_table import UnitRow, k_star_text
 
 
 def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
@@ -69,9 +69,8 @@ def unit_table(rows: Sequence[UnitRow], recipe: Recipe) -> Table:
         caption="N of another unit than the recipe's is that of your data; federation.units_per_site has to be a public number",
     )
     for row in rows:
-        k_star = f"{row.k_star:,.0f}" if row.k_star >= 10 else f"{row.k_star:.2g}"
         table.add_row(
-            row.unit, row.protects, row.trust, f"{row.units:,}", f"{row.sampling_rate:g}", f"{row.noise_multiplier:.3g}", k_star,
+            row.unit, row.protects, row.trust, f"{row.units:,}", f"{row.sampling_rate:g}", f"{row.noise_multiplier:.3g}", k_star_text(row.k_star),
             row.verdict,
         )  # fmt: skip
     return table

@@ -24,6 +24,7 @@ from drencoder.privacy.site_epsilons import UNITS
 from drencoder.reading import printable
 from drencoder.runs.certificate import lost_sentences
 from drencoder.runs.plan_overview import Overview
+from drencoder.runs.unit_table import k_star_text
 
 _SHOWN_ROUNDS = 10
 _RUN_FILES = "adapter/, ledger.jsonl, certificate.json, report.html"
@@ -112,7 +113,7 @@ def plan_tables(overview: Overview, name: str, encoder: str) -> list[Table]:
                 f"void, {terms.honest} of them honest",
             )
         run.add_row("clip", overview.clip)
-        run.add_row("k*", f"{_few_digits(overview.k_star)} coordinates that the noise lets a round learn")
+        run.add_row("k*", f"{k_star_text(overview.k_star)} coordinates that the noise lets a round learn")
     run.add_row("server", overview.server_step)
     _add_size_rows(run, overview, encoder)
     observers = {key: value.to_dict() for key, value in plan.epsilons().items()}
@@ -151,10 +152,6 @@ def memory_words(usual: int, most: int) -> str:
     return f"training takes about {gigabytes(usual)}{longest}" + (
         "" if free is None else f"; {gigabytes(free)} are free here"
     )
-
-
-def _few_digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _trust_words(plan: PrivacyPlan) -> Text:

@@ -8,7 +8,7 @@ from drencoder.federated.server_rate import planned_rate
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plan_overview import privacy_plan
-from drencoder.runs.unit_table import LITTLE, verdict_of, with_unit
+from drencoder.runs.unit_table import LITTLE, k_star_text, verdict_of, with_unit
 
 _TRUSTS = {"local": "local trust", "central": "central trust", "secure-aggregation": "secure aggregation"}
 
@@ -27,12 +27,12 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
         who = f"{plan.units:,} {plan.unit}s at {plan.population:,} sites"
     begin = f"{who} under {_TRUSTS[trust]} at epsilon {epsilon:g}"
     if k_star >= LITTLE:
-        return [f"{begin}: k* {_few_digits(k_star)}, so a round can learn."]
-    sentences = [f"{begin}: k* {_few_digits(k_star)}, {verdict_of(k_star)}{_what_noise_may_do(recipe, plan)}."]
+        return [f"{begin}: k* {k_star_text(k_star)}, so a round can learn."]
+    sentences = [f"{begin}: k* {k_star_text(k_star)}, {verdict_of(k_star)}{_what_noise_may_do(recipe, plan)}."]
     others = {_TRUSTS[other]: _k_star(recipe, other) for other in _TRUSTS if other != trust}
     better = {name: value for name, value in others.items() if value is not None and value > 1.5 * k_star}
     if better:
-        given = [f"{name} would give k* {_few_digits(value)}" for name, value in better.items()]
+        given = [f"{name} would give k* {k_star_text(value)}" for name, value in better.items()]
         sentences.append(f"{'; '.join(given)[:1].upper()}{'; '.join(given)[1:]}.")
     most = floor(1000 * recipe.rate_within_cap) / 1000
     if recipe.sampling_rate < most:
@@ -43,14 +43,14 @@ def judge(recipe: Recipe, plan: PrivacyPlan, records: int | None = None) -> list
                 if most == 1
                 else "as many clients a round as the cap leaves room for"
             )
-            sentences.append(f"With {who} (federation.sampling_rate = {most:g}) k* would be {_few_digits(more)}.")
+            sentences.append(f"With {who} (federation.sampling_rate = {most:g}) k* would be {k_star_text(more)}.")
     if records and records > 2 * plan.population and plan.unit == "client":
         single = with_unit(recipe, "record", -(-records // plan.population))
         alone = None if single is None else _k_star(single, single.privacy.trust)
         if alone is not None and alone > 1.5 * k_star:
             sentences.append(
                 f"Record-level privacy, a weaker promise that protects one of the {records:,} records and not its owner, would give "
-                f"k* {_few_digits(alone)}: set privacy.unit = 'record' and federation.units_per_site."
+                f"k* {k_star_text(alone)}: set privacy.unit = 'record' and federation.units_per_site."
             )
     return sentences
 
@@ -75,7 +75,3 @@ def _k_star(recipe: Recipe, trust: str) -> float | None:
         return privacy_plan(replace(recipe, privacy=replace(recipe.privacy, trust=trust))).k_star()
     except (PrivacyError, RecipeError):
         return None
-
-
-def _few_digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

@@ -95,6 +95,11 @@ def other_number(recipe: Recipe, survey: DataSurvey | None) -> str:
     )
 
 
+def k_star_text(k_star: float) -> str:
+    """k* for people: whole, and two digits of it where it is small."""
+    return f"{k_star:,.0f}" if k_star >= 10 else f"{k_star:.2g}"
+
+
 def verdict_of(k_star: float) -> str:
     """What a round can learn, in words."""
     if k_star < NOTHING:
