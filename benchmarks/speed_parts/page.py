@@ -31,6 +31,10 @@ time says more. *Load* is how many processes wanted one of the cores. Memory is 
 """
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' if number != 1 else ''}"
+
+
 def _cpu(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield """## One round of a cohort, beside other software
 
@@ -43,8 +47,8 @@ does not.
     for row in sorted(rows, key=lambda row: (row["model"] != "embedded", row["model"], row["clients"])):
         machine = row["machine"]
         yield (
-            f"**{row['model']}, {row['clients']} clients of {row['records']} records** ({row['tokens']:,} tokens, an adapter of "
-            f"{row['adapter_values']:,} values; {row['repeats']} turns; load {machine['load']} on {machine['cores']} cores)\n"
+            f"**{row['model']}, {_count(row['clients'], 'client')} of {row['records']} records** ({row['tokens']:,} tokens, an adapter of "
+            f"{row['adapter_values']:,} values; {_count(row['repeats'], 'turn')}; load {machine['load']} on {machine['cores']} cores)\n"
         )
         yield "| way | wall s | CPU s | speed by CPU (plain PEFT = 1) | speed by wall | peak MiB | difference |"
         yield "|---|---|---|---|---|---|---|"
@@ -61,7 +65,7 @@ does not.
         if left := [way for way in _WAYS if way not in measured]:
             yield f"Not run at this size: {'; '.join(left)}.\n"
     done = {(row["model"] == "embedded", row["clients"]) for row in rows}
-    for embedded, name in ((True, "embedded"), (False, "path/to/SmolLM2-135M-Instruct")):
+    for embedded, name in ((True, "embedded"), (False, "path/to/SmolLM2-135M-Instruct --records 4")):
         left = [str(size) for size in _SIZES if (embedded, size) not in done]
         if left:
             yield (
