@@ -89,60 +89,29 @@ def _coded(encoder: str) -> dict[str, Any]:
     return {"encoder.name": encoder, "prior.source": "none"} | _NOISE_IN_CODE
 
 
+_AS_PUBLISHED = _AUTOENCODER | _PRIOR_OF_MOMENTS | _NOISE_IN_UPDATE
+_RANDOM = {"encoder.name": "random"}
+# fmt: off
 _ALL = (
     Method("lora", "federated LoRA: whole updates, no noise", _WHOLE_UPDATES | _NO_NOISE, private=False),
-    Method(
-        CENTRALISED,
-        "LoRA with AdamW on the clients' text in one place",
-        _WHOLE_UPDATES | _NO_NOISE,
-        private=False,
-        rate_knob="local.learning_rate",
-    ),
+    Method(CENTRALISED, "LoRA with AdamW on the clients' text in one place", _WHOLE_UPDATES | _NO_NOISE, private=False, rate_knob="local.learning_rate"),
     Method("dp-lora", "DP-LoRA: whole updates, clipped and noised", _WHOLE_UPDATES),
-    Method(
-        "dr-encoder",
-        "DR-Encoder as published: auto-encoder of a random prior, clip and noise of the update (a trusted server: after decoding)",
-        _AUTOENCODER | _PRIOR_OF_MOMENTS | _NOISE_IN_UPDATE,
-    ),
-    Method(
-        "dr-encoder-code", "the same auto-encoder, noise in the code", _AUTOENCODER | _PRIOR_OF_MOMENTS | _NOISE_IN_CODE
-    ),
-    Method(
-        "fedcg",
-        "FedCG: auto-encoder of real gradients, no noise",
-        _AUTOENCODER | _PRIOR_OF_GRADIENTS | _NO_NOISE | _NOISE_IN_UPDATE,
-        private=False,
-    ),
-    Method(
-        "fedcg-dp",
-        "FedCG with noise in its rounds; stage 1 stays un-noised",
-        _AUTOENCODER | _PRIOR_OF_GRADIENTS | _NOISE_IN_UPDATE,
-    ),
-    Method(
-        "random",
-        "drencoder: sketch allocated by the prior, noise in the code",
-        {"encoder.name": "random"} | _NOISE_IN_CODE,
-    ),
-    Method(
-        "noise",
-        "control: DR-Encoder's pipeline with zero updates, that is, its noise alone",
-        _AUTOENCODER | _PRIOR_OF_MOMENTS | _NOISE_IN_UPDATE | {"local.upload": "zero"},
-    ),
+    Method("dr-encoder", "DR-Encoder as published: auto-encoder of a random prior, clip and noise of the update (a trusted server: after decoding)", _AS_PUBLISHED),
+    Method("dr-encoder-code", "the same auto-encoder, noise in the code", _AUTOENCODER | _PRIOR_OF_MOMENTS | _NOISE_IN_CODE),
+    Method("fedcg", "FedCG: auto-encoder of real gradients, no noise", _AUTOENCODER | _PRIOR_OF_GRADIENTS | _NO_NOISE | _NOISE_IN_UPDATE, private=False),
+    Method("fedcg-dp", "FedCG with noise in its rounds; stage 1 stays un-noised", _AUTOENCODER | _PRIOR_OF_GRADIENTS | _NOISE_IN_UPDATE),
+    Method("random", "drencoder: sketch allocated by the prior, noise in the code", _RANDOM | _NOISE_IN_CODE),
+    Method("noise", "control: DR-Encoder's pipeline with zero updates, that is, its noise alone", _AS_PUBLISHED | {"local.upload": "zero"}),
     Method("kronecker", "drencoder: closed form of a structured public prior", _coded("kronecker"), public=True),
-    Method(
-        "hybrid", "drencoder: structured prior, the run's momentum and a fresh sketch", _coded("hybrid"), public=True
-    ),
+    Method("hybrid", "drencoder: structured prior, the run's momentum and a fresh sketch", _coded("hybrid"), public=True),
     Method("ffa-lora", "FFA-LoRA: B only, A frozen", _coded("ffa")),
-    Method(
-        "ffa-orthonormal",
-        "FFA-LoRA from an orthonormal A (FedSVD's start)",
-        _coded("ffa") | {"adapter.start": "orthonormal"},
-    ),
+    Method("ffa-orthonormal", "FFA-LoRA from an orthonormal A (FedSVD's start)", _coded("ffa") | {"adapter.start": "orthonormal"}),
     Method("top-k", "the places where public text has the largest updates", _coded("top-k"), public=True),
     Method("core", "Fed-SB's r x r core per module, in directions of public text", _coded("core"), public=True),
     Method("power", "low rank, after PowerSGD: directions from the run's own momentum", _coded("power")),
-    Method("random-silent", "the same sketch, no noise", {"encoder.name": "random"} | _NO_NOISE, private=False),
+    Method("random-silent", "the same sketch, no noise", _RANDOM | _NO_NOISE, private=False),
 )
+# fmt: on
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 
