@@ -1,6 +1,5 @@
 """What an audit of a recipe or a run found, as data for the screen, for JSON and for the run's report."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
@@ -8,6 +7,7 @@ from typing import Any, final
 from drencoder.audit.content import Attack
 from drencoder.audit.noise_checks import Check
 from drencoder.audit.observers import BOUNDS, REAL_RECORDS, View
+from drencoder.privacy.observers import json_ready
 
 WITHOUT_RECORDS = (
     "Attacks on real records, and comparisons with them, are shown to whoever starts the audit and are not kept with the run: their numbers "
@@ -91,12 +91,5 @@ class RunAudit:
             "attacks": [asdict(attack) | {"exposed": attack.exposed} for attack in self.attacks],
             "notes": list(self.notes),
         }
-        return _json_ready(data)
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
+        ready: dict[str, Any] = json_ready(data)
+        return ready

@@ -19,9 +19,9 @@ from drencoder.privacy.accounting import (
     epsilon_rdp,
     gdp_mu,
 )
+from drencoder.privacy.observers import OBSERVERS, json_ready
 from drencoder.privacy.plan import PrivacyPlan
 
-OBSERVERS = ("server", "clients", "public")
 _MAX_POINTS = 25  # rounds that are evaluated for one noise multiplier where each takes a PLD
 _MAX_EXACT_POINTS = 400  # where each is a closed form
 _MAX_NOISES = 8  # more cannot be told apart in one figure
@@ -75,7 +75,7 @@ class BudgetTable:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an infinite epsilon is the string "inf"."""
-        facts: dict[str, Any] = _json_ready(asdict(self))
+        facts: dict[str, Any] = json_ready(asdict(self))
         return facts
 
 
@@ -187,11 +187,3 @@ def _chosen_rounds(plan: PrivacyPlan, most: int) -> list[int]:
     if last > most:
         chosen = {1 + round((last - 1) * (i / (most - 1)) ** 1.5) for i in range(most)}
     return ([0] if plan.stage1_rate > 0 else []) + sorted(chosen)
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    return "inf" if isinstance(value, float) and math.isinf(value) else value

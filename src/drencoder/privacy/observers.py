@@ -37,30 +37,23 @@ ASSUMPTIONS = {
 }
 """(trust, observer) -> what the guarantee rests on, where the unit is a client."""
 
-_OWN_SITE = "The unit's own site keeps its records and its draw to itself, clips each unit's code, and "
+_OWN_SITE = "The unit's own site keeps its records and its draw to itself, clips each unit's code, and adds its "
+_FULL, _SHARE = _OWN_SITE + "full noise", _OWN_SITE + "share of the noise. "
+_AND_OTHERS = _FULL + ", and so do all other sites of a slot; the observer "
 SITE_ASSUMPTIONS = {
-    ("local", "server"): f"{_OWN_SITE}adds its full noise. Nothing is assumed of other sites.",
-    (
-        "local",
-        "clients",
-    ): f"{_OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer is one site, knows "
-    "its own noise, and colludes neither with the server nor with another site.",
-    (
-        "local",
-        "public",
-    ): f"{_OWN_SITE}adds its full noise, and so do all other sites of a slot; the observer sees only sums and the "
-    "model, and colludes neither with the server nor with a site.",
-    (
-        "secure-aggregation",
-        "server",
-    ): f"{_OWN_SITE}adds its share of the noise. The stated share of a slot's sites add theirs and "
-    "keep them to themselves; the others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
-    (
-        "secure-aggregation",
-        "clients",
-    ): f"{_OWN_SITE}adds its share of the noise. The observer is one of the honest sites, which "
-    "knows its own noise; the others are as against the server.",
-    ("secure-aggregation", "public"): "As against the server: all that the public sees, the server has seen.",
+    ("local", "server"): _FULL + ". Nothing is assumed of other sites.",
+    ("local", "clients"): _AND_OTHERS
+    + "is one site, knows its own noise, and colludes neither with the server nor with another "
+    "site.",
+    ("local", "public"): _AND_OTHERS
+    + "sees only sums and the model, and colludes neither with the server nor with a site.",
+    ("secure-aggregation", "server"): _SHARE
+    + "The stated share of a slot's sites add theirs and keep them to themselves; the "
+    "others may tell the server everything. Fewer nodes collude than secure aggregation's threshold allows.",
+    ("secure-aggregation", "clients"): _SHARE
+    + "The observer is one of the honest sites, which knows its own noise; the others "
+    "are as against the server.",
+    ("secure-aggregation", "public"): ASSUMPTIONS["secure-aggregation", "public"],
 }
 """(trust, observer) -> what the guarantee rests on, where the unit is a record or an owner inside a site; "clients" are sites."""
 
@@ -97,9 +90,8 @@ class ObserverGuarantee:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an infinite epsilon is the string "inf", which JSON numbers cannot say."""
-        data = {k: v for k, v in asdict(self).items() if k != "events"}
-        data["by_relation"] = {relation: _json_floats(asdict(r)) for relation, r in self.by_relation.items()}
-        return _json_floats(data)
+        data: dict[str, Any] = json_ready({k: v for k, v in asdict(self).items() if k != "events"})
+        return data
 
 
 def epsilons_by_observer(
@@ -125,5 +117,10 @@ def report(events: tuple[Event, ...], delta: float, relation: Relation, interval
     )
 
 
-def _json_floats(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: "inf" if isinstance(v, float) and math.isinf(v) else v for k, v in data.items()}
+def json_ready(value: Any) -> Any:
+    """Tables and lists as JSON has them. It has no infinity: that becomes the string "inf"."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value

@@ -48,20 +48,6 @@ _SAMPLING_RATE, _LEAST_COHORT = 0.02, 32
 _MOST_BYTES = 1 << 20  # of a recipe file
 _LONGEST_NAME = 200  # bytes; files beside the run folder have its name and a suffix
 
-_SECTIONS: dict[str, type] = {
-    "model": Model,
-    "adapter": Adapter,
-    "data": Data,
-    "federation": Federation,
-    "local": Local,
-    "server": Server,
-    "encoder": Encoder,
-    "prior": Prior,
-    "privacy": Privacy,
-    "evaluation": Evaluation,
-    "speed": Speed,
-}
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -178,6 +164,11 @@ class Recipe:
         return cls(**parts)
 
 
+_SECTIONS: dict[str, Any] = {
+    part.name: part.type for part in dataclasses.fields(Recipe) if dataclasses.is_dataclass(part.type)
+}
+
+
 def read_section(key: str, value: Any, section: type[Section], origin: str) -> Section:
     """A section from its table; unknown keys raise `RecipeError` with the nearest known name."""
     if not isinstance(value, Mapping):
@@ -233,13 +224,12 @@ def _check_sites(recipe: Recipe) -> None:
             f"privacy.trust = 'non-private' has no unit and privacy.unit = {unit!r} names one: set privacy.unit = 'client' for a baseline."
         )
     if recipe.privacy.noise_in == "update" or recipe.prior.source == "gradients":
-        key, value = (
-            ("prior.source = 'gradients'", "prior.source = 'moments'")
-            if recipe.prior.source == "gradients"
-            else ("privacy.noise_in = 'update'", "privacy.noise_in = 'code'")
-        )
+        key, values = ("prior.source", ("gradients", "moments"))
+        if recipe.prior.source != "gradients":
+            key, values = ("privacy.noise_in", ("update", "code"))
         raise RecipeError(
-            f"privacy.unit = {unit!r} sums clipped codes at a site, and {key} does not go with that: set {value}."
+            f"privacy.unit = {unit!r} sums clipped codes at a site, and {key} = {values[0]!r} does not go with that: set {key} = "
+            f"{values[1]!r}."
         )
     if not federation.units_per_site:
         raise RecipeError(
@@ -250,21 +240,17 @@ def _check_sites(recipe: Recipe) -> None:
 
 def _check_secure(recipe: Recipe) -> None:
     """What secure aggregation cannot do, and the numbers of nodes that its protocol needs."""
-    encoder, privacy, nodes = recipe.encoder, recipe.privacy, recipe.federation.nodes
+    privacy, nodes, wire, source = (
+        recipe.privacy,
+        recipe.federation.nodes,
+        recipe.encoder.wire_dtype,
+        recipe.prior.source,
+    )
+    sized = "codes travel as integers with noise, of a size that follows"
     for key, value, required, why in (
         ("privacy.noise_in", privacy.noise_in, "code", "what is summed is the code"),
-        (
-            "encoder.wire_dtype",
-            encoder.wire_dtype,
-            encoder.wire_dtype if encoder.wire_dtype == "auto" else "float32",
-            "codes travel as integers with noise, of a size that follows",
-        ),
-        (
-            "prior.source",
-            recipe.prior.source,
-            recipe.prior.source.replace("gradients", "moments"),
-            "nothing is seen alone",
-        ),
+        ("encoder.wire_dtype", wire, "auto" if wire == "auto" else "float32", sized),
+        ("prior.source", source, source.replace("gradients", "moments"), "nothing is seen alone"),
     ):
         if value != required:
             raise RecipeError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from drencoder.encoders.code_sizes import bytes_text
 from drencoder.evaluation.statistics import Difference, McNemar, mcnemar, paired_over_seeds
+from drencoder.privacy.observers import json_ready
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.plots import plot_accuracy_against_bytes, plot_loss_against_epsilon, save_figure
 from drencoder.runs.run_folder import RunFolder
@@ -22,7 +23,7 @@ from drencoder.study.cells import Cell, Track, loss_of
 from drencoder.study.compare import cell_folder, tuning_plan
 from drencoder.study.methods import METHODS, start_rates
 from drencoder.study.settings import Compare
-from drencoder.study.tables import Spread, json_ready, markdown_table, mean_of_known
+from drencoder.study.tables import Spread, markdown_table, mean_of_known
 from drencoder.study.tuning import tuned_steps
 
 REFERENCE = "dp-lora"

@@ -1,10 +1,8 @@
-"""Numbers of a study in words: means and ranges over seeds, Markdown tables, and values as JSON has them. No torch."""
+"""Numbers of a study in words: means and ranges over seeds, and Markdown tables. No torch."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,3 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; a bar inside a cell, which would end it, becomes a slash."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-
-
-def json_ready(value: Any) -> Any:
-    """JSON has no infinity: it becomes "inf", as in certificates."""
-    if isinstance(value, dict):
-        return {key: json_ready(inner) for key, inner in value.items()}
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
