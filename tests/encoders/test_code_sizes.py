@@ -20,13 +20,14 @@ from drencoder.encoders.code_sizes import (
     plain_lora_bytes,
     stage1_values,
 )
-from drencoder.encoders.gaussian_prior import GaussianPrior, MomentQuery
+from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.planning import wire_dtype
 from drencoder.encoders.registry import ENCODERS, build_encoder, declaration_of
 from drencoder.encoders.request import EncoderRequest
 from drencoder.encoders.wire import WireDtype, WireFormat
 from drencoder.errors import EncoderError, ModelError
 from drencoder.federated.query import moment_query
+from drencoder.federated.query_encoders import MomentsEncoder
 from drencoder.models.base_model import load_base
 from drencoder.models.lora import LoraModel
 from drencoder.models.place import ModelPlace
@@ -168,10 +169,8 @@ def test_stage_1_values_are_what_its_query_asks(tiny_folder: Path) -> None:
     recipe = load_recipe("quickstart", tiny_overrides(tiny_folder))
     segments = LoraModel(load_base(recipe.model), recipe.adapter, seed=0).layout.segments
     for epochs in (1, 3):
-        assert (
-            stage1_values("moments", segments[-1].stop, len(segments) // 2, epochs)
-            == MomentQuery(segments, epochs).size
-        )
+        size = MomentsEncoder(segments, epochs).code_size
+        assert stage1_values("moments", segments[-1].stop, len(segments) // 2, epochs) == size
     # FedCG's stage 1 against the statistics', LLaMA-7B, r = 8 on q, k, v, o, three epochs.
     assert stage1_values("gradients", 8_388_608, 128, 3) == 25_165_824
     assert stage1_values("moments", 8_388_608, 128, 3) == 1_536

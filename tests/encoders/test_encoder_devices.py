@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from drencoder.encoders.contract import Encoder, fingerprint_of
-from drencoder.encoders.gaussian_prior import MomentQuery
 from drencoder.encoders.hybrid import HybridEncoder
 from drencoder.encoders.identity import IdentityEncoder
 from drencoder.encoders.kronecker import KroneckerEncoder
@@ -43,7 +42,7 @@ ENCODERS: dict[str, Encoder] = {
     "core": LowRankEncoder.core(noise_updates(LORA).prior(LORA, 4)),
     "power": LowRankEncoder.power(SEGMENTS, SIZE // 16, NOISE.update_ND[0], 0.25),
     "adaptive clip": AdaptiveClipEncoder(SKETCH, 0.5),
-    "moments": MomentsEncoder(MomentQuery(SEGMENTS)),
+    "moments": MomentsEncoder(SEGMENTS),
     "relative": RelativeEncoder(SKETCH),
 }
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drencoder.encoders.gaussian_prior import GaussianPrior, MomentQuery, SyntheticGradients, moment_statistics
+from drencoder.encoders.gaussian_prior import GaussianPrior, SyntheticGradients, moment_statistics
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
@@ -32,8 +32,7 @@ def drawn(count: int, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
 def test_statistics_are_the_two_moments() -> None:
     update_ND = drawn(3, 0, (1.0, 0.0, -1.0), (1.0, 2.0, 0.5))
     stats_NV = moment_statistics(update_ND, SEGMENTS)
-    assert stats_NV.shape == (3, MomentQuery(SEGMENTS).size) == (3, 6)
-    assert torch.equal(stats_NV, MomentQuery(SEGMENTS).statistics(update_ND))
+    assert stats_NV.shape == (3, 6)
     part_ND = update_ND[:, 800:1000]
     assert torch.allclose(stats_NV[:, 1], part_ND.sum(1) / math.sqrt(200), rtol=1e-5)
     assert torch.allclose(stats_NV[:, 4], part_ND.norm(dim=1), rtol=1e-5)
@@ -47,10 +46,10 @@ def test_statistics_are_the_two_moments() -> None:
 def test_statistics_are_bounded_by_the_update(seed: int, mean: float, scale: float, hollow: int) -> None:
     update_ND = scale * drawn(2, seed, (mean, 0.0, -mean), (1.0, 0.1, 0.0))
     update_ND[:, SEGMENTS[hollow].start : SEGMENTS[hollow].stop] = 0.0
-    stats_NV = MomentQuery(SEGMENTS).statistics(update_ND)
+    stats_NV = moment_statistics(update_ND, SEGMENTS)
     bound_N = math.sqrt(2.0) * update_ND.double().norm(dim=1)  # float32's squares vanish below 1e-23
     assert (stats_NV.double().norm(dim=1) <= bound_N * (1 + 1e-5)).all()
-    joined = MomentQuery(SEGMENTS, 2).statistics(torch.cat((update_ND, 0.1 * update_ND), dim=1))
+    joined = moment_statistics(torch.cat((update_ND, 0.1 * update_ND), dim=1), SEGMENTS, 2)
     assert (joined.norm(dim=1) <= bound_N * math.hypot(1.0, 0.1) * (1 + 1e-5)).all()
 
 
@@ -67,15 +66,11 @@ def test_published_mean_and_variance_follow_from_the_statistics() -> None:
 
 def test_each_epoch_has_statistics_of_its_own() -> None:
     first_ND, second_ND = (drawn(3, seed, (1.0, 0.0, -1.0), (1.0, 2.0, 0.5)) for seed in (0, 1))
-    query = MomentQuery(SEGMENTS, epochs=2)
-    assert (query.size, query.update_size) == (12, 2 * SIZE)
-    both_NV = query.statistics(torch.cat((first_ND, second_ND), dim=1))
+    both_NV = moment_statistics(torch.cat((first_ND, second_ND), dim=1), SEGMENTS, 2)
     parts = moment_statistics(first_ND, SEGMENTS), moment_statistics(second_ND, SEGMENTS)
     assert torch.equal(both_NV, torch.cat(parts, dim=1))
     with pytest.raises(EncoderError, match="2 epochs need updates of 2 x 1003 values, got shape"):
-        query.statistics(first_ND)
-    with pytest.raises(EncoderError, match="stage 1 of 0 epochs"):
-        MomentQuery(SEGMENTS, epochs=0)
+        moment_statistics(first_ND, SEGMENTS, 2)
 
 
 def test_a_prior_over_epochs_is_fitted_epoch_by_epoch() -> None:
@@ -105,7 +100,7 @@ def test_a_mixture_draws_each_epoch_equally_often() -> None:
 
 def test_the_bound_is_reached_by_a_constant_update() -> None:
     update_ND = torch.ones(1, SIZE)
-    ratio = MomentQuery(SEGMENTS).statistics(update_ND).norm() / update_ND.norm()
+    ratio = moment_statistics(update_ND, SEGMENTS).norm() / update_ND.norm()
     assert float(ratio) == pytest.approx(math.sqrt(2.0), rel=1e-5)
 
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drencoder.encoders.code_sizes import image_shape
+from drencoder.encoders.code_sizes import code_shape, image_shape, input_shape
 from drencoder.encoders.gaussian_prior import GaussianPrior, SyntheticGradients
 from drencoder.encoders.viability import measure_viability
 from drencoder.errors import EncoderError
-from drencoder.published.architectures import ARCHITECTURES, architecture, fresh_network
+from drencoder.published.architectures import ARCHITECTURES, fresh_network
 from drencoder.published.autoencoder import Autoencoder, AutoencoderOptions
 from drencoder.published.fitting import Frame
 from encoder_contract import some_updates
@@ -55,9 +55,8 @@ def test_published_geometry_and_size() -> None:
     ],
 )
 def test_llama_7b_fits_without_padding(name: str, shape: tuple[int, ...], code: tuple[int, ...], share: int) -> None:
-    row = architecture(name)
-    assert row.input_shape(8_388_608) == shape
-    assert row.code_shape(8_388_608) == code
+    assert input_shape(name, 8_388_608) == shape
+    assert code_shape(name, 8_388_608) == code
     assert math.prod(shape) == 8_388_608 == share * math.prod(code)
 
 
@@ -67,7 +66,7 @@ def test_image_holds_the_update_with_little_padding(size: int) -> None:
     assert height % 64 == width % 64 == 0
     assert size <= height * width < size + 4096 + 64 * max(height, width)
     assert width <= height <= 4 * width + 64
-    _, length = architecture("autoencoder-cnn1d").input_shape(size)
+    _, length = input_shape("autoencoder-cnn1d", size)
     assert length % 256 == 0
     assert size <= length < size + 256
 
@@ -76,12 +75,11 @@ def test_image_holds_the_update_with_little_padding(size: int) -> None:
 def test_only_the_code_crosses_the_wire(name: str) -> None:
     """The halves share no tensor and no feature: the decoder alone, fed a code, gives a whole update within Tanh's range."""
     network = fresh_network(name, torch.Generator().manual_seed(0)).eval()
-    row = architecture(name)
-    code = torch.randn(2, *row.code_shape(5000), generator=torch.Generator().manual_seed(1))
+    code = torch.randn(2, *code_shape(name, 5000), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         answer = network.decoder(100.0 * code)
         assert network.encoder(answer).shape == code.shape
-    assert answer.shape == (2, *row.input_shape(5000))
+    assert answer.shape == (2, *input_shape(name, 5000))
     assert float(answer.abs().max()) <= 1.0
     halves = [{id(parameter) for parameter in half.parameters()} for half in (network.encoder, network.decoder)]
     assert not halves[0] & halves[1]
@@ -91,7 +89,7 @@ def test_only_the_code_crosses_the_wire(name: str) -> None:
 def test_fresh_networks_answer_close_to_zero_and_are_alive(name: str) -> None:
     """Kaiming's start alone answers with noise of Tanh's whole range; then most of training is unlearning it."""
     network = fresh_network(name, torch.Generator().manual_seed(3))
-    values = 0.25 * torch.randn(4, *architecture(name).input_shape(4096), generator=torch.Generator().manual_seed(4))
+    values = 0.25 * torch.randn(4, *input_shape(name, 4096), generator=torch.Generator().manual_seed(4))
     answer = network(values)
     assert answer.square().mean().item() < 0.1
     answer.square().sum().backward()

@@ -60,33 +60,6 @@ def moment_statistics(update_NX: Tensor, segments: tuple[Segment, ...], epochs: 
     return torch.stack(stats, dim=1)
 
 
-@final
-@dataclass(frozen=True)
-class MomentQuery:
-    """The stage-1 question to one client: "what are your updates' two moments, per LoRA tensor and epoch?\""""
-
-    segments: tuple[Segment, ...]
-    epochs: int = 1
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise EncoderError(f"stage 1 of {self.epochs} epochs asks nothing; set local.epochs to 1 or more")
-
-    @property
-    def update_size(self) -> int:
-        """E D, the number of values that the statistics are of."""
-        return self.epochs * self.segments[-1].stop
-
-    @property
-    def size(self) -> int:
-        """V, the number of statistics that one client reports."""
-        return 2 * self.epochs * len(self.segments)
-
-    def statistics(self, update_NX: Tensor) -> Tensor:
-        """stats_NV float32, see `moment_statistics`."""
-        return moment_statistics(update_NX, self.segments, self.epochs)
-
-
 _ONLY_PRIORS = object()
 
 
@@ -215,7 +188,7 @@ class GaussianPrior:
             raise EncoderError(
                 f"a prior over {len(segments)} segments needs {per_epoch} finite statistics per epoch, got shape "
                 f"{tuple(stats_V.shape)} of which {int(stats_V.isfinite().sum())} are finite; release them with "
-                "MomentQuery of the same layout"
+                "the moments of the same layout"
             )
         if not (math.isfinite(noise_std) and noise_std >= 0):
             raise EncoderError(f"noise_std is {noise_std}, expected a finite number >= 0; give 0 for no noise")

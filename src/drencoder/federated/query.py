@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from drencoder.encoders.contract import Encoder
-from drencoder.encoders.gaussian_prior import GaussianPrior, MomentQuery
+from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.planning import wire_dtype
 from drencoder.encoders.wire import WireFormat
 from drencoder.errors import CodeError, PrivacyError
@@ -142,7 +142,7 @@ def moment_query(segments: tuple[Segment, ...], recipe: config.Recipe, clip_l2: 
     `clip_l2` is the one that was measured, where the recipe names none; PrivacyError if nothing says what it is.
     """
     epochs = recipe.stage1_epochs
-    return _stage1_query("moments", MomentsEncoder(MomentQuery(segments, epochs)), _known_clip(recipe, clip_l2), epochs)
+    return _stage1_query("moments", MomentsEncoder(segments, epochs), _known_clip(recipe, clip_l2), epochs)
 
 
 def gradient_query(update_size: int, epochs: int) -> Query:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drencoder.encoders.contract import Encoder, Fact
-from drencoder.encoders.gaussian_prior import MomentQuery
+from drencoder.encoders.gaussian_prior import moment_statistics
 from drencoder.models.adapter_layout import Segment
 
 
@@ -36,25 +36,22 @@ class _Stage1:
 @final
 @dataclass(frozen=True)
 class MomentsEncoder(_Stage1):
-    """(N, E D) -> (N, 2 E S): two moments per LoRA tensor and epoch, see `gaussian_prior.MomentQuery`."""
+    """(N, E D) -> (N, 2 E S): two moments per LoRA tensor and epoch, see `gaussian_prior.moment_statistics`."""
 
-    moments: MomentQuery
+    segments: tuple[Segment, ...]
+    epochs: int = 1
     name = "moments"
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
-        return self.moments.segments
-
-    @property
     def update_size(self) -> int:
-        return self.moments.update_size
+        return self.epochs * self.segments[-1].stop
 
     @property
     def code_size(self) -> int:
-        return self.moments.size
+        return 2 * self.epochs * len(self.segments)
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
-        return self.moments.statistics(update_ND)
+        return moment_statistics(update_ND, self.segments, self.epochs)
 
 
 @final

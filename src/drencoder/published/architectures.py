@@ -14,7 +14,6 @@ and chosen here: zero padding (reflection does not work for a code grid of one c
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 from typing import final
@@ -22,8 +21,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from drencoder.encoders.code_sizes import code_shape, input_shape
-from drencoder.errors import EncoderError
+from drencoder.encoders.code_sizes import code_shape
 
 _STAGES = (1, 2, 4, 8, 16, 32, 64)  # ResNet: channels of the stem and after each stride-2 stage
 _BLOCKS = 3
@@ -136,48 +134,22 @@ def _unet() -> AutoencoderNetwork:
     return AutoencoderNetwork(nn.Sequential(*down), _CodeSkips())
 
 
-@final
-@dataclass(frozen=True)
-class Architecture:
-    """How a network is made, what it reads, and what its code looks like (shapes of one update)."""
-
-    name: str
-    make: Callable[[], AutoencoderNetwork]
-    working_values: int  # peak working memory of one encode, in float32 values per padded value (measured, rounded up)
-
-    def input_shape(self, update_size: int) -> tuple[int, ...]:
-        """(1, H, W) or (1, L); the first D of these values are the update, the rest zeros."""
-        return input_shape(self.name, update_size)
-
-    def code_shape(self, update_size: int) -> tuple[int, ...]:
-        """(64, H/64, W/64) or (8, L/256)."""
-        return code_shape(self.name, update_size)
-
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+ARCHITECTURES: Mapping[str, tuple[Callable[[], AutoencoderNetwork], int]] = MappingProxyType(
     {
-        entry.name: entry
-        for entry in (
-            Architecture("autoencoder", _resnet, 20),
-            Architecture("autoencoder-published", _resnet, 20),
-            Architecture("autoencoder-cnn1d", _cnn1d, 8),
-            Architecture("autoencoder-unet", _unet, 28),
-        )
+        "autoencoder": (_resnet, 20),
+        "autoencoder-published": (_resnet, 20),
+        "autoencoder-cnn1d": (_cnn1d, 8),
+        "autoencoder-unet": (_unet, 28),
     }
 )
-
-
-def architecture(name: str) -> Architecture:
-    """The row of `ARCHITECTURES`; EncoderError for a name that is not in it."""
-    if name not in ARCHITECTURES:
-        raise EncoderError(f"there is no auto-encoder {name!r}; choose one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
+"""Name -> how the network is made, and the peak working memory of one encode in float32 values per padded value (measured,
+rounded up). What it reads, and what its code looks like: `code_sizes.input_shape` and `code_shape`."""
 
 
 def blank_network(name: str) -> AutoencoderNetwork:
     """A network on the CPU with unset weights, made without drawing from the global generator."""
     with torch.device("meta"):
-        network = architecture(name).make()
+        network = ARCHITECTURES[name][0]()
     return network.to_empty(device="cpu")
 
 

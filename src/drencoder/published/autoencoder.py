@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from drencoder.encoders.code_sizes import code_shape, input_shape
 from drencoder.encoders.contract import (
     Encoder,
     Fact,
@@ -34,7 +35,7 @@ from drencoder.encoders.gaussian_prior import SyntheticGradients, sample_structu
 from drencoder.encoders.request import EncoderRequest, SavedState, StepCallback, TrainingGradients
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
-from drencoder.published.architectures import Architecture, AutoencoderNetwork, architecture, blank_network
+from drencoder.published.architectures import ARCHITECTURES, AutoencoderNetwork, blank_network
 from drencoder.published.fedcg import RealGradients
 from drencoder.published.fitting import AutoencoderOptions, Frame, fit_network
 from drencoder.rng import derive_seed
@@ -123,7 +124,7 @@ class Autoencoder:
 
     def __post_init__(self) -> None:
         check_segments(self.segments)
-        architecture(self.name)
+        input_shape(self.name, 1)  # refuses a name that there is none of
         scale_S = self.scale_S.detach().to("cpu", torch.float64)
         if scale_S.shape != (len(self.segments),) or not bool((scale_S.isfinite() & (scale_S > 0)).all()):
             raise EncoderError(
@@ -146,15 +147,11 @@ class Autoencoder:
     @cached_property
     def code_shape(self) -> tuple[int, ...]:
         """Shape of one code before it is flattened: channels first."""
-        return self._architecture.code_shape(self.update_size)
-
-    @property
-    def _architecture(self) -> Architecture:
-        return architecture(self.name)
+        return code_shape(self.name, self.update_size)
 
     @cached_property
     def _frame(self) -> Frame:
-        return Frame(self.segments, self.scale_S.tolist(), self._architecture.input_shape(self.update_size))
+        return Frame(self.segments, self.scale_S.tolist(), input_shape(self.name, self.update_size))
 
     @torch.no_grad()
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
@@ -178,7 +175,7 @@ class Autoencoder:
 
     def describe(self) -> dict[str, Fact]:
         """The contract's facts, and: trained_on ("synthetic" or "real"), saturated_share, scale_min and scale_max. `public` is false after training on real gradients."""
-        values = self._architecture.working_values * math.prod(self._frame.shape)
+        values = ARCHITECTURES[self.name][1] * math.prod(self._frame.shape)
         facts = common_facts(self, public=self.trained_on == "synthetic", memory_bytes=4 * values)
         return facts | {
             "trained_on": self.trained_on,
@@ -242,7 +239,7 @@ def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
 
 def _check_size(request: EncoderRequest) -> None:
     """Before anything is trained."""
-    size = math.prod(architecture(request.name).code_shape(check_segments(request.segments)))
+    size = math.prod(code_shape(request.name, check_segments(request.segments)))
     if request.code_size not in (None, size):
         raise EncoderError(
             f"code_size is {request.code_size}, but the {request.name} of this adapter always sends {size} values; leave "

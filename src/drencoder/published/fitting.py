@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drencoder.encoders.code_sizes import code_shape
+from drencoder.encoders.code_sizes import code_shape, input_shape
 from drencoder.encoders.request import StepCallback, TrainingGradients
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
-from drencoder.published.architectures import AutoencoderNetwork, architecture, fresh_network
+from drencoder.published.architectures import AutoencoderNetwork, fresh_network
 from drencoder.rng import derive_seed
 
 _HEADROOM = 4.0  # this many root mean squares fill Tanh's range
@@ -52,7 +52,7 @@ class AutoencoderOptions:
                 raise EncoderError(f"autoencoder {name} is {getattr(self, name)}, expected 1 or more")
         if not 0 < self.learning_rate < math.inf:
             raise EncoderError(f"autoencoder learning_rate is {self.learning_rate}, expected more than 0")
-        architecture(self.name)
+        input_shape(self.name, 1)  # refuses a name that there is none of
 
 
 @final
@@ -113,7 +113,7 @@ def fit_network(
             "(FedCG: ask more clients, prior.sampling_rate)"
         )
     scale_S = _scales(segments, training.energy_S(segments), options.name)
-    frame = Frame(segments, scale_S.tolist(), architecture(options.name).input_shape(segments[-1].stop))
+    frame = Frame(segments, scale_S.tolist(), input_shape(options.name, segments[-1].stop))
     generator = torch.Generator().manual_seed(derive_seed(seed, "autoencoder"))
     network = fresh_network(options.name, generator)
     _train(network, frame, training, validation, options, generator, on_step)
