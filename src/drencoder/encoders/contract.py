@@ -8,8 +8,9 @@ seed, so that clients and server agree on the same map; it protects nobody and n
 An encoder promises nothing about norms: the clip comes after it, in code space.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -126,7 +127,18 @@ def common_facts(encoder: Encoder, *, public: bool, memory_bytes: int) -> dict[s
     }
 
 
-def no_state(name: str, state: Mapping[str, Tensor]) -> None:
+@contextlib.contextmanager
+def restoring(name: str, segments: tuple[Segment, ...]) -> Iterator[None]:
+    """Reads saved tensors in its block: EncoderError in one sentence for whatever is missing, foreign or of another shape."""
+    try:
+        yield
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise EncoderError(
+            f"the saved {name} encoder does not fit this adapter of {len(segments)} tensors ({error}); restore the one of this run"
+        ) from None
+
+
+def no_state(name: str, state: Mapping[str, Tensor] | None) -> None:
     """Refuses saved tensors for an encoder that has none."""
     if state:
         raise EncoderError(

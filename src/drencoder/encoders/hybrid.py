@@ -28,6 +28,7 @@ from drencoder.encoders.contract import (
     common_facts,
     is_lora_b,
     mark_non_finite,
+    restoring,
 )
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.random_sketch import UNIFORM_SHARE, RandomSketch, allocate_code
@@ -162,10 +163,8 @@ class HybridEncoder:
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
         head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
         restored = KroneckerEncoder.from_state(segments, head)
-        try:
+        with restoring(cls.name, segments):
             direction_JD, code_S = state["directions"], tuple(state["random"].tolist())
-        except (KeyError, ValueError) as error:
-            raise EncoderError(f"the saved hybrid encoder lacks {error}; restore the one of this run") from None
         return cls(restored, direction_JD, RandomSketch(segments, code_S) if code_S else None)
 
 

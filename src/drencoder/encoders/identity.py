@@ -3,7 +3,6 @@
 Legend: N clients, D adapter values (here K = D).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, final
@@ -19,7 +18,7 @@ from drencoder.encoders.contract import (
     common_facts,
     no_state,
 )
-from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_size
+from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.models.adapter_layout import Segment
 
 
@@ -56,12 +55,8 @@ class IdentityEncoder:
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    @classmethod
-    def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "IdentityEncoder":
-        no_state(cls.name, state)
-        return cls(segments)
-
 
 def make_identity(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "identity"."""
-    return check_fixed_size(request, IdentityEncoder.from_state(request.segments, state or {}))
+    no_state("identity", state)
+    return IdentityEncoder(request.segments)

@@ -27,6 +27,7 @@ from drencoder.encoders.contract import (
     common_facts,
     fingerprint_of,
     mark_non_finite,
+    restoring,
     tensor_of_text,
     text_of_tensor,
 )
@@ -337,7 +338,7 @@ class KroneckerEncoder:
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "KroneckerEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
         check_segments(segments)
-        try:
+        with restoring(cls.name, segments):
             parts = []
             for number, place in enumerate(state["tensors"].tolist()):
                 segment, count_A = segments[place], state[f"{number}.counts"].long()
@@ -351,11 +352,6 @@ class KroneckerEncoder:
             energy = float(state["energy"])
             if sum(len(part.index_k) for part in parts) != len(variance_K):
                 raise ValueError(f"{len(variance_K)} variances do not fit the counts")
-        except (KeyError, IndexError, ValueError) as error:
-            raise EncoderError(
-                f"the saved kronecker encoder does not fit this adapter of {len(segments)} tensors ({error}); restore "
-                "the one of this run"
-            ) from None
         return cls(segments, tuple(parts), variance_K, energy, provenance)
 
 

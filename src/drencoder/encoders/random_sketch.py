@@ -7,7 +7,7 @@ random signs, an orthonormal Hadamard transform of each block, k_l random coordi
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar, final
@@ -282,13 +282,6 @@ class RandomSketch:
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    @classmethod
-    def from_state(
-        cls, segments: tuple[Segment, ...], code_S: tuple[int, ...], state: Mapping[str, Tensor]
-    ) -> "RandomSketch":
-        no_state(cls.name, state)
-        return cls(segments, code_S)
-
     @cached_property
     def _strata(self) -> tuple[Tensor, Tensor, Tensor]:
         """For every code value: its segment, and the first position and the width of its stratum."""
@@ -371,6 +364,5 @@ class RandomSketch:
 
 def make_random(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "random": allocated by stage 1's prior, uniformly without one."""
-    size = request.required_size()
-    sketch = RandomSketch.build(request.segments, size, request.prior)
-    return RandomSketch.from_state(sketch.segments, sketch.code_S, state or {})
+    no_state("random", state)
+    return RandomSketch.build(request.segments, request.required_size(), request.prior)

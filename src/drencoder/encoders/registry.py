@@ -73,16 +73,19 @@ def build_encoder(name: str, request: "EncoderRequest", state: "SavedState" = No
     row = _row(name)
     if request.real is not None and not row.declaration.trained:
         raise EncoderError(f"real gradients train an autoencoder only, not {name!r}; set encoder.name = 'autoencoder'")
-    encoder = row.load()(replace(request, name=name), state)
+    request = replace(request, name=name)
+    encoder = row.load()(request, state)
     if (encoder.name, encoder.linear) != (name, row.declaration.linear):
         raise EncoderError(
             f"the {name} encoder came out as {encoder.name!r} with linear = {encoder.linear}, but declares linear = "
             f"{row.declaration.linear}, on which the privacy plan rests; correct its row in the registry"
         )
+    if not row.declaration.sized_by_ratio:
+        request.check_fixed_size(encoder.code_size)
     if request.code_size not in (None, encoder.code_size):
         raise EncoderError(
-            f"the {name} encoder has {encoder.code_size} code values where {request.code_size} were planned; restore the encoder "
-            "of this run, or correct the code size in its row in the registry"
+            f"the {name} encoder has {encoder.code_size} code values where {request.code_size} were planned; restore the encoder of this run, "
+            "or correct the code size in its row in the registry"
         )
     return encoder
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import Encoder, check_segments
+from drencoder.encoders.contract import check_segments
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, PublicUpdates
 from drencoder.errors import EncoderError
@@ -67,6 +67,14 @@ class EncoderRequest:
             raise EncoderError(f"the {self.name} encoder needs a code_size; give the number of values to send")
         return self.code_size
 
+    def check_fixed_size(self, size: int) -> None:
+        """EncoderError if another code size was asked for than `size`, the encoder's only one."""
+        if self.code_size not in (None, size):
+            raise EncoderError(
+                f"code_size is {self.code_size}, but the {self.name} encoder of this adapter always sends {size} values; leave "
+                "code_size out or choose the random encoder"
+            )
+
     def required_public(self) -> PublicUpdates:
         """`public`; EncoderError if it is None."""
         if self.public is None:
@@ -86,13 +94,3 @@ class EncoderRequest:
         if self.history_JD is None:
             return torch.zeros(0, check_segments(self.segments))
         return self.history_JD[self.history_JD.any(dim=1)]
-
-
-def check_fixed_size(request: EncoderRequest, encoder: Encoder) -> Encoder:
-    """The encoder; EncoderError if another code size was asked for than its only one."""
-    if request.code_size not in (None, encoder.code_size):
-        raise EncoderError(
-            f"code_size is {request.code_size}, but the {encoder.name} encoder of this adapter always sends "
-            f"{encoder.code_size} values; leave code_size out or choose the random encoder"
-        )
-    return encoder

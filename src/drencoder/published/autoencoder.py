@@ -28,6 +28,7 @@ from drencoder.encoders.contract import (
     check_update,
     common_facts,
     mark_non_finite,
+    restoring,
     tensor_of_text,
     text_of_tensor,
 )
@@ -199,13 +200,11 @@ class Autoencoder:
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "Autoencoder":
         """The encoder of `state`; EncoderError if tensors are missing, foreign or of another shape."""
         tensors = dict(state)
-        try:
+        with restoring("autoencoder", segments):
             name, trained_on = text_of_tensor(tensors.pop("name")), text_of_tensor(tensors.pop("trained_on"))
             scale_S, saturated_share = tensors.pop("scale_S"), float(tensors.pop("saturated_share"))
             network = blank_network(name)
             network.load_state_dict(tensors)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise EncoderError(f"the saved autoencoder cannot be restored ({error}); train it again") from error
         return cls(segments, network, scale_S, name, trained_on, saturated_share)  # type: ignore[arg-type]  # checked
 
     def _chunks(self, count: int) -> Iterator[slice]:
@@ -221,7 +220,9 @@ def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
     EncoderError without any of them, or if the saved encoder is another one than the recipe's.
     """
     options = replace(TRAINING, name=request.name)
-    _check_size(request)
+    request.check_fixed_size(
+        math.prod(code_shape(request.name, check_segments(request.segments)))
+    )  # before it is trained
     if state:
         restored = Autoencoder.from_state(request.segments, state)
         if restored.name != request.name:
@@ -235,16 +236,6 @@ def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
     return Autoencoder.fit(
         request.segments, training, validation, seed=request.seed, options=options, on_step=request.on_step
     )
-
-
-def _check_size(request: EncoderRequest) -> None:
-    """Before anything is trained."""
-    size = math.prod(code_shape(request.name, check_segments(request.segments)))
-    if request.code_size not in (None, size):
-        raise EncoderError(
-            f"code_size is {request.code_size}, but the {request.name} of this adapter always sends {size} values; leave "
-            "code_size out or choose the random encoder"
-        )
 
 
 def _fit_non_private(request: EncoderRequest, options: AutoencoderOptions) -> Autoencoder:

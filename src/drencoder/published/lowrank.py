@@ -34,11 +34,12 @@ from drencoder.encoders.contract import (
     fingerprint_of,
     is_lora_b,
     mark_non_finite,
+    restoring,
     tensor_of_text,
     text_of_tensor,
 )
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, matrix_shape
-from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_size
+from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 from drencoder.rng import derive_seed
@@ -204,14 +205,9 @@ class LowRankEncoder:
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "LowRankEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
-        try:
+        with restoring(name, segments):
             known = tuple(state[f"{number}.known"] for number in range(len(segments)))
             fresh, provenance = tuple(state["fresh"].tolist()), text_of_tensor(state["provenance"])
-        except (KeyError, ValueError) as error:
-            raise EncoderError(
-                f"the saved {name} encoder does not fit this adapter of {len(segments)} tensors ({error}); restore the one "
-                "of this run"
-            ) from None
         return cls(segments, known, fresh, name, provenance)
 
 
@@ -243,10 +239,10 @@ def _orthogonal_to(known_BQ: Tensor, count: int, seed: int) -> Tensor:
 def make_core(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "core"."""
     if state:
-        return check_fixed_size(request, LowRankEncoder.from_state(request.segments, state, "core"))
+        return LowRankEncoder.from_state(request.segments, state, "core")
     widths = [matrix_shape(segment)[1] for segment in request.segments if is_lora_b(segment)]
     prior = request.required_public().prior(request.segments, max(widths, default=1))
-    return check_fixed_size(request, LowRankEncoder.core(prior))
+    return LowRankEncoder.core(prior)
 
 
 def make_power(request: EncoderRequest, state: SavedState) -> Encoder:

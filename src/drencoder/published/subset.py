@@ -31,11 +31,12 @@ from drencoder.encoders.contract import (
     common_facts,
     is_lora_b,
     mark_non_finite,
+    restoring,
     tensor_of_text,
     text_of_tensor,
 )
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
-from drencoder.encoders.request import EncoderRequest, SavedState, check_fixed_size
+from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
 from drencoder.models.adapter_layout import Segment
 
@@ -140,20 +141,15 @@ class SubsetEncoder:
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "SubsetEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
-        try:
-            index_K, provenance = state["index"], text_of_tensor(state["provenance"])
-        except (KeyError, ValueError) as error:
-            raise EncoderError(
-                f"the saved {name} encoder is malformed ({error}); restore the one of this run"
-            ) from None
-        return cls(segments, index_K, name, provenance)
+        with restoring(name, segments):
+            return cls(segments, state["index"], name, text_of_tensor(state["provenance"]))
 
 
 def make_ffa(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "ffa"."""
     if state:
-        return check_fixed_size(request, SubsetEncoder.from_state(request.segments, state, "ffa"))
-    return check_fixed_size(request, SubsetEncoder.lora_b(request.segments))
+        return SubsetEncoder.from_state(request.segments, state, "ffa")
+    return SubsetEncoder.lora_b(request.segments)
 
 
 def make_top_k(request: EncoderRequest, state: SavedState) -> Encoder:
