@@ -13,6 +13,7 @@ import torch
 from deployment import small_recipe
 from drencoder.encoders.wire import unpack_rows
 from drencoder.errors import ArtifactError, DataError, PrivacyError
+from drencoder.federated.client_side import ClientSide
 from drencoder.federated.query import QuerySpec, moment_query
 from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_frame
 from drencoder.federated.remote.instruction import Answer, Instruction
@@ -202,7 +203,7 @@ def test_no_text_of_an_exception_reaches_the_server_or_the_sites_log(
     if where == "training":
         monkeypatch.setattr(CohortTrainer, "_train", failing)
     else:
-        monkeypatch.setattr(Site, "_uploads", failing)
+        monkeypatch.setattr(ClientSide, "uploads", failing)
     answer = site.answer(question(site, made))
     assert SECRET.encode() not in answer
     assert SECRET not in "".join([*capsys.readouterr(), *said])

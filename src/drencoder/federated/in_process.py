@@ -9,10 +9,11 @@ from typing import final
 
 from torch import Tensor
 
+from drencoder.federated.client_side import ClientSide
 from drencoder.federated.engine import SiteFacts
 from drencoder.federated.query import Query
-from drencoder.federated.round import SecureSum, Upload, client_message
-from drencoder.federated.secure_round import clients_by_node, node_share, round_settings, secure_node, secure_sum
+from drencoder.federated.round import SecureSum, Upload
+from drencoder.federated.secure_round import clients_by_node, round_settings, secure_node, secure_sum
 from drencoder.federated.site_round import SiteCurator
 from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.ledger import Permit
@@ -66,14 +67,7 @@ class InProcessEngine(AlwaysThere):
         if permit.shares is not None:
             yield self._aggregated(query, adapter_D, cohort, permit, noise)
             return
-        if self.curator is not None:
-            for site in cohort:
-                yield self.curator.message(query, adapter_D, site, permit, noise)
-            return
-        for start in range(0, len(cohort), self.trainer.batch_clients):
-            clients = cohort[start : start + self.trainer.batch_clients]
-            update_ND = self.trainer.train_clients(adapter_D, clients, query.spec.slot, query.spec.epochs)
-            yield client_message(query, update_ND, clients, permit, noise)
+        yield from ClientSide(self.trainer, self.curator).uploads(query, adapter_D, cohort, permit, noise)
 
     def _aggregated(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
@@ -83,14 +77,11 @@ class InProcessEngine(AlwaysThere):
         on_nodes = clients_by_node(cohort, self.nodes)
         roster = [key.public for key in keys]
         settings = round_settings(query, permit, list(map(len, on_nodes)), roster, self.threshold)
+        side = ClientSide(self.trainer, self.curator)
         parties = [
-            secure_node(
-                settings, node, key, on_nodes[node],
-                self.curator.node_share(query, adapter_D, on_nodes[node], permit, noise) if self.curator is not None
-                else node_share(query, self.trainer, adapter_D, on_nodes[node], permit, noise),
-            )
-            for node, key in enumerate(keys)
-        ]  # fmt: skip
+            secure_node(settings, node, key, clients, side.node_share(query, adapter_D, clients, permit, noise))
+            for node, (key, clients) in enumerate(zip(keys, on_nodes, strict=True))
+        ]
 
         def exchange(stage: ProtocolStep, requests: Mapping[int, bytes]) -> dict[int, bytes]:
             present = [node for node in requests if not self.lost(permit.slot, stage, node)]

@@ -28,6 +28,7 @@ from torch import Tensor
 from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.errors import PrivacyError
 from drencoder.federated.query import Query
+from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.accounting import NonPrivateEvent
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.mechanism import (
@@ -87,6 +88,15 @@ class CohortRelease:
 
 
 # --- the client's side ------------------------------------------------------------------------
+
+
+def trained_batches(
+    trainer: ClientTrainer, query: Query, adapter_D: Tensor, clients: Sequence[int]
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """As many clients at a time as train together well, and what each of them computed, (N, epochs * D)."""
+    for start in range(0, len(clients), trainer.batch_clients):
+        batch = clients[start : start + trainer.batch_clients]
+        yield batch, trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
 
 
 def client_message(

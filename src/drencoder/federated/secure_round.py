@@ -1,6 +1,6 @@
 """A cohort's question under secure aggregation, for any engine: who hosts whom, a node's part, the server's part.
 
-A node first computes what it adds up (`node_share`): its clients train before the protocol begins. Then an engine gives each
+A node first computes what it adds up (`ClientSide.node_share`): its clients train before the protocol begins. Then an engine gives each
 node a `SecAggClient` made by `secure_node`, and calls `secure_sum` with a function that carries a step's messages to the nodes and
 their answers back. Neither knows stages of learning, encoders or epsilon; both see bytes.
 """
@@ -9,14 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from drencoder.errors import SecureError, VoidRoundError
 from drencoder.federated.query import Query
-from drencoder.federated.round import SecureSum, client_share, modulus_bits
-from drencoder.models.client_training import ClientTrainer
+from drencoder.federated.round import SecureSum, modulus_bits
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.mechanism import NoiseSource
 from drencoder.secure_aggregation.client import SecAggClient
 from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import RoundSettings
@@ -55,26 +52,6 @@ def round_settings(
         clients=tuple(counts),
         roster=tuple(roster),
     )
-
-
-def node_share(
-    query: Query,
-    trainer: ClientTrainer,
-    adapter_D: Tensor,
-    clients: Sequence[int],
-    permit: Permit,
-    noise: NoiseSource,
-) -> npt.NDArray[np.uint32]:
-    """Trains a node's clients, some at a time, and adds up their shares: (V,) uint32 modulo 2^b. It must not leave unmasked.
-
-    A large node needs no more memory than a batch of its clients and one vector.
-    """
-    total_V = np.zeros(query.spec.wire.code_size, dtype=np.uint32)
-    for start in range(0, len(clients), trainer.batch_clients):
-        batch = clients[start : start + trainer.batch_clients]
-        update_ND = trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
-        total_V += client_share(query, update_ND, batch, permit, noise)
-    return total_V & np.uint32((1 << modulus_bits(query, permit)) - 1)
 
 
 def secure_node(

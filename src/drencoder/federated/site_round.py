@@ -26,7 +26,7 @@ from drencoder.data.units import SiteUnits
 from drencoder.encoders.wire import pack_rows
 from drencoder.errors import PrivacyError
 from drencoder.federated.query import Query
-from drencoder.federated.round import Upload, code_values, message_wire, modulus_bits
+from drencoder.federated.round import Upload, code_values, message_wire, modulus_bits, trained_batches
 from drencoder.models.client_training import ClientTrainer
 from drencoder.privacy.accounting import PoissonGaussianEvent
 from drencoder.privacy.ledger import Permit
@@ -66,15 +66,13 @@ class SiteCurator:
 
     def _codes(
         self, query: Query, adapter_D: Tensor, site: int, permit: Permit
-    ) -> Iterator[tuple[list[int], BoundedCodes]]:
+    ) -> Iterator[tuple[Sequence[int], BoundedCodes]]:
         """The clipped codes of the units that are in the slot, some at a time, with their numbers."""
         spec = query.spec
         if spec.noise_in != "code" or not spec.summable:
             raise PrivacyError("A site sums codes: it needs noise_in = 'code' and a linear encoder.")
         joining = self.draw(site, permit)
-        for start in range(0, len(joining), self.trainer.batch_clients):
-            batch = joining[start : start + self.trainer.batch_clients]
-            update_ND = self.trainer.train_clients(adapter_D, batch, spec.slot, spec.epochs)
+        for batch, update_ND in trained_batches(self.trainer, query, adapter_D, joining):
             yield batch, clip_rows(query.encode(update_ND), spec.clip_l2)
 
     def draw(self, site: int, permit: Permit) -> list[int]:

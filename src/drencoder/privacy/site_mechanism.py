@@ -4,7 +4,7 @@ Legend: N units (rows), V values of the joint vector. The site is the trusted cu
 those that its secret draw put into the slot; the sum of none is zero, and gets the same noise.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from drencoder.privacy.noise_source import NoiseSource
 
 
 def release_site_sum(
-    batches: Iterable[tuple[list[int], BoundedCodes]],
+    batches: Iterable[tuple[Sequence[int], BoundedCodes]],
     size: int,
     clip_l2: float,
     site: int,

@@ -6,7 +6,7 @@ noised as the site's own plan says. It answers with messages that its ledger has
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -24,6 +24,7 @@ from drencoder.errors import (
     VoidRoundError,
 )
 from drencoder.federated.adaptive_clip import AdaptiveClip
+from drencoder.federated.client_side import ClientSide
 from drencoder.federated.engine import RunComponents
 from drencoder.federated.query import Query, gradient_query, moment_query, update_query
 from drencoder.federated.remote.agreement import ClientSet, agreement
@@ -31,8 +32,7 @@ from drencoder.federated.remote.frames import Frame, Kind, pack_frame, unpack_fr
 from drencoder.federated.remote.instruction import Answer, Instruction, adapter_of, encoder_of, fingerprint
 from drencoder.federated.remote.refusal import Refusal, refusal_frame
 from drencoder.federated.remote.session import SecAggSession
-from drencoder.federated.round import Upload, client_message
-from drencoder.federated.secure_round import node_share, round_settings
+from drencoder.federated.secure_round import round_settings
 from drencoder.privacy.ledger import Permit
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.site_ledger import AnsweredError, ForeignRunError, SiteLedger
@@ -81,6 +81,8 @@ class Site:
         self._components, self._own_clients, self._ledger, self._say = components, own_clients, ledger, say
         self._recipe, self._session = agreement(components.recipe), session
         self._clients = frozenset(own_clients.clients)
+        self._side = ClientSide(components.trainer, components.curator)
+        self._whose = "clients" if components.curator is None else "sites"
         self._encoder_name = ""
         self._encoder: Encoder | None = None
         self._prior: GaussianPrior | None = None
@@ -154,25 +156,13 @@ class Site:
         if self._session is not None:
             return self._begin_secure_round(self._session, query, adapter_D, asked)
         permit = self._charge(asked)
-        uploads = list(self._uploads(query, adapter_D, asked.clients, permit))
+        uploads = list(self._side.uploads(query, adapter_D, asked.clients, permit, self._components.noise()))
         messages = b"".join(message for upload in uploads for message in upload.messages)
         nonfinite = sum(upload.nonfinite for upload in uploads)
-        who = "sites" if self._components.curator else "clients"
-        self._say(f"slot {query.spec.slot}: {len(asked.clients)} {who} answered, {len(messages):,} bytes")
+        self._say(f"slot {query.spec.slot}: {len(asked.clients)} {self._whose} answered, {len(messages):,} bytes")
         self._say_spent()
         answer = Answer(asked.nonce, Refusal.NONE, asked.clients, nonfinite)
         return self._pack_answer(answer, messages)
-
-    def _uploads(self, query: Query, adapter_D: Tensor, clients: Sequence[int], permit: Permit) -> Iterator[Upload]:
-        """Trains the clients, some at a time, and makes their messages; of a site with units of its own, its one message."""
-        trainer, noise, curator = self._components.trainer, self._components.noise(), self._components.curator
-        if curator is not None:
-            yield from (curator.message(query, adapter_D, site, permit, noise) for site in clients)
-            return
-        for start in range(0, len(clients), trainer.batch_clients):
-            batch = clients[start : start + trainer.batch_clients]
-            update_ND = trainer.train_clients(adapter_D, batch, query.spec.slot, query.spec.epochs)
-            yield client_message(query, update_ND, batch, permit, noise)
 
     def _say_spent(self) -> None:
         """What this site's own ledger says that its units have spent, where they are the units of privacy."""
@@ -198,14 +188,9 @@ class Site:
         # First the charge: a node that does not exist cannot sign anything twice.
         permit = self._charge(asked)
         settings = round_settings(query, permit, asked.counts, session.roster.keys, session.threshold)
-        noise, curator = self._components.noise(), self._components.curator
-        if curator is not None:
-            share_V = curator.node_share(query, adapter_D, asked.clients, permit, noise)
-        else:
-            share_V = node_share(query, self._components.trainer, adapter_D, asked.clients, permit, noise)
+        share_V = self._side.node_share(query, adapter_D, asked.clients, permit, self._components.noise())
         answer = session.begin(asked.nonce, settings, asked.clients, share_V, request)
-        who = "sites" if self._components.curator else "clients"
-        self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} {who}")
+        self._say(f"slot {query.spec.slot}: takes part with {len(asked.clients)} {self._whose}")
         self._say_spent()
         return self._pack_answer(Answer(asked.nonce, Refusal.NONE, asked.clients), answer)
 
