@@ -7,7 +7,8 @@ public's view of the released sum. Secure aggregation: the server's view of the 
 seed decides the canaries' coins. An ideal audit scores exact Gaussian noise of the promised size, with the same bounds.
 
 With --units, records and owners of twelve sites in the place of clients: one release for an attacker who is told whom a site drew, and the whole
-run of four rounds for one who is not, whose promise is what a certificate says of the worst site. And clients under secure aggregation in the public's view of four rounds together.
+run of four rounds for one who is not, whose promise is what a certificate says of the worst site. And clients
+under local trust and secure aggregation in the public's view of four rounds together.
 """
 
 import argparse
@@ -43,6 +44,7 @@ SITES = [
 FOUR_ROUNDS = ["federation.rounds=4", "federation.sampling_rate=0.25"]
 VIEWS = {"local": "a client's message", "central": "the released sum", "secure-aggregation": "the released sum"}
 UNITS = (("record", "local"), ("owner", "local"), ("record", "secure-aggregation"), ("owner", "secure-aggregation"))
+PUBLIC = ("local", "secure-aggregation")
 BOUNDS = ("gaussian", "gdp", "one_run")
 
 
@@ -78,9 +80,9 @@ def measured_units(unit: str, trust: str, epsilon: float, canaries: int, seeds: 
     return found
 
 
-def measured_public(epsilon: float, canaries: int, seeds: int) -> list[View]:
-    """The public's view of whole runs of clients under secure aggregation, of each seed."""
-    settings = ["privacy.trust=secure-aggregation", f"privacy.epsilon={epsilon}", *FOUR_ROUNDS]
+def measured_public(trust: str, epsilon: float, canaries: int, seeds: int) -> list[View]:
+    """The public's view of whole runs of clients, of each seed."""
+    settings = [f"privacy.trust={trust}", f"privacy.epsilon={epsilon}", *FOUR_ROUNDS]
     components = build(load_checked_recipe("quickstart", [*SMALL, *settings]))
     encoder, trials = components.encoder(None), Trials(components, components.lora.initial_D)
     found = []
@@ -152,11 +154,12 @@ def main() -> None:
             for what, views in measured_units(unit, trust, epsilon, args.canaries, args.seeds).items():
                 rows.append(row(f"{unit}, {trust}: {what}", epsilon, views, (time.perf_counter() - started) / 2))
                 print(json.dumps(rows[-1]), flush=True)
-        if args.units or args.smoke:
+        for trust in PUBLIC if args.units or args.smoke else ():
             started = time.perf_counter()
-            views = measured_public(epsilon, args.canaries, args.seeds)
-            what = "client, secure-aggregation: the run, published states"
-            rows.append(row(what, epsilon, views, time.perf_counter() - started))
+            views = measured_public(trust, epsilon, args.canaries, args.seeds)
+            rows.append(
+                row(f"client, {trust}: the run, published states", epsilon, views, time.perf_counter() - started)
+            )
             print(json.dumps(rows[-1]), flush=True)
         for trust in ("ideal", *VIEWS) if not args.units else ():
             started = time.perf_counter()

@@ -23,10 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from audit_parts.sites_and_shares import (
+    adding_to_nothing,
     cancelling,
     divided,
     draw_of,
     every_round,
+    half_of_the_messages,
     patched,
     shares,
     site_sums,
@@ -118,6 +120,10 @@ def two_thirds(noised: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
 
 def shared(noised: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     return clean + (noised - clean)[:1]
+
+
+def cancelled(noised: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    return clean + adding_to_nothing((noised - clean).double())
 
 
 def long_clip(noised: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
@@ -212,6 +218,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "clients take part in every round, whatever the cap", "secure-aggregation", every_round, settings=FOUR_ROUNDS
     ),
+    Fault("nothing, four rounds", "local", contextlib.nullcontext, settings=FOUR_ROUNDS),
+    Fault("clients take part in every round, whatever the cap", "local", every_round, settings=FOUR_ROUNDS),
+    Fault("the clients' noise adds up to nothing in a sum", "local", messages(cancelled), settings=FOUR_ROUNDS),
+    Fault("half of the messages that are counted are in a sum", "local", half_of_the_messages, settings=FOUR_ROUNDS),
     Fault("nothing", "local", contextlib.nullcontext, records=True, unit="owner"),
     Fault("nothing", "secure-aggregation", contextlib.nullcontext, unit="record"),
     Fault(
@@ -239,6 +249,7 @@ FAULTS: tuple[Fault, ...] = (
         unit="record",
         settings=("federation.rounds=5",),
     ),
+    Fault("the sites' noise adds up to nothing in a sum", "local", site_sums(cancelling(8, sites=True)), unit="record"),
     Fault("a site divides by how many units took part", "local", site_sums(divided), unit="record"),
     Fault("a unit is counted twice", "local", site_sums(lambda n, clean, *_: n + clean), unit="owner"),
     Fault(

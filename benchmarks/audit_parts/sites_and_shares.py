@@ -15,6 +15,7 @@ from drencoder.federated import round as one_round
 from drencoder.federated import site_round
 from drencoder.privacy.mechanism import quantiser_for
 from drencoder.privacy.sampling import CappedSampler, UnitSampler
+from drencoder.runs import asking
 
 SiteChange = Callable[[torch.Tensor, torch.Tensor, int, tuple[int, int]], torch.Tensor]
 """(what a site sends, the same without noise, how many of its units took part, (slot, site)) -> what the broken site sends."""
@@ -54,19 +55,38 @@ def divided(noised: torch.Tensor, clean: torch.Tensor, number: int, _where: tupl
     return noised + clean * (EXPECTED_UNITS / max(1, number) - 1)
 
 
-def cancelling(rounds: int) -> SiteChange:
-    """A site's noise is as loud as promised in every round, and that of all rounds adds up to nothing."""
+def cancelling(count: int, *, sites: bool = False) -> SiteChange:
+    """Each of `count` noises is as loud as promised, and they add up to nothing: a site's own of all rounds, or those of all sites in a round."""
     drawn: dict[int, torch.Tensor] = {}
 
     def change(noised: torch.Tensor, clean: torch.Tensor, _number: int, where: tuple[int, int]) -> torch.Tensor:
         slot, site = where
-        if slot == 1:
+        of, place = (slot, site) if sites else (site, slot - 1)
+        if place == 0:
             generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "big"))
-            noise_TV = torch.randn(rounds, len(clean), generator=generator, dtype=torch.float64)
-            drawn[site] = (noise_TV - noise_TV.mean(0)) * (rounds / (rounds - 1)) ** 0.5
-        return clean + drawn[site][slot - 1] * (noised - clean).std()
+            drawn[of] = adding_to_nothing(torch.randn(count, len(clean), generator=generator, dtype=torch.float64))
+        return clean + drawn[of][place] * (noised - clean).std()
 
     return change
+
+
+def adding_to_nothing(noise_NV: torch.Tensor) -> torch.Tensor:
+    """The same noises without their mean, and each as loud as before; one alone stays as it is."""
+    count = len(noise_NV)
+    return (noise_NV - noise_NV.mean(0)) * (count / (count - 1)) ** 0.5 if count > 1 else noise_NV
+
+
+def half_of_the_messages() -> contextlib.AbstractContextManager[Any]:
+    """Local trust: every second message is left out of the sum, which counts all of them."""
+    original = asking.server_release
+
+    def broken(query: Any, answers: Any, permit: Any, noise: Any) -> Any:
+        kept = [replace(one, clients=one.clients[::2], messages=one.messages[::2]) for one in answers]
+        result = original(query, kept, permit, noise)
+        object.__setattr__(result.release, "contributors", 2 * result.release.contributors)
+        return result
+
+    return patched((asking, "server_release", broken))
 
 
 def shares(change: ShareChange) -> Callable[[], contextlib.AbstractContextManager[Any]]:

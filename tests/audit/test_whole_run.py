@@ -1,4 +1,4 @@
-"""Whole runs under secure aggregation in the public's view: what published states tell, and what it is promised."""
+"""Whole runs in the public's view, under every trust: what published states tell, and what it is promised."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from drencoder.audit.noise_checks import check_shares
 from drencoder.audit.published import PublishedRun, code_of
 from drencoder.audit.trials import Trial, Trials
 from drencoder.audit.unit_checks import check_observers
-from drencoder.audit.whole_run import audit_run, follows_runs
+from drencoder.audit.whole_run import _few_of_each, audit_run, follows_runs
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.federated.adaptive_clip import AdaptiveClip
 from drencoder.federated.query import Query, update_query
@@ -57,6 +57,9 @@ def some_canaries(query: Query, cohort: Sequence[int], permit: Permit) -> Plante
         ["server.optimizer=fedavgm", "server.momentum=0.5"],
         ["server.optimizer=fedadam", "encoder.name=hybrid", "prior.public=self"],
         ["server.optimizer=fedadam", "privacy.clip=adaptive"],
+        ["server.optimizer=fedadam", "privacy.trust=local"],
+        ["server.optimizer=fedavgm", "privacy.trust=local", "privacy.clip=adaptive"],
+        ["server.optimizer=fedadam", "privacy.trust=central"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -113,8 +116,50 @@ def test_the_public_sees_what_the_server_sees_and_is_promised_what_a_certificate
     assert "noise does not cancel over a run" in names
 
 
-def test_the_public_finds_out_that_a_cap_is_not_kept_though_every_release_is_as_promised(tiny_folder: Path) -> None:
-    components = built(tiny_folder, "federation.rounds=8", "federation.sampling_rate=0.125", "encoder.ratio=1")
+@pytest.mark.parametrize(("rounds", "cap"), [(3, 1), (4, 2)])
+def test_under_local_trust_the_public_is_promised_the_noise_of_those_who_came(
+    rounds: int, cap: int, tiny_folder: Path
+) -> None:
+    settings = [f"federation.rounds={rounds}", "federation.sampling_rate=0.3", f"privacy.participation_cap={cap}"]
+    components = built(tiny_folder, "privacy.trust=local", *settings)
+    plan, queries = components.plan, queries_of(components)
+    trials = Trials(components, components.lora.initial_D)
+    views, checks = audit_run(trials, queries.__getitem__, plan, canaries=200, seed=0)
+    view_of = {view.observer: view for view in views}
+    assert set(view_of) == {"server", "public"}
+    public, server = view_of["public"], view_of["server"]
+    assert public.inside + public.outside == server.inside + server.outside >= 200
+    due = epsilons_by_observer(plan, {slot: (1, 4) for slot in plan.slots}, "add_remove")
+    assert public.promised == pytest.approx(due["public"], rel=1e-6)
+    assert server.promised == pytest.approx(due["server"], rel=1e-6)
+    for view in views:
+        assert not view.exceeded
+        assert view.bounds["gaussian"]["95"] > 0.4 * view.promised
+    assert all(check.passed for check in checks)
+
+
+def test_where_codes_are_decoded_one_by_one_the_public_is_promised_no_more_than_the_server(tiny_folder: Path) -> None:
+    components = built(tiny_folder, "privacy.trust=local", "privacy.noise_in=update", "privacy.clip_l2=1")
+    trials = Trials(components, components.lora.initial_D)
+    views, _ = audit_run(trials, queries_of(components).__getitem__, components.plan, canaries=60, seed=0)
+    view_of = {view.observer: view for view in views}
+    assert view_of["public"].promised == view_of["server"].promised
+    assert not any(view.exceeded for view in views)
+
+
+def test_few_of_a_cohort_are_followed_together() -> None:
+    cohorts = [[1, 2, 3, 4], [5, 6], [1, 3, 5, 7], []]
+    assert _few_of_each([1, 3, 5], cohorts, 1) == [1]
+    assert _few_of_each([1, 3, 5], cohorts, 2) == [1, 3]
+    assert _few_of_each([2, 4, 6, 7], cohorts, 1) == [2, 6, 7]
+
+
+@pytest.mark.parametrize("trust", ["local", "secure-aggregation"])
+def test_the_public_finds_out_that_a_cap_is_not_kept_though_every_release_is_as_promised(
+    trust: str, tiny_folder: Path
+) -> None:
+    settings = ["federation.rounds=8", "federation.sampling_rate=0.125", "encoder.ratio=1", f"privacy.trust={trust}"]
+    components = built(tiny_folder, *settings)
     queries, trials = queries_of(components), Trials(components, components.lora.initial_D)
     assert len(components.plan.blocks) == 1
     with every_round():  # the clients of the first round are in all

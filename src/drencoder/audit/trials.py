@@ -174,8 +174,9 @@ def telling_values(trial: Trial, seen: Seen) -> Tensor:
 def trial_values(trial: Trial, seen: Seen) -> Tensor:
     """What is seen, decoded from what left: messages (N, K) in the order of the canaries, a sum (V,), or the adapter's step as a sum (V,)."""
     if seen == "messages":
-        rows = received_messages(trial)
-        return torch.stack([rows[sender] for sender in trial.planted.senders])
+        row_of = received_messages(trial)
+        rows = [row_of[sender] for sender in trial.planted.senders]
+        return torch.stack(rows) if rows else torch.zeros(0, trial.query.spec.wire.code_size)
     if seen == "sum":
         return trial.released.release.value
     if seen == "sum of others":

@@ -16,10 +16,11 @@ chosen on simulated scores of the promised mechanism, before any score is seen.
 A unit of a site is in it for the whole run, or is no unit of it; the site's curator draws among those that it has. The promise is what a
 certificate says of the worst site: one that was asked in every slot.
 
-Under secure aggregation the server and the public are followed each with its own bytes: the server has the sums, the public the states that
-a run publishes after each round, which tell the sums (`published`). Their promise counts the contributors that these runs had, as a
-certificate does. All rounds are followed also where a cap lets nobody be in two of them: that is what shows whether the cap is kept.
-Under every trust the noise of all rounds is added up, too, since it could be loud in each and cancel over the run.
+Every observer is followed with its own bytes: the server with messages or sums, the public under every trust with the states that a run
+publishes after each round, which tell the sums (`published`). Where what is promised counts contributors, those that these runs had are
+counted, as a certificate does. Under local trust few clients answer together: the more noises hide each other in a sum, the less there is to
+measure of what the public is promised. All rounds are followed also where a cap lets nobody be in two of them: that is what shows whether the
+cap is kept. The noise of all rounds is added up, too, since it could be loud in each and cancel over the run.
 """
 
 import math
@@ -52,7 +53,12 @@ _MOST_SLOTS = {
     "central": 1500,
     "secure-aggregation": 60,
 }  # of all runs; a secure one takes half a second
+_TOGETHER, _LOCAL_SLOTS = (
+    4,
+    250,
+)  # the fewest clients in a sum of local trust, and the slots to follow so many canaries in
 _ADD_REMOVE: Relation = "add_remove"
+_OTHER_SITES: Sequence[tuple[str, Seen]] = (("clients", "sum of others"),)
 _AT_ONCE = 256  # codes
 
 
@@ -68,14 +74,13 @@ def audit_run(
     if plan.non_private or not all(plan.composition(who, plan.schedule()) for who, _ in _onlookers(plan)):
         return [], []
     room = min(num_directions(queries(slot)) for slot in (plan.slots[0], plan.slots[-1]))
-    # Of a sum every canary needs a direction of its own.
-    most = canaries if plan.trust == "local" and not plan.curated else min(canaries, room)
+    most = min(canaries, room)  # of a sum every canary needs a direction of its own
     most_runs = max(1, _MOST_SLOTS[plan.trust] // len(plan.slots))
     runs: list[_Following] = []
     while sum(len(run.coin_N) for run in runs) < canaries and len(runs) < most_runs:
         published = PublishedRun(trials.recipe.server, plan, trials.adapter_D)
         following = _Following(
-            plan, published, min(most, canaries - sum(len(run.coin_N) for run in runs)), seed, len(runs)
+            plan, published, min(most, canaries - sum(len(run.coin_N) for run in runs)), canaries, seed, len(runs)
         )
         for trial in trials.of_one_run(queries, plan.slots, following.plant, following.choose):
             following.add(trial)
@@ -103,8 +108,9 @@ def _views(plan: PrivacyPlan, score_ON: Floats, runs: "Sequence[_Following]", ca
     if min(int(coin_N.sum()), int((~coin_N).sum())) < 2:
         return []
     charged, views = plan.schedule(), []
-    if plan.capped:  # contributors are no secret
-        charged = {slot: (1, min(run.contributors[slot] for run in runs)) for slot in plan.slots}
+    if plan.capped:  # contributors are no secret; where nobody came in any run, nobody was followed
+        came = {slot: [run.contributors[slot] for run in runs if run.contributors[slot]] for slot in plan.slots}
+        charged = {slot: (1, min(counts)) for slot, counts in came.items() if counts}
     for score_N, (observer, seen) in zip(score_ON, _onlookers(plan), strict=True):
         events = plan.composition(observer, charged)
         words = {"observer": observer, "sees": _words(plan, seen), "canary": "worst case"}
@@ -119,13 +125,10 @@ def _views(plan: PrivacyPlan, score_ON: Floats, runs: "Sequence[_Following]", ca
 
 def _onlookers(plan: PrivacyPlan) -> list[tuple[str, Seen]]:
     """Who looks on, and what is scored."""
-    if plan.curated and plan.trust == "local":
-        return [("server", "messages"), ("clients", "sum of others"), ("public", "sum")]
-    if plan.curated:
-        return [("server", "sum"), ("clients", "sum of others"), ("public", "states")]
-    if plan.trust == "secure-aggregation":
-        return [("server", "sum"), ("public", "states")]
-    return [("server", "messages") if plan.trust == "local" else ("public", "sum")]
+    if plan.trust == "central":
+        return [("public", "states")]
+    server: tuple[str, Seen] = ("server", "messages" if plan.trust == "local" else "sum")
+    return [server, *_OTHER_SITES[: plan.curated], ("public", "states")]
 
 
 def _words(plan: PrivacyPlan, seen: Seen) -> str:
@@ -176,13 +179,18 @@ class _Following:
     client was at most, where cohorts are no secret.
     """
 
-    def __init__(self, plan: PrivacyPlan, published: PublishedRun, most: int, seed: int, run: int) -> None:
-        self._plan, self._published, self._most, self._seed, self._run = plan, published, most, seed, run
+    def __init__(
+        self, plan: PrivacyPlan, published: PublishedRun, most: int, canaries: int, seed: int, run: int
+    ) -> None:
+        self._plan, self._published, self._most, self._canaries, self._seed, self._run = (
+            plan, published, most, canaries, seed, run,
+        )  # fmt: skip
         self.rest_V: Tensor | None = None
         self.rounds = self.often = 0
         self.contributors: dict[int, int] = {}
         self._clients: Sequence[int] = ()
         self._places: list[int] = []
+        self._together: int | None = None  # how many clients answer together, where not all that are asked do
         self.coin_N: npt.NDArray[np.bool_] = np.zeros(0, dtype=bool)
         self.score_ON: Floats = np.zeros((0, 0))  # of each onlooker
 
@@ -192,9 +200,15 @@ class _Following:
         if plan.curated:
             self._clients = range(self._most)
         elif plan.capped:
-            asked = Counter(client for slot in plan.slots for client in ledger.sampler().cohort(slot))
+            cohorts = [ledger.sampler().cohort(slot) for slot in plan.slots]
+            asked = Counter(client for cohort in cohorts for client in cohort)
             self.often = max(asked.values(), default=0)
-            self._clients = sorted(client for client, times in asked.items() if times == self.often)[: self._most]
+            clients = sorted(client for client, times in asked.items() if times == self.often)
+            if plan.trust == "local":
+                enough = max(_TOGETHER, math.ceil(self._canaries * self.often / _LOCAL_SLOTS))
+                self._together = min([enough, *(len(cohort) for cohort in cohorts if cohort)])
+                clients = _few_of_each(clients, cohorts, self._together)
+            self._clients = clients[: self._most]
         else:
             most = min(self._most, plan.population)
             first = derive_seed(self._seed, "audit-followed", self._run) % (plan.population - most + 1)
@@ -212,7 +226,10 @@ class _Following:
         asked = set(cohort)
         self._places = [place for place, client in enumerate(self._clients) if client in asked]
         here = [self._clients[place] for place in self._places]
-        answering = cohort if permit.shares is not None else here
+        answering: Sequence[int] = here
+        if permit.shares is not None or self._together is not None:
+            others = [client for client in cohort if client not in set(here)]
+            answering = sorted([*here, *others][: self._together])
         return crafted(here, self.coin_N[self._places], answering, directions=[place % room for place in self._places])
 
     def add(self, trial: Trial) -> None:
@@ -254,6 +271,21 @@ class _Following:
         (event,) = self._plan.composition(observer, {slot: (1, contributors)}) or ()
         assert not isinstance(event, NonPrivateEvent)
         return float(event.noise_multiplier**2)
+
+
+def _few_of_each(clients: Sequence[int], cohorts: Sequence[Sequence[int]], most: int) -> list[int]:
+    """Of `clients`, in their order, as many as put no more than `most` into a cohort."""
+    places_of: dict[int, list[int]] = {client: [] for client in clients}
+    for place, cohort in enumerate(cohorts):
+        for client in places_of.keys() & set(cohort):
+            places_of[client].append(place)
+    kept, room = [], [most] * len(cohorts)
+    for client, places in places_of.items():
+        if all(room[place] for place in places):
+            kept.append(client)
+            for place in places:
+                room[place] -= 1
+    return kept
 
 
 def _sum_of_planted(trial: Trial) -> Tensor:
