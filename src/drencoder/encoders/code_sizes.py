@@ -53,11 +53,9 @@ def input_shape(name: str, update_size: int) -> tuple[int, ...]:
 def code_shape(name: str, update_size: int) -> tuple[int, ...]:
     """An auto-encoder's code: (64, H/64, W/64), 1/64 of the padded values, or (8, L/256), 1/32, for the 1-D CNN."""
     _, *sides = input_shape(name, update_size)
-    return (
-        (_SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL)
-        if name == _SIGNAL
-        else (_IMAGE_CODE, *(side // CELL for side in sides))
-    )
+    if name == _SIGNAL:
+        return _SIGNAL_CHANNELS, sides[0] // _SIGNAL_CELL
+    return (_IMAGE_CODE, *(side // CELL for side in sides))
 
 
 def noise_dominates(update_size: int, k_star: float) -> bool:

@@ -153,10 +153,7 @@ class HybridEncoder:
     def state(self) -> dict[str, Tensor]:
         code_S = self.sketch.code_S if self.sketch else ()
         kept = {f"head.{name}": tensor for name, tensor in self.head.state().items()}
-        return kept | {
-            "directions": self.direction_JD,
-            "random": torch.tensor(code_S, dtype=torch.int64),
-        }
+        return kept | {"directions": self.direction_JD, "random": torch.tensor(code_S, dtype=torch.int64)}
 
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "HybridEncoder":

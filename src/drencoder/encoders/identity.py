@@ -9,15 +9,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from drencoder.encoders.contract import (
-    Encoder,
-    Fact,
-    check_code,
-    check_segments,
-    check_update,
-    common_facts,
-    no_state,
-)
+from drencoder.encoders.contract import Encoder, Fact, check_code, check_segments, check_update, common_facts, no_state
 from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.models.adapter_layout import Segment
 

@@ -302,11 +302,7 @@ def quiet_lm_eval() -> Iterator[None]:
         for switch in switches:
             switch.HF_HUB_OFFLINE = True
         logging.disable(logging.CRITICAL)
-        with (
-            contextlib.redirect_stderr(nowhere),
-            contextlib.redirect_stdout(nowhere),
-            warnings.catch_warnings(),
-        ):
+        with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

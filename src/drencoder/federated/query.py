@@ -196,15 +196,7 @@ def update_query(
     else:
         bound = _known_clip(recipe, clip_l2)
     spec = QuerySpec(
-        kind="update",
-        slot=slot,
-        noise_in=recipe.privacy.noise_in,
-        clip_l2=bound,
-        seed=seed,
-        epochs=1,
-        summable=summable,
-        update_size=encoder.update_size,
-        wire=wire,
-        adaptive_clip=adaptive_clip.clip_l2 if adaptive_clip else None,
-    )
+        kind="update", slot=slot, noise_in=recipe.privacy.noise_in, clip_l2=bound, seed=seed, epochs=1, summable=summable,
+        update_size=encoder.update_size, wire=wire, adaptive_clip=adaptive_clip.clip_l2 if adaptive_clip else None,
+    )  # fmt: skip
     return Query(spec, encoder, prior)

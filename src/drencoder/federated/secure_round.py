@@ -42,16 +42,9 @@ def round_settings(
             f"the cohort of slot {permit.slot} has {sum(counts)} clients and the plan needs {least} to {most}: the round is void."
         )
     return RoundSettings(
-        run_id=permit.run_id,
-        slot=permit.slot,
-        attempt=permit.attempt,
-        values=query.spec.wire.code_size,
-        bits=modulus_bits(query, permit),
-        threshold=threshold,
-        least_clients=least,
-        clients=tuple(counts),
-        roster=tuple(roster),
-    )
+        run_id=permit.run_id, slot=permit.slot, attempt=permit.attempt, values=query.spec.wire.code_size,
+        bits=modulus_bits(query, permit), threshold=threshold, least_clients=least, clients=tuple(counts), roster=tuple(roster),
+    )  # fmt: skip
 
 
 def secure_node(

@@ -35,9 +35,7 @@ def make_environment(home: Path) -> dict[str, str]:
 
 def die_with_parent(sign: signal.Signals) -> None:
     """Asks Linux for `sign` when the process that started this one ends, however it ends. Call it first in a child."""
-    with contextlib.suppress(
-        AttributeError, OSError
-    ):  # other systems have no such thing; there a killed parent leaves it
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it; elsewhere a killed parent leaves the child
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sign))
     if os.environ.get(_PARENT) not in (None, str(os.getppid())):
         raise SystemExit(0)  # it ended before we could ask

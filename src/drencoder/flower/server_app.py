@@ -51,12 +51,12 @@ class ServerOptions:
             raise RecipeError(
                 "a run needs out = a new folder, or resume = the folder of a started run: give one of them."
             )
-        patience = RoundTimeouts(
-            quorum=float(settings.get("quorum", RoundTimeouts.quorum)),
-            round_timeout=float(settings.get("round-timeout", RoundTimeouts.round_timeout)),
-            wait=float(settings.get("wait", RoundTimeouts.wait)),
-            nodes=int(settings.get("nodes", RoundTimeouts.nodes)),
-        )
+        given = {
+            key.replace("-", "_"): float(settings[key])
+            for key in ("quorum", "round-timeout", "wait")
+            if key in settings
+        }
+        patience = RoundTimeouts(**given, nodes=int(settings.get("nodes", 0)))
         recipe = None if resumed else load_recipe(str(settings.get("recipe", "")) or None)
         return cls(recipe, Path(resumed or out), patience)
 
@@ -68,12 +68,8 @@ def serve(grid: Grid, options: ServerOptions) -> experiment.RunResult:
       DrencoderError: as `experiment.run` and `experiment.resume`.
     """
     config = options.config
-    display = RunDisplay(
-        make_console(quiet=options.quiet),
-        rounds=config.federation.rounds,
-        encoder=config.encoder.name,
-        name=config.name,
-    )
+    console, rounds = make_console(quiet=options.quiet), config.federation.rounds
+    display = RunDisplay(console, rounds=rounds, encoder=config.encoder.name, name=config.name)
     transport = GridTransport(grid, display.say)
     engine = make_remote_engine(transport, options.patience, display.say, options.keys, options.clients)
     try:
@@ -82,10 +78,11 @@ def serve(grid: Grid, options: ServerOptions) -> experiment.RunResult:
         return experiment.run(options.recipe, options.out, display, engine)
     finally:
         display.close()
-        sent = transport.traffic
-        display.say(
-            f"payload: {sent.down:,} bytes down, {sent.up:,} up, {sent.answered} of {sent.asked} messages answered"
+        sent, messages = (
+            transport.traffic,
+            f"{transport.traffic.answered} of {transport.traffic.asked} messages answered",
         )
+        display.say(f"payload: {sent.down:,} bytes down, {sent.up:,} up, {messages}")
 
 
 app = ServerApp()

@@ -110,9 +110,8 @@ def main() -> None:
 
     def run(app: Any, **settings: Any) -> None:
         guarded = Guard(app, Path(counts) if counts else None)
-        uvicorn.run(
-            guarded, proxy_headers=False, **{**settings, "access_log": False}
-        )  # else the log grows with every poll
+        # Without an access log, which would grow with every poll.
+        uvicorn.run(guarded, proxy_headers=False, **{**settings, "access_log": False})
 
     module.uvicorn = types.SimpleNamespace(run=run)  # type: ignore[attr-defined]
     module.flower_superlink()

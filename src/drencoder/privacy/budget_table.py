@@ -10,15 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from drencoder.errors import PrivacyError
-from drencoder.privacy.accounting import (
-    RELATIONS,
-    Event,
-    NonPrivateEvent,
-    Relation,
-    epsilon_pld,
-    epsilon_rdp,
-    gdp_mu,
-)
+from drencoder.privacy.accounting import RELATIONS, Event, NonPrivateEvent, Relation, epsilon_pld, epsilon_rdp, gdp_mu
 from drencoder.privacy.observers import OBSERVERS, json_ready
 from drencoder.privacy.plan import PrivacyPlan
 

@@ -5,15 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from drencoder.privacy.accounting import (
-    Event,
-    Relation,
-    clt_mu,
-    epsilon_gaussian,
-    epsilon_pld,
-    epsilon_rdp,
-    gdp_mu,
-)
+from drencoder.privacy.accounting import Event, Relation, clt_mu, epsilon_gaussian, epsilon_pld, epsilon_rdp, gdp_mu
 
 if TYPE_CHECKING:
     from drencoder.privacy.plan import PrivacyPlan

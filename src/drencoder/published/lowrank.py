@@ -197,10 +197,7 @@ class LowRankEncoder:
     def state(self) -> dict[str, Tensor]:
         """The map itself, but for the fresh directions, which are the round's seed's."""
         kept = {f"{number}.known": known_BQ for number, known_BQ in enumerate(self.known)}
-        return kept | {
-            "fresh": torch.tensor(self.fresh),
-            "provenance": tensor_of_text(self.provenance),
-        }
+        return kept | {"fresh": torch.tensor(self.fresh), "provenance": tensor_of_text(self.provenance)}
 
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "LowRankEncoder":

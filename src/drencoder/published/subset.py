@@ -133,10 +133,7 @@ class SubsetEncoder:
 
     def state(self) -> dict[str, Tensor]:
         """The places and where they are from: a resumed run must not choose again."""
-        return {
-            "index": self.index_K,
-            "provenance": tensor_of_text(self.provenance),
-        }
+        return {"index": self.index_K, "provenance": tensor_of_text(self.provenance)}
 
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "SubsetEncoder":

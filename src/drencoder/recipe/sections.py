@@ -183,10 +183,7 @@ class Server(Checked):
 class Encoder(Checked):
     """How an update becomes a code."""
 
-    name: str = knob(
-        "hybrid",
-        "how updates are encoded",
-    )
+    name: str = knob("hybrid", "how updates are encoded")
     ratio: float = knob(
         0.0,
         "adapter values per code value, 1 or more, where the encoder lets one choose; 0: from the privacy plan, by how many "
@@ -253,9 +250,7 @@ class Privacy(Checked):
         high=1,
     )
     noise_in: str = knob(
-        "code",
-        "code: encode, clip, noise; update: clip, noise, encode (as published)",
-        choices=("code", "update"),
+        "code", "code: encode, clip, noise; update: clip, noise, encode (as published)", choices=("code", "update")
     )
     relation: str = knob(
         "add_remove",

@@ -66,12 +66,8 @@ class Quantiser:
     log_wrap_risk: float = _LOG_WRAP_RISK
 
     def __post_init__(self) -> None:
-        if (
-            self.values < 1
-            or self.most_clients < 1
-            or not 0 < self.noise_multiplier < math.inf
-            or not 0 < self.clip_l2 < math.inf
-        ):
+        counts, numbers = (self.values, self.most_clients), (self.noise_multiplier, self.clip_l2)
+        if min(counts) < 1 or not all(0 < number < math.inf for number in numbers):
             raise PrivacyError(
                 f"A code of {self.values} values, clip {self.clip_l2}, noise {self.noise_multiplier} and {self.most_clients} "
                 "clients cannot be quantised; all must be positive and finite: check the plan."
@@ -109,9 +105,8 @@ class Quantiser:
     def _finest(self) -> "Quantiser":
         """The same with steps so coarse that the bits hold what is added up."""
         finest = self
-        while (
-            finest._reach >= 2 ** (self.bits - 1) and finest.clip_steps > 1e-3
-        ):  # the reach is nearly proportional to the steps
+        # The reach is nearly proportional to the steps.
+        while finest._reach >= 2 ** (self.bits - 1) and finest.clip_steps > 1e-3:
             finest = replace(finest, clip_steps=finest.clip_steps * 0.99 * 2 ** (self.bits - 1) / finest._reach)
         return finest
 

@@ -80,14 +80,9 @@ def centralised(recipe: Recipe, folder: Path) -> Row:
     stored = {name: outcome.to_dict() for name, outcome in outcomes.items()}
     RunFolder(folder).write_json(RunFolder(folder).outcomes, stored)
     return {
-        **_scores({name: outcome.estimates() for name, outcome in outcomes.items()}),
-        "bytes_up": 0,
-        "bytes_stage1": 0,
-        "rounds": components.plan.rounds,
-        "epsilon": dict.fromkeys(("server", "clients", "public"), "inf"),
-        "private": False,
-        "encoder": {},
-    }
+        **_scores({name: outcome.estimates() for name, outcome in outcomes.items()}), "bytes_up": 0, "bytes_stage1": 0,
+        "rounds": plan.rounds, "epsilon": dict.fromkeys(("server", "clients", "public"), "inf"), "private": False, "encoder": {},
+    }  # fmt: skip
 
 
 def _scores(results: Mapping[str, Any]) -> Row:

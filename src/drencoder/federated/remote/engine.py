@@ -280,15 +280,9 @@ class RemoteEngine:
 
         before = replace(self._transport.traffic)
         messages = ProtocolMessages(
-            settings,
-            reachable_nodes,
-            clients,
-            ask_first_step,
-            self._transport,
-            self._recipe,
-            self._timeouts.round_timeout,
-            self._say,
-        )
+            settings, reachable_nodes, clients, ask_first_step, self._transport, self._recipe,
+            self._timeouts.round_timeout, self._say,
+        )  # fmt: skip
         try:
             answers = secure_sum(settings, clients, messages.exchange)
         except VoidRoundError:
@@ -302,18 +296,10 @@ class RemoteEngine:
 def _instruction(query: Query, permit: Permit, clients: Sequence[int], base: BaseDigests) -> Instruction:
     """The question to some clients; its name and its encoder's are given when it is sent."""
     return Instruction(
-        nonce="",
-        run=permit.run_id,
-        attempt=permit.attempt,
-        trust=permit.trust,
-        noise=permit.noise,
-        noise_multiplier=permit.noise_multiplier,
-        spec=query.spec,
-        clients=tuple(clients),
-        encoder="",
-        model=base.model,
-        tokenizer=base.tokenizer,
-    )
+        nonce="", run=permit.run_id, attempt=permit.attempt, trust=permit.trust, noise=permit.noise,
+        noise_multiplier=permit.noise_multiplier, spec=query.spec, clients=tuple(clients), encoder="",
+        model=base.model, tokenizer=base.tokenizer,
+    )  # fmt: skip
 
 
 def _checked(answer: Answer, data: bytes, query: Query, permit: Permit) -> Upload:

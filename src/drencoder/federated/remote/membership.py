@@ -44,13 +44,8 @@ class Membership:
         listed: Mapping[str, ClientSet],
         say: Callable[[str], None],
     ) -> None:
-        self._transport, self._recipe, self._base, self._population, self._say = (
-            transport,
-            recipe,
-            base,
-            population,
-            say,
-        )
+        self._transport, self._recipe, self._base = transport, recipe, base
+        self._population, self._say = population, say
         self._listed = {client: name for name, given in listed.items() for client in given.clients}
         self._hosts: dict[int, str] = {}  # client -> node's name
         self._known: set[str] = set()
@@ -149,12 +144,9 @@ class Membership:
 
     def _turn_away(self, name: str, refusal: Refusal | None) -> bool:
         why = refusal.words if refusal else Refusal.FOREIGN.words
-        lasting = (
-            refusal in (None, Refusal.FOREIGN) or refusal.lasting
-        )  # a hello that cannot be read is of another version
-        self._say(
-            f"node {name}: {why}; it is not asked until it is started again" if lasting else f"node {name}: {why}"
-        )
+        # A hello that cannot be read is of another version.
+        lasting = refusal in (None, Refusal.FOREIGN) or refusal.lasting
+        self._say(f"node {name}: {why}" + ("; it is not asked until it is started again" if lasting else ""))
         if lasting:
             self._refusing[name] = why
             self._known.add(name)
