@@ -332,8 +332,7 @@ class Ledger:
         `answered` clients (None: a secret, or a sum that stayed hidden) had released to the server by then; the public saw
         nothing of it.
         """
-        if slot not in self.charges():
-            raise PrivacyError(f"Slot {slot} has no charge, so there is nothing to abandon.")
+        self._check_charged(slot, "there is nothing to abandon")
         if answered is not None:
             self.record_contributors(slot, answered)
         self._file.append({"kind": "abandoned", "slot": slot})
@@ -344,8 +343,7 @@ class Ledger:
         `data`: stage 1's released statistics, a round's adapter after it, as little-endian float32. Call it after the charge
         and before anything that was made of the release is stored.
         """
-        if slot not in self.charges():
-            raise PrivacyError(f"Slot {slot} has no charge, so nothing of it may be released.")
+        self._check_charged(slot, "nothing of it may be released")
         digest = hashlib.sha256(data).hexdigest()
         self._file.append(
             {"kind": "release", "slot": slot, "attempt": self.charges()[slot] - 1, "of": of, "sha256": digest}
@@ -353,8 +351,7 @@ class Ledger:
 
     def record_lost(self, slot: int) -> None:
         """A charged slot whose release, if there was one, was lost with a killed process and is not asked for again."""
-        if slot not in self.charges():
-            raise PrivacyError(f"Slot {slot} has no charge, so nothing of it can be lost.")
+        self._check_charged(slot, "nothing of it can be lost")
         self._file.append({"kind": "lost", "slot": slot})
 
     def record_sites(self, sites: Iterable[Mapping[str, str]]) -> None:
@@ -367,6 +364,10 @@ class Ledger:
     def record_closed(self, rounds: int, files: Mapping[str, str]) -> None:
         """The run's last line: how many rounds there were, and the SHA-256 of each file that it leaves behind."""
         self._file.append({"kind": "closed", "rounds": rounds, "files": dict(files)})
+
+    def _check_charged(self, slot: int, so: str) -> None:
+        if slot not in self.charges():
+            raise PrivacyError(f"Slot {slot} has no charge, so {so}.")
 
     def _check_budget(self, slot: int) -> None:
         plan, charges = self.plan, self.charges()

@@ -126,7 +126,7 @@ class LedgerFile:
             if path.exists():
                 raise FileExistsError
             os.ftruncate(descriptor, 0)  # a start that was killed may have left some of it
-            _write_all(descriptor, line)
+            write_all(descriptor, line)
             os.fsync(descriptor)
             os.rename(starting, path)
             folder = os.open(path.parent, os.O_RDONLY)
@@ -192,7 +192,7 @@ class LedgerFile:
         record = {"seq": len(self.records), **record, "prev": self.head_hash}
         line = encode(record)
         try:
-            _write_all(self._descriptor, line + b"\n")
+            write_all(self._descriptor, line + b"\n")
             os.fsync(self._descriptor)
         except OSError as error:
             self.close()  # what is on disk is unknown now; `open` finds out
@@ -210,7 +210,8 @@ class LedgerFile:
             self._descriptor = None
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes all of it, however little the system takes at a time."""
     while data:
         data = data[os.write(descriptor, data) :]
 

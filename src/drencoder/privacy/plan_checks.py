@@ -1,6 +1,7 @@
 """Bounds of a privacy plan's facts. Each refusal is one sentence with the value, the bound and the cure."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from drencoder.errors import PrivacyError
@@ -31,30 +32,10 @@ def unused_fields(trust: object, unit: object) -> set[str]:
 
 
 def check_facts(plan: "PrivacyPlan") -> None:
-    """Bounds of the single fields; each refusal says the value, the bound and the cure."""
-    for name, value, allowed in (
-        ("trust", plan.trust, get_args(Trust)),
-        ("relation", plan.relation, RELATIONS),
-        ("noise", plan.noise, get_args(Noise)),
-        ("unit", plan.unit, get_args(Unit)),
-    ):
-        if value not in allowed:
-            refuse(f"{name} is {value!r}", f"it is one of {', '.join(allowed)}", "choose one of these")
-    for name, number in (
-        ("population", plan.population),
-        ("rounds", plan.rounds),
-        ("participation_cap", plan.participation_cap),
-    ):
-        if not isinstance(number, int) or number < 1:
-            refuse(f"{name} is {number}", "it must be a whole number of at least 1", "raise it")
-    if not 0 < plan.sampling_rate <= 1:
-        refuse(f"sampling_rate is {plan.sampling_rate}", "it must lie in (0, 1]", "use cohort / population")
-    if not 0 <= plan.stage1_rate <= 1:
-        refuse(f"stage1_rate is {plan.stage1_rate}", "it must lie in [0, 1]", "0 means no stage 1")
-    if not 0 < plan.delta < 1:
-        refuse(f"delta is {plan.delta}", "it must lie strictly between 0 and 1", "use 1e-5 or less")
+    """Refuses a plan with a field out of its bounds."""
+    _refuse_first(_rules_of_all(plan))
     if plan.curated:
-        _check_sites(plan)
+        _refuse_first(_rules_of_sites(plan))
     if plan.delta * plan.units >= 1:
         units = f"{plan.unit}s"
         refuse(
@@ -63,60 +44,64 @@ def check_facts(plan: "PrivacyPlan") -> None:
             f"use {0.1 / plan.units:.0e} or less",
         )
     if plan.trust == "secure-aggregation":
-        _check_shares(plan)
-
-
-def _check_sites(plan: "PrivacyPlan") -> None:
-    """Bounds of plans whose unit is inside a site."""
-    if type(plan.site_units) is not int or plan.site_units < 1:
-        refuse(
-            f"site_units is {plan.site_units}",
-            f"it must be how many {plan.unit}s everybody takes a site to have, at least 1",
-            "name a number that does not come from the records",
-        )
-    if plan.trust == "central":
-        refuse(
-            f"trust is 'central' and the unit is '{plan.unit}'",
-            "each site adds the noise itself",
-            "use 'local', or 'secure-aggregation' for nearly as little noise as a trusted server would add",
-        )
-    if plan.non_private:
-        refuse(
-            f"{' and '.join(plan.non_private)} would have no noise and the unit is '{plan.unit}'",
-            "a site sends nothing without noise",
-            "use the unit 'client' for a baseline",
-        )
-
-
-def _check_shares(plan: "PrivacyPlan") -> None:
-    """Bounds of the fields that only secure aggregation has."""
-    if not 0 <= plan.dropout_share < 0.5:
-        refuse(f"dropout_share is {plan.dropout_share}", "it must lie in [0, 0.5)", "0.25 is usual")
-    if not 0 < plan.honest_share <= 1:
-        refuse(f"honest_share is {plan.honest_share}", "it must lie in (0, 1]", "0.75 is usual")
-    if plan.non_private:
-        refuse(
-            f"{' and '.join(plan.non_private)} would have no noise",
-            "secure aggregation without noise tells the sum as it is",
-            "use prior.source 'moments', or another trust for a baseline",
-        )
-    if plan.nonlinear_decoding:
-        refuse(
-            "Codes would be decoded or rounded one by one",
-            "secure aggregation gives only their sum",
-            "use a linear encoder and float32",
-        )
+        _refuse_first(_rules_of_shares(plan))
 
 
 def check_noise(epsilon: float | None, noise_multiplier: float | None, stage1_noise_ratio: float) -> None:
     """Bounds of what a plan is calibrated from."""
-    if not 0 < stage1_noise_ratio < math.inf:
-        refuse(f"stage1_noise_ratio is {stage1_noise_ratio}", "it must be positive and finite", "1 is usual")
-    if epsilon is not None and not 0 < epsilon < math.inf:
-        refuse(f"epsilon is {epsilon}", "it must be positive and finite", "1 to 8 is usual")
-    if noise_multiplier is not None and not _LEAST_NOISE <= noise_multiplier <= _MOST_NOISE:
-        refuse(
-            f"noise_multiplier is {noise_multiplier}",
-            f"it must lie between {_LEAST_NOISE:g} and {_MOST_NOISE:g}",
-            "leave it out to have it found from epsilon, or name the stage in non_private",
-        )
+    _refuse_first(_rules_of_noise(epsilon, noise_multiplier, stage1_noise_ratio))
+
+
+_Rules = Iterator[tuple[bool, str, str, str]]  # whether it is broken, and the value, the bound and the cure
+
+
+def _refuse_first(rules: _Rules) -> None:
+    """Refuses for the first rule that is broken; those after it are not looked at."""
+    for broken, *words in rules:
+        if broken:
+            refuse(*words)
+
+
+# fmt: off
+def _rules_of_all(plan: "PrivacyPlan") -> _Rules:
+    for name, kinds in {"trust": get_args(Trust), "relation": RELATIONS, "noise": get_args(Noise), "unit": get_args(Unit)}.items():
+        value = getattr(plan, name)
+        yield value not in kinds, f"{name} is {value!r}", f"it is one of {', '.join(kinds)}", "choose one of these"
+    for name in ("population", "rounds", "participation_cap"):
+        value = getattr(plan, name)
+        yield not isinstance(value, int) or value < 1, f"{name} is {value}", "it must be a whole number of at least 1", "raise it"
+    rate, first, delta = plan.sampling_rate, plan.stage1_rate, plan.delta
+    yield not 0 < rate <= 1, f"sampling_rate is {rate}", "it must lie in (0, 1]", "use cohort / population"
+    yield not 0 <= first <= 1, f"stage1_rate is {first}", "it must lie in [0, 1]", "0 means no stage 1"
+    yield not 0 < delta < 1, f"delta is {delta}", "it must lie strictly between 0 and 1", "use 1e-5 or less"
+
+
+def _rules_of_sites(plan: "PrivacyPlan") -> _Rules:
+    """For plans whose unit is inside a site."""
+    unit, count, stages = plan.unit, plan.site_units, " and ".join(plan.non_private)
+    yield (type(count) is not int or count < 1, f"site_units is {count}",
+           f"it must be how many {unit}s everybody takes a site to have, at least 1", "name a number that does not come from the records")
+    yield (plan.trust == "central", f"trust is 'central' and the unit is '{unit}'", "each site adds the noise itself",
+           "use 'local', or 'secure-aggregation' for nearly as little noise as a trusted server would add")
+    yield (bool(stages), f"{stages} would have no noise and the unit is '{unit}'", "a site sends nothing without noise",
+           "use the unit 'client' for a baseline")
+
+
+def _rules_of_shares(plan: "PrivacyPlan") -> _Rules:
+    """For the fields that only secure aggregation has."""
+    lost, honest, stages = plan.dropout_share, plan.honest_share, " and ".join(plan.non_private)
+    yield not 0 <= lost < 0.5, f"dropout_share is {lost}", "it must lie in [0, 0.5)", "0.25 is usual"
+    yield not 0 < honest <= 1, f"honest_share is {honest}", "it must lie in (0, 1]", "0.75 is usual"
+    yield (bool(stages), f"{stages} would have no noise", "secure aggregation without noise tells the sum as it is",
+           "use prior.source 'moments', or another trust for a baseline")
+    yield (plan.nonlinear_decoding, "Codes would be decoded or rounded one by one", "secure aggregation gives only their sum",
+           "use a linear encoder and float32")
+
+
+def _rules_of_noise(epsilon: float | None, sigma: float | None, ratio: float) -> _Rules:
+    yield not 0 < ratio < math.inf, f"stage1_noise_ratio is {ratio}", "it must be positive and finite", "1 is usual"
+    yield epsilon is not None and not 0 < epsilon < math.inf, f"epsilon is {epsilon}", "it must be positive and finite", "1 to 8 is usual"
+    yield (sigma is not None and not _LEAST_NOISE <= sigma <= _MOST_NOISE, f"noise_multiplier is {sigma}",
+           f"it must lie between {_LEAST_NOISE:g} and {_MOST_NOISE:g}",
+           "leave it out to have it found from epsilon, or name the stage in non_private")
+# fmt: on

@@ -17,6 +17,7 @@ from typing import Any
 from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.ledger import Permit, _permit
 from drencoder.privacy.ledger_check import plan_differences
+from drencoder.privacy.ledger_file import write_all
 from drencoder.privacy.observers import epsilons_by_observer
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.reading import cut, parse_json
@@ -184,9 +185,7 @@ class SiteLedger:
         assert self._descriptor is not None
         data = json.dumps(record, sort_keys=True).encode() + b"\n"
         try:
-            rest = data
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            write_all(self._descriptor, data)
             os.fsync(self._descriptor)
         except OSError as error:
             self.close()  # what is on disk is unknown now; `open` finds out
