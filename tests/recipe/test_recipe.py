@@ -98,6 +98,9 @@ def test_unreadable_recipes_are_one_sentence(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(RecipeError, match=words):
             load_recipe(tmp_path / name)
+    for override in ("model=3", "data='text'"):
+        with pytest.raises(RecipeError, match="is not a section"):
+            load_recipe(None, [override])
 
 
 def test_knobs_that_exclude_each_other() -> None:

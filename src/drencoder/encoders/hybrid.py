@@ -173,7 +173,12 @@ def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
     if state:
         return HybridEncoder.from_state(request.segments, state)
     segments, code_size = request.segments, request.required_size()
-    size_S, sent_S = _sent_tensors(request)
+    size_S = torch.tensor([segment.size for segment in segments])
+    sent_S = torch.tensor([is_lora_b(segment) for segment in segments])  # the tensors that a code is about
+    if not bool(sent_S.any()):
+        raise EncoderError(
+            f"none of the {len(size_S)} adapter tensors is the B of a LoRA pair; set encoder.name = 'kronecker'"
+        )
     most = int((size_S * sent_S).sum())
     if code_size > most:
         raise EncoderError(
@@ -195,14 +200,3 @@ def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
     sent_segments = tuple(segment for segment, sent in zip(segments, sent_S.tolist(), strict=True) if sent)
     code_S[sent_S] = allocate_code(sent_segments, random, None, UNIFORM_SHARE)
     return replace(without_sketch, sketch=RandomSketch(segments, tuple(code_S.tolist())))
-
-
-def _sent_tensors(request: EncoderRequest) -> tuple[Tensor, Tensor]:
-    """Sizes (S,) of the tensors, and which of them a code is about (S,) bool: LoRA's B tensors."""
-    size_S = torch.tensor([segment.size for segment in request.segments])
-    sent_S = torch.tensor([is_lora_b(segment) for segment in request.segments])
-    if not bool(sent_S.any()):
-        raise EncoderError(
-            f"none of the {len(size_S)} adapter tensors is the B of a LoRA pair; set encoder.name = 'kronecker'"
-        )
-    return size_S, sent_S

@@ -218,29 +218,22 @@ def _parts(taxonomy: Taxonomy | None, subjects: Sequence[str]) -> Iterator[tuple
 
 
 def _accuracy(subjects: Sequence[str], right: Sequence[bool], by_subject: bool) -> Estimate:
-    piles: dict[str, list[bool]] = {}
-    for subject, hit in zip(subjects, right, strict=True):
-        piles.setdefault(subject, []).append(hit)
-    return _average(list(piles.values()), by_subject)
-
-
-def _average(piles: Sequence[Sequence[bool]], by_subject: bool) -> Estimate:
     """Mean over questions or over subjects, with Wilson's interval.
 
     The variance of a mean of S shares p_s over n_s questions is sum p_s (1 - p_s) / n_s / S^2. Putting the mean share m
     for every p_s gives m (1 - m) / n, n = S^2 / sum 1 / n_s: the n of Wilson's interval. With equal n_s that variance
     is never too small, since p (1 - p) is concave; and it stays above zero where every p_s is 0 or 1.
     """
-    count = sum(len(pile) for pile in piles)
-    if not count:
+    if not subjects:
         raise DataError("there is no multiple-choice question to score: give the benchmark some.")
-    if not by_subject:
-        share, effective = sum(map(sum, piles)) / count, float(count)
-    else:
-        share = sum(sum(pile) / len(pile) for pile in piles) / len(piles)
-        effective = len(piles) ** 2 / sum(1 / len(pile) for pile in piles)
-    low, high = wilson(min(1.0, share), effective)
-    return Estimate(share, low, high, count)
+    share, effective = sum(right) / len(right), float(len(right))
+    if by_subject:
+        piles: dict[str, list[bool]] = {}
+        for subject, hit in zip(subjects, right, strict=True):
+            piles.setdefault(subject, []).append(hit)
+        share = sum(sum(pile) / len(pile) for pile in piles.values()) / len(piles)
+        effective = len(piles) ** 2 / sum(1 / len(pile) for pile in piles.values())
+    return Estimate(share, *wilson(min(1.0, share), effective), len(subjects))
 
 
 # --- paired comparisons ----------------------------------------------------------------------------

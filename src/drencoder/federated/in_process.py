@@ -22,10 +22,6 @@ from drencoder.secure_aggregation.crypto import NodeKey
 from drencoder.secure_aggregation.messages import ProtocolStep
 
 
-def _nobody(slot: int, stage: ProtocolStep, node: int) -> bool:
-    return False
-
-
 class AlwaysThere:
     """What every engine says whose clients are in this process."""
 
@@ -54,7 +50,7 @@ class InProcessEngine(AlwaysThere):
     trainer: ClientTrainer
     nodes: int = 1
     threshold: int = 1
-    lost: Callable[[int, ProtocolStep, int], bool] = _nobody
+    lost: Callable[[int, ProtocolStep, int], bool] = lambda slot, stage, node: False
     curator: SiteCurator | None = None
 
     def gather(

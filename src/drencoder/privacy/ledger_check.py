@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from drencoder.privacy.accounting import epsilon_pld, event_to_dict
@@ -42,7 +43,8 @@ def ledger_troubles(ledger: Ledger) -> list[str]:
 
 
 def _line_troubles(ledger: Ledger) -> Iterator[str]:
-    plan, sizes = ledger.plan, _CohortSizes(ledger)
+    plan = ledger.plan
+    cohort_size = cache(lambda slot: len(ledger.sampler().cohort(slot)))
     charged: dict[int, int] = {}
     to_release: set[int] = set()  # charged, and nothing released of that attempt yet
     unasked: set[int] = set()
@@ -58,8 +60,11 @@ def _line_troubles(ledger: Ledger) -> Iterator[str]:
         elif slot is not None and slot not in charged:
             yield f"{line}, of kind {kind}, is of slot {slot} before any charge of it."
         elif kind == "contributors":
-            if trouble := sizes.trouble(slot, record["contributors"]):
-                yield f"{line}: {trouble}"
+            told = record["contributors"]
+            if not plan.capped:
+                yield f"{line}: the size of a secret cohort stands in the ledger."
+            elif not 0 <= told <= cohort_size(slot):
+                yield f"{line}: {told} contributors in slot {slot}, whose cohort has {cohort_size(slot)} clients."
         elif kind == "unasked":
             sites = record["sites"]
             known = plan.curated and all(type(site) is int and 0 <= site < plan.population for site in sites)
@@ -106,22 +111,3 @@ def _budget_troubles(ledger: Ledger) -> Iterator[str]:
     cost = epsilon_pld(plan.budget_events(ledger.charges()), plan.gaussian_delta, plan.relation)
     if cost > plan.budget * (1 + SAME_FLOAT) + ROUNDING:
         yield f"the charges cost epsilon {cost:.6f}, past the plan's budget of {plan.budget:.6f}."
-
-
-class _CohortSizes:
-    """How many clients' releases a sum may hold, as far as the ledger's file can tell."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._sizes: dict[int, int] = {}
-
-    def trouble(self, slot: int, contributors: int) -> str:
-        """What is wrong with this number of contributors; empty if nothing is."""
-        plan = self._ledger.plan
-        if not plan.capped:
-            return "the size of a secret cohort stands in the ledger."
-        if slot not in self._sizes:
-            self._sizes[slot] = len(self._ledger.sampler().cohort(slot))
-        if not 0 <= contributors <= self._sizes[slot]:
-            return f"{contributors} contributors in slot {slot}, whose cohort has {self._sizes[slot]} clients."
-        return ""

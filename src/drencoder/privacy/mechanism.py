@@ -177,10 +177,6 @@ def _add_rows(total_V: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
     return total_V
 
 
-def _sum_dtype(values_NV: torch.Tensor) -> torch.dtype:
-    return torch.float64 if values_NV.dtype.is_floating_point else torch.int64
-
-
 def quantiser_for(permit: Permit, size: int, clip_l2: float) -> Quantiser:
     """How codes of `size` values and this clip become integers under a permit: `NoiseTerms.quantiser`.
 
@@ -281,7 +277,8 @@ def sum_releases(parts: Iterable[Releases]) -> Release:
     seen: set[int] = set()
     for part in parts:
         if first is None or total_V is None:
-            first, total_V = part, torch.zeros(part.values_NV.shape[1], dtype=_sum_dtype(part.values_NV))
+            dtype = torch.float64 if part.values_NV.dtype.is_floating_point else torch.int64
+            first, total_V = part, torch.zeros(part.values_NV.shape[1], dtype=dtype)
         _check_same("slot", first.slot, part.slot)
         _check_same("clip norm", first.clip_l2, part.clip_l2)
         _check_same("noise", first.noise_std, part.noise_std)

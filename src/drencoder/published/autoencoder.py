@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -220,9 +220,7 @@ def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
     EncoderError without any of them, or if the saved encoder is another one than the recipe's.
     """
     options = replace(TRAINING, name=request.name)
-    request.check_fixed_size(
-        math.prod(code_shape(request.name, check_segments(request.segments)))
-    )  # before it is trained
+    request.check_fixed_size(math.prod(code_shape(request.name, check_segments(request.segments))))
     if state:
         restored = Autoencoder.from_state(request.segments, state)
         if restored.name != request.name:
@@ -230,27 +228,13 @@ def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
                 f"the saved encoder is {restored.name!r}, the recipe wants {request.name!r}: resume with the recipe of that run"
             )
         return restored
+    training: dict[str, Any] = {"seed": request.seed, "options": options, "on_step": request.on_step}
     if request.real is not None:
-        return _fit_non_private(request, options)
-    training, validation = _synthetic_gradients(request, options)
-    return Autoencoder.fit(
-        request.segments, training, validation, seed=request.seed, options=options, on_step=request.on_step
-    )
-
-
-def _fit_non_private(request: EncoderRequest, options: AutoencoderOptions) -> Autoencoder:
-    if not isinstance(request.real, RealGradients):
-        raise TypeError(f"real gradients come from RealGradients.collected, not as {type(request.real).__name__}")
-    real, validation = request.real.split(_VALIDATION_SHARE, request.seed)
-    return Autoencoder.fit_non_private(
-        request.segments, real, validation, seed=request.seed, options=options, on_step=request.on_step
-    )
-
-
-def _synthetic_gradients(
-    request: EncoderRequest, options: AutoencoderOptions
-) -> tuple[SyntheticGradients, SyntheticGradients]:
-    """For training and for validation."""
+        if not isinstance(request.real, RealGradients):
+            raise TypeError(f"real gradients come from RealGradients.collected, not as {type(request.real).__name__}")
+        return Autoencoder.fit_non_private(
+            request.segments, *request.real.split(_VALIDATION_SHARE, request.seed), **training
+        )
     draw: Callable[[int, int], SyntheticGradients]
     if request.public is not None:
         draw = partial(sample_structured, request.structured_prior())
@@ -258,7 +242,6 @@ def _synthetic_gradients(
         draw = request.prior.sample
     else:
         raise EncoderError("the autoencoder is trained on synthetic gradients and needs a prior; run stage 1")
-    return (
-        draw(options.samples, derive_seed(request.seed, "autoencoder-train")),
-        draw(options.validation, derive_seed(request.seed, "autoencoder-validation")),
-    )
+    synthetic = draw(options.samples, derive_seed(request.seed, "autoencoder-train"))
+    validation = draw(options.validation, derive_seed(request.seed, "autoencoder-validation"))
+    return Autoencoder.fit(request.segments, synthetic, validation, **training)

@@ -303,7 +303,9 @@ def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ())
     named: dict[str, Any] = {}
     for override in overrides:
         _override(named, override)
-    if source is None and any(_names_own(named, section) for section in ("model", "data")):
+    sections = [table for name in ("model", "data") if isinstance(table := named.get(name), Mapping)]
+    places = (str(table.get("source", "embedded")) for table in sections)
+    if source is None and any(place.partition(":")[0] != "embedded" for place in places):
         return "--set", named
     origin, text = _read("quickstart" if source is None else source)
     try:
@@ -313,11 +315,6 @@ def read_tables(source: str | Path | None = None, overrides: Sequence[str] = ())
     for override in overrides:
         _override(tables, override)
     return origin, tables
-
-
-def _names_own(tables: Mapping[str, Any], section: str) -> bool:
-    table = tables.get(section, {})
-    return str(table.get("source", "embedded")).partition(":")[0] != "embedded"
 
 
 def _read(source: str | Path) -> tuple[str, str]:

@@ -19,16 +19,15 @@ from drencoder.recipe.recipe import Recipe
 from drencoder.study.cell_run import centralised, federated
 from drencoder.study.cells import Cell, CellStore, Row, Track
 from drencoder.study.methods import CENTRALISED, METHODS, method_named, start_rates
-from drencoder.study.pool import run_study
+from drencoder.study.pool import CellWatcher, run_study
 from drencoder.study.settings import Compare
 from drencoder.study.tuning import TuningPlan
 
 
-class Watcher(Protocol):
+class Watcher(CellWatcher, Protocol):
     """Is told how far a comparison is."""
 
     def started(self, tracks: Sequence[Track], seeds: int, tuning_runs: int) -> None: ...
-    def cell_done(self, cell: Cell, row: Row) -> None: ...
 
 
 def tracks_of(settings: Compare) -> list[Track]:

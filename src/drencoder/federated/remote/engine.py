@@ -312,10 +312,10 @@ def _checked(answer: Answer, data: bytes, query: Query, permit: Permit) -> Uploa
     rows = unpack_rows(messages, wire, query.spec.slot)
     if rows.rejected:
         raise CodeError("a message of another encoder or round, or one that is not finite")
-    if permit.trust == "local" and bool(
-        (_norms(code_values(query, permit, rows.code_NK)) > _longest(query, permit)).any()
-    ):
-        raise CodeError("messages longer than clip and noise can make them")
+    if permit.trust == "local":
+        values_NK = code_values(query, permit, rows.code_NK)
+        if bool((torch.linalg.vector_norm(values_NK, dim=1, dtype=torch.float64) > _longest(query, permit)).any()):
+            raise CodeError("messages longer than clip and noise can make them")
     nonfinite = 0 if permit.trust == "local" else min(answer.nonfinite, len(answer.clients))
     return Upload(answer.clients, messages, nonfinite)
 
@@ -328,10 +328,6 @@ def _in_order(uploads: Iterable[Upload]) -> Iterator[Upload]:
     for start in range(0, len(order), _BATCH):
         clients = tuple(order[start : start + _BATCH])
         yield Upload(clients, [messages[client] for client in clients], 0 if start else nonfinite)
-
-
-def _norms(code_NK: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(code_NK, dim=1, dtype=torch.float64)
 
 
 def _longest(query: Query, permit: Permit) -> float:

@@ -121,7 +121,8 @@ class Membership:
             self._refusing[name] = "names clients that the recipe does not have"
             self._known.add(name)
             return True
-        accepted = [client for client in own.clients if self._may_host(client, name)]
+        given = [client for client in own.clients if self._listed.get(client, name) == name]
+        accepted = [client for client in given if self._hosts.setdefault(client, name) == name]
         self._say(f"node {name}: hosts {len(accepted)} clients")
         if accepted:
             owners = frame.head.get("owners")
@@ -129,18 +130,12 @@ class Membership:
             text = _printable(frame.head.get("data"))
             self._facts[name] = SiteFacts(name, str(ClientSet(tuple(accepted))), text, kind)
         if left := sorted(set(own.clients) - set(accepted)):
-            given = [client for client in left if self._listed.get(client, name) != name]
-            by = (
-                f"the server's list of keys gives to another ({name}.clients has this node's)"
-                if given
-                else "are another's already"
-            )
+            by = "are another's already"
+            if len(given) < len(own.clients):
+                by = f"the server's list of keys gives to another ({name}.clients has this node's)"
             self._say(f"node {name}: client {left[0]} and {len(left) - 1} more {by}: left there")
         self._known.add(name)
         return True
-
-    def _may_host(self, client: int, name: str) -> bool:
-        return self._listed.get(client, name) == name and self._hosts.setdefault(client, name) == name
 
     def _turn_away(self, name: str, refusal: Refusal | None) -> bool:
         why = refusal.words if refusal else Refusal.FOREIGN.words
