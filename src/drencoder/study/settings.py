@@ -14,15 +14,13 @@ from drencoder.recipe.recipe import STUDY_TABLE, Recipe, read_section, read_tabl
 class Compare(Checked):
     """The settings of `drencoder compare`: methods x epsilons x seeds, and how learning rates are tuned."""
 
-    methods: tuple[str, ...] = knob(
-        ("lora", "dp-lora", "dr-encoder", "fedcg", "random"), "what is compared, see drencoder.study.methods"
-    )
+    # fmt: off
+    methods: tuple[str, ...] = knob(("lora", "dp-lora", "dr-encoder", "fedcg", "random"), "what is compared, see "
+        "drencoder.study.methods")
     epsilons: tuple[float, ...] = knob((0.25, 2.0, 8.0), "budgets of the private methods", above=0)
     seeds: tuple[int, ...] = knob((0, 1, 2), "paired: the same clients, start and held-out data for every method")
     tuning_seed: int = knob(100, "the seed on which learning rates are chosen, by held-out loss")
-    tuning_runs: int = knob(
-        4, "learning rates that each method may try per epsilon; 1 = its first guess", low=1, high=12
-    )
+    tuning_runs: int = knob(4, "learning rates that each method may try per epsilon; 1 = its first guess", low=1, high=12)
     rates: tuple[str, ...] = knob((), "`method=rate`: where a method's tuning starts, if not at the recipe's rate")
     tuning_factor: float = knob(3.0, "ratio between neighbouring learning rates", above=1)
 
