@@ -117,14 +117,10 @@ def mark_non_finite(code_NK: Tensor, update_ND: Tensor) -> Tensor:
 def common_facts(encoder: Encoder, *, public: bool, memory_bytes: int) -> dict[str, Fact]:
     """The facts that every `describe` starts with."""
     return {
-        "name": encoder.name,
-        "linear": encoder.linear,
-        "update_size": encoder.update_size,
-        "code_size": encoder.code_size,
-        "ratio": encoder.code_size / encoder.update_size,
-        "public": public,
+        "name": encoder.name, "linear": encoder.linear, "update_size": encoder.update_size,
+        "code_size": encoder.code_size, "ratio": encoder.code_size / encoder.update_size, "public": public,
         "memory_bytes": memory_bytes,
-    }
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -95,15 +95,10 @@ def measure_viability(encoder: Encoder, update_ND: Tensor, seed: int) -> GateRes
     low = float(cosine_N.mean()) - float(stdtrit(len(cosines) - 1, _CONFIDENCE)) * error
     random_cosine = math.sqrt(encoder.code_size / encoder.update_size)
     return GateResult(
-        encoder=encoder.name,
-        samples=len(cosines),
-        cosine=float(cosine_N.mean()),
-        cosine_low=low,
-        captured_energy=float(cosine_N.clamp(min=0.0).square().mean()),
-        raw_cosine=sum(raw_cosines) / len(raw_cosines),
-        random_cosine=random_cosine,
-        viable=low >= _SHARE_OF_RANDOM * random_cosine,
-    )
+        encoder=encoder.name, samples=len(cosines), cosine=float(cosine_N.mean()), cosine_low=low,
+        captured_energy=float(cosine_N.clamp(min=0.0).square().mean()), raw_cosine=sum(raw_cosines) / len(raw_cosines),
+        random_cosine=random_cosine, viable=low >= _SHARE_OF_RANDOM * random_cosine,
+    )  # fmt: skip
 
 
 def _cosine(a_D: Tensor, b_D: Tensor) -> float:

@@ -190,13 +190,9 @@ def assess_rows(
         if adapter is not None:
             after = [bool(adapter[index]) for index in indices]
             row = Row(
-                part,
-                name,
-                row.base,
-                _accuracy(own, after, by_subject),
-                accuracy_difference(own, before, after, by_subject=by_subject, seed=seed),
-                mcnemar(before, after),
-            )
+                part, name, row.base, _accuracy(own, after, by_subject),
+                accuracy_difference(own, before, after, by_subject=by_subject, seed=seed), mcnemar(before, after),
+            )  # fmt: skip
         rows.append(row)
     return rows
 

@@ -104,12 +104,9 @@ def _site_of_node(context: Context) -> Site:
     key = (str(recipe), clients, str(data), str(settings["state"]))
     if key not in _SITES:
         _SITES[key] = open_site(
-            None if recipe is None else str(recipe),
-            clients,
-            data=None if data is None else str(data),
-            state=str(settings["state"]),
-            min_noise=float(settings.get("min-noise", 0.0)),
-        )
+            None if recipe is None else str(recipe), clients, data=None if data is None else str(data),
+            state=str(settings["state"]), min_noise=float(settings.get("min-noise", 0.0)),
+        )  # fmt: skip
     return _SITES[key]
 
 

@@ -83,12 +83,9 @@ def _run_superlink(endpoint: ServerEndpoint, work: Path) -> Iterator[bytes]:
         "--isolation", "process", "--superexec-auth-secret-file", str(work / "secret"),
     ]  # fmt: skip
     child = ChildProcess(
-        "drencoder.flower.superlink",
-        arguments,
-        home=work / "flwr",
-        log=endpoint.log,
+        "drencoder.flower.superlink", arguments, home=work / "flwr", log=endpoint.log,
         extra={COUNTS: str(endpoint.log.with_name("requests.json"))},
-    )
+    )  # fmt: skip
     try:
         trust = ssl.create_default_context(cafile=str(files / "ca.crt"))
         end = time.monotonic() + _START_TIMEOUT
@@ -189,12 +186,9 @@ def _start_supernode(endpoint: SiteEndpoint, work: Path, port: int) -> ChildProc
         "--isolation", "process", "--superexec-auth-secret-file", str(work / "secret"),
     ]  # fmt: skip
     return ChildProcess(
-        "drencoder.flower.supernode",
-        arguments,
-        home=work / "flwr",
-        log=endpoint.state / "supernode.log",
+        "drencoder.flower.supernode", arguments, home=work / "flwr", log=endpoint.state / "supernode.log",
         extra={POLL: str(endpoint.poll)},
-    )
+    )  # fmt: skip
 
 
 def _explain_end(node: ChildProcess, endpoint: SiteEndpoint) -> None:

@@ -17,13 +17,10 @@ _PARENT = "DRENCODER_PARENT"
 
 # No telemetry, no look for updates, no installation at run time; a log that does not grow with every message.
 QUIET_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_LOG_LEVEL": "WARNING",
-    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_LOG_LEVEL": "WARNING", "RAY_USAGE_STATS_ENABLED": "0",
     "UV_OFFLINE": "1",
-}
+}  # fmt: skip
 
 
 def make_environment(home: Path) -> dict[str, str]:
@@ -61,13 +58,9 @@ class ChildProcess:
             self._start = log.stat().st_size if log.exists() else 0
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", module, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**make_environment(home), **(extra or {})},
-                    start_new_session=True,
-                )
+                    [sys.executable, "-m", module, *arguments], stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=subprocess.STDOUT, env={**make_environment(home), **(extra or {})}, start_new_session=True,
+                )  # fmt: skip
         except OSError as error:
             raise EngineError(
                 f"{module} cannot be started ({error}): make room or permission at {log.parent}."

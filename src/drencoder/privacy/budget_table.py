@@ -90,13 +90,9 @@ def budget_table(
     observer, relation = chosen_view(plan, observer, relation)
     plans = with_noise(plan, noise_multipliers)
     return BudgetTable(
-        delta=plan.delta,
-        relation=relation,
-        observer=observer,
-        assumption=plan.guarantee(observer, ()).assumption,
-        staircase=plan.capped and not plan.curated,
-        budgets=tuple(_budget(one, observer, relation) for one in plans),
-    )
+        delta=plan.delta, relation=relation, observer=observer, assumption=plan.guarantee(observer, ()).assumption,
+        staircase=plan.capped and not plan.curated, budgets=tuple(_budget(one, observer, relation) for one in plans),
+    )  # fmt: skip
 
 
 def chosen_view(plan: PrivacyPlan, observer: str | None, relation: Relation | None) -> tuple[str, Relation]:

@@ -183,12 +183,9 @@ class LowRankEncoder:
             for known_BQ, fresh in zip(self.known, self.fresh, strict=True)
         )
         facts: dict[str, Fact] = {
-            "basis_bytes": basis_bytes,
-            "known_directions": sum(known_BQ.shape[1] for known_BQ in self.known),
-            "fresh_directions": sum(self.fresh),
-            "tensors_reached": len(self._places),
-            "fingerprint": self.fingerprint,
-        }
+            "basis_bytes": basis_bytes, "known_directions": sum(known_BQ.shape[1] for known_BQ in self.known),
+            "fresh_directions": sum(self.fresh), "tensors_reached": len(self._places), "fingerprint": self.fingerprint,
+        }  # fmt: skip
         if self.provenance:
             facts["provenance"] = self.provenance
         memory = basis_bytes + 16 * widest + 8 * self.code_size

@@ -82,12 +82,9 @@ class SecAggClient:
         self._broken = True  # until this step has gone well
         body = self._settings.parse_request(request, step, self._node)
         answer_step = {
-            ProtocolStep.ADVERTISE: self._advertise,
-            ProtocolStep.SHARE: self._share,
-            ProtocolStep.MASK: self._mask,
-            ProtocolStep.CONFIRM: self._confirm,
-            ProtocolStep.UNMASK: self._unmask,
-        }
+            ProtocolStep.ADVERTISE: self._advertise, ProtocolStep.SHARE: self._share, ProtocolStep.MASK: self._mask,
+            ProtocolStep.CONFIRM: self._confirm, ProtocolStep.UNMASK: self._unmask,
+        }  # fmt: skip
         reply = self._settings.frame_answer(step, self._node, answer_step[step](body))
         if step != ProtocolStep.UNMASK:
             self._next, self._broken = ProtocolStep(step + 1), False

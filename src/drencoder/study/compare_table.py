@@ -89,13 +89,8 @@ def _row(track: Track, recipe: Recipe, settings: Compare, results: Results, fold
     shown = list(done.values())
     loss_difference, accuracy_difference, answers = _against_reference(track, settings, results, folder)
     return Row(
-        track.method,
-        track.epsilon,
-        sorted(done),
-        failures,
-        learning_rate=_learning_rate(recipe, settings, cells[0]),
-        loss=Spread.of([row["loss"] for row in shown]),
-        accuracy=_accuracies(shown),
+        track.method, track.epsilon, sorted(done), failures, learning_rate=_learning_rate(recipe, settings, cells[0]),
+        loss=Spread.of([row["loss"] for row in shown]), accuracy=_accuracies(shown),
         cosine=mean_of_known(row["encoder"].get("gate_public_cosine") for row in shown),
         captured_energy=mean_of_known(row["encoder"].get("gate_public_captured_energy") for row in shown),
         bytes_stage1=mean_of_known(row["bytes_stage1"] for row in shown),
@@ -103,11 +98,9 @@ def _row(track: Track, recipe: Recipe, settings: Compare, results: Results, fold
         epsilon_server=max(float(row["epsilon"]["server"]) for row in shown),
         epsilon_clients=max(float(row["epsilon"]["clients"]) for row in shown),
         epsilon_public=max(float(row["epsilon"]["public"]) for row in shown),
-        seconds=median(row["seconds"] for row in shown),
-        loss_difference=loss_difference,
-        accuracy_difference=accuracy_difference,
-        answers=answers,
-    )
+        seconds=median(row["seconds"] for row in shown), loss_difference=loss_difference,
+        accuracy_difference=accuracy_difference, answers=answers,
+    )  # fmt: skip
 
 
 def _final_cells(track: Track, settings: Compare, results: Results) -> list[Cell]:
@@ -184,14 +177,10 @@ def _short_line(row: Row, benchmarks: Sequence[str]) -> list[str]:
     sent = None if row.bytes_stage2 is None else (row.bytes_stage1 or 0) + row.bytes_stage2
     change = row.loss_difference
     return [
-        row.method,
-        target,
-        f"{row.loss.mean:.2f}",
-        *(f"{row.accuracy[key].mean:.2f}" for key in benchmarks),
-        _number(row.cosine, "{:.3f}"),
-        _bytes(sent),
+        row.method, target, f"{row.loss.mean:.2f}", *(f"{row.accuracy[key].mean:.2f}" for key in benchmarks),
+        _number(row.cosine, "{:.3f}"), _bytes(sent),
         "-" if change is None else f"{change.value:+.2f}" + ("" if change.low <= 0 <= change.high else " *"),
-    ]
+    ]  # fmt: skip
 
 
 def _line(row: Row, benchmarks: Sequence[str]) -> list[str]:
@@ -200,23 +189,13 @@ def _line(row: Row, benchmarks: Sequence[str]) -> list[str]:
         return [row.method, target, "failed: " + "; ".join(row.failures), *[""] * (len(benchmarks) + 12)]
     name = row.method + (f" ({len(row.failures)} seeds failed)" if row.failures else "")
     return [
-        name,
-        target,
-        row.loss.text(3),
-        *(row.accuracy[key].text(2) for key in benchmarks),
-        _number(row.cosine, "{:.3f}"),
-        _number(row.captured_energy, "{:.2%}"),
-        _bytes(row.bytes_stage1),
-        _bytes(row.bytes_stage2),
-        _epsilon(row.epsilon_server),
-        _epsilon(row.epsilon_clients),
-        _epsilon(row.epsilon_public),
-        _number(row.learning_rate, "{:.3g}"),
-        _number(row.seconds, "{:.0f}"),
-        _difference(row.loss_difference),
-        _difference(row.accuracy_difference),
+        name, target, row.loss.text(3), *(row.accuracy[key].text(2) for key in benchmarks),
+        _number(row.cosine, "{:.3f}"), _number(row.captured_energy, "{:.2%}"), _bytes(row.bytes_stage1),
+        _bytes(row.bytes_stage2), _epsilon(row.epsilon_server), _epsilon(row.epsilon_clients),
+        _epsilon(row.epsilon_public), _number(row.learning_rate, "{:.3g}"), _number(row.seconds, "{:.0f}"),
+        _difference(row.loss_difference), _difference(row.accuracy_difference),
         "-" if row.answers is None else "; ".join(map(_answer_words, row.answers)),
-    ]
+    ]  # fmt: skip
 
 
 def _number(value: float | None, form: str) -> str:
