@@ -17,9 +17,9 @@ from drencoder.evaluation.held_out import (
     choice_scores,
     held_out_loss,
     held_out_outcomes,
-    multiple_choice,
     question_examples,
 )
+from drencoder.evaluation.outcomes import measure
 from drencoder.models.base_model import load_base, open_tokenizer
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
@@ -77,10 +77,12 @@ def test_accuracy_and_wilson_interval() -> None:
     options = [[Example((2 + i, 3, 10 + j), 2) for j in range(4)] for i in range(40)]
     picks = choice_scores(lora, lora.initial_D, options).argmax(1).tolist()
     answers = [pick if i < 30 else (pick + 1) % 4 for i, pick in enumerate(picks)]
-    estimate = multiple_choice(lora, lora.initial_D, options, answers)
-    assert estimate.value == 0.75
+    outcomes = measure(lora, lora.initial_D, [], {"mmlu": (options, answers)})
+    assert outcomes.right["mmlu"] == [True] * 30 + [False] * 10
+    estimate = outcomes.estimates()["accuracy"]["mmlu"]
+    assert estimate["value"] == 0.75
     z = 1.959963984540054
-    for bound in (estimate.low, estimate.high):  # Wilson's bounds solve |p_hat - p| = z sqrt(p (1 - p) / n)
+    for bound in (estimate["low"], estimate["high"]):  # Wilson's bounds solve |p_hat - p| = z sqrt(p (1 - p) / n)
         assert abs(0.75 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 40), rel=1e-6)
 
 
@@ -88,8 +90,6 @@ def test_nothing_to_evaluate_is_one_sentence() -> None:
     lora = tiny_lora()
     with pytest.raises(DataError, match="no held-out example"):
         held_out_loss(lora, lora.initial_D, [])
-    with pytest.raises(DataError, match="no multiple-choice question"):
-        multiple_choice(lora, lora.initial_D, [], [])
 
 
 def test_questions_are_asked_as_clients_records_are(tiny_folder: Path) -> None:

@@ -12,7 +12,7 @@ from drencoder.data.embedded_world.world import Question, record_of
 from drencoder.data.prompts_template import LETTERS
 from drencoder.data.tokenization import Example, RecordTokenizer, collate
 from drencoder.errors import DataError
-from drencoder.evaluation.statistics import Estimate, ratio_of_sums, wilson
+from drencoder.evaluation.statistics import Estimate, ratio_of_sums
 from drencoder.models.lora import LoraModel
 
 # Tokens of one evaluation batch, padding included: keeps memory flat whatever the number of examples.
@@ -25,11 +25,7 @@ def held_out_outcomes(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Exa
     """Each example's cross-entropy, summed over its response tokens (nats), and how many those are; both (N,)."""
     losses = [0.0] * len(examples)
     for indices in _batches(examples, lora.base.vocabulary):
-        batch = collate([[examples[index] for index in indices]], lora.base.pad_id).to(lora.device)
-        with lora.stacked(_single(lora, adapter_D)):
-            losses_M = lora.token_losses(batch)
-        row_M = batch.predicted.nonzero()[:, 0]
-        sums = torch.zeros(len(indices), device=losses_M.device).index_add(0, row_M, losses_M)
+        sums = _summed_losses(lora, adapter_D, [examples[index] for index in indices])
         for index, total in zip(indices, sums.tolist(), strict=True):
             losses[index] = total
     return losses, [example.targets for example in examples]
@@ -73,11 +69,7 @@ def choice_scores(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence
         letters = torch.tensor([[option.tokens[-1] for option in options[single[i]]] for i in indices])
         scores[[single[i] for i in indices]] = log_NV.cpu().gather(1, letters)
     for index in sorted(set(range(len(options))) - set(single)):
-        batch = collate([list(options[index])], lora.base.pad_id).to(lora.device)
-        with lora.stacked(_single(lora, adapter_D)):
-            losses_M = lora.token_losses(batch)
-        row_M = batch.predicted.nonzero()[:, 0]
-        scores[index] = -torch.zeros(4, device=losses_M.device).index_add(0, row_M, losses_M).cpu()
+        scores[index] = -_summed_losses(lora, adapter_D, options[index]).cpu()
     return scores
 
 
@@ -91,19 +83,13 @@ def choice_picks(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[
     return choice_scores(lora, adapter_D, options).argmax(dim=1).tolist()
 
 
-def multiple_choice(
-    lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence[Example]], answers: Sequence[int]
-) -> Estimate:
-    """Accuracy of the most likely option over all questions, with Wilson's interval.
-
-    Raises:
-      DataError: there is no question.
-    """
-    if not options:
-        raise DataError("there is no multiple-choice question: raise evaluation.examples or name a benchmark.")
-    picked = choice_picks(lora, adapter_D, options)
-    share = sum(pick == answer for pick, answer in zip(picked, answers, strict=True)) / len(options)
-    return Estimate(share, *wilson(share, len(options)), len(options))
+def _summed_losses(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> Tensor:
+    """Each example's loss (N,), summed over its response tokens, in one batch."""
+    batch = collate([list(examples)], lora.base.pad_id).to(lora.device)
+    with lora.stacked(_single(lora, adapter_D)):
+        losses_M = lora.token_losses(batch)
+    row_M = batch.predicted.nonzero()[:, 0]
+    return torch.zeros(len(examples), device=losses_M.device).index_add(0, row_M, losses_M)
 
 
 def _single(lora: LoraModel, adapter_D: Tensor) -> dict[str, Tensor]:

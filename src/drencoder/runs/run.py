@@ -18,7 +18,7 @@ from drencoder.data.evaluation_text import NO_EVALUATION
 from drencoder.data.survey import with_population
 from drencoder.encoders.contract import Encoder
 from drencoder.errors import BudgetError, QuorumError, RefusedError
-from drencoder.evaluation.held_out import held_out_loss, multiple_choice
+from drencoder.evaluation.held_out import choice_picks, held_out_loss
 from drencoder.evaluation.outcomes import measure_all
 from drencoder.evaluation.verdict import verdict
 from drencoder.federated.adaptive_clip import AdaptiveClip
@@ -309,7 +309,8 @@ def _evaluate_round(
             share = max(1, few // len(components.questions))
             options = [four for fours, _ in components.questions.values() for four in fours[:share]]
             answers = [answer for _, given in components.questions.values() for answer in given[:share]]
-            row["accuracy"] = multiple_choice(components.lora, progress.state.adapter_D, options, answers).value
+            picks = choice_picks(components.lora, progress.state.adapter_D, options)
+            row["accuracy"] = sum(pick == answer for pick, answer in zip(picks, answers, strict=True)) / len(answers)
     folder.append_metrics(row)
     listener.round_done(row)
 
