@@ -469,8 +469,8 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "a site takes the server's noise multiplier",
         "federated/remote/site",
-        "        if not abs(asked.noise_multiplier - own) <= _SAME * own:",
-        "        if not asked.noise_multiplier <= own:",
+        "        if not abs(asked.noise_multiplier - own) <= _SAME * own or",
+        "        if not asked.noise_multiplier <= own or",
         _SITE,
     ),
     Bug(

@@ -56,10 +56,7 @@ class InProcessEngine(AlwaysThere):
     def gather(
         self, query: Query, adapter_D: Tensor, cohort: Sequence[int], permit: Permit, noise: NoiseSource
     ) -> Iterator[Upload | SecureSum]:
-        """Asks every client of the cohort; yields what they send, some clients at a time.
-
-        Under secure aggregation it yields one sum over all. Raises VoidRoundError there when too few nodes answer.
-        """
+        """See `Engine.gather`."""
         if permit.shares is not None:
             yield self._aggregated(query, adapter_D, cohort, permit, noise)
             return

@@ -240,12 +240,8 @@ def _check_sites(recipe: Recipe) -> None:
 
 def _check_secure(recipe: Recipe) -> None:
     """What secure aggregation cannot do, and the numbers of nodes that its protocol needs."""
-    privacy, nodes, wire, source = (
-        recipe.privacy,
-        recipe.federation.nodes,
-        recipe.encoder.wire_dtype,
-        recipe.prior.source,
-    )
+    privacy, nodes = recipe.privacy, recipe.federation.nodes
+    wire, source = recipe.encoder.wire_dtype, recipe.prior.source
     sized = "codes travel as integers with noise, of a size that follows"
     for key, value, required, why in (
         ("privacy.noise_in", privacy.noise_in, "code", "what is summed is the code"),

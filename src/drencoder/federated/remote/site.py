@@ -34,7 +34,6 @@ from drencoder.federated.remote.refusal import Refusal, refusal_frame
 from drencoder.federated.remote.session import SecAggSession
 from drencoder.federated.secure_round import round_settings
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.plan import PrivacyPlan
 from drencoder.privacy.site_ledger import AnsweredError, ForeignRunError, SiteLedger
 from drencoder.reading import one_line
 from drencoder.secure_aggregation.messages import ProtocolStep
@@ -68,7 +67,7 @@ class Site:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         plan = components.plan
-        weakest = min(_noise_multiplier(plan, slot) for slot in plan.slots)
+        weakest = min(map(plan.sigma, plan.slots))
         if plan.capped and weakest < min_noise:
             raise PrivacyError(
                 f"The recipe's noise multiplier at this site is {weakest:.4g}, below --min-noise {min_noise:.4g}: do not take "
@@ -101,7 +100,7 @@ class Site:
             if data[5:6] == bytes([Kind.STAGE]):
                 return self._answer_step(data)
             frame = self._frame(data, Kind.QUERY)
-            instruction = _instruction(frame)
+            instruction = Instruction.of(frame.head)
             nonce = instruction.nonce
             return self._answer_query(frame, instruction)
         except _RefusedError as refused:
@@ -234,10 +233,8 @@ class Site:
         slot = asked.spec.slot
         if slot not in plan.slots or (asked.trust, asked.noise) != (plan.trust, plan.noise):
             raise _RefusedError(Refusal.PLAN)
-        own = _noise_multiplier(plan, slot)
-        if not abs(asked.noise_multiplier - own) <= _SAME * own:
-            raise _RefusedError(Refusal.PLAN)
-        if bool(asked.counts) != (self._session is not None):
+        own = plan.sigma(slot)
+        if not abs(asked.noise_multiplier - own) <= _SAME * own or bool(asked.counts) != (self._session is not None):
             raise _RefusedError(Refusal.PLAN)
         if not asked.spec.has_possible_clip:
             raise _RefusedError(Refusal.CLIP)
@@ -295,15 +292,3 @@ class Site:
             raise _RefusedError(Refusal.ENCODER) from None
         self._encoder_name = asked.encoder
         return self._encoder
-
-
-def _noise_multiplier(plan: PrivacyPlan, slot: int) -> float:
-    """What the plan charges for; 0 for a stage without noise."""
-    return plan.stage1_noise_multiplier if slot == 0 else plan.noise_multiplier
-
-
-def _instruction(frame: Frame) -> Instruction:
-    try:
-        return Instruction.of(frame.head)
-    except (KeyError, TypeError):
-        raise CodeError("a query's head lacks fields") from None
