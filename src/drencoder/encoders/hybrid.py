@@ -20,16 +20,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import (
-    Encoder,
-    Fact,
-    check_code,
-    check_update,
-    common_facts,
-    is_lora_b,
-    mark_non_finite,
-    restoring,
-)
+from drencoder.encoders import contract
+from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.kronecker import KroneckerEncoder
 from drencoder.encoders.random_sketch import UNIFORM_SHARE, RandomSketch, allocate_code
 from drencoder.encoders.request import EncoderRequest, SavedState
@@ -97,7 +89,7 @@ class HybridEncoder:
         return self.head.code_size + len(self.direction_JD) + (self.sketch.code_size if self.sketch else 0)
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
-        update_ND = check_update(self, update_ND)
+        update_ND = contract.check_update(self, update_ND)
         head_NH = self.head.encode(update_ND, seed)
         rest_ND = update_ND - self.head.decode(head_NH, seed)
         direction_JD = self._directions_on(update_ND.device)
@@ -106,10 +98,10 @@ class HybridEncoder:
         if self.sketch is not None:
             rest_ND = rest_ND - along_NJ @ direction_JD
             parts.append(self.sketch.project(rest_ND, seed))
-        return mark_non_finite(torch.cat(parts, dim=1), update_ND)
+        return contract.mark_non_finite(torch.cat(parts, dim=1), update_ND)
 
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
-        code_NK = check_code(self, code_NK)
+        code_NK = contract.check_code(self, code_NK)
         head, directions = self.head.code_size, len(self.direction_JD)
         direction_JD = self._directions_on(code_NK.device)
         known_ND = self.head.decode(code_NK[:, :head], seed) + code_NK[:, head : head + directions] @ direction_JD
@@ -132,7 +124,7 @@ class HybridEncoder:
     def describe(self) -> dict[str, Fact]:
         head = self.head.describe()
         memory = int(head["memory_bytes"]) + 4 * self.update_size * (3 + len(self.direction_JD))
-        return common_facts(self, public=True, memory_bytes=memory) | {
+        return contract.common_facts(self, public=True, memory_bytes=memory) | {
             "head": self.head.code_size,
             "directions": len(self.direction_JD),
             "random": self.sketch.code_size if self.sketch else 0,
@@ -160,7 +152,7 @@ class HybridEncoder:
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
         head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
         restored = KroneckerEncoder.from_state(segments, head)
-        with restoring(cls.name, segments):
+        with contract.restoring(cls.name, segments):
             direction_JD, code_S = state["directions"], tuple(state["random"].tolist())
         return cls(restored, direction_JD, RandomSketch(segments, code_S) if code_S else None)
 
@@ -174,7 +166,7 @@ def make_hybrid(request: EncoderRequest, state: SavedState) -> Encoder:
         return HybridEncoder.from_state(request.segments, state)
     segments, code_size = request.segments, request.required_size()
     size_S = torch.tensor([segment.size for segment in segments])
-    sent_S = torch.tensor([is_lora_b(segment) for segment in segments])  # the tensors that a code is about
+    sent_S = torch.tensor([contract.is_lora_b(segment) for segment in segments])  # the tensors that a code is about
     if not bool(sent_S.any()):
         raise EncoderError(
             f"none of the {len(size_S)} adapter tensors is the B of a LoRA pair; set encoder.name = 'kronecker'"

@@ -18,19 +18,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import (
-    Encoder,
-    Fact,
-    check_code,
-    check_segments,
-    check_update,
-    common_facts,
-    fingerprint_of,
-    mark_non_finite,
-    restoring,
-    tensor_of_text,
-    text_of_tensor,
-)
+from drencoder.encoders import contract
+from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, SecondMoment, matrix_shape
 from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
@@ -239,7 +228,7 @@ class KroneckerEncoder:
 
         EncoderError unless 1 <= code_size <= D, the values of what is sent.
         """
-        check_segments(prior.segments)
+        contract.check_segments(prior.segments)
         levels = _Levels.of(prior, sent)
         size = int(levels.size_G[levels.variance_G >= 0].sum())
         if not 1 <= code_size <= size:
@@ -273,14 +262,14 @@ class KroneckerEncoder:
         return max(0.0, self.energy - float(self.variance_K.sum()))
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
-        update_ND = check_update(self, update_ND)
+        update_ND = contract.check_update(self, update_ND)
         code_NK = update_ND.new_empty(len(update_ND), self.code_size)
         for part, first, last in self._places:
             code_NK[:, first:last] = part.encode(update_ND)
-        return mark_non_finite(code_NK, update_ND)
+        return contract.mark_non_finite(code_NK, update_ND)
 
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
-        code_NK = check_code(self, code_NK)
+        code_NK = contract.check_code(self, code_NK)
         update_ND = code_NK.new_zeros(len(code_NK), self.update_size)
         for part, first, last in self._places:
             update_ND[:, part.segment.start : part.segment.stop] = part.decode(code_NK[:, first:last])
@@ -307,12 +296,12 @@ class KroneckerEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """See `contract.fingerprint_of`."""
-        return fingerprint_of(self.state())
+        return contract.fingerprint_of(self.state())
 
     def describe(self) -> dict[str, Fact]:
         largest = max(part.segment.size for part in self.parts)
         memory = self.basis_bytes + 12 * self.code_size + 32 * largest
-        return common_facts(self, public=True, memory_bytes=memory) | {
+        return contract.common_facts(self, public=True, memory_bytes=memory) | {
             "basis_bytes": self.basis_bytes,
             "tensors_reached": len(self.parts),
             "expected_capture": 1.0 - self.distortion / self.energy,
@@ -326,7 +315,7 @@ class KroneckerEncoder:
         kept = {
             "variance": self.variance_K,
             "energy": torch.tensor(self.energy, dtype=torch.float64),
-            "provenance": tensor_of_text(self.provenance),
+            "provenance": contract.tensor_of_text(self.provenance),
             "tensors": torch.tensor([self.segments.index(part.segment) for part in self.parts]),
         }
         for number, part in enumerate(self.parts):
@@ -337,8 +326,8 @@ class KroneckerEncoder:
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "KroneckerEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
-        check_segments(segments)
-        with restoring(cls.name, segments):
+        contract.check_segments(segments)
+        with contract.restoring(cls.name, segments):
             parts = []
             for number, place in enumerate(state["tensors"].tolist()):
                 segment, count_A = segments[place], state[f"{number}.counts"].long()
@@ -348,7 +337,7 @@ class KroneckerEncoder:
                     _Basis.from_tensors(state, f"{number}.long", long),
                 )
                 parts.append(_Part(segment, count_A, *bases))
-            variance_K, provenance = state["variance"], text_of_tensor(state["provenance"])
+            variance_K, provenance = state["variance"], contract.text_of_tensor(state["provenance"])
             energy = float(state["energy"])
             if sum(len(part.index_k) for part in parts) != len(variance_K):
                 raise ValueError(f"{len(variance_K)} variances do not fit the counts")

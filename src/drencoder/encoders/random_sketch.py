@@ -15,16 +15,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from drencoder.encoders.contract import (
-    Encoder,
-    Fact,
-    check_code,
-    check_segments,
-    check_update,
-    common_facts,
-    mark_non_finite,
-    no_state,
-)
+from drencoder.encoders import contract
+from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
@@ -205,12 +197,12 @@ class RandomSketch:
     ) -> "RandomSketch":
         """Allocates `code_size` coordinates by the prior's energies (`allocate_code`); EncoderError if it
         is not within 1..D."""
-        check_segments(segments)
+        contract.check_segments(segments)
         energy_S = None if prior is None else prior.energy_S
         return cls(segments, tuple(allocate_code(segments, code_size, energy_S, floor).tolist()))
 
     def __post_init__(self) -> None:
-        check_segments(self.segments)
+        contract.check_segments(self.segments)
         sizes = [segment.size for segment in self.segments]
         fits = len(self.code_S) == len(sizes) and all(
             0 <= k <= size for k, size in zip(self.code_S, sizes, strict=True)
@@ -242,22 +234,22 @@ class RandomSketch:
         return self.project(update_ND, seed).mul_(self.scale)
 
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
-        weighted_NK = check_code(self, code_NK) * (self.decode_weight_K.to(code_NK.device) / self.scale)
+        weighted_NK = contract.check_code(self, code_NK) * (self.decode_weight_K.to(code_NK.device) / self.scale)
         return self.lift(weighted_NK, seed)
 
     def project(self, update_ND: Tensor, seed: int) -> Tensor:
         """P u: `encode` without its scale."""
-        update_ND = check_update(self, update_ND)
+        update_ND = contract.check_update(self, update_ND)
         code_NK = update_ND.new_empty(update_ND.shape[0], self.code_size)
         for piece in self._pieces(seed, update_ND.device):
             for rows in piece.rows(len(update_ND)):
                 mixed = _transform(update_ND[rows, piece.start : piece.stop] * piece.sign, piece.log_size)
                 code_NK[rows, piece.first : piece.last] = mixed.index_select(1, piece.index)
-        return mark_non_finite(code_NK, update_ND)
+        return contract.mark_non_finite(code_NK, update_ND)
 
     def lift(self, code_NK: Tensor, seed: int) -> Tensor:
         """P^T c: lift(project(u)) is the orthogonal projection, whatever the allocation."""
-        code_NK = check_code(self, code_NK)
+        code_NK = contract.check_code(self, code_NK)
         update_ND = code_NK.new_empty(code_NK.shape[0], self.update_size)
         for piece in self._pieces(seed, code_NK.device):
             for rows in piece.rows(len(code_NK)):
@@ -275,7 +267,9 @@ class RandomSketch:
         return weight_S.repeat_interleave(k_S).to(torch.float32)
 
     def describe(self) -> dict[str, Fact]:
-        facts = common_facts(self, public=True, memory_bytes=self.update_size + 96 * self.code_size + 16 * _PIECE)
+        facts = contract.common_facts(
+            self, public=True, memory_bytes=self.update_size + 96 * self.code_size + 16 * _PIECE
+        )
         rates = [k / segment.size for k, segment in zip(self.code_S, self.segments, strict=True)]
         return facts | {"rate_min": min(rates), "rate_max": max(rates)}
 
@@ -364,5 +358,5 @@ class RandomSketch:
 
 def make_random(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "random": allocated by stage 1's prior, uniformly without one."""
-    no_state("random", state)
+    contract.no_state("random", state)
     return RandomSketch.build(request.segments, request.required_size(), request.prior)

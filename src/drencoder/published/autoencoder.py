@@ -19,19 +19,9 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from drencoder.encoders import contract
 from drencoder.encoders.code_sizes import code_shape, input_shape
-from drencoder.encoders.contract import (
-    Encoder,
-    Fact,
-    check_code,
-    check_segments,
-    check_update,
-    common_facts,
-    mark_non_finite,
-    restoring,
-    tensor_of_text,
-    text_of_tensor,
-)
+from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.gaussian_prior import SyntheticGradients, sample_structured
 from drencoder.encoders.request import EncoderRequest, SavedState, StepCallback, TrainingGradients
 from drencoder.errors import EncoderError
@@ -119,12 +109,12 @@ class Autoencoder:
         on_step: StepCallback | None,
     ) -> "Autoencoder":
         options = options or AutoencoderOptions()
-        check_segments(segments)
+        contract.check_segments(segments)
         fitted = fit_network(segments, training, validation, seed, options, on_step)
         return cls(segments, fitted.network, fitted.scale_S, options.name, trained_on, fitted.saturated_share)
 
     def __post_init__(self) -> None:
-        check_segments(self.segments)
+        contract.check_segments(self.segments)
         input_shape(self.name, 1)  # refuses a name that there is none of
         scale_S = self.scale_S.detach().to("cpu", torch.float64)
         if scale_S.shape != (len(self.segments),) or not bool((scale_S.isfinite() & (scale_S > 0)).all()):
@@ -139,7 +129,7 @@ class Autoencoder:
 
     @cached_property
     def update_size(self) -> int:
-        return check_segments(self.segments)
+        return contract.check_segments(self.segments)
 
     @property
     def code_size(self) -> int:
@@ -157,17 +147,17 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
         """See `contract.Encoder`; the seed is ignored."""
-        update_ND = check_update(self, update_ND)
+        update_ND = contract.check_update(self, update_ND)
         code_NK = update_ND.new_empty(update_ND.shape[0], self.code_size)
         network = self.network.to(update_ND.device)
         for rows in self._chunks(update_ND.shape[0]):
             code_NK[rows] = network.encoder(self._frame.wrap(update_ND[rows])).flatten(1)
-        return mark_non_finite(code_NK, update_ND)
+        return contract.mark_non_finite(code_NK, update_ND)
 
     @torch.no_grad()
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
         """See `contract.Encoder`; the seed is ignored. No value exceeds its segment's scale (Tanh)."""
-        code_NK = check_code(self, code_NK)
+        code_NK = contract.check_code(self, code_NK)
         update_ND = code_NK.new_empty(code_NK.shape[0], self.update_size)
         network = self.network.to(code_NK.device)
         for rows in self._chunks(code_NK.shape[0]):
@@ -177,7 +167,7 @@ class Autoencoder:
     def describe(self) -> dict[str, Fact]:
         """The contract's facts, and: trained_on ("synthetic" or "real"), saturated_share, scale_min and scale_max. `public` is false after training on real gradients."""
         values = ARCHITECTURES[self.name][1] * math.prod(self._frame.shape)
-        facts = common_facts(self, public=self.trained_on == "synthetic", memory_bytes=4 * values)
+        facts = contract.common_facts(self, public=self.trained_on == "synthetic", memory_bytes=4 * values)
         return facts | {
             "trained_on": self.trained_on,
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
@@ -191,8 +181,8 @@ class Autoencoder:
         tensors = {key: value.detach().cpu().clone() for key, value in self.network.state_dict().items()}
         return tensors | {
             "scale_S": self.scale_S.clone(),
-            "name": tensor_of_text(self.name),
-            "trained_on": tensor_of_text(self.trained_on),
+            "name": contract.tensor_of_text(self.name),
+            "trained_on": contract.tensor_of_text(self.trained_on),
             "saturated_share": torch.tensor(self.saturated_share, dtype=torch.float64),
         }
 
@@ -200,8 +190,11 @@ class Autoencoder:
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor]) -> "Autoencoder":
         """The encoder of `state`; EncoderError if tensors are missing, foreign or of another shape."""
         tensors = dict(state)
-        with restoring("autoencoder", segments):
-            name, trained_on = text_of_tensor(tensors.pop("name")), text_of_tensor(tensors.pop("trained_on"))
+        with contract.restoring("autoencoder", segments):
+            name, trained_on = (
+                contract.text_of_tensor(tensors.pop("name")),
+                contract.text_of_tensor(tensors.pop("trained_on")),
+            )
             scale_S, saturated_share = tensors.pop("scale_S"), float(tensors.pop("saturated_share"))
             network = blank_network(name)
             network.load_state_dict(tensors)
@@ -220,7 +213,7 @@ def make_autoencoder(request: EncoderRequest, state: SavedState) -> Encoder:
     EncoderError without any of them, or if the saved encoder is another one than the recipe's.
     """
     options = replace(TRAINING, name=request.name)
-    request.check_fixed_size(math.prod(code_shape(request.name, check_segments(request.segments))))
+    request.check_fixed_size(math.prod(code_shape(request.name, contract.check_segments(request.segments))))
     if state:
         restored = Autoencoder.from_state(request.segments, state)
         if restored.name != request.name:

@@ -23,21 +23,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from drencoder.encoders import contract
 from drencoder.encoders.code_sizes import power_ranks
-from drencoder.encoders.contract import (
-    Encoder,
-    Fact,
-    check_code,
-    check_segments,
-    check_update,
-    common_facts,
-    fingerprint_of,
-    is_lora_b,
-    mark_non_finite,
-    restoring,
-    tensor_of_text,
-    text_of_tensor,
-)
+from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.matrix_normal_prior import MatrixNormalPrior, matrix_shape
 from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
@@ -69,7 +57,7 @@ class LowRankEncoder:
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_segments(self.segments)
+        contract.check_segments(self.segments)
         if len(self.known) != len(self.segments) or len(self.fresh) != len(self.segments):
             raise EncoderError(
                 f"the {self.name} encoder got directions for {len(self.known)} and {len(self.fresh)} of "
@@ -95,7 +83,7 @@ class LowRankEncoder:
         known: list[Tensor] = []
         for place, (segment, row, column) in enumerate(zip(prior.segments, prior.rows, prior.columns, strict=True)):
             height, width = matrix_shape(segment)
-            if not is_lora_b(segment):
+            if not contract.is_lora_b(segment):
                 known.append(torch.zeros(max(height, width), 0))
                 continue
             leading_BQ = (row if height > width else column).vectors_LQ[:, :width]
@@ -115,13 +103,13 @@ class LowRankEncoder:
         them, and one at least, is fresh. EncoderError if `code_size` does not hold one direction, or the momentum is not
         a finite (D,).
         """
-        size = check_segments(segments)
+        size = contract.check_segments(segments)
         momentum_D = torch.zeros(size) if momentum_D is None else momentum_D.float()
         if momentum_D.shape != (size,) or not bool(momentum_D.isfinite().all()):
             raise EncoderError(
                 f"momentum of shape {tuple(momentum_D.shape)} is no finite vector of {size} values; give the run's own"
             )
-        tensors = [(is_lora_b(segment), *matrix_shape(segment)) for segment in segments]
+        tensors = [(contract.is_lora_b(segment), *matrix_shape(segment)) for segment in segments]
         known, fresh = [], []
         for segment, rank in zip(segments, power_ranks(tensors, code_size), strict=True):
             most = rank - max(1, round(explore * rank)) if rank else 0
@@ -132,7 +120,7 @@ class LowRankEncoder:
 
     @cached_property
     def update_size(self) -> int:
-        return check_segments(self.segments)
+        return contract.check_segments(self.segments)
 
     @cached_property
     def code_size(self) -> int:
@@ -155,15 +143,15 @@ class LowRankEncoder:
         return torch.cat([known_BQ, random_BF], dim=1).to(like.device)
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
-        update_ND = check_update(self, update_ND)
+        update_ND = contract.check_update(self, update_ND)
         code_NK = update_ND.new_empty(len(update_ND), self.code_size)
         for number, first, last in self._places:
             values_NAB = _on_long_side(update_ND, self.segments[number])
             code_NK[:, first:last] = (values_NAB @ self._directions(number, seed, update_ND)).flatten(1)
-        return mark_non_finite(code_NK, update_ND)
+        return contract.mark_non_finite(code_NK, update_ND)
 
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
-        code_NK = check_code(self, code_NK)
+        code_NK = contract.check_code(self, code_NK)
         update_ND = code_NK.new_zeros(len(code_NK), self.update_size)
         for number, first, last in self._places:
             segment, direction_BC = self.segments[number], self._directions(number, seed, code_NK)
@@ -174,7 +162,7 @@ class LowRankEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """See `contract.fingerprint_of`."""
-        return fingerprint_of(self.state())
+        return contract.fingerprint_of(self.state())
 
     def describe(self) -> dict[str, Fact]:
         basis_bytes = sum(4 * known_BQ.numel() for known_BQ in self.known)
@@ -189,19 +177,19 @@ class LowRankEncoder:
         if self.provenance:
             facts["provenance"] = self.provenance
         memory = basis_bytes + 16 * widest + 8 * self.code_size
-        return common_facts(self, public=True, memory_bytes=memory) | facts
+        return contract.common_facts(self, public=True, memory_bytes=memory) | facts
 
     def state(self) -> dict[str, Tensor]:
         """The map itself, but for the fresh directions, which are the round's seed's."""
         kept = {f"{number}.known": known_BQ for number, known_BQ in enumerate(self.known)}
-        return kept | {"fresh": torch.tensor(self.fresh), "provenance": tensor_of_text(self.provenance)}
+        return kept | {"fresh": torch.tensor(self.fresh), "provenance": contract.tensor_of_text(self.provenance)}
 
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "LowRankEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
-        with restoring(name, segments):
+        with contract.restoring(name, segments):
             known = tuple(state[f"{number}.known"] for number in range(len(segments)))
-            fresh, provenance = tuple(state["fresh"].tolist()), text_of_tensor(state["provenance"])
+            fresh, provenance = tuple(state["fresh"].tolist()), contract.text_of_tensor(state["provenance"])
         return cls(segments, known, fresh, name, provenance)
 
 
@@ -234,7 +222,7 @@ def make_core(request: EncoderRequest, state: SavedState) -> Encoder:
     """The registry's "core"."""
     if state:
         return LowRankEncoder.from_state(request.segments, state, "core")
-    widths = [matrix_shape(segment)[1] for segment in request.segments if is_lora_b(segment)]
+    widths = [matrix_shape(segment)[1] for segment in request.segments if contract.is_lora_b(segment)]
     prior = request.required_public().prior(request.segments, max(widths, default=1))
     return LowRankEncoder.core(prior)
 

@@ -22,19 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from drencoder.encoders.contract import (
-    Encoder,
-    Fact,
-    check_code,
-    check_segments,
-    check_update,
-    common_facts,
-    is_lora_b,
-    mark_non_finite,
-    restoring,
-    tensor_of_text,
-    text_of_tensor,
-)
+from drencoder.encoders import contract
+from drencoder.encoders.contract import Encoder, Fact
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
 from drencoder.encoders.request import EncoderRequest, SavedState
 from drencoder.errors import EncoderError
@@ -62,7 +51,7 @@ class SubsetEncoder:
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        size, index_K = check_segments(self.segments), self.index_K
+        size, index_K = contract.check_segments(self.segments), self.index_K
         rising = index_K.dtype == torch.int64 and index_K.dim() == 1 and bool((index_K.diff() > 0).all())
         if not rising or not len(index_K) or not 0 <= int(index_K[0]) <= int(index_K[-1]) < size:
             raise EncoderError(
@@ -73,7 +62,7 @@ class SubsetEncoder:
     @classmethod
     def lora_b(cls, segments: tuple[Segment, ...]) -> "SubsetEncoder":
         """FFA-LoRA: all values of the B tensors and none of A's. EncoderError if there is no B."""
-        places = [torch.arange(segment.start, segment.stop) for segment in segments if is_lora_b(segment)]
+        places = [torch.arange(segment.start, segment.stop) for segment in segments if contract.is_lora_b(segment)]
         if not places:
             raise EncoderError(
                 f"none of the {len(segments)} adapter tensors is the B of a LoRA pair; the ffa encoder needs linear layers"
@@ -86,7 +75,7 @@ class SubsetEncoder:
 
         EncoderError unless 1 <= code_size <= D, or if the updates are not of this adapter, not finite or all zero.
         """
-        size = check_segments(segments)
+        size = contract.check_segments(segments)
         if not 1 <= code_size <= size:
             raise EncoderError(f"code_size is {code_size}, expected 1 to {size}, the size of the adapter")
         update_ND = public.update_ND.float()
@@ -105,18 +94,18 @@ class SubsetEncoder:
 
     @cached_property
     def update_size(self) -> int:
-        return check_segments(self.segments)
+        return contract.check_segments(self.segments)
 
     @property
     def code_size(self) -> int:
         return len(self.index_K)
 
     def encode(self, update_ND: Tensor, seed: int) -> Tensor:
-        update_ND = check_update(self, update_ND)
-        return mark_non_finite(update_ND.index_select(1, self.index_K.to(update_ND.device)), update_ND)
+        update_ND = contract.check_update(self, update_ND)
+        return contract.mark_non_finite(update_ND.index_select(1, self.index_K.to(update_ND.device)), update_ND)
 
     def decode(self, code_NK: Tensor, seed: int) -> Tensor:
-        code_NK = check_code(self, code_NK)
+        code_NK = contract.check_code(self, code_NK)
         update_ND = code_NK.new_zeros(len(code_NK), self.update_size)
         return update_ND.index_copy_(1, self.index_K.to(code_NK.device), code_NK)
 
@@ -129,17 +118,17 @@ class SubsetEncoder:
         facts: dict[str, Fact] = {"fingerprint": self.fingerprint}
         if self.provenance:  # places that public text chose go down to every client, four bytes each
             facts |= {"provenance": self.provenance, "basis_bytes": 4 * self.code_size}
-        return common_facts(self, public=True, memory_bytes=12 * self.code_size) | facts
+        return contract.common_facts(self, public=True, memory_bytes=12 * self.code_size) | facts
 
     def state(self) -> dict[str, Tensor]:
         """The places and where they are from: a resumed run must not choose again."""
-        return {"index": self.index_K, "provenance": tensor_of_text(self.provenance)}
+        return {"index": self.index_K, "provenance": contract.tensor_of_text(self.provenance)}
 
     @classmethod
     def from_state(cls, segments: tuple[Segment, ...], state: Mapping[str, Tensor], name: str) -> "SubsetEncoder":
         """The encoder of `state`; EncoderError if it is of another layout or malformed."""
-        with restoring(name, segments):
-            return cls(segments, state["index"], name, text_of_tensor(state["provenance"]))
+        with contract.restoring(name, segments):
+            return cls(segments, state["index"], name, contract.text_of_tensor(state["provenance"]))
 
 
 def make_ffa(request: EncoderRequest, state: SavedState) -> Encoder:
