@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from secure_federation import BIG, EVERY_NODE, NODES, Federation, secure_recipe, site_rows, stage_of
 
 from deployment import deployed, wait_for
-from drencoder.federated import secure_round
+from drencoder.federated import client_side
 from drencoder.federated.query import Query
 from drencoder.federated.remote.frames import Kind, unpack_frame
 from drencoder.federated.round import modulus_bits
@@ -162,7 +162,7 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     An idle node's are zeros, which an adapter that has learned nothing shows as well: tests have clients on every node.
     """
     pieces: list[bytes] = []
-    share = secure_round.client_share
+    share = client_side.client_share
 
     def keep(total_V: Any, bits: int) -> None:
         packed = pack_values(total_V, bits)
@@ -183,7 +183,7 @@ def unmasked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
         original(self, settings, node, key, kept)
 
-    monkeypatch.setattr(secure_round, "client_share", shared)
+    monkeypatch.setattr(client_side, "client_share", shared)
     monkeypatch.setattr(secagg_client.SecAggClient, "__init__", made)
     return pieces
 
