@@ -202,7 +202,7 @@ def test_nothing_unmasked_is_in_any_frame(federation: Callable[..., Federation],
 def test_the_search_would_find_an_unmasked_vector(
     federation: Callable[..., Federation], unmasked: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secagg_client, "apply_mask", lambda total_V, key, sign: None)
+    monkeypatch.setattr(secagg_client.crypto, "apply_mask", lambda total_V, key, sign: None)
     made = federation("federation.rounds=1", EVERY_NODE)
     made.run()
     assert shown(unmasked, made.frames) >= 2 * NODES

@@ -575,14 +575,14 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "a node believes keys that nobody signed",
         "secure_aggregation/client",
-        "            if not is_signed(settings.roster[node], signature, digest_keys(settings, node, keys)):",
+        "            if not crypto.is_signed(settings.roster[node], signature, digest_keys(settings, node, keys)):",
         "            if not signature:",
         _SECURE,
     ),
     Bug(
         "a node takes two stories about who is in the sum",
         "secure_aggregation/client",
-        "            if not is_signed(self._settings.roster[node], signature, text):",
+        "            if not crypto.is_signed(self._settings.roster[node], signature, text):",
         "            if not signature:",
         _SECURE,
     ),

@@ -29,22 +29,10 @@ from drencoder.encoders.wire import WireFormat, pack_rows, unpack_rows
 from drencoder.errors import PrivacyError
 from drencoder.federated.query import Query
 from drencoder.models.client_training import ClientTrainer
+from drencoder.privacy import mechanism
 from drencoder.privacy.accounting import NonPrivateEvent
 from drencoder.privacy.ledger import Permit
-from drencoder.privacy.mechanism import (
-    BoundedSum,
-    NoiseSource,
-    Release,
-    clip_rows,
-    quantiser_for,
-    received_codes,
-    release_codes,
-    release_shares,
-    release_sum,
-    release_unnoised,
-    sum_releases,
-    unmasked_sum,
-)
+from drencoder.privacy.mechanism import BoundedSum, NoiseSource, Release, release_shares
 
 
 @dataclass(frozen=True)
@@ -114,10 +102,10 @@ def client_message(
     if permit.shares is not None:
         raise PrivacyError("Under secure aggregation a client has no message of its own: its node sums shares.")
     spec = query.spec  # encoded and clipped where the updates are: what goes to the CPU is small
-    clipped = clip_rows(query.encode(update_ND) if spec.noise_in == "code" else update_ND, spec.clip_l2)
+    clipped = mechanism.clip_rows(query.encode(update_ND) if spec.noise_in == "code" else update_ND, spec.clip_l2)
     values, wire = clipped.values_NV, message_wire(query, permit)
     if permit.trust == "local":
-        released = release_codes(clipped, clients, permit, noise)
+        released = mechanism.release_codes(clipped, clients, permit, noise)
         values = released.values_NV if wire.integers else released.codes_NV
     if spec.noise_in == "update":
         values = query.encode(values)
@@ -137,7 +125,7 @@ def client_share(
     spec = query.spec
     if spec.noise_in != "code" or not spec.summable:
         raise PrivacyError("Secure aggregation sums codes: it needs noise_in = 'code' and a linear encoder.")
-    return release_shares(clip_rows(query.encode(update_ND), spec.clip_l2), clients, permit, noise)
+    return release_shares(mechanism.clip_rows(query.encode(update_ND), spec.clip_l2), clients, permit, noise)
 
 
 def message_wire(query: Query, permit: Permit) -> WireFormat:
@@ -148,13 +136,13 @@ def message_wire(query: Query, permit: Permit) -> WireFormat:
     wire = query.spec.wire
     if permit.trust != "local" or permit.terms is None or query.spec.noise_in != "code" or wire.rotated:
         return wire
-    bits = quantiser_for(permit, wire.code_size, query.spec.clip_l2).bits
+    bits = mechanism.quantiser_for(permit, wire.code_size, query.spec.clip_l2).bits
     return replace(wire, dtype=f"integer{bits}")  # type: ignore[arg-type]  # 16, 24 or 32
 
 
 def modulus_bits(query: Query, permit: Permit) -> int:
     """Secure aggregation: b, the bits of the modulus that shares are added under."""
-    return quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2).bits
+    return mechanism.quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2).bits
 
 
 # --- the server's side ------------------------------------------------------------------------
@@ -171,23 +159,25 @@ def server_release(
     if permit.shares is not None:
         (masked,) = answers
         assert isinstance(masked, SecureSum)
-        released = unmasked_sum(masked.sum_V, masked.clients, permit, clip_l2)
+        released = mechanism.unmasked_sum(masked.sum_V, masked.clients, permit, clip_l2)
         return CohortRelease(released, masked.bytes_up, masked.rejected, 0, masked.bytes_down)
     if permit.trust == "local":
         noise_std, step, modulus = _local_noise(query, permit)
-        released = sum_releases(
-            received_codes(values, senders, permit, clip_l2=clip_l2, noise_std=noise_std, step=step, modulus=modulus)
+        released = mechanism.sum_releases(
+            mechanism.received_codes(
+                values, senders, permit, clip_l2=clip_l2, noise_std=noise_std, step=step, modulus=modulus
+            )
             for values, senders in _received(query, answers, permit, counts)
         )
     elif permit.terms is None:
         received = _received(query, answers, permit, counts)
-        released = release_unnoised((clip_rows(values, clip_l2) for values, _ in received), permit)
+        released = mechanism.release_unnoised((mechanism.clip_rows(values, clip_l2) for values, _ in received), permit)
     else:
         total = BoundedSum.zero(_sum_size(query, permit), clip_l2)
         for values, _ in _received(query, answers, permit, counts):
             # Clipped again by the party that adds the noise: the bound must not rest on what a client sent.
-            total = total.add(clip_rows(values, clip_l2))
-        released = release_sum(total, permit, noise)
+            total = total.add(mechanism.clip_rows(values, clip_l2))
+        released = mechanism.release_sum(total, permit, noise)
     return CohortRelease(released, counts.bytes_up, counts.rejected, counts.nonfinite)
 
 
@@ -195,7 +185,7 @@ def code_values(query: Query, permit: Permit, code_NK: Tensor) -> Tensor:
     """Unpacked messages (N, K) in units of the code, float32: integers count the step of the plan."""
     if code_NK.dtype.is_floating_point:
         return code_NK
-    step = quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2).step
+    step = mechanism.quantiser_for(permit, query.spec.wire.code_size, query.spec.clip_l2).step
     return (code_NK.to(torch.float64) * step).to(torch.float32)
 
 
@@ -238,7 +228,7 @@ def _local_noise(query: Query, permit: Permit) -> tuple[float, float, int]:
     wire = message_wire(query, permit)
     if permit.terms is None or query.spec.noise_in != "code":
         return 0.0 if permit.terms is None else math.nan, 1.0, 0
-    quantiser = quantiser_for(permit, wire.code_size, query.spec.clip_l2)
+    quantiser = mechanism.quantiser_for(permit, wire.code_size, query.spec.clip_l2)
     if not _adds_messages(query, permit):
         return math.nan, 1.0, 0
     if not wire.integers:

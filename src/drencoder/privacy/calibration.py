@@ -5,18 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from drencoder.errors import PrivacyError
-from drencoder.privacy.accounting import (
-    COARSE_INTERVAL,
-    QUICK_INTERVAL,
-    REPORT_INTERVAL,
-    Event,
-    Relation,
-    clt_mu,
-    epsilon_pld,
-    fine_enough,
-    gdp_mu,
-    sigma_gaussian,
-)
+from drencoder.privacy import accounting
+from drencoder.privacy.accounting import Event, Relation, epsilon_pld, sigma_gaussian
 from drencoder.privacy.plan_checks import refuse
 
 if TYPE_CHECKING:
@@ -56,7 +46,7 @@ def calibrate(
         return planned
     if epsilon is None:
         refuse("Neither epsilon nor noise_multiplier is given", "one of them is needed", "set epsilon, e.g. 8")
-    mu = gdp_mu(draft.budget_events(everything), draft.relation)
+    mu = accounting.gdp_mu(draft.budget_events(everything), draft.relation)
     if mu is not None:  # mu scales with 1/sigma: no search
         return plan(mu * sigma_gaussian(epsilon, draft.gaussian_delta))
     return plan(
@@ -75,24 +65,24 @@ def sigma_for(
     """
     tolerance = min(4.9e-4, 1e-3 * epsilon)
     goal = epsilon - 1.01 * tolerance
-    most = epsilon_pld(events_fn(LEAST_SAMPLED_NOISE), delta, relation, COARSE_INTERVAL)
+    most = epsilon_pld(events_fn(LEAST_SAMPLED_NOISE), delta, relation, accounting.COARSE_INTERVAL)
     if epsilon > most:
         raise PrivacyError(
             f"epsilon is {epsilon:g}, and the least noise multiplier of secret cohorts, {LEAST_SAMPLED_NOISE:g}, costs {most:.4g} "
             "in this plan: choose a smaller epsilon, or give the noise multiplier itself."
         )
     guess, slope = max(LEAST_SAMPLED_NOISE, sigma_gaussian(goal, delta)), -1.2
-    mu = clt_mu(events_fn(guess * (1 if relation == "add_remove" else 2)))
+    mu = accounting.clt_mu(events_fn(guess * (1 if relation == "add_remove" else 2)))
     if mu:  # by the limit's own formula epsilon is about proportional to mu: a better start
         guess = max(0.3, guess * min(1.0, mu * guess))
     sigma = guess
-    for interval in (COARSE_INTERVAL, QUICK_INTERVAL, REPORT_INTERVAL):
+    for interval in (accounting.COARSE_INTERVAL, accounting.QUICK_INTERVAL, accounting.REPORT_INTERVAL):
         sigma, slope, value = _secant(
             lambda s, h=interval: epsilon_pld(events_fn(s), delta, relation, h),  # type: ignore[misc]
             goal, tolerance, sigma, slope,
         )  # fmt: skip
-        if interval == QUICK_INTERVAL and fine_enough(
-            epsilon_pld(events_fn(sigma), delta, relation, COARSE_INTERVAL), value
+        if interval == accounting.QUICK_INTERVAL and accounting.fine_enough(
+            epsilon_pld(events_fn(sigma), delta, relation, accounting.COARSE_INTERVAL), value
         ):
             break
     return sigma

@@ -26,17 +26,8 @@ from functools import cached_property
 from typing import Any
 
 from drencoder.errors import PrivacyError
-from drencoder.privacy.accounting import (
-    COARSE_INTERVAL,
-    RELATIONS,
-    Event,
-    GaussianEvent,
-    NonPrivateEvent,
-    PoissonGaussianEvent,
-    Relation,
-    epsilon_pld,
-    merge,
-)
+from drencoder.privacy import accounting
+from drencoder.privacy.accounting import Event, GaussianEvent, NonPrivateEvent, PoissonGaussianEvent, Relation
 from drencoder.privacy.calibration import LEAST_SAMPLED_NOISE
 from drencoder.privacy.noise_terms import DISCRETE_SHARE, ShareTerms
 from drencoder.privacy.observers import ASSUMPTIONS, OBSERVERS, SITE_ASSUMPTIONS, ObserverGuarantee, report
@@ -231,7 +222,7 @@ class PrivacyPlan:
     def largest_epsilon(self) -> float:
         """Of the whole plan's private stages: the strongest observer's, under replace-one."""
         events = self.budget_events(dict.fromkeys(self.slots, 1))
-        return epsilon_pld(events, self.gaussian_delta, "replace_one", COARSE_INTERVAL)
+        return accounting.epsilon_pld(events, self.gaussian_delta, "replace_one", accounting.COARSE_INTERVAL)
 
     def composition(self, observer: str, charged: Mapping[int, tuple[int, int]]) -> tuple[Event, ...] | None:
         """The worst client's events in the view of `observer`; None where there is no guarantee.
@@ -247,13 +238,13 @@ class PrivacyPlan:
         if self.trust == "central":
             if observer == "server":
                 return None
-            return merge(self.event(slot) for slot, (count, _) in charged.items() for _ in range(count))
+            return accounting.merge(self.event(slot) for slot, (count, _) in charged.items() for _ in range(count))
         events = []
         for block in self.blocks:
             seen = [self._seen(s, observer, charged[s][1]) for s in block if charged.get(s, (0, 0))[0]]
             if seen:
                 events.append(min(seen, key=lambda e: 0.0 if isinstance(e, NonPrivateEvent) else e.noise_multiplier))
-        return merge(events)
+        return accounting.merge(events)
 
     def _seen(self, slot: int, observer: str, contributors: int) -> Event:
         event = self.event(slot)
@@ -272,7 +263,9 @@ class PrivacyPlan:
     ) -> ObserverGuarantee:
         """All epsilons of a composition for one observer; `events` None means no guarantee."""
         events = (NonPrivateEvent(),) if events is None else events
-        reports = {relation: report(events, self.gaussian_delta, relation, interval) for relation in RELATIONS}
+        reports = {
+            relation: report(events, self.gaussian_delta, relation, interval) for relation in accounting.RELATIONS
+        }
         assumption = (SITE_ASSUMPTIONS if self.curated else ASSUMPTIONS)[self.trust, observer]
         if self.noise == "replay":
             assumption = "NOT PRIVATE, replayable noise: these numbers hold for secure noise only. " + assumption
@@ -318,7 +311,7 @@ class PrivacyPlan:
     @cached_property
     def budget(self) -> float:
         """The epsilon no charge may pass: the target, or without one what the schedule costs."""
-        return self.target_epsilon or epsilon_pld(
+        return self.target_epsilon or accounting.epsilon_pld(
             self.budget_events(dict.fromkeys(self.slots, 1)), self.gaussian_delta, self.relation
         )
 

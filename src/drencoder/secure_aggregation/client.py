@@ -17,25 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from drencoder.errors import SecureError, VoidRoundError
-from drencoder.secure_aggregation.crypto import (
-    SECRET_BYTES,
-    KeyAgreement,
-    NodeKey,
-    apply_mask,
-    digest,
-    is_signed,
-    open_sealed,
-    seal,
-)
-from drencoder.secure_aggregation.messages import (
-    KEYS_BYTES,
-    SEALED_BYTES,
-    ProtocolStep,
-    RoundSettings,
-    pack_rows,
-    pack_values,
-    unpack_rows,
-)
+from drencoder.secure_aggregation import crypto, messages
+from drencoder.secure_aggregation.crypto import SECRET_BYTES, KeyAgreement, NodeKey, digest
+from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings, pack_rows, unpack_rows
 from drencoder.secure_aggregation.shamir import SHARE_BYTES, split
 
 KEY_SHARE, SEED_SHARE = b"\1", b"\2"
@@ -96,11 +80,11 @@ class SecAggClient:
 
     def _share(self, body: bytes) -> bytes:
         settings, context = self._settings, self._settings.context
-        rows = unpack_rows(body, KEYS_BYTES, settings.nodes)
+        rows = unpack_rows(body, messages.KEYS_BYTES, settings.nodes)
         self._require_enough(len(rows))
         for node, row in rows.items():
             keys, signature = row[: 2 * SECRET_BYTES], row[2 * SECRET_BYTES :]
-            if not is_signed(settings.roster[node], signature, digest_keys(settings, node, keys)):
+            if not crypto.is_signed(settings.roster[node], signature, digest_keys(settings, node, keys)):
                 raise SecureError(f"The round's keys of node {node} are not signed by it: somebody stands between.")
             self._peers[node] = keys[:SECRET_BYTES], keys[SECRET_BYTES:]
         if self._peers.get(self._node) != (self._sealing.public, self._masking.public):
@@ -115,20 +99,20 @@ class SecAggClient:
                 self._shares[node] = shares
                 continue
             purpose = _share_purpose(self._node, node)
-            sealed[node] = seal(
+            sealed[node] = crypto.seal(
                 self._sealing.derive_secret(sealing, context, purpose), b"".join(shares), context + purpose
             )
         return commit_to_seed(settings, self._node, self._seed) + pack_rows(sealed)
 
     def _mask(self, body: bytes) -> bytes:
         settings, context = self._settings, self._settings.context
-        rows = unpack_rows(body, SEALED_BYTES, settings.nodes)
+        rows = unpack_rows(body, messages.SEALED_BYTES, settings.nodes)
         if self._node in rows or not rows.keys() <= self._peers.keys():
             raise SecureError("Sealed shares came from nodes without signed keys in this round: refused.")
         self._require_enough(len(rows) + 1)
         for node, sealed in rows.items():
             purpose = _share_purpose(node, self._node)
-            plain = open_sealed(
+            plain = crypto.open_sealed(
                 self._sealing.derive_secret(self._peers[node][0], context, purpose), sealed, context + purpose
             )
             self._shares[node] = plain[:SHARE_BYTES], plain[SHARE_BYTES:]
@@ -137,12 +121,12 @@ class SecAggClient:
             raise SecureError(
                 f"Node {self._node} has a vector that is not {settings.values} values of {settings.bits} bits."
             )
-        apply_mask(total_V, derive_own_mask_key(settings, self._node, self._seed), 1)
+        crypto.apply_mask(total_V, derive_own_mask_key(settings, self._node, self._seed), 1)
         for node in rows:
             key = derive_pair_mask_key(settings, self._masking, self._node, node, self._peers[node][1])
-            apply_mask(total_V, key, pair_mask_sign(self._node, node))
+            crypto.apply_mask(total_V, key, pair_mask_sign(self._node, node))
         del self._sealing, self._masking, self._seed, self._vector
-        return pack_values(total_V, settings.bits)
+        return messages.pack_values(total_V, settings.bits)
 
     def _confirm(self, body: bytes) -> bytes:
         self._survivors = unpack_rows(body, 0, self._settings.nodes)
@@ -158,13 +142,13 @@ class SecAggClient:
         return self._key.sign(digest_survivors(self._settings, body))
 
     def _unmask(self, body: bytes) -> bytes:
-        signatures = unpack_rows(body, KEYS_BYTES - 2 * SECRET_BYTES, self._settings.nodes)
+        signatures = unpack_rows(body, messages.KEYS_BYTES - 2 * SECRET_BYTES, self._settings.nodes)
         if not signatures.keys() <= self._survivors.keys():
             raise SecureError("A signature is of a node that is not in the sum: refused.")
         self._require_enough(len(signatures))
         text = digest_survivors(self._settings, pack_rows(self._survivors))
         for node, signature in signatures.items():
-            if not is_signed(self._settings.roster[node], signature, text):
+            if not crypto.is_signed(self._settings.roster[node], signature, text):
                 raise SecureError(f"Node {node} signed another list of answers: the server told two stories.")
         # One share of every node and never both: its seed if its vector is in the sum, its key if it dropped out.
         revealed = {

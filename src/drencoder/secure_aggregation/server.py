@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drencoder.errors import SecureError, VoidRoundError
+from drencoder.secure_aggregation import messages
 from drencoder.secure_aggregation.client import (
     KEY_SHARE,
     SEED_SHARE,
@@ -23,15 +24,7 @@ from drencoder.secure_aggregation.client import (
     pair_mask_sign,
 )
 from drencoder.secure_aggregation.crypto import SECRET_BYTES, SIGNATURE_BYTES, KeyAgreement, apply_mask, is_signed
-from drencoder.secure_aggregation.messages import (
-    KEYS_BYTES,
-    SEALED_BYTES,
-    ProtocolStep,
-    RoundSettings,
-    pack_rows,
-    unpack_rows,
-    unpack_values,
-)
+from drencoder.secure_aggregation.messages import ProtocolStep, RoundSettings, pack_rows, unpack_rows
 from drencoder.secure_aggregation.shamir import SHARE_BYTES, combine
 
 Exchange: TypeAlias = Callable[[ProtocolStep, Mapping[int, bytes]], Mapping[int, bytes]]
@@ -148,7 +141,7 @@ class SecAggServer:
         return total_V & np.uint32((1 << settings.bits) - 1), self._survivors
 
     def _accept_keys(self, node: int, body: bytes) -> None:
-        if len(body) != KEYS_BYTES:
+        if len(body) != messages.KEYS_BYTES:
             raise SecureError("Keys of another length.")
         text = digest_keys(self._settings, node, body[: 2 * SECRET_BYTES])
         if not is_signed(self._settings.roster[node], body[2 * SECRET_BYTES :], text):
@@ -156,14 +149,14 @@ class SecAggServer:
         self._keys[node] = body
 
     def _accept_shares(self, node: int, body: bytes) -> None:
-        rows = unpack_rows(body[SECRET_BYTES:], SEALED_BYTES, self._settings.nodes)
+        rows = unpack_rows(body[SECRET_BYTES:], messages.SEALED_BYTES, self._settings.nodes)
         if rows.keys() != self._keys.keys() - {node}:
             raise SecureError("Shares for other nodes than were listed.")
         self._commitments[node] = body[:SECRET_BYTES]
         self._sealed[node] = rows
 
     def _accept_masked_vector(self, node: int, body: bytes) -> None:
-        self._total_V += unpack_values(body, self._settings.values, self._settings.bits)
+        self._total_V += messages.unpack_values(body, self._settings.values, self._settings.bits)
 
     def _accept_signature(self, node: int, body: bytes) -> None:
         text = digest_survivors(self._settings, self._survivors_body())
