@@ -40,7 +40,7 @@ from drencoder.audit import canaries, trials
 from drencoder.data.sources import EmbeddedSource
 from drencoder.encoders.planning import load_checked_recipe
 from drencoder.encoders.wire import pack_rows, unpack_rows
-from drencoder.federated import in_process
+from drencoder.federated import client_side
 from drencoder.federated import round as one_round
 from drencoder.privacy.mechanism import quantiser_for
 from drencoder.privacy.noise_source import ReplayNoise
@@ -81,7 +81,7 @@ class Fault:
 
 def messages(change: Change) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Local trust: every message is changed after it was noised."""
-    original = in_process.client_message
+    original = client_side.client_message
 
     def broken(query: Any, update_ND: torch.Tensor, clients: Sequence[int], permit: Any, noise: Any) -> Any:
         upload = original(query, update_ND, clients, permit, noise)
@@ -92,7 +92,7 @@ def messages(change: Change) -> Callable[[], contextlib.AbstractContextManager[A
             changed = (changed / quantiser_for(permit, wire.code_size, query.spec.clip_l2).step).round().long()
         return replace(upload, messages=pack_rows(changed if wire.integers else changed.float(), wire, slot))
 
-    return lambda: patched((in_process, "client_message", broken))
+    return lambda: patched((client_side, "client_message", broken))
 
 
 def sums(change: Change) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -192,15 +192,15 @@ def run_real(cell: Cell, model: str, data: Path, out: Path, size: Size) -> Row:
 
     from real_text_study.energy import CohortEnergy
 
-    from drencoder.federated import in_process
+    from drencoder.federated import client_side
     from drencoder.federated.server_rate import planned_rate
     from drencoder.runs.plan_overview import privacy_plan
     from drencoder.runs.run_folder import RunFolder
     from drencoder.study.cell_run import federated
 
     recipe = recipe_of(cell, model, data, out, size)
-    folder, energy = out / "runs" / cell.key, CohortEnergy(in_process.client_message)
-    with patch.object(in_process, "client_message", energy.client_message):
+    folder, energy = out / "runs" / cell.key, CohortEnergy(client_side.client_message)
+    with patch.object(client_side, "client_message", energy.client_message):
         row = federated(recipe, folder)
     metrics = [
         {key: one[key] for key in ("round", "loss", "bytes_up") if key in one}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from drencoder.federated import in_process, secure_round
+from drencoder.federated import client_side
 from drencoder.federated.query import Query
 from drencoder.privacy.mechanism import Release, clip_rows
 from neighbours import WORDS, go_on_from, run_watched
@@ -57,9 +57,8 @@ class Spy:
         self.bounded: dict[tuple[int, int], torch.Tensor] = {}
         self.clip: dict[int, float] = {}
         self.releases = go_on_from(monkeypatch, releases)
-        for module in (in_process, secure_round):
-            name = "client_message" if module is in_process else "client_share"
-            monkeypatch.setattr(module, name, self.watch(getattr(module, name)))
+        for name in ("client_message", "client_share"):
+            monkeypatch.setattr(client_side, name, self.watch(getattr(client_side, name)))
 
     def watch(self, original: Any) -> Any:
         def watched(query: Query, update_ND: torch.Tensor, clients: Any, *rest: Any) -> Any:

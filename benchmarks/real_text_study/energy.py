@@ -21,7 +21,7 @@ class _Round:
 
 
 class CohortEnergy:
-    """Stands before `client_message` of the in-process engine and sums what goes through; the messages are unchanged.
+    """Stands before `client_message` of `federated.client_side` and sums what goes through; the messages are unchanged.
 
     The energy that a code holds of an update u whose decoding is r is cos(u, r)^2, or 0 where the cosine is negative.
     """
