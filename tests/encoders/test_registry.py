@@ -16,11 +16,10 @@ from drencoder.cli.main import app
 from drencoder.encoders import registry
 from drencoder.encoders.code_sizes import AdapterShape
 from drencoder.encoders.contract import Encoder, is_lora_b
-from drencoder.encoders.declaration import EncoderDeclaration
 from drencoder.encoders.gaussian_prior import GaussianPrior
 from drencoder.encoders.matrix_normal_prior import PublicUpdates
 from drencoder.encoders.planning import clip_text, public_text
-from drencoder.encoders.registry import ENCODERS, EncoderRow, build_encoder, declaration_of
+from drencoder.encoders.registry import ENCODERS, EncoderDeclaration, EncoderRow, build_encoder, declaration_of
 from drencoder.encoders.request import EncoderRequest
 from drencoder.encoders.viability import measure_viability
 from drencoder.errors import EncoderError, RecipeError

@@ -106,24 +106,9 @@ def size_by_ratio(adapter: AdapterShape, ratio: float) -> int:
     return max(1, round(adapter.update_size / ratio))
 
 
-def size_of_update(adapter: AdapterShape, ratio: float) -> int:
-    """K = D."""
-    return adapter.update_size
-
-
-def size_of_hybrid(adapter: AdapterShape, ratio: float) -> int:
-    """K = D / ratio, and never more than the values of LoRA's B tensors, which alone are sent."""
-    return min(size_by_ratio(adapter, ratio), adapter.lora_b_size)
-
-
 def size_of_autoencoder(name: str, adapter: AdapterShape, ratio: float) -> int:
     """The network's rate of the padded update."""
     return math.prod(code_shape(name, adapter.update_size))
-
-
-def size_of_lora_b(adapter: AdapterShape, ratio: float) -> int:
-    """The values of LoRA's B tensors."""
-    return adapter.lora_b_size
 
 
 def size_of_cores(adapter: AdapterShape, ratio: float) -> int:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from drencoder.data.survey import with_population
 from drencoder.encoders.code_sizes import AdapterShape, auto_ratio, few_coordinates
-from drencoder.encoders.declaration import EncoderDeclaration
-from drencoder.encoders.registry import declaration_of
+from drencoder.encoders.registry import EncoderDeclaration, declaration_of
 from drencoder.errors import EncoderError, RecipeError
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.recipe.recipe import Recipe, load_recipe
