@@ -29,6 +29,7 @@ from reaccount_ledger import (
     other_numbers,
     parse,
     read_ledger,
+    same_events,
     site_rows,
     slots_of,
     units_of,
@@ -81,6 +82,25 @@ UNITS = {
     "owner": "one owner inside a site, with all its records there",
 }
 SITE_TRUST = "Each site is trusted with its own records: it draws who takes part, clips, adds the noise, and sends one sum a slot."
+OTHER_SITE = "another site: the adapter of each round, and its own"
+PUBLIC = "the model, and at most the noised sum of all sites in each slot"
+SEES = {
+    "local": {
+        "server": "one noised sum of each site in each slot, and which site sent it",
+        "clients": f"{OTHER_SITE} noise",
+        "public": PUBLIC,
+    },
+    "secure-aggregation": {
+        "server": "the noised sum of all sites in each slot, and which sites answered",
+        "clients": f"{OTHER_SITE} share of the noise",
+        "public": PUBLIC,
+    },
+}
+TIME = "How long a site computes is not hidden: whoever measures that is trusted."
+NOT_PROTECTED = {
+    "record": f"A person with several records: epsilon is that of each record, and larger for all together. {TIME}",
+    "owner": f"An owner at two sites, or under two names, as one: epsilon is that of each, and larger for both together. {TIME}",
+}
 
 SIMULATED = (
     "The owners of this run are simulated: records were dealt out at random, so nothing is promised to those who wrote them. With "
@@ -189,6 +209,8 @@ def unit_terms(records: list[dict]) -> dict:
         },
         "private": f"How many {plan['unit']}s a site has and which of them took part: no number here comes from them.",
         "amplification": "Each unit takes part by a draw that its site keeps secret, so sub-sampling counts against every observer.",
+        "sees": SEES[plan["trust"]],
+        "not_protected": NOT_PROTECTED[plan["unit"]],
     }
 
 
@@ -210,6 +232,7 @@ def site_troubles(records: list[dict], terms: dict) -> list[str]:
             for relation, spent in expected["epsilon"].items()
             for name, value in spent.items()
         )
+        wrong = wrong or row.keys() != expected.keys() or not same_events(row["events"], expected["events"])
         if wrong:
             found.append(f"the certificate's epsilon of site {row['sites'][0]} is not that of the ledger")
     return found

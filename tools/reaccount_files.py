@@ -66,7 +66,7 @@ def units_of_sites(recipe: dict, sites: list[dict]) -> str:
     """Whose text it is where the unit is inside a site."""
     data, unit = recipe["data"], recipe["privacy"]["unit"]
     field, owner = ("", "") if sites else (data["client_field"], data["owner_field"])
-    whose = f"at sites whom the field {field!r} names" if field else "whom the sites' own files hold"
+    whose = f"at sites that the field {field!r} names" if field else "whom the sites' own files hold"
     named = f"owners whom the field {owner!r} names, " if field and owner else "owners "
     words = {
         "generated": f"{unit}s of generated sites of the embedded world",

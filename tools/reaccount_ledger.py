@@ -245,9 +245,28 @@ def site_rows(records: list[dict]) -> list[dict]:
             relation: {name: epsilon(events, composition_delta(plan), relation) for name, events in views.items()}
             for relation in RELATIONS
         }
-        rows.append({"sites": sites, "slots": len(slots), "epsilon": spent})
+        rows.append({"sites": sites, "slots": len(slots), "epsilon": spent, "events": views})
     bound = "server" if plan["trust"] == "local" else "clients"
     return sorted(rows, key=lambda row: (-row["epsilon"][plan["relation"]][bound], row["sites"]))
+
+
+def same_events(stated: dict, expected: dict[str, list[dict]]) -> bool:
+    """Whether a certificate's events of each observer are these, up to the last digits of the noise."""
+
+    def in_order(events: list[dict]) -> list[tuple[dict, int]]:
+        return sorted(counted(events), key=lambda pair: (pair[0]["sampling_rate"], pair[0]["noise_multiplier"]))
+
+    def same(one: tuple[dict, int], other: tuple[dict, int]) -> bool:
+        return (
+            one[1] == other[1]
+            and one[0].keys() == other[0].keys()
+            and all(agree(one[0][k], other[0][k]) for k in other[0])
+        )
+
+    views = [(in_order(stated[view]), in_order(events)) for view, events in expected.items()]
+    return stated.keys() == expected.keys() and all(
+        len(one) == len(other) and all(map(same, one, other)) for one, other in views
+    )
 
 
 def least_contributors(plan: dict, slot: int) -> int:

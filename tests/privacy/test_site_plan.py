@@ -26,6 +26,11 @@ SITES, RATE, ROUNDS, DELTA, SIGMA = 6, 0.25, 4, 1e-5, 1.1
 KEY = bytes(range(32))
 SECURE = {"trust": "secure-aggregation", "dropout_share": 0.25, "honest_share": 0.75}
 
+RELATED = {
+    "add_remove": dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    "replace_one": dp.NeighboringRelation.REPLACE_ONE,
+}
+
 
 def site_plan(**changes: Any) -> PrivacyPlan:
     known = {
@@ -37,11 +42,7 @@ def site_plan(**changes: Any) -> PrivacyPlan:
 
 def independent(sigma: float, count: int, relation: str, delta: float = DELTA) -> float:
     """The epsilon of `count` Poisson-sampled Gaussians, by dp_accounting's own hand."""
-    relations = {
-        "add_remove": dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "replace_one": dp.NeighboringRelation.REPLACE_ONE,
-    }
-    accountant = PLDAccountant(relations[relation])
+    accountant = PLDAccountant(RELATED[relation])
     event = dp.PoissonSampledDpEvent(RATE, dp.GaussianDpEvent(sigma))
     return float(accountant.compose(event, count).get_epsilon(delta)) if count else 0.0
 
@@ -186,6 +187,14 @@ def test_a_site_that_was_asked_less_often_has_spent_less(tmp_path: Path, relatio
     others = rows[2]["epsilon"][relation]  # slots 0, 2 and 4, with all six sites in each
     assert others["public"] == pytest.approx(independent(SIGMA * math.sqrt(6), 3, relation), abs=1e-6)
     assert others["clients"] == pytest.approx(independent(SIGMA * math.sqrt(5), 3, relation), abs=1e-6)
+    for row in rows:  # a row has all that its numbers are made from
+        for observer, events in row["events"].items():
+            accountant = PLDAccountant(RELATED[relation])
+            for event in events:
+                gaussian = dp.GaussianDpEvent(event["noise_multiplier"])
+                accountant.compose(dp.PoissonSampledDpEvent(event["sampling_rate"], gaussian), event["count"])
+            stated = row["epsilon"][relation][observer]
+            assert accountant.get_epsilon(DELTA * (1 - 1e-6)) == pytest.approx(stated, rel=1e-9)
 
 
 def test_a_site_that_did_not_answer_is_charged_all_the_same(tmp_path: Path) -> None:

@@ -71,12 +71,15 @@ def test_everything_that_is_handed_over_names_the_unit(runs: dict[str, Path], ki
     assert "Each site is trusted with its own records" in statement
     assert ("Against the other sites: (" in statement) == secure
     terms = certificate["unit_terms"]
+    assert ("each site in each slot" in terms["sees"]["server"]) != secure
+    assert terms["not_protected"].startswith("An owner at two sites" if unit == "owner" else "A person with several")
     assert terms["assumed_public"]["units_per_site"] == 17
     assert terms["by_site"][0]["sites"] == list(range(SITES))
     card, report = (runs[kind] / "adapter" / "README.md").read_text(), (runs[kind] / "report.html").read_text()
     for text in (card, report):
         assert protects in text
         assert "Taken to be public: 4 sites, 17 units a site" in text
+        assert terms["not_protected"] in text
         assert "one client with all its text" not in text
     assert "Epsilon of each site" in report
     bound = certificate["observers"]["clients" if secure else "server"]
@@ -121,6 +124,18 @@ def fewer_slots(run: Forgery) -> None:
     run.certificate["unit_terms"]["by_site"][0]["slots"] -= 1
 
 
+def less_noise_in_what_is_composed(run: Forgery) -> None:
+    run.certificate["unit_terms"]["by_site"][0]["events"]["public"][0]["noise_multiplier"] *= 1.5
+
+
+def another_view(run: Forgery) -> None:
+    run.certificate["unit_terms"]["sees"]["server"] = "nothing"
+
+
+def a_person_at_two_sites_is_protected(run: Forgery) -> None:
+    run.certificate["unit_terms"]["not_protected"] = "Nobody."
+
+
 def no_terms(run: Forgery) -> None:
     del run.certificate["unit_terms"]
 
@@ -150,7 +165,7 @@ def smaller_rate(run: Forgery) -> None:
     "forge",
     [
         another_unit, another_number, cheaper_site, fewer_slots, no_terms, unasked_site_of_nobody, more_units_in_the_plan,
-        unit_in_the_plan, less_noise, smaller_rate,
+        unit_in_the_plan, less_noise, smaller_rate, less_noise_in_what_is_composed, another_view, a_person_at_two_sites_is_protected,
     ],
 )  # fmt: skip
 def test_what_was_forged_is_found(runs: dict[str, Path], tmp_path: Path, forge: Callable[[Forgery], None]) -> None:

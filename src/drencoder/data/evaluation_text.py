@@ -64,7 +64,7 @@ def _describe_units(kind: str, field: str, unit: str, owner_field: str) -> str:
         return (
             f"{unit}s of generated sites of the embedded world" if kind == "generated" else "units of an unknown kind"
         )
-    whose = f"at sites whom the field {field!r} names" if field else "whom the sites' own files hold"
+    whose = f"at sites that the field {field!r} names" if field else "whom the sites' own files hold"
     named = f"owners whom the field {owner_field!r} names, " if field and owner_field else "owners "
     return (named if unit == "owner" else "single records ") + whose
 

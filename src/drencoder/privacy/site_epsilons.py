@@ -6,9 +6,9 @@ its message came: it may have left the site.
 
 from typing import Any
 
-from drencoder.privacy.accounting import RELATIONS, REPORT_INTERVAL
+from drencoder.privacy.accounting import RELATIONS, REPORT_INTERVAL, event_to_dict
 from drencoder.privacy.ledger import Ledger
-from drencoder.privacy.observers import epsilons_by_observer
+from drencoder.privacy.observers import OBSERVERS, epsilons_by_observer
 
 UNITS = {
     "client": "one client with all its text",
@@ -18,6 +18,29 @@ UNITS = {
 """Unit -> what is protected, in words."""
 
 SITE_TRUST = "Each site is trusted with its own records: it draws who takes part, clips, adds the noise, and sends one sum a slot."
+
+_OTHER_SITE = "another site: the adapter of each round, and its own"
+_PUBLIC = "the model, and at most the noised sum of all sites in each slot"
+SEES = {
+    "local": {
+        "server": "one noised sum of each site in each slot, and which site sent it",
+        "clients": f"{_OTHER_SITE} noise",
+        "public": _PUBLIC,
+    },
+    "secure-aggregation": {
+        "server": "the noised sum of all sites in each slot, and which sites answered",
+        "clients": f"{_OTHER_SITE} share of the noise",
+        "public": _PUBLIC,
+    },
+}
+"""Trust -> observer -> what it sees, in words."""
+
+_TIME = "How long a site computes is not hidden: whoever measures that is trusted."
+NOT_PROTECTED = {
+    "record": f"A person with several records: epsilon is that of each record, and larger for all together. {_TIME}",
+    "owner": f"An owner at two sites, or under two names, as one: epsilon is that of each, and larger for both together. {_TIME}",
+}
+"""Unit -> what the promise leaves out, in words."""
 
 
 def unit_terms(ledger: Ledger) -> dict[str, Any]:
@@ -34,13 +57,16 @@ def unit_terms(ledger: Ledger) -> dict[str, Any]:
         },
         "private": f"How many {plan.unit}s a site has and which of them took part: no number here comes from them.",
         "amplification": "Each unit takes part by a draw that its site keeps secret, so sub-sampling counts against every observer.",
+        "sees": SEES[plan.trust],
+        "not_protected": NOT_PROTECTED[plan.unit],
         "by_site": site_epsilons(ledger),
     }
 
 
 def site_epsilons(ledger: Ledger) -> list[dict[str, Any]]:
-    """JSON-ready rows, sites with the same slots together and the dearest first: `sites`, `slots` (how many), and `epsilon`, which
-    has for each adjacency one number for each observer. Empty where the unit is a client."""
+    """JSON-ready rows, sites with the same slots together and the dearest first: `sites`, `slots` (how many), `epsilon`, which
+    has for each adjacency one number for each observer, and `events`, of which dp_accounting makes the same numbers: for each observer what is
+    composed. Empty where the unit is a client."""
     plan, charged, unasked = ledger.plan, ledger.charged(), ledger.unasked()
     if not plan.curated:
         return []
@@ -52,5 +78,6 @@ def site_epsilons(ledger: Ledger) -> list[dict[str, Any]]:
     for slots, sites in sites_of.items():
         own = {slot: charged[slot] for slot in slots}
         epsilon = {name: epsilons_by_observer(plan, own, name, REPORT_INTERVAL) for name in RELATIONS}
-        rows.append({"sites": sites, "slots": len(slots), "epsilon": epsilon})
+        events = {who: [event_to_dict(event) for event in plan.composition(who, own) or ()] for who in OBSERVERS}
+        rows.append({"sites": sites, "slots": len(slots), "epsilon": epsilon, "events": events})
     return sorted(rows, key=lambda row: (-row["epsilon"][plan.relation][plan.budget_observer], row["sites"]))

@@ -87,7 +87,8 @@ def _sites(terms: Mapping[str, Any] | None) -> Iterator[str]:
         yield ""
         yield (
             f"Taken to be public: {terms['sites']} sites, {public['units_per_site']} units a site, each of which takes part with "
-            f"probability {public['sampling_rate']:g}. {_one_line(terms['private'])} {_one_line(terms['amplification'])}"
+            f"probability {public['sampling_rate']:g}. {_one_line(terms['private'])} {_one_line(terms['amplification'])} "
+            f"Not protected: {_one_line(terms['not_protected'])}"
         )
 
 

@@ -215,7 +215,7 @@ def _render_units(terms: Mapping[str, Any] | None, relation: str) -> list[str]:
     ]
     assumed = (
         f"Taken to be public: {terms['sites']} sites, {public['units_per_site']} units a site, sampling rate "
-        f"{public['sampling_rate']:g}. {terms['private']} {terms['amplification']}"
+        f"{public['sampling_rate']:g}. {terms['private']} {terms['amplification']} Not protected: {terms['not_protected']}"
     )
     return [
         "<h2>Epsilon of each site's units</h2>",
