@@ -69,6 +69,25 @@ def test_local_trust_is_amplified_against_everybody(relation: Any) -> None:
         assert found[observer].by_relation[relation].epsilon_pld == pytest.approx(expected, rel=1e-3), observer
 
 
+@pytest.mark.parametrize("trust", ["local", "secure-aggregation"])
+def test_stage_1_has_a_rate_and_noise_of_its_own(trust: str) -> None:
+    shares = SECURE if trust == "secure-aggregation" else {"trust": trust}
+    plan = site_plan(**shares, stage1_rate=0.6, stage1_noise_ratio=1.5)
+    assert plan.event(0) == PoissonGaussianEvent(0.6, pytest.approx(1.5 * SIGMA))
+    assert plan.event(1) == PoissonGaussianEvent(RATE, SIGMA)
+    assert plan.denominator(0) == plan.stage1_cohort == pytest.approx(0.6 * SITES * 50)
+    honest = plan.share_terms(0).honest if trust == "secure-aggregation" else 0
+    for relation, neighbours in RELATED.items():
+        for observer, more in (("server", 1.0), ("clients", (honest - 1) / honest if honest else SITES - 1)):
+            accountant = PLDAccountant(neighbours)
+            for rate, sigma, count in ((0.6, 1.5 * SIGMA, 1), (RATE, SIGMA, ROUNDS)):
+                event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma * math.sqrt(more)))
+                accountant.compose(event, count)
+            expected = accountant.get_epsilon(plan.gaussian_delta)
+            stated = plan.epsilons()[observer].by_relation[relation].epsilon_pld
+            assert stated == pytest.approx(expected, rel=1e-3), (observer, relation)
+
+
 def test_secure_aggregation_has_the_noise_of_the_fewest_honest_sites() -> None:
     plan = site_plan(**SECURE)
     least = math.ceil(0.75 * SITES)
@@ -143,6 +162,14 @@ def test_a_units_part_depends_on_no_other_unit() -> None:
     assert sampler.joining(units, 1.0, 2, 5) == units
 
 
+@pytest.mark.parametrize("unit", [0, 7, 1 << 62])
+def test_a_unit_joins_where_its_own_53_bits_are_below_the_rate_and_nowhere_else(unit: int) -> None:
+    words = hashlib.shake_256(KEY + f"unit\x1f3\x1f2\x1f{unit}".encode()).digest(8)
+    chance = (int.from_bytes(words, "little") >> 11) / 2**53
+    assert UnitSampler(KEY).joining([unit], chance, 3, 2) == []
+    assert UnitSampler(KEY).joining([unit], math.nextafter(chance, 1), 3, 2) == [unit]
+
+
 def test_draws_of_slots_sites_and_keys_are_independent_and_have_the_rate() -> None:
     units, rate = list(range(2000)), 0.3
     keys = [hashlib.sha256(bytes([number])).digest() for number in range(3)]
@@ -187,6 +214,12 @@ def test_a_site_that_was_asked_less_often_has_spent_less(tmp_path: Path, relatio
     others = rows[2]["epsilon"][relation]  # slots 0, 2 and 4, with all six sites in each
     assert others["public"] == pytest.approx(independent(SIGMA * math.sqrt(6), 3, relation), abs=1e-6)
     assert others["clients"] == pytest.approx(independent(SIGMA * math.sqrt(5), 3, relation), abs=1e-6)
+    came = (6, 5, 6, 4, 6)  # in slots 0 to 4: of those who did not come there is no noise
+    for observer, noises in (("public", came), ("clients", [count - 1 for count in came])):
+        accountant = PLDAccountant(RELATED[relation])
+        for count in noises:
+            accountant.compose(dp.PoissonSampledDpEvent(RATE, dp.GaussianDpEvent(SIGMA * math.sqrt(count))))
+        assert rows[0]["epsilon"][relation][observer] == pytest.approx(accountant.get_epsilon(DELTA), abs=1e-6)
     for row in rows:  # a row has all that its numbers are made from
         for observer, events in row["events"].items():
             accountant = PLDAccountant(RELATED[relation])
@@ -235,7 +268,12 @@ def test_a_sites_own_ledger_answers_each_slot_once_and_knows_what_it_spent(tmp_p
         ledger.charge("run", slot, 0, [4])
     with pytest.raises(AnsweredError):
         ledger.charge("run", 1, 1, [4])
-    assert ledger.spent()["server"] == pytest.approx(independent(SIGMA, 3, "add_remove"), rel=1e-3)
+    for observer in (
+        "server",
+        "clients",
+        "public",
+    ):  # a site does not know how many others added noise: it counts on none
+        assert ledger.spent()[observer] == pytest.approx(independent(SIGMA, 3, "add_remove"), rel=1e-3)
     lines = (tmp_path / "site.jsonl").read_text()
     assert Counter(line.split('"kind": "')[1].split('"')[0] for line in lines.splitlines())["answer"] == 3
     ledger.close()
