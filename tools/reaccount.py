@@ -184,8 +184,10 @@ def promise(plan: dict, costs: dict[str, float]) -> str:
     bound = f"({cost:.3f}, {plan['delta']:g})-differential privacy for {words} {UNITS[plan.get('unit', 'client')]}"
     site = f" {SITE_TRUST}" if is_curated(plan) else ""
     if plan["trust"] == "local":
-        rest = f"Against those who see only sums and the model: epsilon {costs['public']:.3f}."
-        return f"Against the server: {bound}. {rest}{site}"
+        rest = f"Against those who see only sums and the model: epsilon {costs['public']:.3f}"
+        if is_curated(plan):
+            rest += f"; against another site, which knows its own noise: {costs['clients']:.3f}"
+        return f"Against the server: {bound}. {rest}.{site}"
     if plan["trust"] == "secure-aggregation":
         others, honest = ("sites", "sites") if is_curated(plan) else ("clients", "contributors")
         return (
@@ -206,6 +208,7 @@ def unit_terms(records: list[dict]) -> dict:
             "sampling_rate": plan["sampling_rate"],
             "stage1_rate": plan["stage1_rate"],
             "mean_divided_by": plan["sampling_rate"] * units_of(plan),
+            "stage1_mean_divided_by": plan["stage1_rate"] * units_of(plan),
         },
         "private": f"How many {plan['unit']}s a site has and which of them took part: no number here comes from them.",
         "amplification": "Each unit takes part by a draw that its site keeps secret, so sub-sampling counts against every observer.",

@@ -287,5 +287,6 @@ def test_the_terms_name_what_is_public_and_what_is_not(tmp_path: Path) -> None:
     assert terms["protects"] == "one owner inside a site, with all its records there"
     assert terms["assumed_public"] == {
         "units_per_site": 50, "sampling_rate": RATE, "stage1_rate": RATE, "mean_divided_by": RATE * SITES * 50,
+        "stage1_mean_divided_by": RATE * SITES * 50,
     }  # fmt: skip
     assert "How many owners a site has" in terms["private"]

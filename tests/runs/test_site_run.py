@@ -70,6 +70,9 @@ def test_everything_that_is_handed_over_names_the_unit(runs: dict[str, Path], ki
     assert f"differential privacy for {words} {protects}. " in statement
     assert "Each site is trusted with its own records" in statement
     assert ("Against the other sites: (" in statement) == secure
+    others = float(certificate["observers"]["clients"]["epsilon_pld"])
+    assert ("another site, which knows its own noise" in statement) != secure
+    assert f"{others:.3f}" in statement
     terms = certificate["unit_terms"]
     assert ("each site in each slot" in terms["sees"]["server"]) != secure
     assert terms["not_protected"].startswith("An owner at two sites" if unit == "owner" else "A person with several")

@@ -54,6 +54,7 @@ def unit_terms(ledger: Ledger) -> dict[str, Any]:
             "sampling_rate": plan.sampling_rate,
             "stage1_rate": plan.stage1_rate,
             "mean_divided_by": plan.expected_cohort,
+            "stage1_mean_divided_by": plan.stage1_cohort,
         },
         "private": f"How many {plan.unit}s a site has and which of them took part: no number here comes from them.",
         "amplification": "Each unit takes part by a draw that its site keeps secret, so sub-sampling counts against every observer.",

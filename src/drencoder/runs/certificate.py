@@ -216,6 +216,8 @@ def _promise(plan: PrivacyPlan, observers: Mapping[str, Any]) -> str:
     site = f" {SITE_TRUST}" if plan.curated else ""
     if plan.trust == "local":
         rest = f"those who see only sums and the model: epsilon {float(seen['public']):.3f}"
+        if plan.curated:  # of few sites one's own noise is much
+            rest += f"; against another site, which knows its own noise: {float(seen['clients']):.3f}"
         return f"Against the server: {promise}. Against {rest}.{site}"
     if plan.trust == "secure-aggregation":
         others, honest = ("sites", "sites") if plan.curated else ("clients", "contributors")
