@@ -169,4 +169,15 @@ def test_a_survey_counts_sites_owners_and_records(tmp_path: Path) -> None:
         survey = survey_data(changed, None)
         assert survey is not None
         assert (survey.clients, survey.owners, survey.records) == (3, 12, 30)
+        assert survey.shared_owners == 4  # each patient's name is at all three
         assert survey.records_of_client == (10, 10, 10)
+
+
+def test_a_survey_counts_names_at_several_sites(tmp_path: Path) -> None:
+    rows = [row | {"patient": f"{row['ward']} {row['patient']}"} for row in rows_of()]
+    apart = survey_data(recipe_of(tmp_path, rows), None)
+    rows[0]["patient"] = rows[-1]["patient"]
+    together = survey_data(recipe_of(tmp_path, rows), None)
+    assert apart is not None
+    assert together is not None
+    assert (apart.shared_owners, together.shared_owners) == (0, 1)

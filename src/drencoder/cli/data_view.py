@@ -50,6 +50,10 @@ def data_table(survey: DataSurvey, max_tokens: int) -> Table:
         (survey.empty, "without a response, left out"),
         (survey.too_long, f"of more than {max_tokens:,} tokens, to be cut"),
         (survey.changed, "with characters or messages that are no text, changed"),
+        (
+            survey.shared_owners,
+            f"owners' names at more than one {who}, each of which counts by itself",
+        ),
         (survey.duplicates.across_owners, "texts that several clients have word for word"),
         (survey.duplicates.in_evaluation, "texts of clients that the evaluation data have, too"),
     ]

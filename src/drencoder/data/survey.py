@@ -1,7 +1,7 @@
 """What is in the clients' data, read before a run: how many records, owners and tokens, and what is in them twice. No torch."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ class DataSurvey:
     clients_are: str  # whom a client stands for, in words
     records_of_client: tuple[int, int, int]  # fewest, median, most; of a site, where the unit is inside one
     owners: int | None  # of data.owner_field, counted at each client (or site) by itself; None = no such field
+    shared_owners: int  # names in data.owner_field that more than one client (or site) has
     evaluation_records: int
     tokens: int
     tokens_are: str  # how they were counted, in words
@@ -88,6 +89,7 @@ def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
     groups = _records_by_client(clients_text, source)
     sizes = sorted(map(len, groups))
     field, curated = recipe.data.client_field, recipe.privacy.unit != "client"
+    owners, shared_owners = _count_owners(source, groups, recipe.data.owner_field)
     return DataSurvey(
         source=source.provenance,
         schema=source.schema,
@@ -95,7 +97,8 @@ def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
         clients=len(groups),
         clients_are=f"{'sites' if curated else 'owners'} in {field!r}" if field else "simulated",
         records_of_client=(sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else (0, 0, 0),
-        owners=_count_owners(source, groups, recipe.data.owner_field),
+        owners=owners,
+        shared_owners=shared_owners,
         evaluation_records=len(measured),
         tokens=tokens,
         tokens_are=tokens_are,
@@ -116,16 +119,20 @@ def _records_by_client(clients_text: Source, file: FileSource) -> list[list[int]
     ]
 
 
-def _count_owners(file: FileSource, groups: Sequence[Sequence[int]], field: str) -> int | None:
-    """Raises DataError for a record that names no owner."""
+def _count_owners(file: FileSource, groups: Sequence[Sequence[int]], field: str) -> tuple[int | None, int]:
+    """How many owners there are, at each client (or site) by itself, and how many names more than one of them has.
+
+    Raises DataError for a record that names no owner.
+    """
     if not field:
-        return None
+        return None, 0
     missing = next((index for group in groups for index in group if field not in file.records[index]), None)
     if missing is not None:
         raise DataError(
             f"record {missing + 1} has no field {field!r}: set data.owner_field to a field of every record."
         )
-    return sum(len({owner_key(file.records[index][field]) for index in group}) for group in groups)
+    places = Counter(name for group in groups for name in {owner_key(file.records[index][field]) for index in group})
+    return places.total(), sum(count > 1 for count in places.values())
 
 
 def count_duplicates(source: FileSource, evaluation: Sequence[Record]) -> Duplicates:
