@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drencoder.errors import DeviceError, ModelError
+from drencoder.errors import ModelError
 from drencoder.models import loaded_size
 from drencoder.models.base_model import load_base
 from drencoder.models.loaded_size import check_memory, measure_size
@@ -82,12 +82,6 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(monkeypatch:
 def test_free_memory_is_a_part_of_what_the_machine_has() -> None:
     free = free_memory()
     assert free is None or 0 <= free < 1 << 50
-
-
-@pytest.mark.parametrize("dtype", ["int8", "nf4"])
-def test_bits_without_cuda_are_one_sentence(dtype: str, tiny_folder: Path) -> None:
-    with pytest.raises(DeviceError, match=f"model.dtype = '{dtype}' needs a GPU with CUDA, and this run is on the cpu"):
-        load_base(Model(source=str(tiny_folder), dtype=dtype, device="cpu"))
 
 
 def test_the_plan_says_how_clients_train() -> None:

@@ -13,6 +13,7 @@ from drencoder.data.prompts_template import LETTERS
 from drencoder.data.tokenization import Example, RecordTokenizer, collate
 from drencoder.errors import DataError
 from drencoder.evaluation.statistics import Estimate, ratio_of_sums
+from drencoder.models.base_model import BaseModel
 from drencoder.models.lora import LoraModel
 
 # Tokens of one evaluation batch, padding included: keeps memory flat whatever the number of examples.
@@ -24,7 +25,7 @@ _BATCH_LOGITS = 1 << 26  # predicted tokens times vocabulary: 256 MiB
 def held_out_outcomes(lora: LoraModel, adapter_D: Tensor, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
     """Each example's cross-entropy, summed over its response tokens (nats), and how many those are; both (N,)."""
     losses = [0.0] * len(examples)
-    for indices in _batches(examples, lora.base.vocabulary):
+    for indices in _batches(examples, lora.base):
         sums = _summed_losses(lora, adapter_D, [examples[index] for index in indices])
         for index, total in zip(indices, sums.tolist(), strict=True):
             losses[index] = total
@@ -62,7 +63,7 @@ def choice_scores(lora: LoraModel, adapter_D: Tensor, options: Sequence[Sequence
     scores = torch.zeros(len(options), 4)
     single = [index for index, four in enumerate(options) if _is_one_token(four)]
     first = [options[index][0] for index in single]
-    for indices in _batches(first, lora.base.vocabulary):
+    for indices in _batches(first, lora.base):
         batch = collate([[first[i] for i in indices]], lora.base.pad_id).to(lora.device)
         with lora.stacked(_single(lora, adapter_D)):
             log_NV = lora.logits_before(batch.input_ids, batch.predicted).float().log_softmax(dim=-1)
@@ -96,14 +97,18 @@ def _single(lora: LoraModel, adapter_D: Tensor) -> dict[str, Tensor]:
     return {name: tensor[None] for name, tensor in lora.layout.unflatten(adapter_D.to(lora.device)).items()}
 
 
-def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, of at most `_BATCH_TOKENS` tokens and `_BATCH_LOGITS` logits (but at least one example)."""
+def _batches(examples: Sequence[Example], base: BaseModel) -> Iterator[list[int]]:
+    """Indices in batches of similar length, of at most `_BATCH_TOKENS` tokens and `_BATCH_LOGITS` logits (but at least one example).
+
+    A model that `mixes_texts` gets one example at a time: its loss is that of the example, whatever else is measured.
+    """
+    vocabulary, most_tokens = base.vocabulary, 0 if base.mixes_texts else _BATCH_TOKENS
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     batch: list[int] = []
     logits = 0
     for index in order:
         own = examples[index].targets * vocabulary
-        if batch and ((len(batch) + 1) * len(examples[index].tokens) > _BATCH_TOKENS or logits + own > _BATCH_LOGITS):
+        if batch and ((len(batch) + 1) * len(examples[index].tokens) > most_tokens or logits + own > _BATCH_LOGITS):
             yield batch
             batch, logits = [], 0
         batch.append(index)

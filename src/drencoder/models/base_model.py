@@ -21,7 +21,7 @@ from drencoder.errors import DeviceError
 from drencoder.models.loaded_size import room_for_weights
 from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
 from drencoder.models.place import UNKNOWN_LICENCE, ModelPlace, licence_in, licence_of, locate
-from drencoder.models.quantised import quantised_weights
+from drencoder.models.quantised import keep_gradients, quantised_weights
 from drencoder.recipe import recipe as config
 
 
@@ -50,6 +50,11 @@ class BaseModel:
     def is_offloaded(self) -> bool:
         """Whether layers come from main memory or from the disk whenever they are computed."""
         return any(parameter.is_meta for parameter in self.model.parameters())
+
+    @cached_property
+    def mixes_texts(self) -> bool:
+        """Whether texts that share a pass move each other's logits: LLM.int8() does not round the columns in which any of them is large."""
+        return any(type(layer).__name__ == "Linear8bitLt" for layer in self.model.modules())
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -194,6 +199,7 @@ def load_base(knobs: config.Model, max_tokens: int = 0) -> BaseModel:
         model, report = loaded[0].requires_grad_(False).eval(), loaded[1]
         if "device_map" not in weights:
             model = model.to(device)
+        keep_gradients(model)
         check_model(model, tokenizer, knobs.source, report, max_tokens)
     revision = place.revision if place.path else getattr(settings, "_commit_hash", None) or place.revision
     return BaseModel(model, tokenizer, knobs.source, place.hub_id, revision, _licence(place, name, options))

@@ -41,10 +41,17 @@ def own_products(x: Tensor, clients: int, weight_IO: Tensor, bias: Tensor | None
     return y_KTO.view(*x.shape[:-1], -1)
 
 
-def add_adapter(output: Tensor, x: Tensor, A_KrI: Tensor, B_KOr: Tensor, scale: float) -> Tensor:
-    """output + scale * x A' B', for a layer that makes its own product: each client's rows with its own A and B (float32)."""
+def add_adapter(
+    output: Tensor, x: Tensor, A_KrI: Tensor, B_KOr: Tensor, scale: float, *, rounded: bool = False
+) -> Tensor:
+    """output + scale * x A' B', for a layer that makes its own product: each client's rows with its own A and B (float32).
+
+    With `rounded` the adapter's part is rounded to the output's type before the sum, as PEFT does in quantised layers, and not the sum alone.
+    """
     x_KTI = x.reshape(A_KrI.shape[0], -1, x.shape[-1]).to(A_KrI.dtype)
     delta_KTO = torch.bmm(torch.bmm(x_KTI, A_KrI.mT), B_KOr.mT)
+    if rounded:
+        return output + (delta_KTO * scale).view(output.shape).to(output.dtype)
     return torch.add(output, delta_KTO.view(output.shape), alpha=scale).to(output.dtype)
 
 

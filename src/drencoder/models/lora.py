@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drencoder.data.tokenization import Batch
 from drencoder.errors import ModelError
-from drencoder.models.adapted_layers import choose_layers, is_linear, keeps_clients_apart
+from drencoder.models.adapted_layers import choose_layers, is_linear, is_quantised, keeps_clients_apart
 from drencoder.models.adapter_layout import AdapterLayout
 from drencoder.models.base_model import BaseModel
 from drencoder.models.client_products import Pair, add_adapter, own_products
@@ -193,7 +193,8 @@ class LoraModel:
         if pair is None:
             return None
         A_KrI, B_KOr, scale, dropped = pair
-        return add_adapter(output, inputs[0] if dropped is None else dropped, A_KrI, B_KOr, scale)
+        x = inputs[0] if dropped is None else dropped
+        return add_adapter(output, x, A_KrI, B_KOr, scale, rounded=is_quantised(layer))
 
     def _dropout_mask(self, x_KTI: Tensor) -> Tensor:
         """0 for a value that is dropped, else 1 / (1 - dropout). Each client's is drawn by its own generator."""

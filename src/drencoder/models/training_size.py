@@ -14,7 +14,8 @@ _WORK = 80_000_000
 # What a token leaves for the backward pass, in outputs of the linear layers, and in outputs of the head if it is predicted.
 _SAVED, _SAVED_LOGITS = 3, 2
 _LIBRARIES = 600 << 20  # torch and transformers themselves
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.55}  # of a weight
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.55}  # of a weight of a linear layer
+_LEAST_BYTES = 2.0  # of any other weight: fewer bits are for linear layers only, and not for the output head
 _SHORT = 16  # tokens: hardly any client has less
 _SHARE = 0.5  # of the free memory, for one batch
 
@@ -61,7 +62,8 @@ class ModelSize:
 
     def weight_bytes(self, dtype: str) -> int:
         """Memory of the weights in a type of `model.dtype`."""
-        return round(self.values * _BYTES[dtype])
+        linear, others = _BYTES[dtype], max(_LEAST_BYTES, _BYTES[dtype])
+        return round(self.linear_values * linear + (self.values - self.linear_values) * others)
 
     def training_bytes(self, tokens: int, dtype: str) -> int:
         """Memory of a process that trains `tokens` tokens at a time, with everything that it has loaded."""

@@ -17,8 +17,8 @@ class Model(Checked):
     # fmt: off
     source: str = knob("embedded", "`embedded`, a local Hugging Face folder, a .gguf file, or a hub id")
     revision: str = knob("", "of a hub id: branch, tag or commit; empty = its main branch")
-    dtype: str = knob("float32", "type of the frozen weights; int8 and nf4 (4 bits) need CUDA and bitsandbytes (extra quant); "
-        "adapters are float32 with all", choices=("float32", "bfloat16", "int8", "nf4"))
+    dtype: str = knob("float32", "type of the frozen weights; int8 and nf4 (4 bits) need bitsandbytes (extra quant), and are slow "
+        "on a CPU; adapters are float32 with all", choices=("float32", "bfloat16", "int8", "nf4"))
     device: str = knob("auto", "`auto` takes a GPU when there is one; `spread` spreads a model that does not fit one over all "
         "GPUs, then main memory, then leaves it on the disk (accelerate)", choices=("auto", "cpu", "cuda", "spread"))
 

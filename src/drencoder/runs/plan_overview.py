@@ -187,7 +187,7 @@ def survey(recipe: Recipe) -> Overview:
     matrices = adapted_matrices(place, recipe.adapter.targets)
     model = planned_size(place)
     memory = _training_bytes(recipe, model)
-    way = "" if model is None or recipe.model.device == "cuda" else model.way_to_train(recipe.speed.tokens)
+    way = "" if model is None else _training_way(recipe, model)
     weights = None if model is None else model.weight_bytes(recipe.model.dtype)
     data, unit = recipe.data, recipe.privacy.unit
     owners = describe_owners([owner_kind(data, unit)], data.client_field, unit, data.owner_field)
@@ -246,6 +246,17 @@ def _training_bytes(recipe: Recipe, size: ModelSize | None) -> tuple[int, int] |
     tokens = recipe.speed.tokens or size.busy_tokens
     longest = max(tokens, recipe.local.batch_size * recipe.data.max_tokens)
     return size.training_bytes(tokens, recipe.model.dtype), size.training_bytes(longest, recipe.model.dtype)
+
+
+def _training_way(recipe: Recipe, size: ModelSize) -> str:
+    dtype = recipe.model.dtype
+    if dtype in ("int8", "nf4"):
+        saved = gigabytes(size.weight_bytes("float32") - size.weight_bytes(dtype))
+        return (
+            f"clients one by one: model.dtype = '{dtype}' saves {saved} of weights beside float32, and each product unpacks a layer again, "
+            "which is slow on a CPU"
+        )
+    return "" if recipe.model.device == "cuda" else size.way_to_train(recipe.speed.tokens)
 
 
 def _encoder_warning(recipe: Recipe) -> str:
