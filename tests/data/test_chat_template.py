@@ -55,6 +55,11 @@ def test_the_reply_and_the_end_of_its_turn_are_learned(name: str) -> None:
     for control in ("<|end|>", "</s>"):
         words = words.replace(control, "")
     assert words.replace(" ", "").replace("<think>\n\n</think>\n\n", "") == "AisA?Astone"
+    some = records.tokenise({**conversation, "unlearned": "[-2]"}).example
+    assert some is not None
+    assert some.tokens == example.tokens
+    assert "is A?" in tokenizer.decode(some.tokens[some.prompt_length :])
+    assert some.prompt_length > example.prompt_length
 
 
 def test_what_a_template_refuses_is_one_sentence_without_the_records_words() -> None:

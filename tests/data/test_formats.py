@@ -58,6 +58,7 @@ def read(path: Path, split: str = "train", **fields: str) -> Any:
         ("a.tsv", as_csv(ROWS, "\t")),
         ("a.csv", as_csv(ROWS, "\t")),
         ("a.csv", as_csv(ROWS, "|")),
+        ("a.csv", "\ufeffsep=;\r\n" + as_csv(ROWS, ";")),
         ("a.csv", as_csv([{**row, "a, b": ""} for row in ROWS], ";").replace("a, b", '"a, b"', 1)),
         ("a.jsonl.gz", gzipped("\n".join(map(json.dumps, ROWS)))),
         ("a.CSV.GZ", gzipped(as_csv(ROWS))),
@@ -126,6 +127,16 @@ def test_what_the_datasets_library_saved(tmp_path: Path) -> None:
     assert read(tmp_path / "both", "test").records == ROWS[3:]
 
 
+@pytest.mark.parametrize("name", ["a.arrow", "a.feather"])
+def test_a_file_of_arrow_is_read_as_its_streams_are(name: str, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.Table.from_pylist(ROWS)
+    with arrow.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+        writer.write_table(table.slice(0, 2))
+        writer.write_table(table.slice(2))
+    assert read(tmp_path / name).records == ROWS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -138,7 +149,20 @@ def test_what_the_datasets_library_saved(tmp_path: Path) -> None:
         ("b.json", "[" * 90_000, "nested more than 64 levels deep"),
         ("a.jsonl", '{"instruction": "secret", "response": "b", "who": "secret", "who": "x"}', "line 1: an object has two values of one name"),
         ("a.csv.gz", gzipped("instruction,response\nsecret,b\n" * 99)[:-9], "not a whole gzip file"),
-        ("a.arrow", b"secret", "cannot be read as a stream of Arrow"),
+        ("a.arrow", b"secret", "cannot be read as Arrow"),
+        ("a.arrow", b"ARROW1secret", "cannot be read as Arrow"),
+        ("a.zip", b"PK\x03\x04secret", "is packed, and not with gzip: unpack it"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfdsecret", "is packed, and not with gzip: unpack it"),
+        ("a.xlsx", b"PK\x03\x04secret", "is a workbook of a spreadsheet program: save its sheet there as CSV"),
+        ("a.csv", "sep=;\ninstruction;response\nsecret;b\nsecret;b;c\n", "line 4: 3 values for 2 columns"),
+        ("a.json", '{"train": [{"instruction": "secret"}], "Test": []}', r"an object of splits \(train, Test\) instead of a list"),
+        ("a.jsonl", '{"messages": "[secret"}', "line 1: the text in 'messages' is no list of messages in JSON"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "secret"}]}', "message 2: a tool instead of a text: drencoder learns no images"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "", "tool_calls": ["secret"]}]}', "message 1: a tool instead of a text"),
+        ("a.jsonl", '{"prompt": "a", "chosen": "secret", "rejected": "b"}', r'Of preferences set data.fields = \{ response = "chosen" \}'),
+        ("a.jsonl", '{"chosen": [{"secret": 1}], "rejected": []}', r'Of preferences set data.fields = \{ messages = "chosen" \}'),
+        ("a.jsonl", '{"translation": {"de": "secret"}}', r"has a path, such as 'translation\.de' or 'answers\.text\.0'"),
+        ("a.jsonl", '{"question": "secret", "answer": ["b"]}', r"'answer' but a list: .* in data\.fields \('answer\.0' is the first\)"),
         ("a.json", "null", "null instead of a list of records"),
         ("a.json", '["secret"]', "record 1: a text instead of a record"),
         ("a.jsonl", '{"instruction": "secret", "response": 3}', r"line 1: no text in 'response' but a number"),
@@ -187,3 +211,10 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words) as caught:
             read(path)
         assert "\n" not in str(caught.value)
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl", json.dumps(ROWS[0]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"data\.source is empty"):
+        read_data(" ", knob="data.source")

@@ -1,5 +1,6 @@
 """Schemas are recognised by their fields' names, mapped by `data.fields`, and named."""
 
+import json
 from typing import Any
 
 import pytest
@@ -63,6 +64,16 @@ def test_schemas_are_recognised(row: dict[str, Any], schema: str, text: str) -> 
         ({"text": "body"}, {"title": "a", "body": "c"}, "c"),
         ({"messages": "dialogue"}, {"dialogue": talk(("user", "a"), ("assistant", "c"))}, "a\nAnswer: c"),
         ({"instruction": "text", "response": "reply"}, {"text": "a", "reply": "c", "messages": []}, "a\nAnswer: c"),
+        (
+            {"instruction": "translation.de", "response": "translation.fr"},
+            {"translation": {"de": "a", "fr": "c"}},
+            "a\nAnswer: c",
+        ),
+        ({"response": "answers.text.1"}, {"question": "a", "answers": {"text": ["b", "c"]}}, "a\nAnswer: c"),
+        ({"response": "a.b"}, {"question": "a", "a.b": "c", "a": {"b": "x"}}, "a\nAnswer: c"),
+        ({"response": "chosen"}, {"prompt": "a", "chosen": "c", "rejected": "b"}, "a\nAnswer: c"),
+        ({"messages": "chosen"}, {"prompt": "a", "chosen": talk(("user", "a"), ("assistant", "c"))}, "a\nAnswer: c"),
+        ({"messages": "talk"}, {"talk": json.dumps(talk(("user", "a"), ("assistant", "c")))}, "a\nAnswer: c"),
     ],
 )
 def test_fields_map_anything_else(fields: dict[str, str], row: dict[str, Any], text: str) -> None:
@@ -72,6 +83,61 @@ def test_fields_map_anything_else(fields: dict[str, str], row: dict[str, Any], t
 def test_fields_that_are_not_there_are_one_sentence() -> None:
     with pytest.raises(DataError, match=r"line 1: no field .body., which data\.fields names as response"):
         records_of({"title": "a"}, instruction="title", response="body")
+
+
+def test_one_field_cannot_ask_and_reply() -> None:
+    with pytest.raises(DataError, match=r"data\.fields names 'answer' as instruction and response: one field"):
+        records_of({"question": "a", "answer": "c"}, instruction="answer", response="answer")
+
+
+def test_a_path_that_leads_nowhere_is_one_sentence_and_a_list_without_an_answer_is_empty() -> None:
+    rows = [{"question": "a", "answers": {"text": ["c"]}}, {"question": "b", "answers": {"text": []}}]
+    assert [one["response"] for one in records_of(*rows, response="answers.text.0").records] == ["c", ""]
+    for path in ("answers.words.0", "answers.text.first", "question.0"):
+        with pytest.raises(DataError, match=rf"line 1: no field '{path}', which data\.fields names as response"):
+            records_of(*rows, response=path)
+
+
+def test_an_owner_may_be_named_inside_a_nested_field() -> None:
+    rows = [("file, line 1", {"text": "a", "meta": {"ward": 7}}), ("file, line 2", {"text": "b", "meta": {}})]
+    got = to_records(rows, {}, origin="file", owners={"meta.ward": "data.client_field"})
+    assert [record.get("meta.ward") for record in got.records] == ["7", None]
+
+
+def weighted(*weights: float | None) -> list[dict[str, Any]]:
+    """Replies r0, r1 ... with these weights, as files for OpenAI's fine-tuning have them."""
+    said = []
+    for n, weight in enumerate(weights):
+        said += [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"r{n}", "weight": weight}]
+    return said
+
+
+@pytest.mark.parametrize(
+    ("weights", "learned", "left_out"),
+    [
+        ((1, 1, 1), ["r0", "r1", "r2"], False),
+        ((0, None, 1), ["r1", "r2"], False),
+        ((1, 0.0, 1), ["r0", "r2"], False),
+        ((0, 0, 1), ["r2"], False),
+        ((0, 1, 0), ["r1"], True),
+        ((0, 0), [""], True),
+    ],
+)
+def test_a_reply_of_weight_zero_is_read_and_not_learned(
+    weights: tuple[float | None, ...], learned: list[str], left_out: bool
+) -> None:
+    got = records_of({"messages": weighted(*weights), "unlearned": "x"})
+    assert got.changed == left_out
+    rendered = PlainTemplate().render(got.records[0])
+    assert [rendered.text[first:last].strip() for first, last in rendered.targets] == learned
+    assert all(f"r{n}" in rendered.text for n in range(len(weights) - left_out)) or learned == [""]
+
+
+def test_replies_in_a_row_are_learned_if_each_of_them_is() -> None:
+    said = [*weighted(1, 1)[:2], {"role": "assistant", "content": "more", "weight": 0}, *weighted(1, 1)[2:]]
+    rendered = PlainTemplate().render(records_of({"messages": said}).records[0])
+    assert [rendered.text[first:last] for first, last in rendered.targets] == [" r1"]
+    assert "r0\n\nmore" in rendered.text
 
 
 def test_other_fields_are_kept_and_values_stay_what_they_are() -> None:

@@ -27,9 +27,20 @@ def test_a_hub_id_is_what_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert locate(Model(source="org/model-7b", revision="v1")) == ModelPlace(None, "org/model-7b", "v1")
     assert locate(Model(source="org/model-7b")).folder is None
-    for source in ("./org/model", "/org/model", "~/model", "model.gguf"):
+    for source in (
+        "./org/model",
+        "/org/model",
+        "~/model",
+        "model.gguf",
+        "no/such/model",
+        "my models",
+        r"C:\models\tiny",
+    ):
         with pytest.raises(ModelError, match="is not there"):
             locate(Model(source=source))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"model\.source is empty"):
+        locate(Model(source=""))
 
 
 def test_a_folder_of_the_hubs_cache_keeps_its_hub_id(tiny_folder: Path, tmp_path: Path) -> None:

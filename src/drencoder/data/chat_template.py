@@ -9,10 +9,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, final
 
-from drencoder.data.prompts_template import PLAIN_TEMPLATE, PlainTemplate, Rendered, asked_of, history_of, render
+from drencoder.data.prompts_template import (
+    PLAIN_TEMPLATE,
+    PlainTemplate,
+    Rendered,
+    are_learned,
+    asked_of,
+    history_of,
+    render,
+)
 from drencoder.errors import DataError
 from drencoder.reading import cut, read_text, reason
 
@@ -62,7 +71,7 @@ class ChatTemplate:
         return Rendered(self._apply(self._messages(record)[:-1], prompt=True), (), ends=False, control=True)
 
     def render(self, record: Mapping[str, str], *, whole: bool = True) -> Rendered:
-        """A record's text. All replies are learned with the control token that ends their turn.
+        """A record's text. All replies that `are_learned` names are learned with the control token that ends their turn.
 
         A template that ends a turn with no control token leaves that to the tokenizer's end token. A response that is not
         `whole` ends nothing.
@@ -86,7 +95,8 @@ class ChatTemplate:
         ends = closed[-1][1] == spans[-1][1]
         if not whole:
             closed[-1], ends = spans[-1], False
-        return Rendered(text[: closed[-1][1]], tuple(closed), ends=ends, control=True)
+        learned = tuple(compress(closed, are_learned(record)))
+        return Rendered(text[: closed[-1][1]], learned, ends=ends, control=True)
 
     def _messages(self, record: Mapping[str, str]) -> list[dict[str, str]]:
         system = record.get("system", "").strip()

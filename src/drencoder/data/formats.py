@@ -26,6 +26,7 @@ FileState = tuple[tuple[str, int, int, int], ...]
 _SPLITS = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 _SAME_SPLIT = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 _GIVE = "give a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or hub:ORG/NAME"
+_TOLD_MARK = re.compile(r"sep=(.)(?=\r?\n)")
 _ABOUT = {"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 """Files that the datasets library keeps beside data: they tell of records and hold none."""
 
@@ -116,9 +117,18 @@ def _read_file(path: Path, knob: str) -> Iterator[Row]:
     reader = _READERS.get(_format_of(path))
     if reader is None:
         if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-            raise DataError(f"{knob} = '{cut(path)}' is of no known format: {_GIVE}.")
+            raise DataError(f"{knob} = '{cut(path)}' {_strange(path, data)}.")
         reader = _read_jsonl
     return reader(path, data)
+
+
+def _strange(path: Path, data: bytes) -> str:
+    """What a file is that no reader knows, and what to do."""
+    if _format_of(path) in (".xls", ".xlsx", ".xlsm", ".xlsb", ".ods"):
+        return "is a workbook of a spreadsheet program: save its sheet there as CSV in UTF-8, and give that file"
+    if data.startswith((b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd")):
+        return "is packed, and not with gzip: unpack it, and give the file or folder that was in it"
+    return f"is of no known format: {_GIVE}"
 
 
 def _unreadable(path: Path, knob: str, error: Exception) -> DataError:
@@ -152,6 +162,10 @@ def _read_json(path: Path, data: bytes) -> Iterator[Row]:
     whole = _parse(text, f"{path}")
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         whole = whole["data"]
+    if isinstance(whole, dict) and whole and all(_SPLITS.fullmatch(str(name).lower()) for name in whole):
+        raise DataError(
+            f"{path}: an object of splits ({', '.join(whole)}) instead of a list of records: write a file for each."
+        )
     if isinstance(whole, dict):
         whole = [whole]
     if not isinstance(whole, list):
@@ -193,7 +207,11 @@ def kind_of(value: Any) -> str:
 def _read_table(delimiter: str) -> Callable[[Path, bytes], Iterator[Row]]:
     def read(path: Path, data: bytes) -> Iterator[Row]:
         text = _text(path, data)
-        mark = _mark_of(text.split("\n", 1)[0]) if delimiter == "," else delimiter
+        if told := _TOLD_MARK.match(
+            text
+        ):  # a line that Excel reads; an empty one in its place keeps the numbers of the others
+            text = text[told.end() :]
+        mark = delimiter if delimiter != "," else told[1] if told else _mark_of(re.split("[\r\n]", text, maxsplit=1)[0])
         before = csv.field_size_limit(sys.maxsize)  # of the process; a text may have more than 128 kB
         try:
             return iter(list(_table_rows(path, csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True))))
@@ -237,8 +255,15 @@ def _read_parquet(path: Path, data: bytes) -> Iterator[Row]:
 
 
 def _read_arrow(path: Path, data: bytes) -> Iterator[Row]:
-    """A stream of Arrow, as `save_to_disk` of the datasets library writes it."""
-    return _columns(path, "a stream of Arrow", lambda arrow: arrow.ipc.open_stream(data))
+    """A stream of Arrow, as `save_to_disk` of the datasets library writes it, or a file of Arrow (Feather)."""
+
+    def batches(arrow: Any) -> Iterable[Any]:
+        if not data.startswith(b"ARROW1"):
+            return arrow.ipc.open_stream(data)
+        file = arrow.ipc.open_file(data)
+        return map(file.get_batch, range(file.num_record_batches))
+
+    return _columns(path, "Arrow", batches)
 
 
 def _columns(path: Path, kind: str, open_batches: Callable[[Any], Iterable[Any]]) -> Iterator[Row]:
@@ -272,4 +297,5 @@ _READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
     ".tsv": _read_table("\t"),
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
+    ".feather": _read_arrow,
 }

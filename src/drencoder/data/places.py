@@ -87,6 +87,8 @@ def read_data(
     Raises:
       DataError: it is missing, unreadable, empty or ill-shaped.
     """
+    if not where.strip():  # to a path it would be the folder that the command was called in
+        raise DataError(f"{knob} is empty: give 'embedded', a file or folder of records, or hub:ORG/NAME.")
     place = Place.parse(where)
     split = place.split or split or place.clients_split
     stamp = state_of(Path(place.name)) if not place.kind else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import final
 
 PROMPT_ENDING = "\nAnswer:"
@@ -79,6 +80,15 @@ def pack_history(turns: Sequence[tuple[str, str]]) -> str:
     return json.dumps([list(turn) for turn in turns], ensure_ascii=False) if turns else ""
 
 
+def are_learned(record: Mapping[str, str]) -> list[bool]:
+    """Whether each reply is learned: those of the earlier turns, and the response, which always is.
+
+    `unlearned` of a record has the other turns' places, counted from the last one, -1, so that they hold when the earliest turns are cut.
+    """
+    turns, unlearned = len(history_of(record)), json.loads(record.get("unlearned") or "[]")
+    return [place - turns not in unlearned for place in range(turns + 1)]
+
+
 @final
 @dataclass(frozen=True)
 class PlainTemplate:
@@ -89,7 +99,7 @@ class PlainTemplate:
         return Rendered(render({**record, "response": ""})[0], (), ends=False)
 
     def render(self, record: Mapping[str, str], *, whole: bool = True) -> Rendered:
-        """A record's text. All replies are learned; the end as well unless the response is not `whole`."""
+        """A record's text. All replies are learned that `are_learned` names; the end as well unless the response is not `whole`."""
         prompt, response = render(record)
         targets, place = [], len(record.get("system", "").strip())
         place += bool(place)
@@ -97,4 +107,5 @@ class PlainTemplate:
             place += len(user) + len(PROMPT_ENDING)
             targets.append((place, place + 1 + len(reply)))
             place = targets[-1][1] + 2
-        return Rendered(prompt + response, (*targets, (len(prompt), len(prompt) + len(response))), ends=whole)
+        targets.append((len(prompt), len(prompt) + len(response)))
+        return Rendered(prompt + response, tuple(compress(targets, are_learned(record))), ends=whole)

@@ -3,21 +3,24 @@
 Values stay the texts that they are. A number, a null or something nested where a text belongs is an error with its place.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from drencoder.data.formats import Row, kind_of
 from drencoder.data.prompts_template import pack_history
 from drencoder.errors import DataError
+from drencoder.reading import parse_json
 
 Record = dict[str, str]
 
 ROLES = ("instruction", "context", "response", "category", "system", "messages", "text")
 """What a field can be for a record: the keys of `data.fields`."""
 
+_MADE = ("history", "unlearned")  # what a record has beside: made here, whatever a row calls so
 _ASKED = ("instruction", "prompt", "question", "query", "input")
 _REPLIES = ("response", "output", "completion", "answer")
 _OPTIONAL = {"context": ("context", "input"), "category": ("category",), "system": ("system", "system_prompt")}
@@ -38,6 +41,7 @@ _SPEAKERS = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
 }
+_TOOLS = ("tool", "function", "function_call", "observation", "ipython")
 _SINGLE = (str, int, float, bool, Decimal)
 _LONE = re.compile("[\ud800-\udfff]")
 _USUAL_NAMES = frozenset(
@@ -130,6 +134,7 @@ def to_records(
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: {kind_of(row)} instead of a record with named fields.")
+        row = _with_parts(row, (*fields.values(), *(owners or {})))
         if not roles:
             mapped = fields if strict or any(field in row for field in fields.values()) else {}
             roles, schema = _recognise(row, mapped, where)
@@ -139,7 +144,7 @@ def to_records(
         for field in owners or {}:
             if field not in row:
                 record.pop(field, None)
-            elif field != "history":
+            elif field not in _MADE:
                 record[field] = _word_of(row[field])
         cleaned = {key: _LONE.sub("\ufffd", value) for key, value in record.items()}
         changed += cleaned != record or not whole
@@ -149,11 +154,39 @@ def to_records(
     return Records(records, schema, changed)
 
 
+def _with_parts(row: Mapping[str, Any], fields: Iterable[str]) -> Mapping[str, Any]:
+    """The row and, under the whole path, what it holds at paths such as `translation.de` or `answers.text.0`.
+
+    A list that ends before a path's number holds an empty text there: a question without an answer.
+    """
+    parts = {}
+    for path in fields:
+        if path in row or "." not in path:
+            continue
+        value: Any = row
+        for name in path.split("."):
+            if isinstance(value, Mapping) and name in value:
+                value = value[name]
+            elif isinstance(value, list) and name.isdecimal():
+                value = value[int(name)] if int(name) < len(value) else ""
+            elif value != "":
+                break
+        else:
+            parts[path] = value
+    return {**row, **parts} if parts else row
+
+
 def _recognise(row: Mapping[str, Any], fields: Mapping[str, str], where: str) -> tuple[dict[str, tuple[str, ...]], str]:
     """Role -> the fields that have it, and the schema in words."""
     for role, field in fields.items():
         if field not in row:
             raise DataError(f"{where}: no field {field!r}, which data.fields names as {role}: correct data.fields.")
+    twice = next((field for field in fields.values() if list(fields.values()).count(field) > 1), None)
+    if twice is not None:
+        roles_of = " and ".join(role for role, field in fields.items() if field == twice)
+        raise DataError(
+            f"data.fields names {twice!r} as {roles_of}: one field can be one of them; correct data.fields."
+        )
     given = {role: (field,) for role, field in fields.items()}
     if "messages" in given or "text" in given:
         role = "messages" if "messages" in given else "text"
@@ -177,7 +210,7 @@ def _recognise(row: Mapping[str, Any], fields: Mapping[str, str], where: str) ->
     if not (asked and reply):
         if "text" in free and not given:
             return {"text": ("text",), "category": ("category",)}, "plain text (text)"
-        raise DataError(f"{where}: {_unknown(free, asked, reply)}")
+        raise DataError(f"{where}: {_unknown({name: row[name] for name in free}, asked, reply)}")
     roles = {"instruction": asked, "response": reply, **_OPTIONAL, **given}
     title = "your fields" if given else _NAMES.get((asked[0], reply[0]), f"{asked[0]} and {reply[0]}")
     roles["context"] = tuple(name for name in roles["context"] if name not in asked)
@@ -187,16 +220,21 @@ def _recognise(row: Mapping[str, Any], fields: Mapping[str, str], where: str) ->
     return roles, f"{title} ({', '.join(shown)})"
 
 
-def _unknown(free: list[str], asked: tuple[str, ...], reply: tuple[str, ...]) -> str:
+def _unknown(free: Mapping[str, Any], asked: tuple[str, ...], reply: tuple[str, ...]) -> str:
     """Says that no schema fits. A file without a header has a record's words in place of names: only usual names are shown."""
     lacking = " and ".join(f"no field {verb}" for verb, found in (("asks", asked), ("replies", reply)) if not found)
     usual = [name for name in free if name.lower() in _USUAL_NAMES | {*_ASKED, *_REPLIES, *ROLES}]
     others = f"{len(free) - len(usual)} of other names" if len(usual) < len(free) else ""
     names = " and ".join(filter(None, (", ".join(usual[:12]), others)))
+    example = 'Name others in data.fields, such as { instruction = "title", response = "body" }.'
+    if "chosen" in free:  # of a reply that is preferred and one that is not
+        role = "messages" if isinstance(free["chosen"], list) else "response" if asked else "text"
+        example = f'Of preferences set data.fields = {{ {role} = "chosen" }}.'
+    elif any(isinstance(value, Mapping | list) for value in free.values()):
+        example += " A part of a nested field has a path, such as 'translation.de' or 'answers.text.0'."
     return (
         f"{lacking}{f' (there are {names})' if names else ''}: known are instruction, prompt or question "
-        "with response, output, completion or answer; messages; conversations; text. Name others in data.fields, such as "
-        '{ instruction = "title", response = "body" }.'
+        f"with response, output, completion or answer; messages; conversations; text. {example}"
     )
 
 
@@ -218,7 +256,7 @@ def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where:
     record = {
         str(key): _word_of(value)
         for key, value in row.items()
-        if key not in used and key not in (*ROLES, "history") and isinstance(value, _SINGLE)
+        if key not in used and key not in (*ROLES, *_MADE) and isinstance(value, _SINGLE)
     }
     whole = True
     parts = {"context": "", "category": "none"}
@@ -246,14 +284,16 @@ def _record(row: Mapping[str, Any], roles: Mapping[str, tuple[str, ...]], where:
             for turn in turns
         ):
             parts["history"] = pack_history([(user, reply) for user, reply in turns if reply.strip()])
-    return record | {key: value for key, value in parts.items() if value or key not in ("history", "system")}, whole
+    return record | {key: value for key, value in parts.items() if value or key not in (*_MADE, "system")}, whole
 
 
 def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
     if field not in row:
         raise DataError(f"{where}: no field {field!r}, which the first record has: every record needs it.")
     if not isinstance(row[field], str):
-        raise DataError(f"{where}: no text in {field!r} but {kind_of(row[field])}: write a text, in quotes.")
+        raise DataError(
+            f"{where}: no text in {field!r} but {kind_of(row[field])}: write a text, in quotes{_or_part(row[field], field)}."
+        )
     return row[field]
 
 
@@ -261,8 +301,17 @@ def _optional_text(value: Any, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: no text in {field!r} but {kind_of(value)}: write a text in quotes, or leave it out.")
+        raise DataError(
+            f"{where}: no text in {field!r} but {kind_of(value)}: write a text in quotes, or leave it out{_or_part(value, field)}."
+        )
     return value
+
+
+def _or_part(value: Any, field: str) -> str:
+    """How a recipe names a part of a nested value."""
+    if isinstance(value, list):
+        return f", or name one of the list in data.fields ('{field}.0' is the first)"
+    return f", or name a part of it in data.fields ('{field}.NAME')" if isinstance(value, Mapping) else ""
 
 
 def _word_of(value: Any) -> str:
@@ -270,40 +319,57 @@ def _word_of(value: Any) -> str:
 
 
 def _turns_of(turns: Any, where: str, field: str) -> Iterable[Any]:
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a table's cell
+        try:
+            turns = parse_json(turns)
+        except ValueError:
+            raise DataError(
+                f"{where}: the text in {field!r} is no list of messages in JSON: mend or remove it."
+            ) from None
     if not isinstance(turns, list | tuple):
         raise DataError(f"{where}: {field!r} is {kind_of(turns)} instead of a list of messages.")
     return turns
 
 
 def _conversation(turns: Iterable[Any], where: str) -> tuple[Record, bool]:
-    """Messages as a record: the last reply is its response, what stands before the last question its history.
+    """Messages as a record: the last reply that is learned is its response, what stands before that question its history.
 
-    Messages that follow each other from one speaker are one. An empty message, and what stands before the first question or
-    after the last reply, teaches nothing and is left out.
+    Messages that follow each other from one speaker are one, which is not learned if a part of it is not. An empty message, and what
+    stands before the first question or after the last reply that is learned, teaches nothing and is left out.
     """
     messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, start=1)]
-    said = [(speaker, words) for speaker, words in messages if words.strip()]
-    system = "\n\n".join(words for speaker, words in said if speaker == "system")
-    spoken: list[list[str]] = []
-    for speaker, words in said:
-        if speaker == "system":
+    said = [one for one in messages if one.words.strip()]
+    system = "\n\n".join(one.words for one in said if one.speaker == "system")
+    spoken: list[_Message] = []
+    for one in said:
+        if one.speaker == "system":
             continue
-        if spoken and spoken[-1][0] == speaker:
-            spoken[-1][1] += f"\n\n{words}"
-        else:
-            spoken.append([speaker, words])
+        if spoken and spoken[-1].speaker == one.speaker:
+            before = spoken.pop()
+            one = _Message(one.speaker, f"{before.words}\n\n{one.words}", before.learned and one.learned)
+        spoken.append(one)
     num_said = len(spoken)
-    while spoken and spoken[0][0] == "assistant":
+    while spoken and spoken[0].speaker == "assistant":
         spoken.pop(0)
-    if spoken and spoken[-1][0] == "user":
+    while spoken and (spoken[-1].speaker == "user" or not spoken[-1].learned):
         spoken.pop()
-    pairs = [(spoken[at][1], spoken[at + 1][1]) for at in range(0, len(spoken), 2)]
+    pairs = [(spoken[at].words, spoken[at + 1].words) for at in range(0, len(spoken), 2)]
+    unlearned = [(at - len(spoken)) // 2 + 1 for at in range(1, len(spoken), 2) if not spoken[at].learned]
     asked, reply = pairs[-1] if pairs else ("", "")
     record = {"instruction": asked, "response": reply, "history": pack_history(pairs[:-1]), "system": system}
+    record["unlearned"] = json.dumps(unlearned) if unlearned else ""
     return record, len(spoken) == num_said and len(said) == len(messages)
 
 
-def _message(turn: Any, where: str) -> tuple[str, str]:
+class _Message(NamedTuple):
+    """Who said what, and whether it is to be learned."""
+
+    speaker: str
+    words: str
+    learned: bool
+
+
+def _message(turn: Any, where: str) -> _Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: {kind_of(turn)} instead of a message with a role and content.")
     speaker, words = (turn.get(one, turn.get(other)) for one, other in (("role", "from"), ("content", "value")))
@@ -311,12 +377,13 @@ def _message(turn: Any, where: str) -> tuple[str, str]:
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in words
     ):
         words = "".join(part["text"] for part in words)  # as chat templates write parts that are texts
-    if not isinstance(words, str):
+    called = turn.get("tool_calls") or turn.get("function_call") or str(speaker).lower() in _TOOLS
+    if called or not isinstance(words, str):
         raise DataError(
-            f"{where}: {kind_of(words)} instead of a text: drencoder learns no images, sounds or calls of tools. Leave the record out."
+            f"{where}: {'a tool' if called else kind_of(words)} instead of a text: drencoder learns no images, sounds or calls of tools. Leave the record out."
         )
     if not isinstance(speaker, str) or speaker.lower() not in _SPEAKERS:
         raise DataError(
             f"{where}: its role is none of {', '.join(_SPEAKERS)}: give it one of them, or leave the record out."
         )
-    return _SPEAKERS[speaker.lower()], words
+    return _Message(_SPEAKERS[speaker.lower()], words, turn.get("weight") != 0)

@@ -14,6 +14,7 @@ UNKNOWN_LICENCE = "unknown"
 """The hub's own tag for a licence that nobody states."""
 
 _TAG = "[A-Za-z0-9.+-]{1,60}"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")  # of the hub's own cache
 
 
@@ -90,6 +91,8 @@ def locate(knobs: Model) -> ModelPlace:
     if knobs.source == "embedded":
         _refuse_revision(knobs)
         return ModelPlace(embedded_folder())
+    if not knobs.source.strip():  # to a path it would be the folder that the command was called in
+        raise ModelError("model.source is empty: give 'embedded', a folder, a .gguf file or a hub id.")
     path = Path(knobs.source)
     try:
         there = path.exists()
@@ -97,7 +100,7 @@ def locate(knobs: Model) -> ModelPlace:
         raise ModelError(
             f"model.source = {shown(knobs.source)} cannot be read ({error.strerror}): give another."
         ) from None
-    if not there and not knobs.source.startswith(("/", ".", "~")) and path.suffix.lower() != ".gguf":
+    if not there and _HUB_ID.fullmatch(knobs.source) and path.suffix.lower() != ".gguf":
         return ModelPlace(None, knobs.source, knobs.revision)
     _refuse_revision(knobs)
     if path.is_file():
