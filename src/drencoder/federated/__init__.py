@@ -1,3 +1,3 @@
 """One round: the query, what a client sends, what the server releases, and the server's optimiser; engines deliver.
 
-A new transport implements `engine.Engine`; `remote/` has what every transport to other machines shares."""
+A new transport to other machines implements `remote/transport.Transport`; `remote/` has what all of them share."""
