@@ -3,9 +3,12 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TokenizersBackend
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drencoder.errors import DrencoderError, ModelError
@@ -70,6 +73,12 @@ def _explanation(source: str, part: str, words: str, missing_library: bool) -> s
             f"model.source = {shown(source)} is quantised already, and its weights cannot be read here ({words.rstrip('. :')}): give the "
             "model's own weights, and set model.dtype = 'nf4' or 'int8' where they are to be loaded in fewer bits on a GPU."
         )
+    if part == "tokenizer" and re.search("tiktoken|sentencepiece|protobuf", words, re.IGNORECASE):
+        return (
+            f"model.source = {shown(source)} has a tokenizer of another library and no tokenizer.json, and it cannot be converted here "
+            f"({words.rstrip('. :')}): pip install sentencepiece protobuf (where versions clash, in an environment of its own, and there "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)), or take the model's own tokenizer.json."
+        )
     if "Weights only load failed" in words:
         return (
             f"model.source = {shown(source)}: its .bin weights hold more than numbers, which could be code and is never run: convert "
@@ -108,9 +117,22 @@ def check_config(settings: Any, source: str) -> None:
 
 
 def check_tokenizer(tokenizer: Any, source: str) -> None:
-    """Raises ModelError for a tokenizer without an end-of-text token."""
+    """Raises ModelError for a tokenizer without an end-of-text token, or one that transformers had to guess and guessed otherwise."""
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {shown(source)} has no end-of-text token: set eos_token in its files.")
+    own = Path(source) / "tokenizer.model"
+    if type(tokenizer) is not TokenizersBackend or not own.is_file() or (own.parent / "tokenizer.json").is_file():
+        return
+    try:
+        spec = SentencePieceExtractor(str(own)).proto.normalizer_spec
+    except Exception:  # protobuf's own; a file of tiktoken may have that name, and is read as such
+        return
+    if spec.add_dummy_prefix and not tokenizer.tokenize("answer", add_special_tokens=False)[0].startswith("\u2581"):
+        raise ModelError(
+            f"the tokenizer of {shown(source)} is of no class that transformers knows, and transformers reads its tokenizer.model without the "
+            "space that this puts before a text, so that the model would get other tokens than it was trained with: put a tokenizer.json "
+            "of this tokenizer beside it, or name the class in tokenizer_config.json (such as LlamaTokenizer)."
+        )
 
 
 @torch.inference_mode()
