@@ -1,5 +1,6 @@
 """Any causal family: its layers are found, clients stay apart, and plain peft and transformers give the loss that we report."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,8 @@ def test_a_family_trains_and_its_adapter_is_plain_pefts(
 
     held_out = random_examples(4, 9)
     lora.save(adapter_D, tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted(saved["target_modules"])  # the same bytes in every process
     reported = held_out_loss(lora, adapter_D, held_out).value
     assert reported == pytest.approx(plain_loss(folder, tmp_path / "adapter", held_out), abs=1e-4)
     assert abs(reported - held_out_loss(lora, lora.initial_D, held_out).value) > 1e-3

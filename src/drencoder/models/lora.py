@@ -152,11 +152,13 @@ class LoraModel:
 
     def save(self, vector_D: Tensor, folder: Path) -> None:
         """Writes a PEFT adapter folder (`adapter_config.json`, `adapter_model.safetensors`)."""
+        config = self._peft.peft_config["default"]
+        if isinstance(config.target_modules, set):  # two runs of one recipe write the same file
+            config.target_modules = sorted(config.target_modules)
         with self.peft(vector_D):
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(
-            missing_ok=True
-        )  # PEFT's card says nothing true about a run; runs.model_card does
+        # PEFT's card says nothing true about a run; runs.model_card does.
+        (folder / "README.md").unlink(missing_ok=True)
 
     # --- K vectors, through hooks -------------------------------------------------------------
 
