@@ -1,4 +1,4 @@
-"""The list of planted bugs fits the code and docs/guarantee.md: each can be planted in one place and compiles (tests/sabotage/plant.py)."""
+"""The list of planted bugs fits the code and docs/planted-bugs.md: each can be planted in one place and compiles (tests/sabotage/plant.py)."""
 
 import re
 import sys
@@ -29,7 +29,8 @@ def test_a_bug_can_be_planted(bug: Bug) -> None:
 
 
 def test_the_tests_that_the_documents_name_are_there() -> None:
-    named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)", (ROOT / "docs" / "guarantee.md").read_text("utf-8"))
+    pages = "".join((ROOT / "docs" / name).read_text("utf-8") for name in ("guarantee.md", "planted-bugs.md"))
+    named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)", pages)
     assert len(named) >= 60
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{file} has no {test}"

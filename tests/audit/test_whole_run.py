@@ -12,7 +12,7 @@ from test_faults import SMALL
 from conftest import tiny_overrides
 from drencoder.audit.canaries import Planted, crafted, draw_coins
 from drencoder.audit.noise_checks import check_shares
-from drencoder.audit.published import PublishedRun, code_of
+from drencoder.audit.released_states import PublishedRun, code_of
 from drencoder.audit.trials import Trial, Trials
 from drencoder.audit.unit_checks import check_observers
 from drencoder.audit.whole_run import _few_of_each, audit_run, follows_runs
@@ -83,7 +83,7 @@ def test_states_that_come_from_something_else_than_the_release_tell_that(
     queries, trials = queries_of(components), Trials(components, components.lora.initial_D)
     trial = next(trials.of_one_run(queries.__getitem__, components.plan.slots, some_canaries))
     other_D = trial.query.decode(trial.own_NV[:1])[0]
-    monkeypatch.setattr("drencoder.audit.published.released_update", lambda *_: other_D)
+    monkeypatch.setattr("drencoder.audit.released_states.released_update", lambda *_: other_D)
     published = PublishedRun(components.recipe.server, components.plan, components.lora.initial_D)
     told_K = published.next_sum(trial) / trial.expected_cohort
     assert float((told_K - trial.own_NV[0]).norm()) < 1e-4 * float(trial.own_NV[0].norm())

@@ -698,14 +698,14 @@ BUGS: tuple[Bug, ...] = (
         "models/lora",
         "line = 64 // min",
         "line = 1 // min",
-        ("models/test_cohort_training.py", "models/test_company.py"),
+        ("models/test_cohort_training.py", "models/test_isolation.py"),
     ),
     Bug(
         "layers that are run again draw other dropout masks",
         "models/recomputation",
         "        one.set_state(state)\n    try:",
         "        one.get_state()\n    try:",
-        ("models/test_company.py",),
+        ("models/test_isolation.py",),
     ),
     Bug(
         "a layer that gets a part of the tokens has an adapter",

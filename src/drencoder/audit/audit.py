@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from drencoder.audit.canaries import Planted, contributions
-from drencoder.audit.content import Attack, attack_content, attack_membership
 from drencoder.audit.masks import check_masks
 from drencoder.audit.noise_checks import Check, RestartCheck, check_noise, check_shares
 from drencoder.audit.observers import Release, View, audit_records, audit_releases
+from drencoder.audit.record_attacks import Attack, attack_content, attack_membership
 from drencoder.audit.result import RunAudit
 from drencoder.audit.secrecy import check_evaluation_text, check_secrecy
 from drencoder.audit.trade_off import largest_power, protection_sentence

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
-from drencoder.audit.content import Attack
 from drencoder.audit.noise_checks import Check
 from drencoder.audit.observers import BOUNDS, REAL_RECORDS, View
+from drencoder.audit.record_attacks import Attack
 from drencoder.privacy.observers import json_ready
 
 WITHOUT_RECORDS = (

@@ -38,7 +38,7 @@ from drencoder.audit.canaries import Planted, crafted, draw_coins, num_direction
 from drencoder.audit.clopper_pearson_bound import epsilon_from_errors
 from drencoder.audit.noise_checks import Check, check_run_noise
 from drencoder.audit.observers import ALARM, LEVELS, View, measure
-from drencoder.audit.published import PublishedRun
+from drencoder.audit.released_states import PublishedRun
 from drencoder.audit.sampled_bounds import SampledFamily, log_ratio
 from drencoder.audit.scores import CanaryScores, Floats
 from drencoder.audit.trials import QueryMaker, Seen, Trial, Trials, promised_std, telling_values, trial_values
