@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from drencoder.errors import ModelError
-from drencoder.models.base_model import load_base
+from drencoder.models.base_model import BaseModel, load_base
 from drencoder.recipe import recipe as config
 from tiny_models import NOT_CAUSAL, make_model
 
@@ -237,3 +237,17 @@ def test_weights_that_are_quantised_already_are_one_sentence(tiny_folder: Path, 
     edit(folder / "config.json", quantization_config=facts | {"config_groups": {}, "desc_act": False})
     with pytest.raises(ModelError, match=r"is quantised already.*give the model's own weights"):
         load(folder)
+
+
+def test_a_token_that_no_word_has_is_left_out_of_a_text() -> None:
+    """A table of embeddings may have more rows than the tokenizer has tokens; tokenizers without a fast version fail at such rows."""
+
+    class Three:
+        def __len__(self) -> int:
+            return 3
+
+        def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+            assert skip_special_tokens
+            return " ".join(["zero", "one", "two"][token] for token in tokens)
+
+    assert BaseModel(None, Three(), "tiny").words_of([2, 7, 0, 3]) == "two zero"

@@ -82,7 +82,7 @@ def test_a_run_without_evaluation_data_works_and_says_that_it_cannot_know(
     outcomes = json.loads((result.folder / "outcomes.json").read_text())
     assert all(row == {"losses": [], "targets": [], "right": {}} for row in outcomes.values())
     assert NO_EVALUATION in screen
-    assert "held-out loss -" in screen
+    assert "round 1: epsilon" in screen
     assert NO_EVALUATION in (result.folder / "report.html").read_text()
     with pytest.raises(DataError, match="cannot know whether it learned"):
         assess(result.folder)

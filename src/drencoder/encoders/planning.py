@@ -54,7 +54,7 @@ def clip_words(recipe: Recipe, declared: str = "") -> str:
     if recipe.privacy.clip_l2:
         return "named by the recipe"
     whose = f" ({declared})" if declared else ""
-    return f"the median length of what make-believe clients with public text{whose} would send at the start; free of charge"
+    return f"the median length of the updates of make-believe clients with public text{whose} at the start; no real client is asked"
 
 
 def wire_dtype(recipe: Recipe) -> str:

@@ -64,5 +64,5 @@ def answer(
         whole = base.complete(torch.tensor([prompt_ids]), most, generator, temperature or 1.0, stop=stop)[0].tolist()
     ids = whole[len(prompt_ids) :]
     ended = bool({base.end_id, stop} & set(ids))
-    words = base.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    words = base.words_of(ids).strip()
     return Answer(words, len(ids) - ended, len(prompt_ids), ended)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +82,14 @@ class BaseModel:
         chosen_N = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
         tokens_NL = torch.cat([torch.tensor([first] * count).long().view(count, -1), chosen_N[:, None]], 1)
         tokens_NL = self.complete(tokens_NL, min(max_tokens, self.positions or max_tokens), generator)
-        return self.tokenizer.batch_decode(tokens_NL[:, len(first) :], skip_special_tokens=True)
+        return [self.words_of(tokens) for tokens in tokens_NL[:, len(first) :].tolist()]
+
+    def words_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens without special ones, and without those that no word has: a table of embeddings may have more rows than the
+        tokenizer has tokens, and a tokenizer without a fast version fails at them.
+        """
+        known = [token for token in tokens if token < len(self.tokenizer)]
+        return self.tokenizer.decode(known, skip_special_tokens=True)
 
     @torch.inference_mode()
     def complete(

@@ -168,7 +168,7 @@ def observers_table(observers: Mapping[str, Mapping[str, Any]], delta: float, un
         f"{unit.capitalize()}-level epsilon at delta = {delta:g}",
         *("observer", "add/remove", "replace-one", "add/remove, RDP"),
         words=("observer",),
-        caption=f"clients: the other {'ones' if unit == 'client' else 'sites'}; public: all who get the model",
+        caption=f"clients: the other {'ones' if unit == 'client' else 'sites'}; public: all who get the model; none: no promise against this observer",
     )
     for observer, row in observers.items():
         add_remove, replace_one = row["by_relation"]["add_remove"], row["by_relation"]["replace_one"]
@@ -281,4 +281,7 @@ class RunDisplay:
 
     def _line(self, row: Mapping[str, Any]) -> str:
         number, loss, accuracy, epsilon, sent = self._cells(row)
-        return f"round {number}: held-out loss {loss}, accuracy {accuracy}, epsilon {epsilon}, {sent} up"
+        measured = [
+            f"{what} {value}, " for what, value in (("held-out loss", loss), ("accuracy", accuracy)) if value != "-"
+        ]
+        return f"round {number}: {''.join(measured)}epsilon {epsilon}, {sent} up"

@@ -125,7 +125,9 @@ def fit_encoder(
     if shown is not None:
         verdict = measure_viability(encoder, shown[0], seed)
         gate["public"] = _facts(verdict)
-        say(f"gate, {shown[1]}: cosine {verdict.cosine:.3f}, {verdict.captured_energy:.2%} of the energy")
+        say(
+            f"gate, {shown[1]}: the code keeps {verdict.captured_energy:.2%} of an update's energy (cosine {verdict.cosine:.3f})"
+        )
     # After real gradients no prior was fitted that could draw any, and of public text it would be the encoder's own.
     if verdict is None or (real is None and structured is None):
         prior = progress.prior or GaussianPrior.isotropic(components.lora.layout.segments)
