@@ -277,7 +277,7 @@ def test_owners_who_may_be_one_are_an_error_that_names_nobody(tmp_path: Path, sp
 @pytest.mark.parametrize("name", [float("nan"), "", " ", "\u200b"])
 def test_a_record_that_names_nobody_is_refused(tmp_path: Path, name: object) -> None:
     records = [{"instruction": f"q{n}", "response": "a", "patient": who} for n, who in enumerate(["p1", name])]
-    with pytest.raises(DataError, match="record 2, field 'patient': an empty name"):
+    with pytest.raises(DataError, match=r"record 2 of .*train\.jsonl, field 'patient': an empty name"):
         open_source(
             sections.Data(source=str(write(tmp_path, records)), client_field="patient"),  # type: ignore[arg-type]
             population=2,
@@ -307,7 +307,7 @@ def test_owners_are_named_by_a_field_that_has_another_use(
     assert [len(source.client(client)) for client in range(2)] == [2, 1]
     if field not in fields.values():
         for nobody, words in (
-            (row, f"record 4 has no field '{field}'"),
+            (row, f"record 4 of .*records.jsonl has no field '{field}'"),
             ({**row, field: None}, f"line 4: null in '{field}'"),
         ):
             path.write_text("".join(json.dumps(record) + "\n" for record in (*rows, nobody)))

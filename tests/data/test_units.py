@@ -116,7 +116,7 @@ def test_the_embedded_world_has_sites_too() -> None:
     [
         ({}, {"ward": None}, "line 30: null in 'ward', where data.client_field"),
         ({}, {"patient": ""}, "field 'patient': an empty name"),
-        ({"data__owner_field": "who"}, {}, "record 1 has no field 'who': set data.owner_field"),
+        ({"data__owner_field": "who"}, {}, "has no field 'who', or no text or number in it: set data.owner_field"),
         ({"data__owner_field": ""}, {}, "name the field in data.owner_field"),
         ({"data__client_field": ""}, {}, "name the field in data.client_field"),
         ({"federation__population": 2}, {}, "names 3 sites in 'ward', and the recipe has federation.population = 2"),

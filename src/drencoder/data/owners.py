@@ -10,7 +10,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -43,6 +43,22 @@ def owner_key(value: Any) -> str:
         raise DataError("an empty name where an owner's is expected: give the name, or drop the record.")
     whole = _WHOLE.fullmatch(key)
     return whole[1] if whole else key
+
+
+def owner_of(record: Mapping[str, Any], number: int, field: str, knob: str, where: str) -> str:
+    """Returns the key of the owner whom `field` of a record names. `number` counts from 1, through all files of `where` in their order.
+
+    Raises:
+      DataError: the record has no such field, or it names nobody (`owner_key`). `knob` is the setting that names the field.
+    """
+    if field not in record:
+        raise DataError(
+            f"record {number} of {where} has no field {field!r}, or no text or number in it: set {knob} to a field of every record."
+        )
+    try:
+        return owner_key(record[field])
+    except DataError as error:
+        raise DataError(f"record {number} of {where}, field {field!r}: {error}") from None
 
 
 def check_spellings(keys: Iterable[str], field: str, where: str) -> None:

@@ -19,7 +19,7 @@ from typing import Protocol, final
 
 from drencoder.data.benchmarks.taxonomy import TAXONOMIES
 from drencoder.data.embedded_world.world import World
-from drencoder.data.owners import check_spellings, owner_key
+from drencoder.data.owners import check_spellings, owner_of
 from drencoder.data.places import Place, read_data
 from drencoder.data.schemas import Record
 from drencoder.errors import DataError
@@ -258,14 +258,10 @@ def _split_by_owner(
     owners: dict[str, list[tuple[float, int]]] = defaultdict(list)
     copies: dict[str, int] = defaultdict(int)
     for index, record in enumerate(records):
-        if field not in record:
-            raise DataError(
-                f"record {index + 1} has no field {field!r}, or no text or number in it: set data.client_field to one that names "
-                "the owner of every record."
-            )
+        owner = owner_of(record, index + 1, field, "data.client_field", where)
         content = json.dumps(record, sort_keys=True)  # the owner's name is in it
         copies[content] += 1  # so that an owner's equal records differ
-        owners[_owner_of(record, field, index)].append((_hash_to_unit(seed, content, copies[content]), index))
+        owners[owner].append((_hash_to_unit(seed, content, copies[content]), index))
     check_spellings(owners, field, where)
     owned: list[list[int]] = []
     others: list[list[int]] = []
@@ -305,13 +301,6 @@ def _split_by_record(records: Sequence[Record], set_aside: float, seed: int) -> 
 
 def _content_hash(record: Record, seed: int) -> float:
     return _hash_to_unit(seed, json.dumps(record, sort_keys=True), 0)
-
-
-def _owner_of(record: Record, field: str, index: int) -> str:
-    try:
-        return owner_key(record[field])
-    except DataError as error:
-        raise DataError(f"record {index + 1}, field {field!r}: {error}") from None
 
 
 def _hash_to_unit(seed: int, content: str, copy: int) -> float:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from drencoder.data.evaluation_text import open_evaluation, set_aside_share
-from drencoder.data.owners import owner_key
+from drencoder.data.owners import owner_of
 from drencoder.data.prompts_template import PlainTemplate
 from drencoder.data.sources import FileSource, Record, Source
 from drencoder.data.units import FileUnits, file_of, open_text
-from drencoder.errors import DataError
 from drencoder.recipe.recipe import Recipe
 
 _BYTES_OF_A_TOKEN = 4  # of UTF-8, over many languages and tokenizers; good to a third
@@ -89,7 +88,7 @@ def survey_data(recipe: Recipe, tokenizer: Path | None) -> DataSurvey | None:
     groups = _records_by_client(clients_text, source)
     sizes = sorted(map(len, groups))
     field, curated = recipe.data.client_field, recipe.privacy.unit != "client"
-    owners, shared_owners = _count_owners(source, groups, recipe.data.owner_field)
+    owners, shared_owners = _count_owners(source, groups, recipe.data.owner_field, recipe.data.source)
     return DataSurvey(
         source=source.provenance,
         schema=source.schema,
@@ -119,19 +118,18 @@ def _records_by_client(clients_text: Source, file: FileSource) -> list[list[int]
     ]
 
 
-def _count_owners(file: FileSource, groups: Sequence[Sequence[int]], field: str) -> tuple[int | None, int]:
+def _count_owners(file: FileSource, groups: Sequence[Sequence[int]], field: str, where: str) -> tuple[int | None, int]:
     """How many owners there are, at each client (or site) by itself, and how many names more than one of them has.
 
     Raises DataError for a record that names no owner.
     """
     if not field:
         return None, 0
-    missing = next((index for group in groups for index in group if field not in file.records[index]), None)
-    if missing is not None:
-        raise DataError(
-            f"record {missing + 1} has no field {field!r}: set data.owner_field to a field of every record."
-        )
-    places = Counter(name for group in groups for name in {owner_key(file.records[index][field]) for index in group})
+    named = [
+        {owner_of(file.records[index], index + 1, field, "data.owner_field", where) for index in group}
+        for group in groups
+    ]
+    places = Counter(name for names in named for name in names)
     return places.total(), sum(count > 1 for count in places.values())
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol, final, runtime_checkable
 
-from drencoder.data.owners import check_spellings, owner_key
+from drencoder.data.owners import check_spellings, owner_of
 from drencoder.data.sources import (
     EmbeddedSource,
     FileSource,
@@ -187,7 +187,7 @@ def _records_of_sites(
         )
     by_label: dict[str, list[int]] = defaultdict(list)
     for index in range(len(records)):
-        by_label[_name_of(records, index, field, "data.client_field")].append(index)
+        by_label[owner_of(records[index], index + 1, field, "data.client_field", where)].append(index)
     check_spellings(by_label, field, where)
     labels = sorted(by_label)
     sites = range(len(labels)) if count else own[1] if own is not None else range(recipe.federation.population)
@@ -220,19 +220,10 @@ def _units(
         )
     owners: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for content, copy, index in named:
-        owner = _name_of(records, index, field, "data.owner_field")
+        owner = owner_of(records[index], index + 1, field, "data.owner_field", where)
         owners[owner, 0].append((_number(recipe.seed, "order", content, copy), index))
     check_spellings((owner for owner, _ in owners), field, where)
     return {owner: [index for _, index in sorted(members)] for owner, members in owners.items()}
-
-
-def _name_of(records: Sequence[Record], index: int, field: str, knob: str) -> str:
-    if field not in records[index]:
-        raise DataError(f"record {index + 1} has no field {field!r}: set {knob} to a field of every record.")
-    try:
-        return owner_key(records[index][field])
-    except DataError as error:
-        raise DataError(f"record {index + 1}, field {field!r}: {error}") from None
 
 
 def _number(seed: int, *parts: str | int) -> int:
