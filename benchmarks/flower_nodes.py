@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -62,15 +63,16 @@ class CountingProxy:
                 end.close()
 
 
-def rounds_of(log: Path, count: int, seconds: float = 3600.0) -> Iterator[float]:
-    """The time at which each round's line appears in the server's log, from round 0 on."""
+def rounds_of(server: subprocess.Popen[bytes], log: Path, count: int, seconds: float = 3600.0) -> Iterator[float]:
+    """The time at which each round's line appears in the log of the server, which must not end before the last one, from round 0 on."""
     end, seen = time.monotonic() + seconds, 0
     while seen <= count:
-        found = len(re.findall(r"round \d+: held-out", log.read_text() if log.exists() else ""))
+        running = server.poll() is None
+        found = len(re.findall(r"round \d+: .* up\b", log.read_text() if log.exists() else ""))
         for _ in range(seen, found):
             yield time.monotonic()
         seen = max(seen, found)
-        if time.monotonic() > end:
+        if seen <= count and (not running or time.monotonic() > end):
             raise TimeoutError(log.read_text()[-3000:])
         time.sleep(0.02)
 
@@ -89,7 +91,8 @@ def measure(nodes: int, rounds: int, trust: str, folder: Path) -> dict[str, obje
             place.node(number)
         place.port = direct
         marks = [
-            (moment, proxy.up, proxy.down, tree_cpu_seconds()) for moment in rounds_of(place.log("server"), rounds)
+            (moment, proxy.up, proxy.down, tree_cpu_seconds())
+            for moment in rounds_of(server, place.log("server"), rounds)
         ]
         assert server.wait(120) == 0, place.log("server").read_text()[-3000:]
         payload = re.search(r"payload: ([\d,]+) bytes down, ([\d,]+) up", place.log("server").read_text())
