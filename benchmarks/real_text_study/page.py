@@ -1,6 +1,7 @@
 """The page of the study of real text: one table, one figure, energy by round and what follows, from the cells that are there. No torch."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ def _draw(cells: Sequence[Cell], rows: dict[str, Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = [task for task in study.TASKS if any(cell.track.setting.startswith(f"{task}/") for cell in cells)]
-    figure = Figure(figsize=(4.6 * len(tasks), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(tasks), 6.4), layout="constrained")
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        drawn: Counter[str] = Counter()  # a method's rows have its colour, and a marker each
         for cell in cells:
             if not cell.track.setting.startswith(f"{task}/"):
                 continue
@@ -132,14 +134,19 @@ def _draw(cells: Sequence[Cell], rows: dict[str, Row], path: Path) -> None:
             ]
             points.append((row["bytes_up"] / 1e6, loss_of(row) - row["results"]["base model"]["value"]))
             dashed = cell.track.epsilon != 8 or "local" in cell.track.setting
-            label = " ".join(_label(cell))
-            axis.plot(*zip(*points, strict=True), color=_COLOURS[cell.track.method], linestyle="--" if dashed else "-", marker="o", markersize=3, label=label)  # fmt: skip
+            method = cell.track.method
+            marker = "os^Dvx"[drawn[method] % 6]
+            drawn[method] += 1
+            axis.plot(
+                *zip(*points, strict=True), color=_COLOURS[method], linestyle="--" if dashed else "-", marker=marker, markersize=4,
+                linewidth=1, label=" ".join(_label(cell)),
+            )  # fmt: skip
         axis.axhline(0.0, linestyle=":", color="#57606a", label="base model")
         axis.set_xscale("log")
         axis.set_title(task, fontsize=10)
         axis.set_xlabel("MB uploaded by all clients so far")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.axes[0].set_ylabel("held-out loss minus the base model's (nats per token)")
     save_figure(figure, path)
 
@@ -236,7 +243,7 @@ def _meaning(cells: Sequence[Cell], rows: dict[str, Row], told: Sequence[tuple[C
         ]
         if own:
             each = "; ".join(
-                f"{cell.track.setting.split('/')[0]}{f', rate x{2.0**cell.rate_step:g}' if cell.rate_step else ''}: {change.value:+.2f} nats at {ratio:.2g} times the bytes, {word}"
+                f"{' '.join(cell.track.setting.split('/')[:2]).removesuffix(' central').removesuffix(' no-privacy').replace(' local', ' (local trust)')}{f', rate x{2.0**cell.rate_step:g}' if cell.rate_step else ''}: {change.value:+.2f} nats at {ratio:.2g} times the bytes, {word}"
                 for cell, change, ratio, word in own
             )
             sentences.append(f"{words} against the default: {each}.")
@@ -244,12 +251,19 @@ def _meaning(cells: Sequence[Cell], rows: dict[str, Row], told: Sequence[tuple[C
         row = rows[cell.key]
         if loss_of(row) > row["results"]["base model"]["value"]:
             task, arm, trust, *_ = _words(cell)
-            why = "The rate was too large for it"
-            if trust == "local":
-                why = "The noise of so few clients, each with its own, is too much for this rate (the plan chooses a lower one)"
+            unfit = ". Such a row is no measure of what the method can do"
+            why = f"The rate was too large for it{unfit}"
+            if row["energy"] and all(round_["mean"] < 1e-3 for round_ in row["energy"]):
+                why = (
+                    "Its code holds nothing of the update (below), so that the server's steps are noise at any rate: the check before the "
+                    "rounds, which the study turns off, refuses it"
+                )
+            elif trust == "local":
+                why = f"The noise of so few clients, each with its own, is too much for this rate (the plan chooses a lower one){unfit}"
             sentences.append(
-                f"*{task}*, {arm}, {trust} trust, rate x{2.0**cell.rate_step:g}: the run ended worse than it began. {why}. Such a row is no "
-                "measure of what the method can do.".replace("- trust", "no privacy")
+                f"*{task}*, {arm}, {trust} trust, rate x{2.0**cell.rate_step:g}: the run ended worse than it began. {why}.".replace(
+                    "- trust", "no privacy"
+                )
             )
     return "**What it means for a choice of encoder.**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
