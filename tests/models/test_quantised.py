@@ -17,7 +17,7 @@ from conftest import random_examples
 from drencoder.errors import DeviceError
 from drencoder.evaluation.held_out import held_out_outcomes
 from drencoder.models import quantised
-from drencoder.models.adapted_layers import is_quantised
+from drencoder.models.adapted_layers import choose_layers, is_quantised
 from drencoder.models.base_model import load_base
 from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.identity import digest_model
@@ -160,3 +160,22 @@ def test_the_plan_says_what_fewer_bits_save_and_cost(dtype: str) -> None:
     way = survey(load_recipe("quickstart", [f"model.dtype={dtype}"])).training_way
     assert way.startswith(f"clients one by one: model.dtype = '{dtype}' saves 0.0 GB of weights beside float32")
     assert "slow on a CPU" in way
+
+
+class Linear8bitLt(nn.Linear):
+    """Stands in for the layer of bitsandbytes, in which the texts of a pass move each other's products a little."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = super().forward(input)
+        return product + 0.05 * product.roll(1, dims=0)
+
+
+def test_texts_that_move_each_other_a_little_leave_no_layer_without_an_adapter(llama: Path) -> None:
+    model = load_base(Model(source=str(llama)), 128).model
+    expected = choose_layers(model, ("auto",), "tiny")
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer is not model.get_output_embeddings():
+            layer.__class__ = Linear8bitLt
+    assert choose_layers(model, ("auto",), "tiny") == expected
+    assert expected.names
+    assert not expected.left_out

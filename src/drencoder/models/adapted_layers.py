@@ -18,6 +18,9 @@ from drencoder.models.targets import choose_targets, is_automatic, last_part
 from drencoder.reading import shown
 
 _ROWS, _LENGTH = 3, 8  # of the probe
+# A pass in 8 bits rounds a text's values by those of the texts beside it. In SmolLM2-135M that moves what a layer gets of a text
+# by a tenth of its norm at most; another text's values differ by a half at least.
+_MOVED_IN_8_BITS = 0.25
 # PEFT refuses Mamba's output projection, whose weight the fast kernels read past the adapter.
 _MAMBA_FAMILIES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
@@ -47,6 +50,11 @@ def is_linear(layer: nn.Module) -> bool:
 def is_quantised(layer: nn.Module) -> bool:
     """Whether a layer is a linear one of bitsandbytes. Its product is not made client by client."""
     return type(layer).__name__ in ("Linear8bitLt", "Linear4bit")
+
+
+def is_8_bit(layer: nn.Module) -> bool:
+    """Whether a layer's product rounds a text's values by those of the texts beside it (LLM.int8())."""
+    return type(layer).__name__ == "Linear8bitLt"
 
 
 def choose_layers(model: Any, targets: Sequence[str], source: str) -> AdaptedLayers:
@@ -129,13 +137,17 @@ def _get_whole_rows(model: Any, layers: dict[str, nn.Module]) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name for name, seen in inputs.items() if _is_whole(seen)}
+    moved = _MOVED_IN_8_BITS if any(is_8_bit(layer) for layer in layers.values()) else 0.0
+    return {name for name, seen in inputs.items() if _is_whole(seen, moved)}
 
 
-def _is_whole(seen: list[Tensor]) -> bool:
+def _is_whole(seen: list[Tensor], moved: float) -> bool:
     if len(seen) != 2 or any(x.shape[:-1].numel() != _ROWS * _LENGTH for x in seen):
         return False
     first, other = (x.reshape(_ROWS, _LENGTH, -1).float() for x in seen)
+    if moved:
+        change_R = (first - other).flatten(1).norm(dim=1) / first.flatten(1).norm(dim=1)
+        return bool((change_R[:-1] < moved).all()) and bool(change_R[-1] > 0)
     scale = first.abs().max()
     return bool(torch.allclose(first[:-1], other[:-1], rtol=1e-3, atol=1e-3 * float(scale))) and not bool(
         torch.equal(first[-1], other[-1])

@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from drencoder.data.tokenization import RecordTokenizer
 from drencoder.errors import DeviceError
+from drencoder.models.adapted_layers import is_8_bit
 from drencoder.models.loaded_size import room_for_weights
 from drencoder.models.model_checks import check_config, check_model, check_tokenizer, explained, num_positions
 from drencoder.models.place import UNKNOWN_LICENCE, ModelPlace, licence_in, licence_of, locate
@@ -54,7 +55,7 @@ class BaseModel:
     @cached_property
     def mixes_texts(self) -> bool:
         """Whether texts that share a pass move each other's logits: LLM.int8() does not round the columns in which any of them is large."""
-        return any(type(layer).__name__ == "Linear8bitLt" for layer in self.model.modules())
+        return any(is_8_bit(layer) for layer in self.model.modules())
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
