@@ -347,8 +347,9 @@ def _estimate(subject: _Subject, canaries: int, records: bool) -> str:
     if plan.trust == "secure-aggregation":
         seconds += 60 + canaries * each
     if follows_runs(plan):
-        few_together = plan.trust == "local" and not plan.curated
-        seconds += 20 + few_together * 5 * canaries * each
+        seconds += 20
+        if plan.trust == "local" and not plan.curated:  # a few clients together, in more slots
+            seconds += 5 * canaries * each
     if records:
         seconds += 75
     return f"audit: {canaries:,} canaries, about {max(1, round(seconds / 60))} minutes on this machine; Ctrl-C ends it, and nothing of a run is touched"

@@ -39,7 +39,7 @@ from drencoder.runs.asking import ask_cohort
 from drencoder.runs.build import Components
 
 Seen = Literal["messages", "sum", "sum of others", "adapter", "states"]
-"""What is scored. "states": the sums of a whole run, as its published states tell them (`published`)."""
+"""What is scored. "states": the sums of a whole run, as its published states tell them (`released_states`)."""
 
 QueryMaker = Callable[[int], Query]
 """The query of a slot."""

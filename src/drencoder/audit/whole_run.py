@@ -17,7 +17,7 @@ A unit of a site is in it for the whole run, or is no unit of it; the site's cur
 certificate says of the worst site: one that was asked in every slot.
 
 Every observer is followed with its own bytes: the server with messages or sums, the public under every trust with the states that a run
-publishes after each round, which tell the sums (`published`). Where what is promised counts contributors, those that these runs had are
+publishes after each round, which tell the sums (`released_states`). Where what is promised counts contributors, those that these runs had are
 counted, as a certificate does. Under local trust few clients answer together: the more noises hide each other in a sum, the less there is to
 measure of what the public is promised. All rounds are followed also where a cap lets nobody be in two of them: that is what shows whether the
 cap is kept. The noise of all rounds is added up, too, since it could be loud in each and cancel over the run.
@@ -53,12 +53,9 @@ _MOST_SLOTS = {
     "central": 1500,
     "secure-aggregation": 60,
 }  # of all runs; a secure one takes half a second
-_TOGETHER, _LOCAL_SLOTS = (
-    4,
-    250,
-)  # the fewest clients in a sum of local trust, and the slots to follow so many canaries in
+_TOGETHER = 4  # the fewest clients in a sum of local trust
+_LOCAL_SLOTS = 250  # of local trust, in which all canaries are to be followed
 _ADD_REMOVE: Relation = "add_remove"
-_OTHER_SITES: Sequence[tuple[str, Seen]] = (("clients", "sum of others"),)
 _AT_ONCE = 256  # codes
 
 
@@ -127,8 +124,10 @@ def _onlookers(plan: PrivacyPlan) -> list[tuple[str, Seen]]:
     """Who looks on, and what is scored."""
     if plan.trust == "central":
         return [("public", "states")]
-    server: tuple[str, Seen] = ("server", "messages" if plan.trust == "local" else "sum")
-    return [server, *_OTHER_SITES[: plan.curated], ("public", "states")]
+    onlookers: list[tuple[str, Seen]] = [("server", "messages" if plan.trust == "local" else "sum")]
+    if plan.curated:
+        onlookers.append(("clients", "sum of others"))
+    return [*onlookers, ("public", "states")]
 
 
 def _words(plan: PrivacyPlan, seen: Seen) -> str:

@@ -207,9 +207,8 @@ def kind_of(value: Any) -> str:
 def _read_table(delimiter: str) -> Callable[[Path, bytes], Iterator[Row]]:
     def read(path: Path, data: bytes) -> Iterator[Row]:
         text = _text(path, data)
-        if told := _TOLD_MARK.match(
-            text
-        ):  # a line that Excel reads; an empty one in its place keeps the numbers of the others
+        told = _TOLD_MARK.match(text)
+        if told:  # a line that Excel reads; an empty one in its place keeps the numbers of the others
             text = text[told.end() :]
         mark = delimiter if delimiter != "," else told[1] if told else _mark_of(re.split("[\r\n]", text, maxsplit=1)[0])
         before = csv.field_size_limit(sys.maxsize)  # of the process; a text may have more than 128 kB

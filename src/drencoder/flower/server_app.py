@@ -78,11 +78,10 @@ def serve(grid: Grid, options: ServerOptions) -> experiment.RunResult:
         return experiment.run(options.recipe, options.out, display, engine)
     finally:
         display.close()
-        sent, messages = (
-            transport.traffic,
-            f"{transport.traffic.answered} of {transport.traffic.asked} messages answered",
+        sent = transport.traffic
+        display.say(
+            f"payload: {sent.down:,} bytes down, {sent.up:,} up, {sent.answered} of {sent.asked} messages answered"
         )
-        display.say(f"payload: {sent.down:,} bytes down, {sent.up:,} up, {messages}")
 
 
 app = ServerApp()

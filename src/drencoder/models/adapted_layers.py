@@ -49,7 +49,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 def is_quantised(layer: nn.Module) -> bool:
     """Whether a layer is a linear one of bitsandbytes. Its product is not made client by client."""
-    return type(layer).__name__ in ("Linear8bitLt", "Linear4bit")
+    return is_8_bit(layer) or type(layer).__name__ == "Linear4bit"
 
 
 def is_8_bit(layer: nn.Module) -> bool:

@@ -71,7 +71,7 @@ def _explanation(source: str, part: str, words: str, missing_library: bool) -> s
     if re.search("quantiz", words, re.IGNORECASE):
         return (
             f"model.source = {shown(source)} is quantised already, and its weights cannot be read here ({words.rstrip('. :')}): give the "
-            "model's own weights, and set model.dtype = 'nf4' or 'int8' where they are to be loaded in fewer bits on a GPU."
+            "model's own weights, and set model.dtype = 'nf4' or 'int8' where they are to be loaded in fewer bits."
         )
     if part == "tokenizer" and re.search("tiktoken|sentencepiece|protobuf", words, re.IGNORECASE):
         return (

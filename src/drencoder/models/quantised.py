@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from drencoder.errors import DeviceError
-from drencoder.models.adapted_layers import is_quantised
+from drencoder.models.adapted_layers import is_8_bit, is_quantised
 
 
 def quantised_weights(dtype: str, device: torch.device) -> dict[str, Any]:
@@ -49,4 +49,4 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def _set_mode(layer: nn.Module, _inputs: tuple[Any, ...]) -> None:
-    layer.train(type(layer).__name__ == "Linear4bit" or torch.is_grad_enabled())
+    layer.train(not is_8_bit(layer) or torch.is_grad_enabled())

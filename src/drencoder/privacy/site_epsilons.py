@@ -65,7 +65,7 @@ def unit_terms(ledger: Ledger) -> dict[str, Any]:
 
 
 def site_epsilons(ledger: Ledger) -> list[dict[str, Any]]:
-    """JSON-ready rows, sites with the same slots together and the dearest first: `sites`, `slots` (how many), `epsilon`, which
+    """JSON-ready rows, sites with the same slots together and those with the largest epsilon first: `sites`, `slots` (how many), `epsilon`, which
     has for each adjacency one number for each observer, and `events`, of which dp_accounting makes the same numbers: for each observer what is
     composed. Empty where the unit is a client."""
     plan, charged, unasked = ledger.plan, ledger.charged(), ledger.unasked()
