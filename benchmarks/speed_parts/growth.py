@@ -53,7 +53,7 @@ def _values() -> list[Row]:
             _with, {}, "rounds", *_SMALL, "federation.population=160", "federation.sampling_rate=0.1", f"adapter.rank={rank}",
             f"adapter.targets=['{targets}']",
         )
-        for targets, rank in (("auto", 8), ("auto", 64), ("all-linear", 96))
+        for targets, rank in (("auto", 8), ("auto", 64), ("all-linear", 96), ("all-linear", 248), ("all-linear", 852))
     ]  # fmt: skip
 
 
