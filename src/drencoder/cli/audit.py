@@ -10,6 +10,7 @@ from rich.text import Text
 
 from drencoder.cli.options import SetOption
 from drencoder.encoders.planning import load_checked_recipe
+from drencoder.encoders.unused_knobs import unused_knobs
 from drencoder.errors import ArtifactError, RecipeError
 from drencoder.reading import printable
 
@@ -59,6 +60,8 @@ def audit(
                 console.print(printable(text), style="dim", soft_wrap=True)
 
     listener = DimLines()
+    for sentence in unused_knobs(config).values() if config and not quiet else ():
+        show_note(console, "Note", sentence)
     try:
         listener.say("loading torch and transformers")
         from drencoder.audit.audit import audit_recipe, audit_run_folder

@@ -11,6 +11,7 @@ from drencoder.models.place import locate
 from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.display import make_table
+from drencoder.runs.named_text import check_other_text, is_on_hub
 from drencoder.runs.unit_table import UnitRow, k_star_text
 
 
@@ -18,16 +19,18 @@ def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
     """What is in the recipe's data, and why that is not known where it need not be.
 
     Raises:
-      DataError: the data are here and cannot be read.
+      DataError: the data, or other text that the recipe names, are here and cannot be read.
     """
     place = Place.parse(config.data.source)
-    if place.kind == "hub" or place.name.startswith("hub:"):
-        return None, f"data.source = {shown(config.data.source)} was not read: a plan loads nothing from a hub."
-    if not config.data.is_embedded and not os.path.lexists(place.name):
+    on_hub = is_on_hub(config.data.source)
+    if not (on_hub or config.data.is_embedded or os.path.lexists(place.name)):
         return (
             None,
             f"data.source = {shown(config.data.source)} is not on this machine, so the plan goes by the recipe alone.",
         )
+    check_other_text(config)
+    if on_hub:
+        return None, f"data.source = {shown(config.data.source)} was not read: a plan loads nothing from a hub."
     folder = locate(config.model).folder
     tokenizer = folder / "tokenizer.json" if folder is not None else None
     return survey_data(config, tokenizer if tokenizer is not None and tokenizer.is_file() else None), ""

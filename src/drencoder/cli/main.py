@@ -206,14 +206,17 @@ def compare(
     tuning_seed, tuning_runs, tuning_factor. A comparison that was stopped goes on when started again.
     """
     from drencoder.cli.compare_view import CompareDisplay, comparison_table
-    from drencoder.runs.display import make_console
+    from drencoder.runs.display import make_console, show_note
     from drencoder.study.compare import compare as run_comparison
+    from drencoder.study.compare import knobs_of_no_method
     from drencoder.study.compare_table import rows_of, write_comparison
     from drencoder.study.settings import load_comparison
 
     console = make_console(quiet=quiet or json_)
     config, settings = load_comparison(recipe, set_ or ())
     folder = out or Path("comparisons") / config.name
+    for sentence in knobs_of_no_method(config, settings):
+        show_note(console, "Note", sentence)
     display = CompareDisplay(console, tuning_seed=settings.tuning_seed)
     try:
         results, tracks = run_comparison(config, settings, folder, display, processes=processes)

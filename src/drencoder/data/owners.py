@@ -37,8 +37,11 @@ def owner_key(value: Any) -> str:
                 "a number that is not finite where an owner's name is expected: give the name, or drop the record."
             )
         value = int(value) if value.is_integer() else value
-    visible = "".join(letter for letter in str(value) if unicodedata.category(letter) != "Cf")
-    key = " ".join(unicodedata.normalize("NFC", visible).split())
+    key = str(value)
+    if not key.isascii():
+        visible = "".join(letter for letter in key if unicodedata.category(letter) != "Cf")
+        key = unicodedata.normalize("NFC", visible)
+    key = " ".join(key.split())
     if not key:
         raise DataError("an empty name where an owner's is expected: give the name, or drop the record.")
     whole = _WHOLE.fullmatch(key)

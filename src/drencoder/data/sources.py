@@ -11,7 +11,7 @@ import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -58,7 +58,7 @@ def open_source(
     kind = knobs.source.partition(":")[0]
     if kind == "embedded":
         return EmbeddedSource(knobs, seed, embedded_task(knobs.source, "data.source"))
-    read = read_source(knobs, {knobs.client_field: "data.client_field"} if knobs.client_field else {})
+    read = read_source(knobs)
     source = FileSource.split(
         read.records, knobs, population=population, seed=seed, set_aside=set_aside, at_site=at_site
     )
@@ -75,13 +75,21 @@ class ReadSource:
     changed: int
 
 
-def read_source(knobs: sections.Data, owners: Mapping[str, str]) -> ReadSource:
-    """Reads `data.source`, which is no embedded world; `owners`: the fields that name owners, and the knobs that say so.
+def read_source(knobs: sections.Data, *, one_site: bool = False) -> ReadSource:
+    """Reads `data.source`, which is no embedded world. Of a file of `one_site`, `client_field` is not looked at.
 
     Raises:
-      DataError: it is missing, unreadable, empty or ill-shaped.
+      DataError: it is missing, unreadable, empty or ill-shaped, or a record names nobody in `owner_field`, whatever the unit of privacy: all
+        commands read a file alike, and a plan counts the owners.
     """
+    owners = {knobs.owner_field: "data.owner_field"}
+    if not one_site:
+        owners[knobs.client_field] = "data.client_field"
+    owners.pop("", None)
     read = read_data(knobs.source, knob="data.source", fields=dict(knobs.fields), owners=owners)
+    if knobs.owner_field:
+        for number, record in enumerate(read.records, start=1):
+            owner_of(record, number, knobs.owner_field, "data.owner_field", knobs.source)
     return ReadSource(read.records, provenance_of(knobs), read.schema, read.changed)
 
 

@@ -135,10 +135,7 @@ def open_text(
 
 def _file_units(recipe: Recipe, set_aside: float, own: tuple[str, Sequence[int]] | None, count: bool) -> FileUnits:
     data = recipe.data if own is None else replace(recipe.data, source=own[0])
-    named = {} if own is not None and len(own[1]) == 1 else {data.client_field: "data.client_field"}
-    if recipe.privacy.unit == "owner":
-        named[data.owner_field] = "data.owner_field"
-    read = read_source(data, {field: knob for field, knob in named.items() if field})
+    read = read_source(data, one_site=own is not None and len(own[1]) == 1)
     check_usable(read.records, data.source)
     by_site = _records_of_sites(recipe, read.records, data.source, own, count)
     owned: list[list[int]] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from drencoder.encoders.unused_knobs import unused_knobs
 from drencoder.errors import DrencoderError, RecipeError, report_crash
 from drencoder.federated.remote.agreement import ClientSet, agreement
 from drencoder.federated.remote.refusal import Refusal, refusal_frame
@@ -73,7 +74,9 @@ def open_site(
     components = _load_components(
         config.to_toml(), recipe, None if data is None else SiteText(data, client_set.clients)
     )
-    for sentence in components.texts.report(0):  # on this site's own screen: counts of its text stay here
+    said = config if data is None else config.changed({"data.source": data})
+    # On this site's own screen: counts of its text stay here.
+    for sentence in [*unused_knobs(said).values(), *components.texts.report(0)]:
         say(sentence)
     ledger = SiteLedger.open(Path(state) / "site.jsonl", agreement(config).hex(), components.plan)
     return Site(components, client_set, ledger, min_noise=min_noise, session=session, say=say)

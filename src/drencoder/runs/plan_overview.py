@@ -27,6 +27,7 @@ from drencoder.encoders.planning import (
     planned_start,
     wire_dtype,
 )
+from drencoder.encoders.unused_knobs import unused_knobs
 from drencoder.errors import RecipeError
 from drencoder.federated.server_rate import step_words
 from drencoder.models.place import locate
@@ -57,6 +58,7 @@ class Overview:
     plain_lora_bytes: int | None = None
     code_reason: str = ""  # why the code has this size, if the plan chose it
     encoder_warning: str = ""  # what speaks against the encoder, in one sentence
+    unused_knobs: tuple[str, ...] = ()  # sentences on what the recipe sets and nothing uses
     owners: str = ""  # who the clients are
     evaluation_rests_on: str = ""  # whose text the loss is measured on, in one sentence
     server_step: str = ""  # the server's optimiser and its rate, in words
@@ -118,7 +120,7 @@ class Overview:
                 f"Training takes about {gigabytes(self.training_bytes[0])} of memory and {gigabytes(free)} are free here: use a machine "
                 "with more, a smaller model, model.dtype = 'bfloat16' or a smaller local.batch_size."
             )
-        return sentences
+        return [*sentences, *self.unused_knobs]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the overview as JSON-ready values, with epsilon for every observer."""
@@ -195,6 +197,7 @@ def survey(recipe: Recipe) -> Overview:
     known = Overview(
         plan,
         encoder_warning=_encoder_warning(recipe),
+        unused_knobs=tuple(unused_knobs(recipe).values()),
         owners=owners,
         evaluation_rests_on=basis,
         server_step=step_words(recipe.server, plan),

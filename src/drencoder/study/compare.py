@@ -14,8 +14,10 @@ from typing import Any, Protocol
 
 from drencoder.data.evaluation_text import NO_EVALUATION, evaluation_basis
 from drencoder.encoders.planning import check_encoder
+from drencoder.encoders.unused_knobs import unused_knobs
 from drencoder.errors import RecipeError
 from drencoder.recipe.recipe import Recipe
+from drencoder.runs.named_text import check_text
 from drencoder.study.cell_run import centralised, federated
 from drencoder.study.cells import Cell, CellStore, Row, Track
 from drencoder.study.methods import CENTRALISED, METHODS, method_named, start_rates
@@ -87,6 +89,7 @@ def compare(
     for track in tracks:  # refuse a combination that cannot be before the first run, not after hours
         check_encoder(recipe_of(Cell(track, settings.tuning_seed, 0.0), recipe, plan, rates))
     depends_on = {"recipe": recipe.to_dict(), "rates": rates, "tuning_factor": settings.tuning_factor}
+    check_text(recipe)
     with CellStore(folder, depends_on) as store:
         watcher.started(tracks, len(settings.seeds), settings.tuning_runs)
         work = partial(run_method, recipe=recipe, plan=plan, rates=rates, folder=folder)
@@ -94,6 +97,17 @@ def compare(
     for error in outcome.given_up.values():
         raise error  # a bug of ours; the other methods are finished and stored by now
     return outcome.results, tracks
+
+
+def knobs_of_no_method(recipe: Recipe, settings: Compare) -> list[str]:
+    """Sentences on the knobs that the recipe sets and no method of the comparison uses. Raises RecipeError as `compare` does."""
+    plan, rates, found = tuning_plan(settings), start_rates(settings.rates), unused_knobs(recipe)
+    for track in tracks_of(settings):
+        cell = Cell(track, settings.tuning_seed, 0.0)
+        unused = unused_knobs(recipe_of(cell, recipe, plan, rates))
+        used = {"local.learning_rate"} if track.method == CENTRALISED else set()
+        found = {key: sentence for key, sentence in found.items() if key in unused and key not in used}
+    return list(found.values())
 
 
 def recipe_of(cell: Cell, recipe: Recipe, plan: TuningPlan, rates: dict[str, float]) -> Recipe:

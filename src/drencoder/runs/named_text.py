@@ -1,0 +1,47 @@
+"""The text that a recipe names, read before a run as the run will read it. No torch."""
+
+from pathlib import Path
+
+from drencoder.data.benchmarks.questions import load_benchmarks
+from drencoder.data.chat_template import TEMPLATES, read_template
+from drencoder.data.evaluation_text import evaluation_basis, open_evaluation, set_aside_share
+from drencoder.data.places import Place
+from drencoder.data.public_text import open_public
+from drencoder.data.sources import AbsentSource
+from drencoder.data.units import open_text
+from drencoder.encoders.planning import clip_text, public_text
+from drencoder.recipe.recipe import Recipe
+
+
+def check_text(recipe: Recipe) -> None:
+    """Reads the clients' text, and what `check_other_text` reads; loads nothing from a hub.
+
+    Raises:
+      DataError: what a run would refuse.
+    """
+    if not is_on_hub(recipe.data.source):
+        open_text(recipe, set_aside=set_aside_share(recipe))
+    check_other_text(recipe)
+
+
+def check_other_text(recipe: Recipe) -> None:
+    """Reads the server's evaluation data, benchmarks, public text and a template's file; loads nothing from a hub.
+
+    Raises:
+      DataError: what a run would refuse.
+    """
+    if evaluation_basis(recipe) in ("server", "generated") and not is_on_hub(recipe.evaluation.data):
+        open_evaluation(recipe, AbsentSource())
+    if not any(map(is_on_hub, recipe.benchmarks.values())):
+        load_benchmarks(recipe)
+    public, provenance = public_text(recipe) or clip_text(recipe), recipe.prior.provenance
+    if not (is_on_hub(public) and provenance.strip()):
+        open_public(public, provenance, lambda count, seed: [], dict(recipe.data.fields))
+    if recipe.data.template not in TEMPLATES:
+        read_template(Path(recipe.data.template))
+
+
+def is_on_hub(where: str) -> bool:
+    """Whether a place of text is a data set of the hub, be it records or the questions of a benchmark."""
+    place = Place.parse(where)
+    return place.kind == "hub" or place.name.startswith("hub:")
