@@ -4,9 +4,9 @@ Legend: K clients (1 outside cohort training), R examples of each, L tokens. Pad
 causal attention never looks, so no attention mask is needed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from drencoder.data.chat_template import (
     open_template,
     saved_template,
 )
+from drencoder.data.long_text import is_long, safe_delimiters, without_middles
 from drencoder.data.prompts_template import PlainTemplate, Rendered, history_of, pack_history, render_pair
 from drencoder.errors import DataError
 
 _LEAST_ROOM = 8  # tokens that a chat template must leave for a question and its answer
+_REMEMBERED = 100_000  # characters of a record from which on its tokens are kept
 _TRIES = 8  # shortenings of one record; each takes away what is too much, up to how tokens meet at a cut
 
 Text = Mapping[str, str] | tuple[str, str]
@@ -134,6 +136,16 @@ class RecordTokenizer:
         context, then the end of a response or of an instruction that takes more than half of the room. A response without its end
         is not taught to end there.
         """
+        if not isinstance(record, tuple) and sum(map(len, record.values())) > _REMEMBERED:
+            return self._remembered(tuple(record.items()))
+        return self._tokenise(record)
+
+    @cached_property
+    def _remembered(self) -> Callable[[tuple[tuple[str, str], ...]], Tokenised]:
+        """`_tokenise` for the items of a long record; a client that is asked again does not wait for it again."""
+        return lru_cache(maxsize=256)(lambda items: self._tokenise(dict(items)))
+
+    def _tokenise(self, record: Text) -> Tokenised:
         if not (record[1] if isinstance(record, tuple) else record["response"]).strip():
             return Tokenised(None)
         fitted = self._fit(record)
@@ -196,6 +208,22 @@ class RecordTokenizer:
     # --- a record that is too long ----------------------------------------------------------------
 
     def _fit(self, record: Text) -> _Fitted:
+        if isinstance(record, tuple) or not is_long(record, self.max_tokens):
+            return self._fit_whole(record)
+        short = without_middles(
+            record,
+            self.max_tokens,
+            self._delimiters,
+            self._control,
+            self._render,
+            lambda text: self._places(text, control=False)[1],
+        )
+        fitted = self._fit_whole(short)
+        if short is not record and self._surplus(fitted.example) > 0:  # then `_limit` takes what stands before the end
+            fitted = self._fit_whole(record)
+        return fitted
+
+    def _fit_whole(self, record: Text) -> _Fitted:
         fitted = _Fitted(record, *self._example(self._render(record)))
         for _ in range(_TRIES):
             surplus = self._surplus(fitted.example)
@@ -329,6 +357,14 @@ class RecordTokenizer:
 
         ranges = [range(num_before(first), num_before(last)) for first, last in targets]
         return [any(place in one for one in ranges) for place in range(len(tokens))]
+
+    @cached_property
+    def _delimiters(self) -> str:
+        """Where words can be cut without any effect on the tokens of either side; none where nobody knows where a token stands."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return ""
+        vocabulary = self.tokenizer.get_vocab()
+        return safe_delimiters(token for token in vocabulary if not (self._control and self._control.fullmatch(token)))
 
     @cached_property
     def _control(self) -> Any:
