@@ -208,7 +208,7 @@ def test_a_full_disk_under_a_library_is_one_sentence(library: str, tmp_path: Pat
     )  # fmt: skip
     assert (
         done.stdout
-        == f"{tmp_path / 'file'} cannot be written (File too large): make room or permission, then use --resume.\n"
+        == f"{tmp_path / 'file'} cannot be written (File too large): make room or permission and start again; a run goes on with --resume.\n"
     )
     assert done.stderr == ""
 

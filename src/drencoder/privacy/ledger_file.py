@@ -15,6 +15,7 @@ from drencoder.errors import ArtifactError
 from drencoder.reading import parse_json
 
 FORMAT = 2
+NEEDS_WRITING = "Get permission to read and write there, or copy the folder to where you have it."
 _WRITTEN_BY = {1: "drencoder 0.1"}  # formats of which the header does not say it itself
 _GENESIS = "0" * 64
 _LONGEST = 1 << 20  # bytes of a line: real ones have a few thousand
@@ -162,14 +163,14 @@ class LedgerFile:
                 "without its whole ledger has no guarantee."
             ) from None
         except OSError as error:
-            raise ArtifactError(f"Cannot open the ledger {path}: {error.strerror}.") from None
+            raise ArtifactError(f"Cannot open the ledger {path}: {error.strerror}. {NEEDS_WRITING}") from None
         try:
             if not read_only:
                 _lock(path, descriptor)
             return cls(path, descriptor, path.read_bytes(), writable=not read_only)
         except OSError as error:
             os.close(descriptor)
-            raise ArtifactError(f"Cannot open the ledger {path}: {error.strerror}.") from None
+            raise ArtifactError(f"Cannot open the ledger {path}: {error.strerror}. {NEEDS_WRITING}") from None
         except BaseException:
             os.close(descriptor)
             raise

@@ -17,7 +17,7 @@ from typing import Any
 from drencoder.errors import ArtifactError, PrivacyError
 from drencoder.privacy.ledger import Permit, _permit
 from drencoder.privacy.ledger_check import plan_differences
-from drencoder.privacy.ledger_file import write_all
+from drencoder.privacy.ledger_file import NEEDS_WRITING, write_all
 from drencoder.privacy.observers import epsilons_by_observer
 from drencoder.privacy.plan import PrivacyPlan
 from drencoder.reading import cut, parse_json
@@ -66,7 +66,7 @@ class SiteLedger:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise ArtifactError(f"Cannot open the site's ledger {path}: {error.strerror}.") from None
+            raise ArtifactError(f"Cannot open the site's ledger {path}: {error.strerror}. {NEEDS_WRITING}") from None
         ledger = cls(path, descriptor, header, plan)
         try:
             with ledger._locked():

@@ -232,4 +232,4 @@ class Speed(Checked):
     tokens: int = knob(0, "tokens of clients that train as one batch, padding included; a client is never cut; 0 = as few as "
         "keep a core busy, on a GPU as many as fit into half of its free memory (docs/models.md)", low=0)
     parallel_clients: int = knob(32, "clients that train as one batch at most", low=1)
-    threads: int = knob(0, "CPU threads of torch; 0 = all cores, or as OMP_NUM_THREADS says", low=0)
+    threads: int = knob(0, "CPU threads of torch; 0 = all cores, or as OMP_NUM_THREADS says", low=0, high=1024)

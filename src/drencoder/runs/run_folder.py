@@ -67,13 +67,20 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raises ArtifactError if there is something at `path` already; what a start that was killed left counts as nothing."""
+        """Raises ArtifactError if there is something at `path` already, or nothing can be made there.
+
+        What a start that was killed left counts as nothing.
+        """
         try:
             taken = path.exists() and not (path.is_dir() and all(map(_is_of_a_start, path.iterdir())))
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read ({error.strerror}): give another --out.") from None
         if taken:
             raise ArtifactError(f"{path} is already there: continue it with --resume {path}, or give another --out.")
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not os.access(above, os.W_OK | os.X_OK):  # else a run would find out after loading its model
+            why = f"no permission to write in {above}" if above.is_dir() else f"{above} is no folder"
+            raise ArtifactError(f"{path} cannot be made ({why}): give another --out.")
 
     @classmethod
     def create(cls, path: Path, recipe: str) -> "RunFolder":
@@ -222,7 +229,9 @@ def storing(path: Path) -> Iterator[None]:
         why = os.strerror(int(number[1]))
     else:
         return
-    raise ArtifactError(f"{path} cannot be written ({why}): make room or permission, then use --resume.")
+    raise ArtifactError(
+        f"{path} cannot be written ({why}): make room or permission and start again; a run goes on with --resume."
+    )
 
 
 def _is_of_a_start(path: Path) -> bool:
