@@ -52,9 +52,9 @@ def certs(
     host: Annotated[
         list[str] | None, typer.Option("--host", help="DNS name or IP address of the server; may be repeated")
     ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, max=36_500, help="until the certificates expire")] = 825,
+    days: Annotated[int, typer.Option("--days", min=1, max=36_500, help="until the TLS certificates expire")] = 825,
 ) -> None:
-    """Makes an authority, the server's certificate, a key for each site, and keys to sign finished runs with."""
+    """Makes an authority, the server's TLS certificate, a key for each site, and keys to sign finished runs with."""
     from drencoder.flower.keys import make_certificates
     from drencoder.runs.display import make_console
 

@@ -70,7 +70,7 @@ class ServerEndpoint:
         if self.host not in _LOOPBACK and all(_is_loopback(name) for name in names):
             print(
                 f"{self.certificates / 'server.crt'} names this machine only as {', '.join(names)}: sites on other machines will "
-                "refuse it. Make certificates with drencoder certs --host NAME.",
+                "refuse it. Make TLS certificates with drencoder certs --host NAME.",
                 file=sys.stderr,
             )
 
@@ -107,7 +107,7 @@ class SiteEndpoint:
           ArtifactError: a file is missing, or the authority's certificate has expired.
           EngineError: the server's certificate is not good for this site, its name is unknown, or a proxy is in the way.
         """
-        for path, what in ((self.root, "certificate of the authority"), (self.key, "node's private key")):
+        for path, what in ((self.root, "TLS certificate of the authority"), (self.key, "node's private key")):
             if not path.is_file():
                 raise ArtifactError(f"{path} is not there: give the {what} that drencoder certs made.")
         port = self.server.rpartition(":")[2]
@@ -175,18 +175,20 @@ class SiteEndpoint:
     def _explain_certificate(self, said: str) -> str:
         if "expired" in said:
             return (
-                f"the certificate of the server at {self.server} has expired: its operator must make another one with drencoder "
+                f"the TLS certificate of the server at {self.server} has expired: its operator must make another one with drencoder "
                 "certs. If it has not, the clock of this machine is wrong."
             )
         if "not yet valid" in said:
-            return f"the certificate of the server at {self.server} is not valid yet: check the clock of this machine."
+            return (
+                f"the TLS certificate of the server at {self.server} is not valid yet: check the clock of this machine."
+            )
         if "ismatch" in said or "not valid for" in said:
             return (
-                f"the certificate of the server at {self.server} does not have the name {self.host!r}: give --server one of its "
-                "names, or let its operator make certificates with drencoder certs --host NAME."
+                f"the TLS certificate of the server at {self.server} does not have the name {self.host!r}: give --server one of its "
+                "names, or let its operator make TLS certificates with drencoder certs --host NAME."
             )
         return (
-            f"the server at {self.server} shows a certificate that {self.root} did not sign: check --root and --server; do not "
+            f"the server at {self.server} shows a TLS certificate that {self.root} did not sign: check --root and --server; do not "
             "go on if neither is wrong."
         )
 

@@ -188,7 +188,7 @@ def check_server_certificate(folder: Path, host: str) -> list[str]:
     if host.lower() not in (name.lower() for name in names):
         raise ArtifactError(
             f"{path} does not have the name {host}, by which this machine reaches the server: it has {', '.join(names) or 'none'}. "
-            f"Make certificates with drencoder certs --host {host}."
+            f"Make TLS certificates with drencoder certs --host {host}."
         )
     return names
 
@@ -199,11 +199,11 @@ def _read_certificate(path: Path, cure: str) -> x509.Certificate:
     except OSError as error:
         raise ArtifactError(f"{shown(path)} cannot be read ({error.strerror}): {cure}.") from None
     except ValueError:
-        raise ArtifactError(f"{path} is not a certificate: {cure}.") from None
+        raise ArtifactError(f"{path} is not a TLS certificate: {cure}.") from None
     now = datetime.now(UTC)
     if now > certificate.not_valid_after_utc:
         raise ArtifactError(
-            f"{path} has expired on {certificate.not_valid_after_utc:%Y-%m-%d}: make new certificates with drencoder certs and "
+            f"{path} has expired on {certificate.not_valid_after_utc:%Y-%m-%d}: make new TLS certificates with drencoder certs and "
             "give every site its new files. If it has not, the clock of this machine is wrong."
         )
     if now < certificate.not_valid_before_utc:

@@ -355,7 +355,14 @@ def _override(tables: dict[str, Any], override: str) -> None:
 
 def describe_knobs() -> list[tuple[str, str, str]]:
     """(section.key, default, help with bounds) of every knob, in order."""
-    rows = [("name", "'run'", "names the run folder"), ("seed", "0", "of everything that may be replayed")]
+    rows = [
+        ("name", "'run'", "names the run folder"),
+        (
+            "seed",
+            "0",
+            "the same seed gives the same split, order of examples and sketches; noise does not follow from it",
+        ),
+    ]
     for name, section in _SECTIONS.items():
         for declared in dataclasses.fields(section):
             choices = declared.metadata["choices"]

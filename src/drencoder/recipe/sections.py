@@ -66,8 +66,8 @@ class Data(Checked):
         'instruction = "title", response = "body" }; others: context, category, system, messages, text (alone)',
         choices=("instruction", "context", "response", "category", "system", "messages", "text"))
     examples_per_client: int = knob(8, "records a client holds (embedded) or uses at most", low=1)
-    client_field: str = knob("", "field that names a record's owner, or its site where privacy.unit is inside a site; empty = "
-        "Dirichlet split")
+    client_field: str = knob("", "field that names a record's owner, or its site where privacy.unit is inside a site; empty: the "
+        "owners are simulated (a Dirichlet split)")
     owner_field: str = knob("", "privacy.unit = owner: field that names a record's owner inside its site, say the patient")
     template: str = knob("auto", "how a record becomes a text; chat: the tokenizer's chat template; plain: instruction, context, "
         "`Answer:`, response; auto: chat where the tokenizer has a template; or a .jinja file")
@@ -95,8 +95,9 @@ class Federation(Checked):
         "is more and privacy.participation_cap leaves room for it", low=0, high=1)
     rounds: int = knob(20, "rounds T of stage 2", low=1, high=1_000_000)
     units_per_site: int = knob(0, "privacy.unit = record or owner: how many of them everybody may take a site to have, a number "
-        "that does not come from the records; means are divided by q times this times the sites", low=0, high=2**32)
-    nodes: int = knob(4, "machines that the clients are spread over (client number modulo nodes); secure aggregation only", low=2)
+        "that does not come from the records; means are divided by q times the number of sites times this", low=0, high=2**32)
+    nodes: int = knob(4, "secure aggregation: how many machines add up the codes: the sites of a federation; drencoder run "
+        "spreads the clients over as many (client number modulo nodes)", low=2)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Encoder(Checked):
         "where a code that carries its own noise is integers of 16, 24 or 32 bits, as the plan needs; rotated4, rotated2 and "
         "rotated1 turn a code at random and send 4, 2 or 1 bits a value; under local trust they leave the public no better "
         "epsilon than the server", choices=("auto", "float32", "rotated4", "rotated2", "rotated1"))
-    gate: str = knob("refuse", "what to do with an encoder that carries nothing", choices=("refuse", "warn"))
+    gate: str = knob("refuse", "what to do if the check before the rounds finds that the encoder carries nothing", choices=("refuse", "warn"))
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,10 @@ class Privacy(Checked):
 
     # fmt: off
     epsilon: float = knob(8.0, "target epsilon against the strongest untrusted observer", above=0, high=1e6)
-    delta: float = knob(1e-5, "delta", above=0, below=1)
-    unit: str = knob("client", "what epsilon protects; client: all text of a client; for 3 to 50 sites, where population counts "
-        "sites and sampling_rate is of units: record: one record of a site; owner: one owner of data.owner_field, with all its "
-        "records at a site", choices=("client", "record", "owner"))
+    delta: float = knob(1e-5, "delta of the promise; far below 1 / population", above=0, below=1)
+    unit: str = knob("client", "what epsilon protects; client: all text of a client; record: one record of a site; owner: one "
+        "owner of data.owner_field, with all its records at a site; with the last two, meant for 3 to 50 sites, population counts "
+        "sites and sampling_rate is that of records or owners", choices=("client", "record", "owner"))
     noise_multiplier: float = knob(0.0, "noise std / clip_l2; 0 = calibrate to epsilon; any other must cost at most epsilon",
         low=0, high=1e6)
     trust: str = knob("local", "local: the server is not trusted, each client adds full noise; central: the server adds it; "
@@ -192,8 +193,8 @@ class Evaluation(Checked):
     """What is measured, on data that the server holds."""
 
     # fmt: off
-    data: str = knob("", "text that the server owns and measures the loss on: any place that data.source may name, no owners "
-        "needed; none: measure no loss; empty: what data.held_out_share sets aside, or the server's own part of the embedded "
+    data: str = knob("", "the server's own text, on which it measures the loss: any place that data.source may name; its records "
+        "need no owner; none: measure no loss; empty: what data.held_out_share sets aside, or the server's own part of the embedded "
         "world")
     every: int = knob(1, "rounds between two evaluations; 0 = only at the end", low=0)
     examples: int = knob(1024, "held-out examples of the final table, and zero-shot questions of each benchmark; an eighth "
