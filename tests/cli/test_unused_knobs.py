@@ -25,6 +25,7 @@ from flower_grid import InProcessGrid
 
 STOP = "this test needs no training"
 MESSAGE = "zzyzx"
+RUN_BUILT = experiment.run_built
 
 
 class Commands:
@@ -139,6 +140,7 @@ def test_a_field_that_names_nobody_is_refused_by_every_command_that_has_the_text
         ("evaluation.benchmarks=mmlu=absent", "absent"),
         ("prior.public=absent.jsonl", "prior.provenance"),
         ("data.template=absent.jinja", "data.template = 'absent.jinja' cannot be read"),
+        ("data.template=chat", "this model's tokenizer has no chat template"),
     ],
 )
 @pytest.mark.parametrize("source", ["notes.jsonl", "embedded"])
@@ -163,6 +165,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "non-private": ("privacy.trust=non-private",),
     "sites": ("privacy.unit=owner", "federation.units_per_site=10", "data.owner_field=patient"),
     "records": ("privacy.unit=record", "federation.units_per_site=10"),
+    "zero": ("local.upload=zero", "privacy.trust=central"),
     "steps": ("local.upload=pseudo-gradient", "server.optimizer=fedavg", "encoder.name=identity", "prior.source=none"),
 }
 FILE = ("data.source=notes.jsonl", "data.client_field=ward", "federation.population=9", "evaluation.data=notes.csv")
@@ -176,7 +179,7 @@ COUNTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "privacy.participation_cap": ("3", ("local", "secure", "steps")),
     "privacy.epsilon": ("4.0", tuple(mode for mode in MODES if mode != "non-private")),
     "privacy.relation": ("replace_one", tuple(mode for mode in MODES if mode != "non-private")),
-    "local.epochs": ("2", ("steps",)),
+    "local.epochs": ("2", ("steps", "zero")),
     "local.learning_rate": ("0.5", ("steps",)),
     "server.momentum": ("0.7", tuple(mode for mode in MODES if mode != "steps")),
     "encoder.ratio": ("16.0", tuple(mode for mode in MODES if mode != "steps")),
@@ -206,6 +209,30 @@ def test_a_knob_that_counts_for_nothing_changes_no_plan(mode: str, key: str) -> 
         sizes = overview.code_size, overview.total_bytes, overview.training_bytes, overview.server_step, overview.clip
         costs.append((plan.noise_multiplier, plan.stage1_rate, plan.k_star(), plan.senders(1), epsilons, sizes))
     assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("mode", ["central", "zero", "sites", "steps"])
+def test_knobs_that_count_for_nothing_change_no_run(
+    mode: str, tiny_folder: Path, commands: Any, tmp_path: Path
+) -> None:
+    """All of them together; the noise is replayed, so that two runs are alike bit for bit."""
+    base = [
+        *tiny_overrides(tiny_folder), *FILE, *MODES[mode], "federation.population=8", "federation.sampling_rate=0.5", "federation.rounds=2",
+        "evaluation.benchmarks=[]", "privacy.noise=replay", "encoder.gate=warn", "privacy.participation_cap=3", "privacy.epsilon=2",
+    ]  # fmt: skip
+    commands()  # writes the files
+    idle = []
+    for key, (value, _) in COUNTS.items():
+        if key in unused_knobs(load_recipe("quickstart", [*base, f"{key}={value}"])):
+            idle.append(f"{key}={value}")
+    assert len(idle) > 4
+    adapters = []
+    for name, more in (("without", []), ("with", idle)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experiment, "run_built", RUN_BUILT)
+            result = experiment.run(load_recipe("quickstart", [*base, *more]), tmp_path / name)
+        adapters.append((result.adapter / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
 
 
 def test_a_plan_for_programs_has_the_sentences() -> None:

@@ -28,12 +28,14 @@ def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
             None,
             f"data.source = {shown(config.data.source)} is not on this machine, so the plan goes by the recipe alone.",
         )
-    check_other_text(config)
-    if on_hub:
-        return None, f"data.source = {shown(config.data.source)} was not read: a plan loads nothing from a hub."
     folder = locate(config.model).folder
     tokenizer = folder / "tokenizer.json" if folder is not None else None
-    return survey_data(config, tokenizer if tokenizer is not None and tokenizer.is_file() else None), ""
+    survey = None
+    if not on_hub:
+        survey = survey_data(config, tokenizer if tokenizer is not None and tokenizer.is_file() else None)
+    check_other_text(config)
+    unread = f"data.source = {shown(config.data.source)} was not read: a plan loads nothing from a hub."
+    return survey, unread if on_hub else ""
 
 
 def data_table(survey: DataSurvey, max_tokens: int) -> Table:

@@ -31,6 +31,8 @@ MARK = "\ue000"
 TEMPLATES = ("auto", "chat", "plain")
 """What `data.template` can be beside a file."""
 
+NO_TEMPLATE = "data.template = 'chat', but this model's tokenizer has no chat template: set data.template = 'plain', or give a .jinja file."
+
 _START, _END = "\ue001", "\ue002"  # around replies, to find them in a rendered text
 _PRIVATE = re.compile(f"[{MARK}{_START}{_END}]")
 _PROBE = {"instruction": "What is asked?", "response": "What is replied."}
@@ -158,10 +160,7 @@ def open_template(name: str, tokenizer: Any) -> Template:
     if name == "plain" or (name == "auto" and not own):
         return PlainTemplate()
     if name == "chat" and not own:
-        raise DataError(
-            "data.template = 'chat', but this model's tokenizer has no chat template: set data.template = 'plain', or give a "
-            ".jinja file."
-        )
+        raise DataError(NO_TEMPLATE)
     source, words = None, "the tokenizer's chat template"
     if name not in TEMPLATES:
         source, words = read_template(Path(name)), f"the template {name}"

@@ -65,8 +65,12 @@ def _of_data(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _of_training(recipe: Recipe) -> Iterator[tuple[str, str]]:
     upload, encoder = recipe.local.upload, recipe.encoder.name
     if upload in ("gradient", "zero"):
-        for key in ("local.epochs", "local.learning_rate"):
-            yield key, f"clients take no local steps with local.upload = {upload!r}"
+        why = f"clients take no local steps with local.upload = {upload!r}"
+        yield "local.learning_rate", why
+        if (
+            upload == "gradient" or recipe.prior.source == "none"
+        ):  # else stage 1 asks for a statistic of each epoch, be it zero
+            yield "local.epochs", why
     if recipe.server.optimizer == "fedavg":
         yield "server.momentum", "server.optimizer = 'fedavg' has none"
     if not declared(recipe).sized_by_ratio:
