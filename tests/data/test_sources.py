@@ -264,7 +264,7 @@ def test_owners_who_may_be_one_are_an_error_that_names_nobody(tmp_path: Path, sp
     named = [*spellings, "another"]
     records = [{"instruction": f"q{n}", "response": "a", "patient": name} for n, name in enumerate(named)]
     for population in (2, 3):
-        with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owners") as refused:
+        with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owner:") as refused:
             open_source(
                 sections.Data(source=str(write(tmp_path, records)), client_field="patient"),
                 population=population,
@@ -319,7 +319,7 @@ def test_owners_are_named_by_a_field_that_has_another_use(
 def test_one_number_in_two_ways_is_refused(tmp_path: Path, names: tuple[object, ...]) -> None:
     records = [{"instruction": f"q{n}", "response": "a", "patient": who} for n, who in enumerate(names)]
     knobs = sections.Data(source=str(write(tmp_path, records)), client_field="patient")  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owners"):
+    with pytest.raises(DataError, match=r"2 names in 'patient' of .* may be only 1 owner:"):
         open_source(knobs, population=len(names), seed=0)
 
 

@@ -121,7 +121,7 @@ def test_the_embedded_world_has_sites_too() -> None:
         ({"data__client_field": ""}, {}, "name the field in data.client_field"),
         ({"federation__population": 2}, {}, "names 3 sites in 'ward', and the recipe has federation.population = 2"),
         ({"data__held_out_share": 1e-9}, {}, "sets none of the owners"),
-        ({}, {"patient": "P0"}, "may be only 1 owners"),
+        ({}, {"patient": "P0"}, "may be only 1 owner:"),
         ({}, {"patient": True}, "line 30: true or false in 'patient', where data.owner_field expects an owner's name"),
         ({}, {"ward": ["w0"]}, "line 30: a list in 'ward', where data.client_field expects an owner's name"),
     ],

@@ -84,7 +84,7 @@ def check_spellings(keys: Iterable[str], field: str, where: str) -> None:
     doubtful = [spellings for spellings in alike.values() if len(spellings) > 1]
     if doubtful:
         raise DataError(
-            f"{sum(map(len, doubtful))} names in {field!r} of {where} may be only {len(doubtful)} owners: they are alike but for "
+            f"{sum(map(len, doubtful))} names in {field!r} of {where} may be only {len(doubtful)} owner{'s' * (len(doubtful) > 1)}: they are alike but for "
             "upper and lower case, the ways to write one number, or forms of the same letters. Write each owner in one way; give different "
             "owners names that differ in more."
         )
