@@ -6,7 +6,7 @@
     ├── RecipeError           a recipe file, an override or an option that cannot be meant
     ├── DataError             data that is missing, unreadable, empty or ill-shaped
     ├── ModelError            a base model or an adapter that cannot be loaded or trained
-    ├── DeviceError           a device that is not there
+    ├── DeviceError           a device that is not there, or is there no longer
     ├── PrivacyError          a privacy statement that cannot be made
     │   └── BudgetError       the next release would exceed the budget
     ├── EngineError           other machines that cannot be reached, or will not answer
@@ -56,7 +56,7 @@ class ModelError(DrencoderError):
 
 
 class DeviceError(DrencoderError):
-    """The asked-for device is not there."""
+    """The asked-for device is not there, or is there no longer."""
 
 
 class PrivacyError(DrencoderError):

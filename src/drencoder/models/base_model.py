@@ -160,13 +160,19 @@ def open_tokenizer(base: BaseModel, knobs: config.Data) -> RecordTokenizer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` and `spread` -> a GPU when there is one.
+    """Where a model is loaded. `auto` and `spread` -> a GPU when there is one; `shard` -> main memory, from where its parts go to the GPUs.
 
     Raises:
-      DeviceError: `cuda` was asked for and there is none.
+      DeviceError: `cuda` was asked for and there is none, or `shard` and there is one only.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("model.device = 'cuda', but torch sees no GPU here: set model.device=cpu (or auto).")
+    if name == "shard" and torch.cuda.device_count() == 1:
+        raise DeviceError(
+            "model.device = 'shard' splits a model over several GPUs, and torch sees one here: set model.device=cuda (or spread)."
+        )
+    if name == "shard":
+        name = "cpu"
     if name in ("auto", "spread"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

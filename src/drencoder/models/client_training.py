@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drencoder.data.tokenization import Example
+from drencoder.errors import DeviceError
 from drencoder.models.cohort_training import adapter_after, cohort_updates, num_steps
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
@@ -59,6 +60,8 @@ class CohortTrainer:
         """See `ClientTrainer`."""
         try:
             return self._train(adapter_D, clients, slot, epochs)
+        except DeviceError:  # of this machine, and no client's: nobody can train here any more
+            raise
         except Exception as error:
             failure = type(error).__name__  # its type only: the text of an exception may quote the client's
             full = isinstance(error, torch.OutOfMemoryError)

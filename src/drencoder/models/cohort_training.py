@@ -11,7 +11,7 @@ stand where there are too few (`LoraModel.fixed_slots`), and a shape is tried be
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -42,6 +42,20 @@ class _Piece:
     def shape(self) -> tuple[int, int]:
         """(rows, padded length)."""
         return len(self.examples), self.length
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is computed at once: pieces of one shape, each at its client's adapter (K, D), beside `empty` clients that have no text.
+
+    A client's loss is divided by its value of `total_K`, and its dropout is drawn from its own generator.
+    """
+
+    pieces: Sequence[_Piece]
+    adapter_KD: Tensor
+    total_K: Tensor
+    generators: Sequence[torch.Generator]
+    empty: int = 0
 
 
 def _schedule(examples: Sequence[Example], local: config.Local, seed: int) -> Steps:
@@ -127,6 +141,7 @@ def _train(
     def gradients(position_KD: Tensor, rows_of: Sequence[list[Example]]) -> Tensor:
         totals = [sum(example.targets for example in rows) for rows in rows_of]
         pieces = [piece for k, rows in enumerate(rows_of) for piece in _cut(lora, k, rows, local.batch_size)]
+        pieces = [piece for piece in pieces if any(example.targets for example in piece.examples)]  # others have no gradient
         return _gradients(lora, position_KD, pieces, totals, generators)
 
     if local.upload == "gradient":
@@ -180,15 +195,47 @@ def _gradients(
     for piece in pieces:
         nth = rank[piece.client, piece.shape] = rank.get((piece.client, piece.shape), -1) + 1
         groups.setdefault((*piece.shape, nth), []).append(piece)
+
+    def make_pass(share: Sequence[_Piece]) -> Pass:
+        places = torch.tensor([piece.client for piece in share], device=adapter_KD.device)
+        own = [generators[piece.client] for piece in share]
+        empty = _slots(lora, *share[0].shape) - len(share) if lora.fixed_slots else 0
+        return Pass(share, adapter_KD[places], total_K[places], own, empty)
+
+    shares = []
     for (count, length, _), alike in sorted(groups.items()):
         slots = _slots(lora, count, length)
-        for share in (alike[start : start + slots] for start in range(0, len(alike), slots)):
+        shares += [alike[start : start + slots] for start in range(0, len(alike), slots)]
+    for together in _in_turn(shares, lora.ranks, drawing=bool(lora.dropout)):
+        for share, part_KD in zip(together, _computed(lora, [make_pass(share) for share in together]), strict=True):
             places = torch.tensor([piece.client for piece in share], device=adapter_KD.device)
-            own = [generators[piece.client] for piece in share]
-            empty = (slots if lora.fixed_slots else len(share)) - len(share)
-            with _two_threads(lora.can_share(count * length)):
-                gradient_KD[places] += _pass(lora, adapter_KD[places], share, total_K[places], own, empty)
+            gradient_KD[places] += part_KD
     return gradient_KD
+
+
+def _in_turn(shares: Iterable[list[_Piece]], ranks: int, *, drawing: bool) -> Iterator[list[list[_Piece]]]:
+    """Up to `ranks` shares at a time, the first first; every client's own stay in their order, in which they are added up.
+
+    Where clients are `drawing` dropout masks, what is computed at once has no client twice: the second begins with the generator as
+    the first left it.
+    """
+    waiting = list(shares)
+    while waiting:
+        chosen: list[list[_Piece]] = []
+        left: list[list[_Piece]] = []
+        seen: set[int] = set()
+        for share in waiting:
+            clients = {piece.client for piece in share}
+            waits = len(chosen) == ranks or (drawing and bool(seen & clients))
+            (left if waits else chosen).append(share)
+            seen |= clients
+        yield chosen
+        waiting = left
+
+
+def _computed(lora: LoraModel, passes: Sequence[Pass]) -> Sequence[Tensor]:
+    """The passes' gradients, (K, D) each: one after the other, or at once on a model whose layers are split over several ranks."""
+    return [compute_pass(lora, one) for one in passes] if lora.compute is None else lora.compute(passes)
 
 
 @contextlib.contextmanager
@@ -212,6 +259,7 @@ def _two_threads(shared: bool) -> Iterator[None]:
 def _slots(lora: LoraModel, count: int, length: int) -> int:
     """How many clients with `count` rows of `length` tokens share a pass: at most `lora.batch_tokens` tokens, but at least one."""
     fit = max(1, lora.batch_tokens // (count * length)) if lora.can_share(count * length) else 1
+    fit = min(fit, lora.most_slots)
     if fit > 1 and lora.fixed_slots:
         shape = (fit, count, length)
         if shape not in lora.tried_shapes:
@@ -220,34 +268,36 @@ def _slots(lora: LoraModel, count: int, length: int) -> int:
     return fit
 
 
-def _pass(
-    lora: LoraModel,
-    adapter_KD: Tensor,
-    pieces: Sequence[_Piece],
-    total_K: Tensor,
-    generators: Sequence[torch.Generator],
-    empty: int,
-) -> Tensor:
-    """Gradients (K, D) of pieces of one shape in one pass, beside `empty` clients that have no text."""
+def compute_pass(lora: LoraModel, one: Pass) -> Tensor:
+    """Gradients (K, D) of a pass, its empty clients left out."""
+    pieces, generators, adapter_KD, total_K = one.pieces, one.generators, one.adapter_KD, one.total_K
     count, length = pieces[0].shape
-    if empty:
+    if one.empty:
         blank = [Example((lora.base.pad_id,), 1)] * count
-        pieces = [*pieces, *[_Piece(-1, blank, length)] * empty]
-        generators = [*generators, *(_generator(lora, 0) for _ in range(empty))]
-        adapter_KD = torch.cat([adapter_KD, adapter_KD.new_zeros(empty, adapter_KD.shape[1])])
-        total_K = torch.cat([total_K, total_K.new_ones(empty)])
+        pieces = [*pieces, *[_Piece(-1, blank, length)] * one.empty]
+        generators = [*generators, *(_generator(lora, 0) for _ in range(one.empty))]
+        adapter_KD = torch.cat([adapter_KD, adapter_KD.new_zeros(one.empty, adapter_KD.shape[1])])
+        total_K = torch.cat([total_K, total_K.new_ones(one.empty)])
     stack = {
         name: tensor.clone(memory_format=torch.contiguous_format).requires_grad_()
         for name, tensor in lora.layout.unflatten(adapter_KD).items()
     }
     batch = collate([piece.examples for piece in pieces], lora.base.pad_id, length)
     frugal = batch.input_ids.numel() > lora.fit_tokens
-    with lora.stacked(stack, isolated=True, generators=generators, frugal=frugal):
-        loss = (lora.client_losses(batch, len(pieces)) / total_K).sum()
-        if loss.requires_grad:  # somebody has a token to predict
-            loss.backward()
+    with (
+        _two_threads(lora.can_share(count * length)),
+        lora.stacked(stack, isolated=True, generators=generators, frugal=frugal),
+    ):
+        (lora.client_losses(batch, len(pieces)) / total_K).sum().backward()
     gradient_KD = lora.layout.flatten({name: _grad(tensor) for name, tensor in stack.items()})
-    return gradient_KD[: len(pieces) - empty]
+    return gradient_KD[: len(pieces) - one.empty]
+
+
+def blank_pass(lora: LoraModel) -> Pass:
+    """One client with two blank tokens, of which one is predicted: for a rank that has no other pass to compute beside the others."""
+    piece = _Piece(0, [Example((lora.base.pad_id, lora.base.pad_id), 1)], 2)
+    one = torch.ones(1, device=lora.device)
+    return Pass([piece], one.new_zeros(1, lora.layout.size), one, [_generator(lora, 0)])
 
 
 def _keeps_apart(lora: LoraModel, slots: int, count: int, length: int) -> bool:
@@ -275,7 +325,8 @@ def _keeps_apart(lora: LoraModel, slots: int, count: int, length: int) -> bool:
         adapters = adapter_KD[torch.tensor([int(piece is own) for piece in pieces], device=lora.device)]
         total_K = torch.ones(len(pieces), device=lora.device)
         generators = [_generator(lora, int(piece is own)) for piece in pieces]
-        seen.append(_pass(lora, adapters, pieces, total_K, generators, slots - len(pieces))[place])
+        tried = Pass(pieces, adapters, total_K, generators, slots - len(pieces))
+        seen.append(_computed(lora, [tried])[0][place])
     return all(torch.equal(seen[0], other) for other in seen[1:])
 
 

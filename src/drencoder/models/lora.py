@@ -9,7 +9,8 @@ client by client as well (`client_products`): how many clients share a batch, an
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ class LoraModel:
         self.fixed_slots, self.tried_shapes = card, dict[tuple[int, int, int], bool]()
         self.pass_tokens = _CARD_PASS if card else max(_LEAST_PASS, int(_PASS_SHARE * self.size.busy_tokens))
         self.dropout, self.rank = knobs.dropout, knobs.rank
+        # Of a model whose layers are split (`sharded`): how many passes are computed at once, how, and how many clients are in one at most.
+        self.ranks, self.most_slots = 1, sys.maxsize
+        self.compute: Callable[[Sequence[Any]], Sequence[Tensor]] | None = None
         layers = choose_layers(base.model, knobs.targets, base.source)
         self.left_out = layers.left_out
         linear = [layer for layer in base.model.modules() if is_linear(layer)]

@@ -12,6 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers that a model runs one after the other; none if transformers does not mark them."""
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
 @contextlib.contextmanager
 def recomputed(model: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:
     """Inside, forward and backward passes of the model's layers take memory for one layer at a time.
@@ -21,7 +26,7 @@ def recomputed(model: Any, generators: Sequence[torch.Generator]) -> Iterator[No
     Args:
       generators: what the layers draw from; the second run draws the same.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
     before = [layer.__dict__.get("forward") for layer in layers]  # a hook of accelerate
     for layer, forward in zip(layers, forwards, strict=True):

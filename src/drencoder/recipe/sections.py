@@ -20,7 +20,16 @@ class Model(Checked):
     dtype: str = knob("float32", "type of the frozen weights; int8 and nf4 (4 bits) need bitsandbytes (extra quant), and are slow "
         "on a CPU; adapters are float32 with all", choices=("float32", "bfloat16", "int8", "nf4"))
     device: str = knob("auto", "`auto` takes a GPU when there is one; `spread` spreads a model that does not fit one over all "
-        "GPUs, then main memory, then leaves it on the disk (accelerate)", choices=("auto", "cpu", "cuda", "spread"))
+        "GPUs, then main memory, then leaves it on the disk (accelerate); `shard` splits each layer over all GPUs, which train clients "
+        "at the same time (FSDP)", choices=("auto", "cpu", "cuda", "spread", "shard"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device == "shard" and self.dtype in ("int8", "nf4"):
+            raise RecipeError(
+                f"model.device = 'shard' cannot split weights of model.dtype = {self.dtype!r}: set model.dtype = 'bfloat16' or 'float32', "
+                "or model.device = 'spread'."
+            )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from drencoder.evaluation.statistics import (
     ratio_of_sums,
 )
 from drencoder.models.base_model import load_base, resolve_device
-from drencoder.models.lora import LoraModel
+from drencoder.models.sharded import open_lora
 from drencoder.reading import parse_json, read_bytes
 from drencoder.recipe import recipe as config
 from drencoder.recipe.recipe import Recipe, load_recipe
@@ -137,7 +137,7 @@ def _ask_models(
 
     if adapter is None:
         return {benchmark.name: [ask(benchmark, "base model")] for benchmark in benchmarks}
-    lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    lora = open_lora(base, recipe)
     adapter_D = lora.layout.flatten(adapter).to(lora.device)  # a wrong shape is told before anything is asked
     logs = {}
     for benchmark in benchmarks:

@@ -33,6 +33,7 @@ from drencoder.models.cohort_training import cohort_updates
 from drencoder.models.identity import BaseDigests
 from drencoder.models.loaded_size import check_memory
 from drencoder.models.lora import LoraModel
+from drencoder.models.sharded import open_lora
 from drencoder.privacy.mechanism import NoiseSource
 from drencoder.privacy.noise_source import ReplayNoise, SecureNoise
 from drencoder.privacy.plan import PrivacyPlan
@@ -294,7 +295,7 @@ def _loaded(recipe: Recipe, own: SiteText | None, *, site: bool = False, remote:
     texts = Texts(source, open_tokenizer(base, recipe.data), d1_share, public, evaluation)
     # Before the adapter is in the model; only a federation compares them.
     digests = BaseDigests.of(base.model, base.tokenizer) if site or remote else None
-    lora = LoraModel(base, recipe.adapter, seed=recipe.seed, batch_tokens=recipe.speed.tokens)
+    lora = open_lora(base, recipe, recipe.data.max_tokens)
     if public is not None and planned_start(recipe, overview.privacy) == "public":
         groups = texts.public_clients(START_TEXTS, 1, derive_seed(recipe.seed, "start"))
         lora.initial_D = public_start(lora, [example for group in groups for example in group])

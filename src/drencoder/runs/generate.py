@@ -7,7 +7,7 @@ from drencoder.data.chat_template import TEMPLATES
 from drencoder.errors import DataError
 from drencoder.evaluation.samples import Answer, answer
 from drencoder.models.base_model import load_base, open_tokenizer
-from drencoder.models.lora import LoraModel
+from drencoder.models.sharded import open_lora
 from drencoder.recipe.recipe import load_recipe
 from drencoder.runs.assess import read_adapter
 from drencoder.runs.run_folder import RunFolder
@@ -39,7 +39,7 @@ def generate(
     folder = RunFolder.open(path)
     recipe, adapter = load_recipe(folder.recipe), read_adapter(folder)
     base = load_base(replace(recipe.model, device=device or recipe.model.device))
-    lora = LoraModel(base, recipe.adapter, seed=recipe.seed)
+    lora = open_lora(base, recipe)
     adapter_D = lora.layout.flatten(adapter).to(lora.device)
     template = recipe.data.template
     if template not in TEMPLATES:  # a file at the time of the run; its text is the saved tokenizer's
