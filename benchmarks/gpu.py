@@ -1,6 +1,6 @@
 """One graphics card: is it right, how fast does it train, what fits, and how much of a round is off the card.
 
-    python benchmarks/gpu.py [--parts correctness training size encoding round published] [--shape 0.5B 8B 32B] [--deadline 540] [--json FILE]
+    python benchmarks/gpu.py [--parts correctness training size encoding round shard published] [--shape 0.5B 8B 32B] [--deadline 540] [--json FILE]
     python benchmarks/gpu.py --device cpu --smoke
 
 Weights and texts are random, so that nothing is downloaded. One JSON line a cell, at once; a cell that no longer fits the deadline is
@@ -12,6 +12,7 @@ training     tokens a second, share of the card's own bf16 matrix rate, memory: 
 size         the largest cohort that trains, with and without recomputation
 encoding     encode, clip, noise, pack and decode of 8,388,608 values for 64 clients
 round        a private round of 64 clients: seconds on the card, and off it
+shard        a cohort on 2, 4 and 8 cards that have a part of each layer each, against one card; needs two cards or more
 published    whole runs of `speed.py --part published`: Dolly over 100 clients, 5 a round, LLaMA-7B's shape, 1 and 10 local epochs
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from speed_parts.published import published, tiny_dolly
+from speed_parts.shard import train_on
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from drencoder.data.tokenization import Example
@@ -54,7 +56,7 @@ SHAPES = {
     "32B": (5120, 27_648, 64, 40, 8, 152_064),
     "smoke": (64, 96, 2, 4, 2, 1_600),
 }
-PARTS = ("correctness", "training", "size", "encoding", "round", "published")
+PARTS = ("correctness", "training", "size", "encoding", "round", "shard", "published")
 _FOUR_BITS = ("32B",)
 REPORTED_HOURS = 13.5  # of the published setting, by its authors' public code on an A100
 
@@ -335,6 +337,40 @@ def measure_round(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
         del lora
 
 
+def measure_shard(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
+    """Of each shape the same cohort on one card and on several. The model is read from a folder, as in a run."""
+    card = bench.device.type == "cuda"
+    counts = [cards for cards in (1, 2, 4, 8) if cards <= (torch.cuda.device_count() if card else 2)]
+    for shape in [shape for shape in shapes if shape not in _FOUR_BITS]:
+        if len(counts) == 1:
+            yield bench.cell("shard", shape, lambda: {"skipped": "one card is here, and two or more are needed"})
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            dtype = torch.bfloat16 if card else torch.float32
+            make_model(shape, torch.device("cpu"), dtype).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(embedded_folder()).save_pretrained(folder)
+            train = partial(
+                train_on, Path(folder), device=bench.device.type, dtype=str(dtype).removeprefix("torch."),
+                clients=4 if bench.smoke else 64, length=bench.length, repeats=bench.repeats,
+            )  # fmt: skip
+            alone: dict[str, Any] = {}
+            for cards in counts:
+
+                def against_one(
+                    cards: int = cards, train: Callable[..., dict[str, Any]] = train, alone: dict[str, Any] = alone
+                ) -> dict[str, Any]:
+                    row = train(cards)
+                    return row | (
+                        {"times_one_card": alone["seconds"] / row["seconds"]}
+                        if "seconds" in alone and "seconds" in row
+                        else {}
+                    )
+
+                row = bench.cell("shard", f"{shape}, {cards} card(s)", against_one)
+                alone = alone or row
+                yield row
+
+
 def measure_published(bench: Bench, dolly: Path | None, rounds: int) -> Iterator[dict[str, Any]]:
     """The published setting: `rounds` of its 20 rounds in a process of their own, and what the whole run comes to."""
     shape, length = ("small", 64) if bench.smoke else ("llama-7b", bench.length)
@@ -381,7 +417,7 @@ def main() -> int:
     parts = {
         "correctness": lambda: measure_correctness(bench), "training": lambda: measure_training(bench, shapes),
         "size": lambda: measure_size(bench, shapes), "encoding": lambda: measure_encoding(bench),
-        "round": lambda: measure_round(bench, shapes),
+        "round": lambda: measure_round(bench, shapes), "shard": lambda: measure_shard(bench, shapes),
         "published": lambda: measure_published(bench, args.dolly, 2 if args.smoke else args.rounds),
     }  # fmt: skip
     for part in args.parts:

@@ -13,7 +13,7 @@ from drencoder.errors import EncoderError
 from drencoder.federated.row_encoding import encode_rows, is_row_exact, rows_at_once
 from drencoder.models import cohort_training
 from drencoder.models.client_training import CohortTrainer
-from drencoder.models.cohort_training import adapter_after, cohort_updates
+from drencoder.models.cohort_training import Pass, adapter_after, cohort_updates
 from drencoder.models.lora import LoraModel
 from drencoder.recipe import recipe as config
 from encoder_toys import SEGMENTS
@@ -97,16 +97,16 @@ def test_where_a_shape_rounds_otherwise_in_company_clients_train_alone(monkeypat
     lora.fixed_slots, lora.batch_tokens, lora.pass_tokens = True, 512, 10**9
     rows: list[int] = []
     lora.base.model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
-    honest = cohort_training._pass
+    honest = cohort_training.compute_pass
     assert cohort_training._keeps_apart(lora, 4, 2, 24)
 
-    def leaking(lora: LoraModel, adapter_KD: torch.Tensor, pieces: Any, *rest: Any) -> torch.Tensor:
-        gradient_KD = honest(lora, adapter_KD, pieces, *rest)
-        if len(pieces) > 1:  # one rounding in one value
+    def leaking(lora: LoraModel, one: Pass) -> torch.Tensor:
+        gradient_KD = honest(lora, one)
+        if len(one.pieces) > 1:  # one rounding in one value
             gradient_KD[0, -1] = torch.nextafter(gradient_KD[0, -1], gradient_KD.new_tensor(9.0))
         return gradient_KD
 
-    monkeypatch.setattr(cohort_training, "_pass", leaking)
+    monkeypatch.setattr(cohort_training, "compute_pass", leaking)
     assert not cohort_training._keeps_apart(lora, 4, 2, 24)
     rows.clear()
     lora.tried_shapes.clear()
@@ -141,17 +141,17 @@ def test_too_little_memory_of_a_device_costs_time_and_nobodys_contribution(
 ) -> None:
     lora, attempts = lora_on("cpu"), []
     lora.batch_tokens, lora.fit_tokens = 512, 10**9
-    honest = cohort_training._pass
+    honest = cohort_training.compute_pass
     clients = [random_examples(4, seed) for seed in range(3)]
 
-    def small(lora: LoraModel, adapter_KD: torch.Tensor, pieces: Any, *rest: Any) -> torch.Tensor:
-        if lora.fit_tokens or (room == "alone" and len(pieces) > 1):
+    def small(lora: LoraModel, one: Pass) -> torch.Tensor:
+        if lora.fit_tokens or (room == "alone" and len(one.pieces) > 1):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(lora, adapter_KD, pieces, *rest)
+        return honest(lora, one)
 
     trainer = CohortTrainer(lora, lambda client, _slot: clients[client], config.Local(), 0, 8)
     expected = trainer.train_clients(lora.initial_D, [0, 1, 2], 1, 1)
-    monkeypatch.setattr(cohort_training, "_pass", small)
+    monkeypatch.setattr(cohort_training, "compute_pass", small)
     train = CohortTrainer._train
 
     def counted(self: CohortTrainer, *args: Any) -> torch.Tensor:
@@ -168,15 +168,15 @@ def test_a_client_that_fits_nowhere_contributes_zero_and_takes_nobody_with_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = lora_on("cpu")
-    honest = cohort_training._pass
+    honest = cohort_training.compute_pass
     clients = [random_examples(count, seed) for seed, count in enumerate((4, 11, 3))]
 
-    def small(lora: LoraModel, adapter_KD: torch.Tensor, pieces: Any, *rest: Any) -> torch.Tensor:
-        if any(piece.examples == clients[1] or len(piece.examples) > 4 for piece in pieces):
+    def small(lora: LoraModel, one: Pass) -> torch.Tensor:
+        if any(piece.examples == clients[1] or len(piece.examples) > 4 for piece in one.pieces):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(lora, adapter_KD, pieces, *rest)
+        return honest(lora, one)
 
-    monkeypatch.setattr(cohort_training, "_pass", small)
+    monkeypatch.setattr(cohort_training, "compute_pass", small)
     lora.pass_tokens = 10**9  # one piece for each client
     local = config.Local(batch_size=16)
     trainer = CohortTrainer(lora, lambda client, _slot: clients[client], local, 0, 8)

@@ -141,7 +141,9 @@ def _train(
     def gradients(position_KD: Tensor, rows_of: Sequence[list[Example]]) -> Tensor:
         totals = [sum(example.targets for example in rows) for rows in rows_of]
         pieces = [piece for k, rows in enumerate(rows_of) for piece in _cut(lora, k, rows, local.batch_size)]
-        pieces = [piece for piece in pieces if any(example.targets for example in piece.examples)]  # others have no gradient
+        pieces = [
+            piece for piece in pieces if any(example.targets for example in piece.examples)
+        ]  # others have no gradient
         return _gradients(lora, position_KD, pieces, totals, generators)
 
     if local.upload == "gradient":

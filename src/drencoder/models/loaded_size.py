@@ -31,7 +31,7 @@ def check_memory(weight_bytes: int | None, device: torch.device) -> None:
     if weight_bytes is not None and weight_bytes > free:
         raise ModelError(
             f"the model's weights alone take {gigabytes(weight_bytes)} and {gigabytes(free)} of memory are free here: choose a smaller "
-            "model, set model.dtype = 'bfloat16', set model.device = 'spread', or use a machine with more memory."
+            "model, set model.dtype = 'bfloat16', set model.device = 'spread' (or 'shard', for several GPUs), or use a machine with more memory."
         )
 
 

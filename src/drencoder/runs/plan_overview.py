@@ -68,7 +68,7 @@ class Overview:
         None  # memory of training with short records, and with the longest; None: not known
     )
 
-    training_way: str = ""  # how clients train together on a CPU; empty: not known
+    training_way: str = ""  # how clients train together; empty: not known
 
     @property
     def stage2_bytes(self) -> int | None:
@@ -259,6 +259,8 @@ def _training_way(recipe: Recipe, size: ModelSize) -> str:
             f"clients one by one: model.dtype = '{dtype}' saves {saved} of weights beside float32, and each product unpacks a layer again, "
             "which is slow on a CPU"
         )
+    if recipe.model.device == "shard":
+        return "clients on all graphics cards at the same time, with a part of each layer on each; without a card in two processes"
     return "" if recipe.model.device == "cuda" else size.way_to_train(recipe.speed.tokens)
 
 
