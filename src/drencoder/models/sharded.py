@@ -17,10 +17,12 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -134,9 +136,10 @@ class _Ranks:
         ]
         self._ended = weakref.finalize(self, _end, self._processes, self._pipes, folder)
         try:
-            for process, (_, theirs) in zip(self._processes, pipes, strict=True):
-                process.start()
-                theirs.close()
+            with _without_script():
+                for process, (_, theirs) in zip(self._processes, pipes, strict=True):
+                    process.start()
+                    theirs.close()
             for pipe in self._pipes:
                 _receive(pipe)  # it has begun
             threading.Thread(target=_watch, args=(self._processes, self._ended), daemon=True).start()
@@ -198,6 +201,16 @@ class _Ranks:
     def close(self) -> None:
         """Ends the other ranks. The model cannot compute any more."""
         self._ended()
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes that start here do not run the user's script again, which may lack Python's `if __name__ == "__main__"`."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _send(pipe: Any, what: object) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class SplitLayers:
         self._order: list[int] | None = None  # of what is computed; None: it shows the order
         self._done: list[int] = []
         self._card = torch.device("cuda", rank) if torch.cuda.is_available() else None
+        # Nothing here adds to a layer's output in place, which FSDP2 warns of.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         if self._card is not None:
             torch.cuda.set_device(self._card)
         kind, library = ("cpu", "gloo") if self._card is None else ("cuda", "nccl")
