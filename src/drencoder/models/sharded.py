@@ -136,7 +136,7 @@ class _Ranks:
         ]
         self._ended = weakref.finalize(self, _end, self._processes, self._pipes, folder)
         try:
-            with _without_script():
+            with _apart():
                 for process, (_, theirs) in zip(self._processes, pipes, strict=True):
                     process.start()
                     theirs.close()
@@ -204,13 +204,19 @@ class _Ranks:
 
 
 @contextlib.contextmanager
-def _without_script() -> Iterator[None]:
-    """Processes that start here do not run the user's script again, which may lack Python's `if __name__ == "__main__"`."""
+def _apart() -> Iterator[None]:
+    """Processes that start here do not run the user's script again, which may lack Python's `if __name__ == "__main__"`, and do not hear
+    Ctrl-C, which is rank 0's, who ends them.
+    """
     script, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
         yield
     finally:
         sys.modules["__main__"] = script
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _send(pipe: Any, what: object) -> None:
@@ -265,7 +271,7 @@ def _attempt(lora: LoraModel, one: Pass) -> _Result:
 
 def _serve(rank: int, ranks: int, folder: Path, job: _Job, pipe: Any) -> None:
     """The life of another rank: it ends with rank 0, and says nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's, who ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(job.threads)
     with contextlib.suppress(BaseException):
