@@ -34,7 +34,13 @@ def installed_ways(pythons: dict[str, str]) -> tuple[list[str], list[str]]:
     for way in WAYS:
         module = "ray" if way.startswith("Flower") else "pfl" if way == "pfl" else "peft"
         found = subprocess.run(
-            [pythons.get(way, sys.executable), "-c", f"import {module}"], capture_output=True, check=False
+            [
+                pythons.get(way, sys.executable),
+                "-c",
+                f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)",
+            ],
+            capture_output=True,
+            check=False,
         )
         if found.returncode == 0:
             ways.append(way)

@@ -25,7 +25,12 @@ def few_real_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "_SHADOWS", 64)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.breaks}, {fault.trust}, {fault.unit}")
+@pytest.mark.parametrize(
+    "fault",
+    # Those of a site's records and owners take most of the time.
+    [pytest.param(fault, marks=pytest.mark.slow if fault.unit != "client" else ()) for fault in FAULTS],
+    ids=lambda fault: f"{fault.breaks}, {fault.trust}, {fault.unit}",
+)
 def test_every_fault_is_named_and_nothing_else(fault: Fault, tiny_folder: Path) -> None:
     embedded = fault.breaks == "evaluation text is the clients' own"
     overrides = [*tiny_overrides(tiny_folder), *SMALL, *(["evaluation.examples=64"] if embedded else [])]

@@ -165,6 +165,7 @@ def test_tokens_are_read_from_a_raw_update_and_not_from_a_noised_code(live: Comp
     assert measured["noised"][2].low < 0.55
 
 
+@pytest.mark.slow
 def test_an_audit_is_whole_and_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subjects, "_SHADOWS", 64)
     monkeypatch.setattr(membership, "_MORE_TRIALS", 1)
