@@ -19,7 +19,6 @@ published    whole runs of `speed.py --part published`: Dolly over 100 clients, 
 import argparse
 import copy
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 from speed_parts.published import published, tiny_dolly
-from speed_parts.shard import train_on
+from speed_parts.shard import make_clients, train_on
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from drencoder.data.tokenization import Example
@@ -156,16 +155,6 @@ def make_lora(bench: Bench, shape: str, dtype: torch.dtype = torch.bfloat16) -> 
     model = make_model(shape, bench.device, dtype)
     base = BaseModel(model, AutoTokenizer.from_pretrained(embedded_folder()), shape)
     return LoraModel(base, config.Adapter(rank=8, targets=("q_proj", "k_proj", "v_proj", "o_proj")), seed=0)
-
-
-def make_clients(lora: LoraModel, count: int, texts: int, length: int) -> list[list[Example]]:
-    """Texts of `length` tokens of which the second half is predicted."""
-    draw = random.Random(count)
-    vocabulary = lora.base.vocabulary
-    return [
-        [Example(tuple(draw.randrange(vocabulary) for _ in range(length)), length // 2) for _ in range(texts)]
-        for _ in range(count)
-    ]
 
 
 def matrix_rate(bench: Bench) -> float:
@@ -355,20 +344,17 @@ def measure_shard(bench: Bench, shapes: list[str]) -> Iterator[dict[str, Any]]:
             )  # fmt: skip
             alone: dict[str, Any] = {}
             for cards in counts:
-
-                def against_one(
-                    cards: int = cards, train: Callable[..., dict[str, Any]] = train, alone: dict[str, Any] = alone
-                ) -> dict[str, Any]:
-                    row = train(cards)
-                    return row | (
-                        {"times_one_card": alone["seconds"] / row["seconds"]}
-                        if "seconds" in alone and "seconds" in row
-                        else {}
-                    )
-
-                row = bench.cell("shard", f"{shape}, {cards} card(s)", against_one)
+                row = bench.cell("shard", f"{shape}, {cards} card(s)", partial(_beside_one, alone, train, cards))
                 alone = alone or row
                 yield row
+
+
+def _beside_one(alone: dict[str, Any], train: Callable[[int], dict[str, Any]], cards: int) -> dict[str, Any]:
+    """The row of several cards, with how many times as fast as one they are; `alone` is the row of one, or empty."""
+    row = train(cards)
+    if "seconds" in alone and "seconds" in row:
+        row["times_one_card"] = alone["seconds"] / row["seconds"]
+    return row
 
 
 def measure_published(bench: Bench, dolly: Path | None, rounds: int) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from drencoder.data.tokenization import Example
+from drencoder.models.base_model import load_base
+from drencoder.models.cohort_training import cohort_updates
+from drencoder.models.lora import LoraModel
+from drencoder.models.sharded import open_lora
+from drencoder.recipe import recipe as config
+from drencoder.recipe.recipe import Recipe
+
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def make_clients(lora: LoraModel, count: int, texts: int, length: int) -> list[list[Example]]:
+    """Texts of `length` tokens of which the second half is predicted."""
+    draw = random.Random(count)
+    vocabulary = lora.base.vocabulary
+    return [
+        [Example(tuple(draw.randrange(vocabulary) for _ in range(length)), length // 2) for _ in range(texts)]
+        for _ in range(count)
+    ]
 
 
 def train_on(
@@ -45,15 +65,6 @@ def train_on(
 def _train(
     folder: Path, cards: int, device: str, dtype: str, clients: int, length: int, repeats: int, pipe: Any
 ) -> None:
-    import torch
-
-    from drencoder.data.tokenization import Example
-    from drencoder.models.base_model import load_base
-    from drencoder.models.cohort_training import cohort_updates
-    from drencoder.models.sharded import open_lora
-    from drencoder.recipe import recipe as config
-    from drencoder.recipe.recipe import Recipe
-
     recipe = Recipe(
         model=config.Model(source=str(folder), dtype=dtype, device=device if cards == 1 else "shard"),
         adapter=config.Adapter(rank=8, targets=_TARGETS), speed=config.Speed(parallel_clients=clients),
@@ -61,11 +72,7 @@ def _train(
     begun = time.perf_counter()
     lora = open_lora(load_base(recipe.model), recipe)
     loaded = time.perf_counter() - begun
-    draw = random.Random(0)
-    words = lora.base.vocabulary
-    texts = [
-        [Example(tuple(draw.randrange(words) for _ in range(length)), length // 2)] for _ in range(clients)
-    ]  # the second half is predicted
+    texts = make_clients(lora, clients, 1, length)
     seconds = []
     for _ in range(1 + repeats):
         begun = time.perf_counter()

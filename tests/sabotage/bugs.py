@@ -731,15 +731,15 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "two ranks draw from one client's generator at once",
         "models/cohort_training",
-        "(drawing and bool(seen & clients))",
-        "(drawing and bool(seen - seen))",
+        "(left if drawing and seen & clients else chosen)",
+        "(left if drawing and seen - seen else chosen)",
         ("models/test_sharded.py",),
     ),
     Bug(
         "a client's gradients are added up in the order in which ranks are free",
         "models/cohort_training",
-        "            (left if waits else chosen).append(share)",
-        "            (left if waits else chosen).insert(0, share)",
+        "            (left if drawing and seen & clients else chosen).append(share)",
+        "            (left if drawing and seen & clients else chosen).insert(0, share)",
         ("models/test_sharded.py",),
     ),
     Bug(

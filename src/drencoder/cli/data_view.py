@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
@@ -11,7 +12,7 @@ from drencoder.models.place import locate
 from drencoder.reading import printable, shown
 from drencoder.recipe.recipe import Recipe
 from drencoder.runs.display import make_table
-from drencoder.runs.named_text import check_other_text, is_on_hub
+from drencoder.runs.named_text import check_other_text
 from drencoder.runs.unit_table import UnitRow, k_star_text
 
 
@@ -21,21 +22,19 @@ def read_data(config: Recipe) -> tuple[DataSurvey | None, str]:
     Raises:
       DataError: the data, or other text that the recipe names, are here and cannot be read.
     """
-    place = Place.parse(config.data.source)
-    on_hub = is_on_hub(config.data.source)
-    if not (on_hub or config.data.is_embedded or os.path.lexists(place.name)):
-        return (
-            None,
-            f"data.source = {shown(config.data.source)} is not on this machine, so the plan goes by the recipe alone.",
-        )
-    folder = locate(config.model).folder
-    tokenizer = folder / "tokenizer.json" if folder is not None else None
-    survey = None
-    if not on_hub:
-        survey = survey_data(config, tokenizer if tokenizer is not None and tokenizer.is_file() else None)
+    place, source = Place.parse(config.data.source), f"data.source = {shown(config.data.source)}"
+    if not (place.is_on_hub or config.data.is_embedded or os.path.lexists(place.name)):
+        return None, f"{source} is not on this machine, so the plan goes by the recipe alone."
+    survey = None if place.is_on_hub else survey_data(config, _tokenizer_file(config))
     check_other_text(config)
-    unread = f"data.source = {shown(config.data.source)} was not read: a plan loads nothing from a hub."
-    return survey, unread if on_hub else ""
+    return survey, f"{source} was not read: a plan loads nothing from a hub." if place.is_on_hub else ""
+
+
+def _tokenizer_file(config: Recipe) -> Path | None:
+    """The model's tokenizer.json, if it is on this machine."""
+    folder = locate(config.model).folder
+    file = folder / "tokenizer.json" if folder is not None else None
+    return file if file is not None and file.is_file() else None
 
 
 def data_table(survey: DataSurvey, max_tokens: int) -> Table:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from tokenizers.decoders import ByteLevel
+
 from drencoder.data.chat_template import mark_control_tokens
 from drencoder.data.prompts_template import Rendered, history_of, pack_history
 
@@ -90,7 +92,8 @@ def safe_delimiters(vocabulary: Iterable[str]) -> str:
     """
     tokens = list(vocabulary)
     if any(token.startswith("Ġ") for token in tokens):
-        tokens = [_bytes_of(token).decode("utf-8", "replace") for token in tokens]
+        bytes_of = ByteLevel()
+        tokens = [bytes_of.decode([token]) for token in tokens]
     text = "\0".join(tokens).replace("▁", " ")
     return "".join(one for one in _DELIMITERS if not re.search(rf"(?:[^\W\d_]|\ufffd){one}", text))
 
@@ -134,20 +137,3 @@ def _are_borders(words: str, first: int, last: int, places: Places) -> bool:
         for before, behind in ((left, middle), (end, right), (left, right))
         for start, stop in places(before + behind)
     )
-
-
-def _bytes_of(token: str) -> bytes:
-    """The bytes that a byte-level tokenizer writes as these letters; what is none of them stays as it is."""
-    return b"".join(
-        bytes([_BYTES[letter]]) if letter in _BYTES else letter.encode("utf-8", "replace") for letter in token
-    )
-
-
-def _byte_letters() -> dict[str, int]:
-    """Letter -> byte, as GPT-2's tokenizer writes bytes (Radford et al. 2019): printable ones as themselves, others from U+0100 on."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
-
-
-_BYTES = _byte_letters()

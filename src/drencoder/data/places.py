@@ -41,6 +41,11 @@ class Place:
         return cls(kind, hub + head, split)
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether it is a data set of the hub, be it of records or of a benchmark's questions."""
+        return self.kind == "hub" or self.name.startswith("hub:")
+
+    @property
     def clients_split(self) -> str:
         """The split that clients own: the one that is named, or the usual one."""
         return self.split or _CLIENTS_SPLITS.get(self.kind, "train")

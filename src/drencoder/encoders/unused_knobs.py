@@ -67,9 +67,8 @@ def _of_training(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if upload in ("gradient", "zero"):
         why = f"clients take no local steps with local.upload = {upload!r}"
         yield "local.learning_rate", why
-        if (
-            upload == "gradient" or recipe.prior.source == "none"
-        ):  # else stage 1 asks for a statistic of each epoch, be it zero
+        # Where clients send zeros, stage 1 still asks for a statistic of each epoch.
+        if upload == "gradient" or recipe.prior.source == "none":
             yield "local.epochs", why
     if recipe.server.optimizer == "fedavg":
         yield "server.momentum", "server.optimizer = 'fedavg' has none"

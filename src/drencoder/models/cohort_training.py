@@ -11,6 +11,7 @@ stand where there are too few (`LoraModel.fixed_slots`), and a shape is tried be
 
 import contextlib
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -141,9 +142,8 @@ def _train(
     def gradients(position_KD: Tensor, rows_of: Sequence[list[Example]]) -> Tensor:
         totals = [sum(example.targets for example in rows) for rows in rows_of]
         pieces = [piece for k, rows in enumerate(rows_of) for piece in _cut(lora, k, rows, local.batch_size)]
-        pieces = [
-            piece for piece in pieces if any(example.targets for example in piece.examples)
-        ]  # others have no gradient
+        # Others have no gradient.
+        pieces = [piece for piece in pieces if any(example.targets for example in piece.examples)]
         return _gradients(lora, position_KD, pieces, totals, generators)
 
     if local.upload == "gradient":
@@ -198,8 +198,11 @@ def _gradients(
         nth = rank[piece.client, piece.shape] = rank.get((piece.client, piece.shape), -1) + 1
         groups.setdefault((*piece.shape, nth), []).append(piece)
 
+    def places_of(share: Sequence[_Piece]) -> Tensor:
+        return torch.tensor([piece.client for piece in share], device=adapter_KD.device)
+
     def make_pass(share: Sequence[_Piece]) -> Pass:
-        places = torch.tensor([piece.client for piece in share], device=adapter_KD.device)
+        places = places_of(share)
         own = [generators[piece.client] for piece in share]
         empty = _slots(lora, *share[0].shape) - len(share) if lora.fixed_slots else 0
         return Pass(share, adapter_KD[places], total_K[places], own, empty)
@@ -210,8 +213,7 @@ def _gradients(
         shares += [alike[start : start + slots] for start in range(0, len(alike), slots)]
     for together in _in_turn(shares, lora.ranks, drawing=bool(lora.dropout)):
         for share, part_KD in zip(together, _computed(lora, [make_pass(share) for share in together]), strict=True):
-            places = torch.tensor([piece.client for piece in share], device=adapter_KD.device)
-            gradient_KD[places] += part_KD
+            gradient_KD[places_of(share)] += part_KD
     return gradient_KD
 
 
@@ -221,18 +223,18 @@ def _in_turn(shares: Iterable[list[_Piece]], ranks: int, *, drawing: bool) -> It
     Where clients are `drawing` dropout masks, what is computed at once has no client twice: the second begins with the generator as
     the first left it.
     """
-    waiting = list(shares)
+    waiting = deque(shares)
     while waiting:
         chosen: list[list[_Piece]] = []
         left: list[list[_Piece]] = []
         seen: set[int] = set()
-        for share in waiting:
+        while waiting and len(chosen) < ranks:
+            share = waiting.popleft()
             clients = {piece.client for piece in share}
-            waits = len(chosen) == ranks or (drawing and bool(seen & clients))
-            (left if waits else chosen).append(share)
+            (left if drawing and seen & clients else chosen).append(share)
             seen |= clients
         yield chosen
-        waiting = left
+        waiting.extendleft(reversed(left))
 
 
 def _computed(lora: LoraModel, passes: Sequence[Pass]) -> Sequence[Tensor]:

@@ -21,7 +21,7 @@ def check_text(recipe: Recipe) -> None:
     Raises:
       DataError: what a run would refuse.
     """
-    if not is_on_hub(recipe.data.source):
+    if not Place.parse(recipe.data.source).is_on_hub:
         open_text(recipe, set_aside=set_aside_share(recipe))
     check_other_text(recipe)
 
@@ -32,16 +32,16 @@ def check_other_text(recipe: Recipe) -> None:
     Raises:
       DataError: what a run would refuse.
     """
-    if evaluation_basis(recipe) in ("server", "generated") and not is_on_hub(recipe.evaluation.data):
+    if evaluation_basis(recipe) in ("server", "generated") and not Place.parse(recipe.evaluation.data).is_on_hub:
         open_evaluation(recipe, AbsentSource())
     public, provenance = public_text(recipe) or clip_text(recipe), recipe.prior.provenance
-    if not (is_on_hub(public) and provenance.strip()):
+    if not (Place.parse(public).is_on_hub and provenance.strip()):
         open_public(public, provenance, lambda count, seed: [], dict(recipe.data.fields))
     if recipe.data.template not in TEMPLATES:
         read_template(Path(recipe.data.template))
     if recipe.data.template == "chat" and _lacks_template(locate(recipe.model).folder):
         raise DataError(NO_TEMPLATE)
-    if not any(map(is_on_hub, recipe.benchmarks.values())):
+    if not any(Place.parse(place).is_on_hub for place in recipe.benchmarks.values()):
         load_benchmarks(recipe)
 
 
@@ -54,9 +54,3 @@ def _lacks_template(folder: Path | None) -> bool:
         return False
     names = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
     return not any((folder / name).exists() for name in names)
-
-
-def is_on_hub(where: str) -> bool:
-    """Whether a place of text is a data set of the hub, be it records or the questions of a benchmark."""
-    place = Place.parse(where)
-    return place.kind == "hub" or place.name.startswith("hub:")
